@@ -1,0 +1,4 @@
+from gain_cl.cli import entry
+
+if __name__ == "__main__":
+    entry()

@@ -1,0 +1,43 @@
+"""What may move. An adapter touches the model once: it adds what trains, and can fold it into the weights."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from gain_cl.errors import ConfigError
+
+if TYPE_CHECKING:
+    from gain_cl import config
+    from gain_cl.adapters.base import Adapter
+
+_PLUGINS: dict[str, type[Adapter]] = {}
+
+
+def register(kind: str, adapter: type[Adapter]) -> None:
+    """Make ``adapter.kind=KIND`` known; for plugin files and entry points of the group gain_cl.plugins."""
+    _PLUGINS[kind] = adapter
+
+
+def registered() -> dict[str, type[Adapter]]:
+    """Plugin adapters by name."""
+    return dict(_PLUGINS)
+
+
+def build(settings: config.Gain | config.Full | config.Peft | config.PluginAdapter) -> Adapter:
+    """The one place that maps a name to a class."""
+    keywords = settings.model_dump(exclude={"kind"})
+    if settings.kind == "gain":
+        from gain_cl.adapters.gain import GainAdapter
+
+        return GainAdapter(**keywords)
+    if settings.kind == "full":
+        from gain_cl.adapters.full import FullAdapter
+
+        return FullAdapter()
+    if settings.kind == "peft":
+        from gain_cl.adapters.peft import PeftAdapter
+
+        return PeftAdapter(**keywords)
+    if settings.kind not in _PLUGINS:
+        raise ConfigError(f"unknown adapter {settings.kind!r}", "adapter.kind", f"use one of: {', '.join(['gain', 'full', 'peft', *_PLUGINS])}")
+    return _PLUGINS[settings.kind](**keywords)

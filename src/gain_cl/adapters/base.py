@@ -1,0 +1,54 @@
+"""The contract of an adapter. Contract tests hold every adapter to it on every model family."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from gain_cl.errors import DataError
+
+if TYPE_CHECKING:
+    from gain_cl.models import Loaded
+
+
+class Adapter(ABC):
+    """Adds trainable state to a frozen model.
+
+    After ``attach`` the model computes what it did before, and only ``parameters`` train, all of them fp32. The base
+    weights stay as they are until ``absorb``.
+    """
+
+    @abstractmethod
+    def attach(self, loaded: Loaded) -> None:
+        """Add to the model what trains. The global RNG is seeded by the caller: draw initial values from it."""
+
+    @abstractmethod
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """What the optimiser updates, by name, fp32."""
+
+    @abstractmethod
+    def absorb(self) -> None:
+        """Fold the trained state into the model's weights (computed in fp32, rounded once) and detach."""
+
+    def after_step(self) -> None:
+        """Called after every optimiser step."""
+
+    def state(self) -> dict[str, Tensor]:
+        """A copy of the trained state on the CPU: everything needed, with the base weights, to rebuild the model."""
+        return {name: p.detach().to("cpu", copy=True).contiguous() for name, p in self.parameters().items()}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Put a saved state back; DataError when names or shapes differ."""
+        own = self.parameters()
+        if own.keys() != state.keys():
+            wrong = sorted(own.keys() ^ state.keys())
+            raise DataError(f"{len(wrong)} tensors differ, first {wrong[0]}", "adapter state", "it belongs to another method or model")
+        with torch.no_grad():
+            for name, p in own.items():
+                if p.shape != state[name].shape:
+                    raise DataError(f"{name} has shape {tuple(state[name].shape)}, not {tuple(p.shape)}", "adapter state", "it belongs to another model")
+                p.copy_(state[name])
+        self.after_step()

@@ -1,0 +1,23 @@
+"""gain_cl from Python and notebooks: the command line's run, its records as data frames, and gains on any model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from gain_cl.adapters.gain import Gains, attach_gains
+from gain_cl.record import Run, load
+
+__all__ = ["Gains", "Run", "attach_gains", "load", "run"]
+
+
+def run(*overrides: str, config_dirs: tuple[str | Path, ...] = (), plugins: tuple[str | Path, ...] = ()) -> Run:
+    """Carry out a run and return it: ``run("model=smollm2", "method=gain_ffn").matrix``.
+
+    overrides: Hydra overrides, as on the command line. A finished run is read, not repeated (unless ``force=true``).
+    Raises errors.GainError, whose text is the command line's one-line message.
+    """
+    from gain_cl import build
+    from gain_cl import run as spine
+
+    config = build.compose(list(overrides), [str(d) for d in config_dirs], [str(p) for p in plugins])
+    return spine.execute(config, spine.prepare(config))

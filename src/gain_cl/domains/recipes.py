@@ -1,0 +1,216 @@
+"""Recipes: how the documents of a package domain are cut out of its archive, one function each; see RECIPES.
+
+A recipe takes (name, content) pairs sorted by name and yields clean documents; those under MIN_CHARACTERS are dropped
+later. Its version is part of the run id: raise it when the text changes. A document is the natural unit: an article, a
+law, a chapter.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+from bz2 import decompress as bunzip2
+from collections.abc import Callable, Iterator
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+
+from gain_cl.domains.text import strip_html, strip_wikitext, tidy
+
+Members = Iterator[tuple[str, bytes]]
+MIN_CHARACTERS = 200
+
+
+def _request_docs(members: Members) -> Iterator[dict[str, Any]]:
+    """The ``doc`` of each line of gzipped JSON lines (several lines share one)."""
+    for _, data in members:
+        for line in gzip.decompress(data).splitlines():
+            yield json.loads(line)["doc"]
+
+
+def medicine(members: Members) -> Iterator[str]:
+    """Contexts of biomedical yes/no questions. Snippets repeat within and across contexts: a line counts once."""
+    seen: set[str] = set()
+    contexts = dict.fromkeys(doc["context"] for doc in _request_docs(members))
+    for context in contexts:
+        lines = []
+        for line in context.split("\n"):
+            line = " ".join(line.split())
+            key = re.sub(r"[^a-z0-9]", "", line.lower())
+            if len(line) >= 60 and key not in seen:
+                lines.append(line)
+                seen.add(key)
+        yield tidy("\n".join(lines))
+
+
+def law(members: Members) -> Iterator[str]:
+    """Licences and contracts in English, 1.2-60 kB; a text of which 35% of the 12-word shingles were seen is a variant."""
+    vocabulary: dict[str, int] = {}
+    seen: set[int] = set()
+    for _, data in members:
+        text = data.decode("utf-8", errors="replace").replace("\r\n", "\n")
+        front = re.match(r"---\n(.*?)\n---\n", text, flags=re.DOTALL)
+        if front:
+            if re.search(r"^language:(?!\s*en\s*$)", front[1], flags=re.MULTILINE):
+                continue
+            text = text[front.end() :]
+        # Without comment frames and rules.
+        text = tidy("\n".join(line.lstrip(" \t*#=_/+|-").rstrip(" \t*#=_+|-") for line in text.split("\n")))
+        text = re.sub(r"[ \t]{2,}|\t", " ", text)
+        if not 1200 <= len(text.encode()) <= 60_000 or len(text.encode("ascii", "ignore")) < 0.97 * len(text):
+            continue
+        shingles = _shingles(text, vocabulary)
+        if len(shingles & seen) > 0.35 * len(shingles):
+            continue
+        seen |= shingles
+        yield text
+
+
+def _shingles(text: str, vocabulary: dict[str, int]) -> set[int]:
+    """64-bit hashes of every 12 consecutive words; vocabulary numbers the words and grows."""
+    words = [vocabulary.setdefault(w, len(vocabulary) + 1) for w in re.findall(r"[a-z0-9]+", text.lower())]
+    codes = np.array(words, dtype=np.uint64)
+    count = len(codes) - 11
+    if count < 1:
+        return set()
+    total = np.zeros(count, dtype=np.uint64)
+    for shift in range(12):
+        total = total * np.uint64(0x9E3779B97F4A7C15) + codes[shift : shift + count] * np.uint64(0xD6E8FEB86659FD93)  # wraps
+    return set(total.tolist())
+
+
+def code(members: Members) -> Iterator[str]:
+    """Python files of a library, without migrations, locale tables and one-line modules."""
+    for name, data in members:
+        if re.search(r"/(locale|migrations)/", name):
+            continue
+        yield tidy(data.decode("utf-8"), blank_lines=2)
+
+
+def maths(members: Members) -> Iterator[str]:
+    """Competition problems with their solutions."""
+    problems: dict[str, str] = {}
+    for doc in _request_docs(members):
+        problems.setdefault(doc["problem"].strip(), doc["solution"].strip())
+    for problem, solution in problems.items():
+        solution = re.sub(r"\[asy\].*?\[/asy\]", "", solution, flags=re.DOTALL)  # drawings as program text
+        problem = re.sub(r"\[asy\].*?\[/asy\]", "", problem, flags=re.DOTALL)
+        yield tidy(f"Problem. {problem.strip()}\n\nSolution. {solution.strip()}")
+
+
+def news(members: Members) -> Iterator[str]:
+    """Articles: headline and paragraphs."""
+    for _, data in members:
+        try:
+            text = data.decode("utf-8")
+        except UnicodeDecodeError:
+            text = data.decode("cp1252", errors="ignore")
+        yield tidy(re.sub(r"[ \t]{2,}|\t", " ", text))
+
+
+_HOLES = re.compile(r"INLINEFORM\d+|DISPLAYFORM\d+|\$\$|\{[\w., ]+\}@|@\w+\.\w")
+_CITATIONS = re.compile(r"\s*\(?\s*(?:BIBREF\d+(?:\s*[,;]\s*)?)+\s*\)?")
+_NOUNS = {"SEC": "the section", "FIG": "the figure", "TAB": "the table", "EQ": "the equation"}
+_REFERENCES = re.compile(r"(?:\b(Sections?|Figures?|Fig\.?|Tables?|Equations?|Eq\.?|Appendix|Algorithm)\s+)?(SEC|FIG|TAB|EQ)REF\d+", re.I)
+
+
+def science(members: Members) -> Iterator[str]:
+    """Research papers: title, abstract, sections. Paragraphs with formula placeholders or author addresses are left out."""
+    papers = {doc["title"]: doc for doc in _request_docs(members)}
+    for title, doc in papers.items():
+        parts = [title, doc["abstract"]]
+        full = doc["full_text"]
+        for heading, paragraphs in zip(full["section_name"], full["paragraphs"], strict=True):
+            if re.match(r"acknowledg", heading or "", re.I):
+                continue
+            kept = [_paper_paragraph(p) for p in paragraphs if len(p) >= 80 and not _HOLES.search(p)]
+            kept = [p for p in kept if p[:200] != doc["abstract"][:200]]
+            if kept:
+                last = (heading or "").split(":::")[-1].strip()
+                parts += [last] if last else []
+                parts += kept
+        yield tidy("\n\n".join(" ".join(p.split()) for p in parts if p.strip()))
+
+
+def _paper_paragraph(text: str) -> str:
+    """Without the marks that stand for citations; references to numbered parts lose the number."""
+    text = _CITATIONS.sub(lambda m: " " if m[0].endswith(" ") else "", text)
+    text = _REFERENCES.sub(lambda m: m[1] or _NOUNS[m[2].upper()], text)
+    return re.sub(r"\s+([,.;:)])", r"\1", text)
+
+
+def politics(members: Members) -> Iterator[str]:
+    """Speeches, without the note on the occasion that some begin with."""
+    for _, data in members:
+        yield tidy(re.sub(r"^\s*\[[^\[\]]*\]\s*", "", data.decode("utf-8")))
+
+
+def scripture(members: Members) -> Iterator[str]:
+    """Chapters of the King James Bible: the first triple-quoted string of a module that is read, not imported."""
+    for _, data in members:
+        text = data.decode("utf-8").split('"""')[1]
+        verses: list[str] = []
+        # A number, a point and a space start a verse; numbers within verses are spelt out in this text.
+        for number, verse in re.findall(r"(?:^|(?<=\s))(\d{1,3})\. (.*?)(?=\s\d{1,3}\. |\Z)", text, flags=re.DOTALL):
+            if int(number) == 1 and verses:
+                yield tidy("\n".join(verses))
+                verses = []
+            verses.append(f"{number}. " + " ".join(re.sub(r"[\[\]]", "", verse).split()))
+        if verses:
+            yield tidy("\n".join(verses))
+
+
+def geography(members: Members) -> Iterator[str]:
+    """One country or territory: "Field: text" lines under the section names."""
+    for _, data in members:
+        country = json.loads(data)
+        lines: list[str] = []
+        name = country.get("Government", {}).get("Country name", {}).get("conventional short form", {}).get("text")
+        if name and name != "none":
+            lines += [strip_html(name), ""]
+        for section, fields in country.items():
+            body = [f"{field.strip()}: {text}" for field, value in fields.items() if (text := _field(value))]
+            if body:
+                lines += [section, *body, ""]
+        yield tidy("\n".join(lines))
+
+
+def _field(value: Any) -> str:
+    """The text of a fact and of the facts within it."""
+    if isinstance(value, str):
+        return strip_html(value)
+    if not isinstance(value, dict):
+        return ""
+    parts = []
+    for key, inner in value.items():
+        text = _field(inner)
+        if text:
+            parts.append(text if key.strip() == "text" else f"{key.strip()}: {text}")
+    return "; ".join(parts)
+
+
+def encyclopedia(members: Members) -> Iterator[str]:
+    """Articles of a MediaWiki dump (bzip2 XML), without redirects."""
+    for _, data in members:
+        for page in ElementTree.fromstring(bunzip2(data)).iterfind("{*}page"):
+            title, text = page.findtext("{*}title", ""), page.findtext("{*}revision/{*}text", "")
+            if page.find("{*}redirect") is None and page.findtext("{*}ns") == "0":
+                yield tidy(f"{title}\n\n{strip_wikitext(text)}")
+
+
+Recipe = Callable[[Members], Iterator[str]]
+RECIPES: dict[str, tuple[Recipe, int]] = {
+    # name: (function, version)
+    "medicine": (medicine, 1),
+    "law": (law, 1),
+    "code": (code, 1),
+    "maths": (maths, 1),
+    "news": (news, 1),
+    "science": (science, 1),
+    "politics": (politics, 1),
+    "scripture": (scripture, 1),
+    "geography": (geography, 1),
+    "encyclopedia": (encyclopedia, 1),
+}

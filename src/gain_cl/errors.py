@@ -1,0 +1,41 @@
+"""Errors a user can cause, each printed as one line: ``gain_cl: error: <what> (<where>); <what to do>``."""
+
+from __future__ import annotations
+
+USAGE, DATA, IN_USE, IO, PREEMPTED = 64, 65, 73, 74, 75  # exit codes (sysexits.h numbers)
+
+
+class GainError(Exception):
+    """Something outside the program is wrong.
+
+    what: the fault, quoting the offending value. where: key, file or line. do: the next step for the user.
+    """
+
+    exit_code = USAGE
+
+    def __init__(self, what: str, where: str = "", do: str = "") -> None:
+        self.what, self.where, self.do = what, where, do
+        line = what + (f" ({where})" if where else "") + (f"; {do}" if do else "")
+        super().__init__(" ".join(line.split()))
+
+
+class ConfigError(GainError):
+    """A setting is wrong: exit 64."""
+
+
+class DataError(GainError):
+    """Data, a model or a number is wrong: exit 65."""
+
+    exit_code = DATA
+
+
+class InUseError(GainError):
+    """Another process owns the run: exit 73."""
+
+    exit_code = IN_USE
+
+
+class StorageError(GainError):
+    """Disk or network failed: exit 74."""
+
+    exit_code = IO

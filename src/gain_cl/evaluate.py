@@ -1,0 +1,94 @@
+"""Perplexity of a model on documents.
+
+The protocol (its name is in every record): the first W tokens of each document, one prefix token before the first so
+that every token is scored, windows of at most ``context`` inputs; each window scores ``stride`` new tokens given up to
+``context`` inputs before them, the last one fewer. With stride = context these are the windows of lm-eval's rolling
+log-likelihood. Documents are never packed or joined. What is returned are sums per document; ratios come later.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+
+from gain_cl.loss import token_nll
+from gain_cl.record import DomainScore
+
+if TYPE_CHECKING:
+    from gain_cl.config import Eval
+    from gain_cl.domains import Doc
+    from gain_cl.models import Loaded
+
+
+class Window(NamedTuple):
+    """inputs: token ids; the last ``scored`` of their next tokens, targets, are scored for document ``index``."""
+
+    index: int
+    inputs: np.ndarray
+    targets: np.ndarray
+
+
+def protocol(settings: Eval, prefix_id: int) -> str:
+    """Name of the measure: two numbers are comparable only if their protocols are equal."""
+    window = f"first{settings.window}" if settings.window else "whole"
+    stride = f"-stride{settings.stride}" if settings.stride else ""
+    return f"ppl-{settings.split}-{window}x{settings.documents}-prefix{prefix_id}-ctx{settings.context}{stride}"
+
+
+def windows(tokens: np.ndarray, prefix_id: int, context: int, stride: int, index: int = 0) -> list[Window]:
+    """Cut one document so that every token is scored exactly once."""
+    stream = np.concatenate([[prefix_id], tokens]).astype(np.int64)  # stream[i] predicts stream[i + 1]
+    cuts = []
+    for start in range(0, len(tokens), stride):
+        end = min(start + stride, len(tokens))
+        cuts.append(Window(index, stream[max(0, end - context) : end], stream[start + 1 : end + 1]))
+    return cuts
+
+
+@contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Eval mode without gradients; the mode of every module is restored, no random number is drawn."""
+    modes = {m: m.training for m in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for m, mode in modes.items():
+            m.training = mode
+
+
+def score(loaded: Loaded, documents: list[Doc], window: int | None, context: int, stride: int | None = None, batch: int = 16) -> pd.DataFrame:
+    """One row per document: document (id), nll_nats (float64), tokens, bytes (UTF-8 bytes of the scored text)."""
+    context = min(context, loaded.context)
+    texts = [d.tokens[:window] for d in documents]
+    cuts = [w for i, tokens in enumerate(texts) for w in windows(tokens, loaded.prefix_id, context, stride or context, i)]
+    cuts.sort(key=lambda w: -len(w.inputs))  # longest first: little padding, and memory runs out at once if at all
+    nll = np.zeros(len(texts), dtype=np.float64)
+    scored = np.zeros(len(texts), dtype=np.int64)
+    with evaluating(loaded.model):
+        for start in range(0, len(cuts), batch):
+            part = cuts[start : start + batch]
+            inputs = np.full((len(part), len(part[0].inputs)), loaded.prefix_id, dtype=np.int64)
+            for row, w in zip(inputs, part, strict=True):
+                row[: len(w.inputs)] = w.inputs  # padded on the right: causal attention never sees it
+            hidden_BTD = loaded.body(input_ids=torch.from_numpy(inputs).to(loaded.device), use_cache=False).last_hidden_state
+            hidden_ND = torch.cat([h[len(w.inputs) - len(w.targets) : len(w.inputs)] for h, w in zip(hidden_BTD, part, strict=True)])
+            targets_N = torch.from_numpy(np.concatenate([w.targets for w in part])).to(loaded.device)
+            losses = token_nll(hidden_ND, loaded.head.weight, getattr(loaded.head, "bias", None), targets_N, loaded.softcap).double().cpu().numpy()
+            owner = np.repeat([w.index for w in part], [len(w.targets) for w in part])
+            np.add.at(nll, owner, losses)
+            np.add.at(scored, owner, 1)
+    assert (scored == [len(t) for t in texts]).all()
+    ends = [int(d.ends[len(t) - 1]) for d, t in zip(documents, texts, strict=True)]
+    return pd.DataFrame({"document": [d.id for d in documents], "nll_nats": nll, "tokens": scored, "bytes": ends})
+
+
+def total(rows: pd.DataFrame) -> DomainScore:
+    """The sums over documents."""
+    return DomainScore(nll_nats=float(rows.nll_nats.sum()), tokens=int(rows.tokens.sum()), bytes=int(rows.bytes.sum()), documents=len(rows))

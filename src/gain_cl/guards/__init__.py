@@ -1,0 +1,35 @@
+"""How the past is kept. A guard touches the stream, the loss and its own memory; ``none`` does nothing."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from gain_cl.errors import ConfigError
+
+if TYPE_CHECKING:
+    from gain_cl import config
+    from gain_cl.guards.base import Guard
+
+_PLUGINS: dict[str, type[Guard]] = {}
+
+
+def register(kind: str, guard: type[Guard]) -> None:
+    """Make ``guard.kind=KIND`` known; for plugin files and entry points of the group gain_cl.plugins."""
+    _PLUGINS[kind] = guard
+
+
+def registered() -> dict[str, type[Guard]]:
+    """Plugin guards by name."""
+    return dict(_PLUGINS)
+
+
+def build(settings: config.Guard) -> Guard:
+    """The one place that maps a name to a class."""
+    keywords = settings.model_dump(exclude={"kind"})
+    if settings.kind == "none":
+        from gain_cl.guards.base import Guard
+
+        return Guard(**keywords)
+    if settings.kind not in _PLUGINS:
+        raise ConfigError(f"unknown guard {settings.kind!r}", "guard.kind", f"use one of: {', '.join(['none', *_PLUGINS])}")
+    return _PLUGINS[settings.kind](**keywords)

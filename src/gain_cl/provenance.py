@@ -1,0 +1,87 @@
+"""Where a number comes from: the run id before a run, and what is recorded beside its results. Torch-free."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import sys
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from gain_cl.config import RunConfig
+
+NUMERICS = 1
+"""Raised whenever the same settings would give other numbers than before; part of every run id."""
+
+PACKAGES = ("torch", "transformers", "tokenizers", "peft", "lm-eval", "datasets", "numpy", "scipy", "pandas", "safetensors", "gguf")
+
+
+def run_id(config: RunConfig, pins: dict[str, Any]) -> str:
+    """model-method-sequence-sSEED-HASH; HASH over the scientific settings, the pins and NUMERICS (40 bits)."""
+    identity = {"settings": config.scientific(), "pins": pins, "numerics": NUMERICS}
+    text = json.dumps(identity, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    names = "-".join([config.model.name, config.method, config.sequence.name])[:70]
+    return f"{names}-s{config.seed}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
+
+
+def environment() -> dict[str, Any]:
+    """Commit, package versions and machine. No environment variable is recorded: secrets live there."""
+    return {
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "numerics": NUMERICS,
+        "gain_cl": version(),
+        **commit(),
+        "python": platform.python_version(),
+        "packages": {name: _installed(name) for name in PACKAGES},
+        "platform": f"{platform.system()} {platform.machine()}",
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+    }
+
+
+def version() -> str:
+    """The installed version of gain_cl."""
+    return _installed("gain-cl") or "uninstalled"
+
+
+def commit() -> dict[str, Any]:
+    """Git commit of the source tree that runs, and whether files differ from it; None outside a checkout."""
+    here = Path(__file__).resolve().parent
+    try:
+        git = ["git", "-C", str(here)]
+        sha = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+        tracked = subprocess.run([*git, "ls-files", "--error-unmatch", __file__], capture_output=True, timeout=10).returncode == 0
+        changes = subprocess.run([*git, "status", "--porcelain", str(here)], capture_output=True, text=True, timeout=10, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return {"commit": None, "dirty": None}
+    return {"commit": sha, "dirty": bool(changes.strip())} if tracked else {"commit": None, "dirty": None}
+
+
+def peak_memory() -> int:
+    """Largest resident set of this process so far, in bytes (GPU memory is counted by the caller)."""
+    if sys.platform == "win32":
+        return 0
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _installed(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor()

@@ -1,0 +1,192 @@
+"""What a run leaves behind: sums go in, ratios come out. Torch-free.
+
+``results/runs/<run_id>.json`` holds a RunRecord; ``<run_id>.items.parquet`` beside it holds one row per scored
+document and per task item, and its SHA-256 stands in the record. Everything shown is derived from these two files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from pydantic import BaseModel, ConfigDict
+
+from gain_cl.errors import DataError, StorageError
+
+SCHEMA = 1
+
+DOCUMENT_COLUMNS = ["stage", "domain", "split", "document", "nll_nats", "tokens", "bytes"]
+ITEM_COLUMNS = ["stage", "task", "item", "gold", "logprobs", "choice_bytes", "choice_chars"]
+
+
+class Part(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class DomainScore(Part):
+    """Sums over the scored documents of one domain. nll_nats: float64 sum of -ln p; bytes: UTF-8, of the same text."""
+
+    nll_nats: float
+    tokens: int
+    bytes: int
+    documents: int
+
+    @property
+    def loss_nats(self) -> float:
+        """Nats per token: sum NLL / tokens (never a mean of means)."""
+        return self.nll_nats / self.tokens
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.loss_nats)
+
+    @property
+    def bits_per_byte(self) -> float:
+        """sum NLL / (ln 2 * bytes): comparable across tokenizers."""
+        return self.nll_nats / (math.log(2) * self.bytes)
+
+
+class TaskScore(Part):
+    """Counts of one task at one stage. correct: argmax of log p is gold (lm-eval's acc); correct_norm: of log p per
+    character of the choice (its acc_norm)."""
+
+    items: int
+    correct: int
+    correct_norm: int
+    fewshot: int
+    truncated: int = 0  # items cut on the left to fit the context
+    limited: bool = False
+
+
+class TrainStats(Part):
+    """What learning one stage cost. tokens: training tokens seen, replayed ones included."""
+
+    steps: int
+    tokens: int
+    seconds: float
+    lr: float
+    first_loss_nats: float
+    last_loss_nats: float
+    dev: list[dict[str, float]] = []  # {"step", "nll_nats", "tokens"} within the stage, when asked for
+
+
+class StageRecord(Part):
+    """Stage 0 is the untouched model (domain None)."""
+
+    index: int
+    domain: str | None
+    domains: dict[str, DomainScore]
+    tasks: dict[str, TaskScore]
+    train: TrainStats | None
+    eval_seconds: float
+    task_seconds: float
+
+
+class RunRecord(Part):
+    schema_version: int = SCHEMA
+    run_id: str
+    model: str
+    method: str
+    sequence: str
+    seed: int
+    trained: list[str]  # domains in training order: stage k trains trained[k-1]
+    controls: list[str]
+    protocol: str  # name of the perplexity protocol, e.g. ppl-test-first128x32-prefix0-ctx1024
+    config: dict[str, Any]  # every setting, resolved; secrets never enter it
+    pins: dict[str, Any]  # hashes and revisions of model, tokenizer and data
+    provenance: dict[str, Any]  # commit, versions, hardware, dtype, threads, times
+    trainable_parameters: int
+    total_parameters: int
+    peak_memory_bytes: int
+    stages: list[StageRecord]
+    items_sha256: str
+    notes: list[str] = []  # warnings a reader of the numbers must see
+
+    def losses(self) -> np.ndarray:
+        """(stages + 1, domains) nats per token; columns = trained + controls; NaN where not scored."""
+        names = self.trained + self.controls
+        return np.array([[s.domains[d].loss_nats if d in s.domains else math.nan for d in names] for s in self.stages])
+
+
+class Run:
+    """A record with its per-document and per-item values, as read from disk."""
+
+    def __init__(self, record: RunRecord, documents: pd.DataFrame, items: pd.DataFrame, path: Path) -> None:
+        self.record, self.documents, self.items, self.path = record, documents, items, path
+
+    @property
+    def matrix(self) -> pd.DataFrame:
+        """Perplexity, (stages + 1) x domains: rows are stages (0 = pretrained), columns trained then control domains."""
+        r = self.record
+        rows = pd.Index([f"{s.index} {s.domain or 'pretrained'}" for s in r.stages], name="stage")
+        return pd.DataFrame(np.exp(r.losses()), index=rows, columns=r.trained + r.controls)
+
+    def __repr__(self) -> str:
+        return f"Run({self.record.run_id}, {len(self.record.stages) - 1} stages)\n{self.matrix.round(2)}"
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Atomic: a reader sees the old file or the new one. I/O errors become StorageError."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise StorageError(f"cannot write: {error.strerror}", str(path), "free space or name another folder") from error
+
+
+def items_path(record_path: Path) -> Path:
+    return record_path.with_name(record_path.name.removesuffix(".json") + ".items.parquet")
+
+
+def save(record: RunRecord, documents: pd.DataFrame, items: pd.DataFrame, path: Path) -> Run:
+    """Write the items, then the record with their hash; the record's presence means the run is finished."""
+    import io
+
+    documents = documents.reindex(columns=DOCUMENT_COLUMNS).assign(kind="document")
+    items = items.reindex(columns=ITEM_COLUMNS).assign(kind="item")
+    buffer = io.BytesIO()
+    frames = [f for f in (documents, items) if len(f)]
+    pd.concat(frames, ignore_index=True).to_parquet(buffer, index=False)
+    write_bytes(items_path(path), buffer.getvalue())
+    record.items_sha256 = sha256(items_path(path))
+    text = json.dumps(record.model_dump(mode="json"), indent=1, allow_nan=False, ensure_ascii=False)
+    write_bytes(path, (text + "\n").encode())
+    return load(path)
+
+
+def load(path: str | Path) -> Run:
+    """Read a record (file) and its items; DataError when either is missing, malformed or not what was written."""
+    path = Path(path)
+    try:
+        record = RunRecord.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        raise DataError("no record", str(path), "give the path of a results/runs/<run_id>.json") from None
+    except ValueError as error:
+        raise DataError(f"not a run record: {str(error).splitlines()[0]}", str(path), "restore it or run again with force=true") from None
+    beside = items_path(path)
+    if not beside.exists():
+        raise DataError("per-item values are missing", str(beside), "restore the file or run again with force=true")
+    if sha256(beside) != record.items_sha256:
+        raise DataError("per-item values are not those the record was written with", str(beside), "restore the file or run again with force=true")
+    table = pd.read_parquet(beside).reindex(columns=[*dict.fromkeys([*DOCUMENT_COLUMNS, *ITEM_COLUMNS]), "kind"])
+    documents = table.loc[table.kind == "document", DOCUMENT_COLUMNS].reset_index(drop=True)
+    items = table.loc[table.kind == "item", ITEM_COLUMNS].reset_index(drop=True)
+    whole = {"stage": int, "tokens": int, "bytes": int}
+    return Run(record, documents.astype(whole), items.astype({"stage": int, "gold": int}), path)
