@@ -100,6 +100,7 @@ def items(stages: list[int], *, count: int = 100, seed: int = 0) -> pd.DataFrame
                 "gold": int(gold[i]),
                 "logprobs": [no[i], yes[i]],
                 "choice_bytes": [2, 3],
+                "choice_chars": [2, 3],
             }
             for i in range(count)
         ]

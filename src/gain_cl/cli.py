@@ -7,6 +7,8 @@ errors.py; GAIN_CL_DEBUG=1 adds the traceback. The last line of a run on stdout 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import os
 import sys
 import traceback
@@ -41,7 +43,7 @@ def entry() -> NoReturn:
 
 def main(argv: list[str] | None = None) -> int:
     """Run one verb and return the exit code; never raises for a user's mistake."""
-    verb, *rest = sys.argv[1:] if argv is None else argv or [""]
+    verb, *rest = (sys.argv[1:] if argv is None else argv) or [""]
     try:
         return _verb(verb)(rest)
     except GainError as error:
@@ -56,7 +58,7 @@ def _verb(verb: str) -> Callable[[list[str]], int]:
     verbs = {"run": _run, "show": _show, "params": _params, "--help": _help, "-h": _help, "help": _help, "--version": _version}
     if verb not in verbs:
         if verb:
-            from gain_cl.build import suggest
+            from gain_cl.explain import suggest
 
             raise ConfigError(f"unknown verb {verb!r}", "command line", suggest(verb, ["run", "show", "params"]))
         return lambda _: _help([]) or USAGE
@@ -99,16 +101,16 @@ def _run(argv: list[str]) -> int:
     parser.add_argument("-c", "--cfg", choices=["job", "hydra", "all"])
     parser.add_argument("-p", "--package")
     parser.add_argument("--resolve", action="store_true")
-    parser.add_argument("-i", "--info", nargs="?", const="all", choices=["all", "config", "defaults", "defaults-tree", "plugins", "searchpath"])
+    parser.add_argument(
+        "-i", "--info", nargs="?", const="all", choices=["all", "config", "defaults", "defaults-tree", "plugins", "searchpath"]
+    )
     parser.add_argument("-h", "--help", action="store_true")
     parser.add_argument("--hydra-help", action="store_true")
-    parser.add_argument("-sc", "--shell-completion", action="store_true")
     args = parser.parse_intermixed_args(argv)
     from gain_cl import build
 
     here = {"config_dirs": args.config_dir, "plugins": args.plugin}
-    words = [f"--{w}" for w in ("help", "hydra-help", "shell-completion") if getattr(args, w.replace("-", "_"))]
-    if words:
+    if words := ["--help"] * args.help + ["--hydra-help"] * args.hydra_help:
         return _hydra([*words, *build.search_path(args.config_dir), *args.overrides])
     if args.multirun and not args.cfg and not args.info:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -122,10 +124,11 @@ def _run(argv: list[str]) -> int:
 
 def _carry_out(config: Any) -> int:
     """One run, from a checked configuration to the last line printed."""
-    from gain_cl import run, show
+    from gain_cl import show
+    from gain_cl.run import execute, prepare
 
-    plan = run.prepare(config)
-    finished = run.execute(config, plan)
+    plan = prepare(config)
+    finished = execute(config, plan)
     show.render(finished, plan.files)
     print(f"record: {plan.record_path}", flush=True)
     return 0
@@ -135,29 +138,29 @@ def _multirun(overrides: list[str], here: dict[str, Any]) -> int:
     """Every job through Hydra's launcher and then the path of a single run; goes on after a failure."""
     from gain_cl import build
 
-    total = len(build.jobs(overrides, **here))
-    failures: list[str] = []
+    total = len(build.jobs(overrides, **here))  # every job is checked before the first starts
+    failures: list[int] = []
+    parent = os.getpid()
 
     def job(task: list[str]) -> None:
-        print(f"== {' '.join(task)}", flush=True)
+        print(f"== {' '.join(o.lstrip('+') for o in task)}", flush=True)
         try:
             _carry_out(build.compose(task, here["config_dirs"]))
         except GainError as error:
-            failures.append(str(error))
-            _report(error)
-            raise
-        except Exception as error:
-            failures.append(str(error))
+            failures.append(_report(error))
+        except Exception:
+            failures.append(1)
             traceback.print_exc()
-            raise
+        if failures and os.getpid() != parent:  # a launcher that starts processes learns of it no other way
+            raise RuntimeError("the run failed")
 
     try:
         _hydra(["--multirun", *build.search_path(here["config_dirs"]), *build.rewrite(overrides, sweep=True, **here)], job)
-    except Exception as error:
-        if not isinstance(error, GainError) and not failures:
-            raise
-        raise GainError(f"{len(failures) or 'some'} of {total} runs failed", "multirun", "see the messages above; the others are finished") from error
-    return 0
+    except RuntimeError:
+        failures.append(1)
+    if failures:
+        print(f"gain_cl: error: {len(failures)} of {total} runs failed (multirun); see the messages above", file=sys.stderr, flush=True)
+    return failures[0] if failures else 0
 
 
 def _hydra(argv: list[str], job: Callable[[list[str]], None] | None = None) -> int:
@@ -165,30 +168,27 @@ def _hydra(argv: list[str], job: Callable[[list[str]], None] | None = None) -> i
     import hydra
     from hydra.core.hydra_config import HydraConfig
 
-    from gain_cl import build
+    from gain_cl import presets
+    from gain_cl.explain import Given, explained
 
     def task(_: Any) -> None:
         if job is not None:
             job(list(HydraConfig.get().overrides.task))
 
-    before, full = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
+    before, full, said = sys.argv, os.environ.get("HYDRA_FULL_ERROR"), io.StringIO()
     sys.argv, os.environ["HYDRA_FULL_ERROR"] = ["gain_cl run", *argv], "1"  # errors reach us instead of being printed
     try:
-        hydra.main(version_base="1.3", config_path=str(build.configs_dir()), config_name="run")(task)()
+        with (
+            explained(Given(argv)) if job is None else contextlib.nullcontext(),
+            contextlib.redirect_stderr(said if job is None else sys.stderr),
+        ):
+            hydra.main(version_base="1.3", config_path=str(presets.configs_dir()), config_name="run")(task)()
     except SystemExit as end:
-        return int(end.code or 0)
-    except (GainError, KeyboardInterrupt, BrokenPipeError):
-        raise
-    except Exception as error:
-        if job is not None:
-            raise
-        raise build.explain(error, argv) from error
+        if end.code:
+            raise ConfigError(said.getvalue() or "Hydra refuses", "gain_cl run", "see python -m gain_cl run --help") from None
     finally:
         sys.argv = before
-        if full is None:
-            del os.environ["HYDRA_FULL_ERROR"]
-        else:
-            os.environ["HYDRA_FULL_ERROR"] = full
+        os.environ.pop("HYDRA_FULL_ERROR") if full is None else os.environ.update(HYDRA_FULL_ERROR=full)
     return 0
 
 
@@ -203,7 +203,7 @@ def _show(argv: list[str]) -> int:
     from gain_cl import record, show
 
     path = find_record(args.run, Path(args.results_dir))
-    show.render(record.load(path), {"per-item values": record.items_path(path)})
+    show.render(record.load(path))
     print(f"record: {path}")
     return 0
 
@@ -217,7 +217,7 @@ def find_record(name: str, results_dir: Path) -> Path:
     if (exact := folder / f"{name}.json") in found:
         return exact
     if len(found) != 1:
-        from gain_cl.build import suggest
+        from gain_cl.explain import suggest
 
         options = [p.stem for p in folder.glob("*.json")]
         what = f"{len(found)} runs begin with {name!r}" if found else f"no run {name!r}"
@@ -226,8 +226,11 @@ def find_record(name: str, results_dir: Path) -> Path:
 
 
 def _params(argv: list[str]) -> int:
-    parser = _Parser("params", usage="python -m gain_cl params [model=A,B] [method=A,B] [--json] [--config-dir DIR] [--plugin FILE.py]",
-                     description="Trainable parameters of models and methods, counted on the meta device from the presets.")
+    parser = _Parser(
+        "params",
+        usage="python -m gain_cl params [model=A,B] [method=A,B] [--json] [--config-dir DIR] [--plugin FILE.py]",
+        description="Trainable parameters of models and methods, counted on the meta device from the presets.",
+    )
     parser.add_argument("filters", nargs="*", metavar="model=A,B method=A,B", help="only these")
     parser.add_argument("--json", action="store_true", help="print JSON: model -> {total, methods}")
     parser.add_argument("--config-dir", action="append", default=[], help="a folder with more presets (repeatable)")

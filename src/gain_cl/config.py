@@ -21,7 +21,7 @@ EXECUTION = ("compute", "track", "output_dir", "results_dir", "force", "plugins"
 
 def _name(value: Any) -> Any:
     if not isinstance(value, str) or not NAME.match(value):
-        raise ValueError(f"{value!r} is no name: use 1-100 of [A-Za-z0-9._-], not starting with '.' or '-'")
+        raise ValueError(f"{value!r} is no name; use 1-100 of [A-Za-z0-9._-], not starting with '.' or '-'")
     return value
 
 
@@ -158,9 +158,9 @@ class Sequence(Section):
         both = [*self.domains, *self.controls]
         repeated = sorted({d for d in both if both.count(d) > 1})
         if repeated:
-            raise ValueError(f"repeated domain: {', '.join(repeated)}")
+            raise ValueError(f"repeated domain: {', '.join(repeated)}; name each once")
         if self.order is not None and sorted(self.order) != list(range(len(self.domains))):
-            raise ValueError(f"order {self.order} is not a permutation of 0..{len(self.domains) - 1}")
+            raise ValueError(f"order {self.order} is not a permutation of 0..{len(self.domains) - 1}; name each position once")
         return self
 
     @property
@@ -182,7 +182,7 @@ class Train(Section):
     tokens: int | None = Field(None, gt=0)  # training tokens per domain; either tokens or steps
     steps: int | None = Field(None, gt=0)  # optimiser steps per domain
     block: int = Field(256, gt=1)  # tokens a training sequence
-    batch_tokens: int = Field(1024, gt=0)  # tokens an optimiser step
+    batch_tokens: int = Field(512, gt=0)  # tokens an optimiser step
     pack: Literal["stream", "mask"] = "stream"  # mask: a token attends only within its own document
     lr: float = Field(gt=0, allow_inf_nan=False)
     schedule: Literal["cosine", "constant"] = "cosine"
@@ -198,11 +198,11 @@ class Train(Section):
     @model_validator(mode="after")
     def _check(self) -> Train:
         if (self.tokens is None) == (self.steps is None):
-            raise ValueError("give either tokens or steps, not both" if self.tokens else "give tokens or steps")
+            raise ValueError("train.tokens and train.steps are both given; set one of them to null" if self.tokens else "neither train.tokens nor train.steps is given; give one")
         if self.batch_tokens % self.block:
-            raise ValueError(f"batch_tokens={self.batch_tokens} is not a multiple of block={self.block}")
+            raise ValueError(f"train.batch_tokens={self.batch_tokens} is not a multiple of train.block={self.block}; change one of them")
         if self.tokens is not None and self.tokens % self.batch_tokens:
-            raise ValueError(f"tokens={self.tokens} is not a multiple of batch_tokens={self.batch_tokens}")
+            raise ValueError(f"train.tokens={self.tokens} is not a multiple of train.batch_tokens={self.batch_tokens}; change one of them")
         return self
 
     @property
@@ -226,7 +226,7 @@ class Eval(Section):
     @model_validator(mode="after")
     def _check(self) -> Eval:
         if self.stride is not None and self.stride > self.context:
-            raise ValueError(f"stride={self.stride} exceeds context={self.context}: tokens would be skipped")
+            raise ValueError(f"eval.stride={self.stride} exceeds eval.context={self.context}, tokens would be skipped; lower it")
         return self
 
 
@@ -276,9 +276,9 @@ class RunConfig(Section):
     def _check(self) -> RunConfig:
         micro = self.compute.micro_batch
         if micro is not None and self.train.sequences % micro:
-            raise ValueError(f"compute.micro_batch={micro} does not divide the {self.train.sequences} sequences of a step")
+            raise ValueError(f"compute.micro_batch={micro} does not divide the {self.train.sequences} sequences of a step; use a divisor of them")
         if self.train.warmup and round(self.train.warmup * self.train.stage_steps) >= self.train.stage_steps:
-            raise ValueError(f"train.warmup={self.train.warmup} leaves no step after it")
+            raise ValueError(f"train.warmup={self.train.warmup} leaves no step after it; lower it or train longer")
         return self
 
     def scientific(self) -> dict[str, Any]:

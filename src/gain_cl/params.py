@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from gain_cl import build
-from gain_cl.errors import ConfigError
+from pydantic import TypeAdapter
 
-if TYPE_CHECKING:
-    from gain_cl.config import RunConfig
+from gain_cl import build, presets
+from gain_cl.config import Adapter, Model
+from gain_cl.errors import ConfigError, GainError
+from gain_cl.explain import suggest
 
 Table = dict[str, dict[str, Any]]
 """model -> {"total": parameters, "methods": {method: trainable parameters, or why there are none}}"""
@@ -19,47 +21,59 @@ Table = dict[str, dict[str, Any]]
 def count(filters: Iterable[str] = (), config_dirs: Iterable[str | Path] = (), plugins: Iterable[str | Path] = ()) -> Table:
     """Total and trainable parameters of models x methods.
 
-    filters: ``model=A,B`` and ``method=A,B``; without them every preset. Models that are given by path alone are left
-    out unless named, for their width is not in the preset.
+    filters: ``model=A,B`` and ``method=A,B``; without them every preset whose architecture is known.
     """
     config_dirs = list(config_dirs)
-    build.search_path(config_dirs)
     wanted = _filters(filters, config_dirs)
-    methods = wanted.get("method") or list(build.presets("method", config_dirs))
-    models = wanted.get("model") or [m for m in build.presets("model", config_dirs) if m != "custom"]
+    build.load_plugins(plugins)
+    adapters, models = {}, {}
+    with build.session(config_dirs) as load:  # a model does not depend on the method nor the reverse: no need to compose their product
+        for name in wanted.get("method") or presets.names("method", config_dirs):
+            adapters[name] = _section(load, f"method={name}", "adapter", config_dirs, TypeAdapter(Adapter))
+        for name in wanted.get("model") or presets.names("model", config_dirs):
+            if name != "custom":
+                models[name] = _section(load, f"model={name}", "model", config_dirs, TypeAdapter(Model))
+    counted: dict[str, tuple[int, int | str]] = {}
     table: Table = {}
-    # a model does not depend on the method nor the reverse: compose each once, not their product
-    adapters = {m: build.compose([f"method={m}", *_LIGHT], config_dirs, plugins).adapter for m in methods}
-    for name in models:
-        config = build.compose([f"model={name}", *_LIGHT], config_dirs, plugins)
-        if config.model.arch is None and not wanted.get("model"):
+    for name, model in models.items():
+        if model.arch is None and "model" not in wanted:
             continue
         table[name] = {"total": 0, "methods": {}}
         for method, adapter in adapters.items():
-            table[name]["total"], table[name]["methods"][method] = _attach(config.model_copy(update={"adapter": adapter}))
+            same = repr((model.arch or model, model.roles, adapter))  # qwen2.5 is qwen2.5_7b
+            if same not in counted:
+                counted[same] = _attach(model, adapter)
+            table[name]["total"], table[name]["methods"][method] = counted[same]
     return table
 
 
-_LIGHT = ("sequence=smoke", "tasks=none", "eval.context=2", "train.block=2", "train.batch_tokens=2")  # what counts do not depend on
+def _section(load: build.Load, override: str, key: str, config_dirs: list[str | Path], kind: TypeAdapter[Any]) -> Any:
+    """One typed section of the configuration that an override gives; mistakes are explained as a run would."""
+    try:
+        return kind.validate_python(load([override])[key])
+    except Exception:
+        build.compose([override], config_dirs)
+        raise
 
 
-def _attach(config: RunConfig) -> tuple[int, int | str]:
+def _attach(model: Model, adapter: Any) -> tuple[int, int | str]:
     """Total parameters, and how many train once the adapter is attached (or why it refuses the model)."""
     import torch
 
     from gain_cl import adapters, models
 
-    model: Any = models.meta(config.model)
-    total = sum(p.numel() for p in model.parameters())
-    loaded = models.Loaded(
-        model=model, tokenizer=None, device=torch.device("meta"), prefix_id=0, separator_id=0, context=1, tokenizer_hash="", roles=config.model.roles
-    )  # type: ignore[arg-type]  # attaching reads no text
-    adapter = adapters.build(config.adapter)
+    net: Any = models.meta(model)
+    total = sum(p.numel() for p in net.parameters())
+    no_text: Any = None
+    loaded = models.Loaded(net, no_text, torch.device("meta"), 0, 0, 1, "", model.roles)  # attaching reads no text
+    built = adapters.build(adapter)
     try:
-        adapter.attach(loaded)
-    except ConfigError as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PEFT tells of Conv1D layers that it handles
+            built.attach(loaded)
+    except GainError as error:
         return total, str(error)
-    return total, sum(p.numel() for p in adapter.parameters().values())
+    return total, sum(p.numel() for p in built.parameters().values())
 
 
 def show(table: Table) -> None:
@@ -91,9 +105,9 @@ def _filters(filters: Iterable[str], config_dirs: list[str | Path]) -> dict[str,
         group, equals, names = text.partition("=")
         if not equals or group not in ("model", "method"):
             raise ConfigError(f"cannot read {text!r}", "gain_cl params", "write model=A,B or method=A,B")
-        known = build.presets(group, config_dirs)
+        known = presets.names(group, config_dirs)
         found[group] = [n.strip() for n in names.split(",") if n.strip()]
         for name in found[group]:
             if name not in known:
-                raise ConfigError(f"unknown {group} {name!r}", text, build.suggest(name, known))
+                raise ConfigError(f"unknown {group} {name!r}", text, suggest(name, known))
     return found

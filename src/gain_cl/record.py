@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -137,18 +138,35 @@ def sha256(path: Path) -> str:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Atomic: a reader sees the old file or the new one. I/O errors become StorageError."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """Atomic: a reader sees the old file or the new one, also after a power cut. I/O errors become StorageError."""
+    write_all({path: data})
+
+
+def write_all(files: dict[Path, bytes]) -> None:
+    """Several files, each atomic; the first is replaced only when all are on disk, so a full disk leaves every old one."""
+    temporary = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in files}
+    path = next(iter(files))
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as f:
-            f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
+        for path, data in files.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(temporary[path], "wb") as f:
+                f.write(data)
+                f.flush()
+                os.fsync(f.fileno())
+        for path in files:
+            os.replace(temporary[path], path)
+        for folder in {path.parent for path in files} if os.name == "posix" else ():
+            handle = os.open(folder, os.O_RDONLY)  # a new name is on disk only when its folder is
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise StorageError(f"cannot write: {error.strerror}", str(path), "free space or name another folder") from error
+        raise StorageError(f"cannot write: {error.strerror or error}", str(path), "free space or name another folder") from error
+    finally:
+        for left in temporary.values():
+            with suppress(OSError):
+                left.unlink()
 
 
 def items_path(record_path: Path) -> Path:
@@ -156,18 +174,25 @@ def items_path(record_path: Path) -> Path:
 
 
 def save(record: RunRecord, documents: pd.DataFrame, items: pd.DataFrame, path: Path) -> Run:
-    """Write the items, then the record with their hash; the record's presence means the run is finished."""
+    """Write the items, then the record with their hash; the record's presence means the run is finished.
+
+    Raises DataError, and writes nothing, when a number is not finite; StorageError when the disk refuses."""
     import io
 
+    if not np.isfinite(documents["nll_nats"].to_numpy(dtype=np.float64)).all():
+        raise DataError("a document's loss is not finite", record.run_id, "nothing was saved; lower train.lr or check the model")
     documents = documents.reindex(columns=DOCUMENT_COLUMNS).assign(kind="document")
     items = items.reindex(columns=ITEM_COLUMNS).assign(kind="item")
     buffer = io.BytesIO()
     frames = [f for f in (documents, items) if len(f)]
     pd.concat(frames, ignore_index=True).to_parquet(buffer, index=False)
-    write_bytes(items_path(path), buffer.getvalue())
-    record.items_sha256 = sha256(items_path(path))
-    text = json.dumps(record.model_dump(mode="json"), indent=1, allow_nan=False, ensure_ascii=False)
-    write_bytes(path, (text + "\n").encode())
+    record.items_sha256 = hashlib.sha256(buffer.getvalue()).hexdigest()
+    try:
+        text = json.dumps(record.model_dump(mode="json"), indent=1, allow_nan=False, ensure_ascii=False)
+    except ValueError as error:
+        do = "nothing was saved; lower train.lr or check the model"
+        raise DataError("a number of the run is not finite", record.run_id, do) from error
+    write_all({items_path(path): buffer.getvalue(), path: (text + "\n").encode()})
     return load(path)
 
 
@@ -178,13 +203,16 @@ def load(path: str | Path) -> Run:
         record = RunRecord.model_validate_json(path.read_bytes())
     except FileNotFoundError:
         raise DataError("no record", str(path), "give the path of a results/runs/<run_id>.json") from None
+    except OSError as error:
+        raise StorageError(f"cannot read: {error.strerror or error}", str(path), "give the path of a results/runs/<run_id>.json") from None
     except ValueError as error:
         raise DataError(f"not a run record: {str(error).splitlines()[0]}", str(path), "restore it or run again with force=true") from None
     beside = items_path(path)
     if not beside.exists():
         raise DataError("per-item values are missing", str(beside), "restore the file or run again with force=true")
     if sha256(beside) != record.items_sha256:
-        raise DataError("per-item values are not those the record was written with", str(beside), "restore the file or run again with force=true")
+        what = "per-item values are not those the record was written with"
+        raise DataError(what, str(beside), "restore the file or run again with force=true")
     table = pd.read_parquet(beside).reindex(columns=[*dict.fromkeys([*DOCUMENT_COLUMNS, *ITEM_COLUMNS]), "kind"])
     documents = table.loc[table.kind == "document", DOCUMENT_COLUMNS].reset_index(drop=True)
     items = table.loc[table.kind == "item", ITEM_COLUMNS].reset_index(drop=True)

@@ -103,7 +103,7 @@ def _execute(config: RunConfig, plan: Plan) -> record.Run:
         tracker.phase("prepare domains", stage=0, of=stages)
         domains: dict[str, Domain] = {}
         for i, name in enumerate(names):
-            tracker.progress(i, len(names), f"domains: {name}")
+            tracker.progress(i, len(names), "domains", name)
             domains[name] = domains_.prepare(config.domains[name], loaded.tokenizer, loaded.tokenizer_hash)
         notes = domains_.check(domains, config.train, config.eval, loaded.model.get_input_embeddings().weight.shape[0])
         notes += _advice(config, loaded)
@@ -119,14 +119,14 @@ def _execute(config: RunConfig, plan: Plan) -> record.Run:
             tracker.phase(f"score after {domain}" if domain else "score pretrained", stage=index, of=stages)
             scores, begun = {}, time.perf_counter()
             for i, name in enumerate(names):
-                tracker.progress(i, len(names), f"domains: {name}")
+                tracker.progress(i, len(names), "cells", name)
                 rows = score_domain(loaded, domains[name], config.eval, config.compute.eval_batch)
                 documents.append(rows.assign(stage=index, domain=name, split=config.eval.split))
                 scores[name] = evaluate.total(rows)
             eval_seconds, begun, task_scores = time.perf_counter() - begun, time.perf_counter(), {}
             if taskset is not None and tasks.due(config.tasks.stages, index, stages):
                 tracker.phase("run tasks", stage=index, of=stages)
-                task_scores, rows = taskset.score(loaded, progress=lambda done, of: tracker.progress(done, of, "task items"))
+                task_scores, rows = taskset.score(loaded, progress=lambda done, of: tracker.progress(done, of, "items"))
                 items.append(rows.assign(stage=index))
             row = record.StageRecord(
                 index=index,

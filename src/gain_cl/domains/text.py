@@ -68,21 +68,23 @@ def strip_html(text: str) -> str:
 
 
 def _drop_nested(text: str, opening: str, closing: str) -> str:
-    """Remove balanced ``opening`` ... ``closing`` pairs, nested ones included; what never closes is kept."""
+    """Remove balanced ``opening`` ... ``closing`` pairs with what they hold; of an unbalanced mark only the mark goes."""
     marks = re.compile(f"{re.escape(opening)}|{re.escape(closing)}")
-    kept, depth, start = [], 0, 0
+    begun: list[int] = []
+    pairs: list[tuple[int, int]] = []
     for mark in marks.finditer(text):
         if mark[0] == opening:
-            if depth == 0:
-                kept.append(text[start : mark.start()])
-                start = mark.start()
-            depth += 1
-        elif depth:
-            depth -= 1
-            if depth == 0:
-                start = mark.end()
-    kept.append(text[start:])
-    return "".join(kept)
+            begun.append(mark.start())
+        elif begun:
+            start = begun.pop()
+            while pairs and pairs[-1][0] > start:  # pairs within this one
+                pairs.pop()
+            pairs.append((start, mark.end()))
+    kept, position = [], 0
+    for start, stop in pairs:
+        kept.append(text[position:start])
+        position = stop
+    return marks.sub("", "".join([*kept, text[position:]]))
 
 
 _LINK_SECTIONS = {"See also", "References", "External links", "Further reading", "Notes", "Bibliography", "Footnotes", "Sources"}
@@ -103,26 +105,24 @@ def strip_wikitext(text: str) -> str:
     for _ in range(4):
         text = link.sub(r"\1", text)
     text = _drop_nested(text, "[[", "]]")
-    text = re.sub(r"\[(?:https?:)?//\S+\s*([^\]]*)\]", r"\1", text)
+    text = re.sub(r"\[(?:https?:)?//\S+[^\S\n]*([^\]\n]*)\]?", r"\1", text)
     text = re.sub(r"<[^<>]*>", "", text)
     text = re.sub(r"'{2,}", "", text)
     text = re.sub(r"__[A-Z]+__", "", text)
-    kept: list[str] = []
+    blocks: list[tuple[int, str]] = []  # (level of a heading or 0, text)
     for line in text.split("\n"):
         line = _SPACES.sub(" ", line).strip()
         heading = re.fullmatch(r"(={2,6})\s*(.*?)\s*\1", line)
         if heading and heading[2] in _LINK_SECTIONS:
             break  # nothing but lists until the end of the article
-        if heading:
-            kept += ["", heading[2], ""]
-        elif line and line[0] not in "*#:;|!{}" and len(line) > 40:
-            line = re.sub(r"\([\s,;:]*\)", "", line)  # brackets a template left empty
-            line = re.sub(r"\([\s,;:]+", "(", line)
-            kept += [re.sub(r"\s+([,.;:)])", r"\1", _SPACES.sub(" ", line)), ""]
-    # A heading with nothing beneath it says nothing.
-    out: list[str] = []
-    for block in (b for b in kept if b):
-        if out and len(block) <= 80 and len(out[-1]) <= 80 and not block.endswith("."):
-            out.pop()
-        out.append(block)
-    return tidy("\n\n".join(out))
+        level = len(heading[1]) if heading else 0
+        if level or (len(line) > 40 and not re.match(r"[*#:;|!{}]|(File|Image|Category):", line)):
+            if level:  # a heading with nothing beneath it says nothing
+                while blocks and blocks[-1][0] >= level:
+                    blocks.pop()
+            line = re.sub(r"\([\s,;:]*\)", "", heading[2] if heading else line)  # brackets a template left empty
+            line = re.sub(r"[\s,;:]+\)", ")", re.sub(r"\([\s,;:]+", "(", line))
+            blocks.append((level, re.sub(r"\s+([,.;:)])", r"\1", _SPACES.sub(" ", line))))
+    while blocks and blocks[-1][0]:
+        blocks.pop()
+    return tidy("\n\n".join(block for _, block in blocks))

@@ -1,0 +1,52 @@
+# Two commands do everything on a fresh machine with Python >= 3.11: `make run` and `make test`. `make help` lists the rest.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+ARGS ?=
+TEST_ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup run smoke params test test-slow check format speed clean
+
+help: ## list these commands
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@echo '  ARGS="..." adds overrides: make run ARGS="method=lora seed=1"'
+
+setup: $(VENV)/installed ## make .venv with the tested versions of everything
+$(VENV)/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "gain_cl needs Python >= 3.11, $(PYTHON) is $$($(PYTHON) -V 2>&1): make setup PYTHON=python3.11" >&2; exit 64; }
+	@echo "setting up $(VENV) (about 2 GB, a few minutes)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install -q --disable-pip-version-check torch==2.13.0 # first: later steps then keep this build
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+run: setup ## the main job: SmolLM2-135M, gain_ffn, eight offline domains (about 15 minutes on 2 cores)
+	@$(BIN)/python -m gain_cl run $(ARGS)
+
+smoke: setup ## the whole procedure on a tiny random model, in seconds
+	@$(BIN)/python -m gain_cl run debug=smoke $(ARGS)
+
+params: setup ## trainable parameters of every model and method
+	@$(BIN)/python -m gain_cl params $(ARGS)
+
+test: setup ## the tests (under 15 minutes on 2 cores)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(TEST_ARGS)
+
+test-slow: setup ## the slow tests too: a built wheel in a clean environment, the default model
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow $(TEST_ARGS)
+
+check: setup ## lint, format and types
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+format: setup ## apply the formatter and the linter's fixes
+	@$(BIN)/ruff check -q --fix . && $(BIN)/ruff format -q .
+
+speed: setup ## tokens per second and memory of each method against a bare forward pass
+	@$(BIN)/python scripts/speed.py $(ARGS)
+
+clean: ## remove the environment and what runs left in runs/ (records in results/ stay)
+	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,184 @@
+"""The forgetting matrix as a picture: perplexity in every cell, its colour the change from the pretrained model."""
+
+from __future__ import annotations
+
+import io
+import math
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from gain_cl.record import Run
+
+DPI = 150
+BOUNDS = (5, 10, 20, 30, 40, 50)
+"""Ends of the colour scale in % of perplexity: the first that holds every cell. At least 5, so that noise stays pale; at
+most 50, so that one runaway cell does not bleach the others (the scale then shows that it was cut)."""
+
+CELL_HIGH, CELL_WIDE, CELL_WIDEST = 0.44, 0.74, 1.05  # inches
+GAP = 0.28  # between trained domains and controls, in cells
+INK, PALE_INK, SOFT, PAPER, UNSCORED = "#1a1a1a", "#ffffff", "#5f5f5f", "#ffffff", "#d9d9d9"
+
+
+def build(run: Run) -> Figure:
+    """Stages (0 = pretrained, at the top) by domains in training order, controls set apart on the right; the domain learned
+    in a stage is outlined. Blue: perplexity fell since stage 0, red: it rose (a map that colour-blind readers can tell
+    apart, white at no change); a cell that was not scored is grey."""
+    import matplotlib as mpl
+
+    with mpl.rc_context(_defaults()):
+        return _build(run)
+
+
+def png(run: Run) -> bytes:
+    """The picture as PNG; the same run gives the same bytes on one matplotlib (no date, no version inside)."""
+    import matplotlib as mpl
+
+    out = io.BytesIO()
+    with mpl.rc_context(_defaults()):
+        _build(run).savefig(out, format="png", dpi=DPI, metadata={"Software": None})
+    return out.getvalue()
+
+
+def _defaults() -> Any:
+    """matplotlib's own defaults, so that the reader's matplotlibrc changes nothing; names are never read as formulas."""
+    import matplotlib as mpl
+
+    drawn = ("axes", "figure", "font", "patch", "savefig", "text", "xtick", "ytick")
+    return {k: v for k, v in mpl.rcParamsDefault.items() if k.split(".")[0] in drawn} | {"text.parse_math": False}
+
+
+def _build(run: Run) -> Figure:
+    import matplotlib as mpl
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import LinearSegmentedColormap, Normalize
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+    from matplotlib.patheffects import withStroke
+
+    r = run.record
+    names = r.trained + r.controls
+    losses = r.losses()
+    change = 100 * np.expm1(np.clip(losses - losses[0], None, 700.0))
+    rows, columns = losses.shape
+    left = np.arange(columns) + GAP * (np.arange(columns) >= len(r.trained)) * bool(r.trained)  # left edge of each column
+
+    bound, cut = _scale(change)
+    shades = mpl.colormaps["RdBu_r"](np.linspace(0.08, 0.92, 255))  # without its darkest ends, which hide the outlines
+    colours = ScalarMappable(Normalize(-bound, bound), LinearSegmentedColormap.from_list("change", list(shades)))
+
+    figure = Figure(facecolor=PAPER)
+    renderer = FigureCanvasAgg(figure).get_renderer()
+
+    def width(text: str, size: float) -> float:
+        """Inches."""
+        drawn = figure.text(0, 0, text, fontsize=size)
+        inches = float(drawn.get_window_extent(renderer).width) / figure.dpi
+        drawn.remove()
+        return inches
+
+    # All sizes are in inches, from the text they must hold: nothing is clipped, whatever the names.
+    stages = [f"{s.index}  {s.domain or 'pretrained'}" for s in r.stages]
+    longest = max(width(n, 10) for n in names)
+    wide = min(max(CELL_WIDE, longest + 0.14), CELL_WIDEST)
+    tilted = longest + 0.1 > wide
+    title = f"{r.model} · {r.method} · {r.sequence} · seed {r.seed}"
+    legend = "Perplexity after each stage. Outlined: the domain learned in that stage."
+    across, down = wide * (float(left[-1]) + 1), CELL_HIGH * rows
+    before = max(width(s, 10) for s in stages) + 0.55
+    spill = longest * math.cos(math.radians(35)) if tilted else 0.0  # of the last tilted name beyond its column
+    beyond = max(0.45 + width("change from", 9), 0.75 + width("+2.5%", 9), spill) + 0.2
+    over = 0.95 + (longest * math.sin(math.radians(35)) + 0.1 if tilted else 0.2)
+    under = 0.78
+    size_wide = max(before + across + beyond, 0.5 + max(width(title, 13) * 1.08, width(legend, 10), width(f"{r.run_id}   {r.protocol}", 8)))
+    size_high = over + down + under
+    figure.set_size_inches(size_wide, size_high)
+
+    def place(x: float, y: float, w: float, h: float) -> Any:
+        """Axes at x, y inches from the left and the top."""
+        return figure.add_axes((x / size_wide, 1 - (y + h) / size_high, w / size_wide, h / size_high))
+
+    axes = place(before, over, across, down)
+    axes.set(xlim=(0, float(left[-1]) + 1), ylim=(rows, 0))
+    for stage in range(rows):
+        for j in range(columns):
+            scored = bool(np.isfinite(losses[stage, j]))
+            fill = colours.to_rgba(change[stage, j]) if scored else UNSCORED
+            axes.add_patch(Rectangle((left[j], stage), 1, 1, facecolor=fill, edgecolor=PAPER, linewidth=1.2))
+            axes.text(left[j] + 0.5, stage + 0.5, cell(losses[stage, j]), ha="center", va="center_baseline", fontsize=10, color=_ink(fill))
+    for stage, domain in enumerate(s.domain for s in r.stages):
+        if domain in r.trained:
+            x = left[r.trained.index(domain)]
+            inset_x, inset_y = 0.022, 0.022 * wide / CELL_HIGH
+            box = Rectangle((x + inset_x, stage + inset_y), 1 - 2 * inset_x, 1 - 2 * inset_y, fill=False, joinstyle="miter")
+            box.set(edgecolor=INK, linewidth=1.8, path_effects=[withStroke(linewidth=3.6, foreground=PAPER)])
+            axes.add_patch(box)
+    axes.xaxis.tick_top()
+    slope: dict[str, Any] = {"rotation": 35, "ha": "left", "rotation_mode": "anchor"} if tilted else {}
+    axes.set_xticks(left + (0.35 if tilted else 0.5), names, fontsize=10, color=INK, **slope)
+    axes.set_yticks(np.arange(rows) + 0.5, stages, fontsize=10, color=INK)
+    for label in axes.get_yticklabels():
+        label.set_ha("left")
+    axes.tick_params(length=0, pad=5)
+    axes.tick_params(axis="y", pad=(before - 0.45) * 72)
+    axes.spines[:].set_visible(False)
+
+    def caption(first: int, last: int, text: str) -> None:
+        """A bracket with its text under columns first..last."""
+        y = rows + 0.16
+        axes.plot([left[first] + 0.04, left[last] + 0.96], [y, y], color=SOFT, linewidth=1.2, clip_on=False, solid_capstyle="butt")
+        axes.text((left[first] + left[last] + 1) / 2, y + 0.14, text, ha="center", va="top", fontsize=9, color=SOFT)
+
+    if r.trained:
+        caption(0, len(r.trained) - 1, "trained, in this order" if len(r.trained) > 1 else "trained")
+    if r.controls:
+        caption(len(r.trained), columns - 1, "never trained" if len(r.controls) > 1 else "control")
+
+    bar = place(before + across + 0.32, over, 0.17, down)
+    figure.colorbar(colours, cax=bar, extend=cut, extendfrac=0.04)
+    ticks = np.linspace(-bound, bound, 5)
+    bar.set_yticks(ticks, [f"{t:+g}%" if t else "0%" for t in ticks], fontsize=9, color=INK)
+    bar.tick_params(length=3, color=SOFT)
+    bar.set_title("change from\npretrained", fontsize=9, color=SOFT, pad=8, loc="left")
+    bar.spines["outline"].set_visible(False)
+
+    def write(x: float, y: float, text: str, **style: Any) -> None:
+        figure.text(x / size_wide, 1 - y / size_high, text, ha="left", **style)
+
+    write(before - max(width(s, 10) for s in stages) - 0.1, over - 0.07, "stage", va="bottom", fontsize=9, color=SOFT)
+    write(0.25, 0.2, title, va="top", fontsize=13, color=INK, fontweight="bold")
+    write(0.25, 0.47, legend, va="top", fontsize=10, color=SOFT)
+    write(0.25, size_high - 0.1, f"{r.run_id}   {r.protocol}", va="bottom", fontsize=8, color=SOFT)
+    return figure
+
+
+def _scale(change: np.ndarray) -> tuple[float, str]:
+    """End of the colour scale in %, and on which side cells go beyond it (a colour bar's ``extend``)."""
+    known = change[~np.isnan(change)]
+    low, high = (float(known.min()), float(known.max())) if known.size else (0.0, 0.0)
+    bound = next((b for b in BOUNDS if max(-low, high) <= b), BOUNDS[-1])
+    return float(bound), {(False, False): "neither", (True, False): "min", (False, True): "max"}.get((low < -bound, high > bound), "both")
+
+
+def cell(loss_nats: float) -> str:
+    """A perplexity in at most seven characters: 23.31, 455.6, 49152, 1.2e+08; - where not scored."""
+    if math.isnan(loss_nats):
+        return "-"
+    value = math.exp(min(loss_nats, 700.0))
+    for limit, shown in ((100, f"{value:.2f}"), (1000, f"{value:.1f}"), (1e6, f"{value:.0f}")):
+        if value < limit:
+            return shown
+    return f"{value:.1e}"
+
+
+def _ink(fill: Any) -> str:
+    """Dark or white text, whichever is easier to read on the fill (by its relative luminance, WCAG 2)."""
+    from matplotlib.colors import to_rgb
+
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(fill)]
+    luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+    return INK if luminance > 0.25 else PALE_INK

@@ -1,0 +1,343 @@
+"""A finished run in the terminal: its matrix, its summary with intervals, its tasks, its cost and its files.
+
+Everything is derived from the record and its per-item values. Readable without colour, at any width. Torch-free.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from gain_cl import items as items_
+from gain_cl.errors import DataError
+from gain_cl.figures.heatmap import cell
+from gain_cl.matrix import Estimate, LossMatrix, summary
+from gain_cl.record import Run, RunRecord, items_path
+
+STUDY_TOKENS = 500_000
+"""Training tokens per domain from which a run can be part of a study (shared/paper.md); less is a demonstration."""
+
+DEMONSTRATION = "demonstration: too small to decide between methods"
+
+ROWS = {  # metric of matrix.METRICS -> what it is called, what it compares
+    "own_step": ("own step", "before to after the own stage"),
+    "zero_shot": ("zero-shot part", "pretrained to before the own stage"),
+    "learned": ("learned", "pretrained to after the own stage"),
+    "backward": ("backward change", "after the own stage to the end"),
+    "backward_net": ("  net of controls", "less the controls' change meanwhile"),
+    "from_base": ("change from base", "pretrained to the end"),
+    "controls_from_base": ("controls", "never trained: pretrained to the end"),
+}
+
+PLAIN_WIDTH = 120  # where the output is no terminal and COLUMNS says nothing
+
+
+def render(run: Run, files: dict[str, Path] | None = None, console: Console | None = None) -> None:
+    """Print a run. files: what to name at the end (label -> path); None: the per-item values and, where they exist, the
+    matrix and the heat map in the run's folder."""
+    console = console or _console()
+    r = run.record
+    say = _Printer(console)
+    losses = _checked(run)
+    say(f"{r.model}, {r.method}, {r.sequence}, seed {r.seed}: {r.run_id}", style="bold")
+    say()
+    say("Perplexity after each stage")
+    _matrix(run, console)
+    say("Change of perplexity, mean over domains (below 0: better)")
+    _summary(summary(losses), console)
+    _tasks(run, console, say)
+    say("Intervals: 95%, over test documents and task items of this one run; they leave out what another seed would change.")
+    say()
+    say(_cost(r))
+    if r.notes:
+        say()
+        for note in r.notes:
+            say(f"note: {note}")
+    reasons = demonstration(r)
+    if reasons:
+        say()
+        say(DEMONSTRATION, style="bold")
+        say(f"  ({'; '.join(reasons)})")
+    say()
+    for label, path in (files if files is not None else _files(run)).items():
+        say(f"{label}: {path}")
+
+
+def demonstration(r: RunRecord, runs: int = 1) -> list[str]:
+    """Why this cannot decide between methods; empty when it can. The rule: fewer than STUDY_TOKENS training tokens in some
+    stage, or a single run (one seed of one method says nothing of the spread between seeds)."""
+    tokens = [s.train.tokens for s in r.stages if s.train is not None]
+    reasons = []
+    if tokens and min(tokens) < STUDY_TOKENS:
+        reasons.append(f"{min(tokens):,} training tokens per domain, a study has {STUDY_TOKENS:,}")
+    if runs < 2:
+        reasons.append("one run of one seed")
+    return reasons
+
+
+def _checked(run: Run) -> LossMatrix:
+    """The matrix from the documents. DataError: a cell is missing, or the record holds other sums than its documents."""
+    again = "restore the files or run again with force=true"
+    try:
+        found = LossMatrix.from_documents(run.documents, run.record.trained, run.record.controls)
+    except ValueError as error:
+        raise DataError(str(error), str(run.path), again) from error
+    if not np.allclose(found.loss, run.record.losses(), rtol=1e-9, atol=0.0):
+        raise DataError("the sums in the record are not those of its documents", str(run.path), again)
+    return found
+
+
+class _Printer:
+    """Prints text as it is: brackets are no markup, long paths are not broken."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+
+    def __call__(self, text: str = "", style: str = "") -> None:
+        self._console.print(text, style=style or None, markup=False, highlight=False, soft_wrap=True)
+
+
+def _console() -> Console:
+    """Standard output; as wide as a full matrix where nobody says how wide it is."""
+    import os
+
+    console = Console()
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = PLAIN_WIDTH
+    return console
+
+
+# --- matrix ----------------------------------------------------------------------------------------------------------
+
+
+def _matrix(run: Run, console: Console) -> None:
+    """Stages by domains. As the width shrinks: stages by number alone, then domain names cut, then several tables."""
+    r = run.record
+    names = r.trained + r.controls
+    losses = r.losses()
+    stages = [f"{s.index} {s.domain or 'pretrained'}" for s in r.stages]
+    stars = [" " if d in r.trained else "" for d in names]  # the place of the mark behind each number of a column
+    cells = [
+        [cell(x) + ("*" if s.domain == d else star) for d, x, star in zip(names, row, stars, strict=True)]
+        for s, row in zip(r.stages, losses, strict=True)
+    ]
+    changes = [(label, [x + star for x, star in zip(row, stars, strict=True)]) for label, row in _changes(losses, r)]
+    widest = [max(len(row[j]) for row in [*cells, *(row for _, row in changes)]) for j in range(len(names))]
+
+    def width(columns: list[int]) -> int:
+        """Of a table with these domains."""
+        bar = 3 * any(names[j] in r.controls for j in columns)
+        return first + sum(max(len(titles[j] + stars[j]), widest[j]) + 2 for j in columns) + bar
+
+    titles, everything = names, list(range(len(names)))
+    notes = ["* learned in this stage"]
+    if r.controls:
+        notes.append("right of the bar: controls, never trained")
+    if console.color_system:
+        notes.append("blue: below stage 0, orange: above")
+    first = max(len(t) for t in [*stages, *(label for label, _ in changes)])
+    if width(everything) > console.width:
+        stages = [str(s.index) for s in r.stages]
+        first = max(len(t) for t in ["stage", *(label for label, _ in changes)])
+    if width(everything) > console.width:
+        titles = _shorten(names, 6)
+        cut = [f"{t} {n}" for t, n in zip(titles, names, strict=True) if t != n]
+        if cut:
+            notes.append(f"short: {', '.join(cut)}")
+    groups: list[list[int]] = [[]]
+    for j in everything:
+        if groups[-1] and width([*groups[-1], j]) > console.width:
+            groups.append([])
+        groups[-1].append(j)
+
+    for group in groups:
+        table = _table()
+        table.add_column("stage", min_width=first, no_wrap=True)
+        bar = next((j for j in group if names[j] in r.controls), None)
+        for j in group:
+            if j == bar:
+                table.add_column("|", no_wrap=True)
+            table.add_column(titles[j] + stars[j], justify="right", no_wrap=True)
+        for stage, label in enumerate(stages):
+            row = [Text(cells[stage][j], style=_colour(losses[stage, j] - losses[0, j], cells[stage][j].endswith("*"))) for j in group]
+            table.add_row(label, *_barred(row, group, bar), end_section=stage == len(stages) - 1)
+        for label, texts in changes:
+            table.add_row(label, *_barred([Text(texts[j]) for j in group], group, bar))
+        console.print(table)
+        console.print()
+    for line in ["; ".join(notes)] if len("; ".join(notes)) <= console.width else notes:
+        console.print(line, style="dim", markup=False, highlight=False)
+    console.print()
+
+
+def _table() -> Table:
+    """Columns two characters apart, a line under the head."""
+    return Table(box=SIMPLE_HEAD, padding=(0, 0, 0, 1), pad_edge=False, show_edge=False)
+
+
+def _barred(row: list[Text], columns: list[int], bar: int | None) -> list[Text]:
+    """The row with the bar before column ``bar``."""
+    at = columns.index(bar) if bar is not None else len(row)
+    return row[:at] + [Text("|")] * (bar is not None) + row[at:]
+
+
+def _changes(losses: np.ndarray, r: RunRecord) -> list[tuple[str, list[str]]]:
+    """Rows below the matrix, per domain, in % of perplexity: own step, change since the own stage, change from base."""
+    own, back, base = [], [], []
+    last = len(losses) - 1
+    for j in range(losses.shape[1]):
+        k = j + 1
+        own.append(_percent(losses[k, j] - losses[k - 1, j]) if j < len(r.trained) else "")
+        back.append(_percent(losses[last, j] - losses[k, j]) if j < len(r.trained) - 1 else "")
+        base.append(_percent(losses[last, j] - losses[0, j]))
+    rows = [("own step %", own), ("backward %", back), ("from base %", base)]
+    return [row for row in rows if any(row[1])]
+
+
+def _shorten(names: Sequence[str], width: int) -> list[str]:
+    """Names cut to width characters, all different."""
+    short = [n if len(n) <= width else n[: width - 1] + "." for n in names]
+    return [f"{s[: width - 2]}~{i}" if short.count(s) > 1 else s for i, s in enumerate(short)]
+
+
+def _colour(change_nats: float, trained: bool) -> str:
+    """Blue where perplexity fell since stage 0, orange where it rose (colour-blind readers can tell them apart), stronger
+    from 10%; plain within 1%."""
+    weight = "bold " if trained else ""
+    if not math.isfinite(change_nats) or abs(change_nats) < 0.01:
+        return weight + "default"
+    strong = abs(change_nats) >= 0.1
+    return weight + (("color(33)" if strong else "color(31)") if change_nats < 0 else ("color(202)" if strong else "color(172)"))
+
+
+# --- numbers ---------------------------------------------------------------------------------------------------------
+
+
+def _percent(nats: float) -> str:
+    """A difference of losses as a change of perplexity in %, - where there is none."""
+    if math.isnan(nats):
+        return "-"
+    value = 100 * (math.expm1(nats) if nats < 700 else math.inf)
+    return f"{value:+.1f}" if abs(value) < 1000 else f"{value:+.0e}"
+
+
+def _interval(low: str, high: str) -> str:
+    return "not known" if "-" in (low, high) else f"{low} to {high}"
+
+
+def _signed(x: float, digits: int) -> str:
+    return "-" if math.isnan(x) else f"{x:+.{digits}f}"
+
+
+def _plain(x: float, digits: int = 3) -> str:
+    return "-" if math.isnan(x) else f"{x:.{digits}f}"
+
+
+# --- summary, tasks, cost --------------------------------------------------------------------------------------------
+
+
+def _summary(found: dict[str, Estimate], console: Console) -> None:
+    """One line per metric; as the width shrinks without what it compares, then without the interval in nats."""
+    wordy, wide = console.width >= 119, console.width >= 80
+    table = _table()
+    table.add_column("", no_wrap=True)
+    for head in ["%", "95% interval", "nats", *(["95% interval"] if wide else []), "docs"]:
+        table.add_column(head, justify="right", no_wrap=True)
+    if wordy:
+        table.add_column("from to", no_wrap=True)
+    for name in [*(n for n in ROWS if n in found), *(n for n in found if n not in ROWS)]:
+        e = found[name]
+        label, compares = ROWS.get(name, (name.replace("_", " "), ""))
+        percent = [_percent(e.value), _interval(_percent(e.low), _percent(e.high))]
+        nats = [_signed(e.value, 4), *([_interval(_signed(e.low, 4), _signed(e.high, 4))] if wide else [])]
+        table.add_row(label, *percent, *nats, str(e.n), *([compares] if wordy else []))
+    console.print(table)
+    console.print()
+
+
+def _tasks(run: Run, console: Console, say: _Printer) -> None:
+    """Each task at the first and the last stage that scored it, and the change between, paired over its items."""
+    r = run.record
+    for task in dict.fromkeys(t for s in r.stages for t in s.tasks):
+        stages = [s.index for s in r.stages if task in s.tasks]
+        first, last = stages[0], stages[-1]
+        score = r.stages[first].tasks[task]
+        shots = f", {score.fewshot}-shot" if score.fewshot else ""
+        say(f"{task}: {score.items} items{shots}, stage {first}" + (f" and stage {last}" if last != first else ""))
+        if score.limited:
+            say("  limited for debugging: not for a table")
+        try:
+            levels = [items_.level(run.items, task, s) for s in (first, last)]
+            change = items_.change(run.items, task, first, last) if last != first else {}
+        except DataError as error:
+            say(f"  {error}")
+            continue
+        table = _table()
+        table.add_column("", no_wrap=True)
+        for head in [f"stage {first}", *([f"stage {last}", "change", "95% interval"] if change else [])]:
+            table.add_column(head, justify="right", no_wrap=True)
+        for name, unit in (("accuracy", ""), ("accuracy_norm", ""), ("margin", " (nats)"), ("auc", ""), ("balanced_accuracy", "")):
+            if name not in levels[0]:
+                continue
+            row = [name.replace("_", " ").replace("auc", "AUC") + unit, _plain(levels[0][name].value)]
+            if name in change:
+                e = change[name]
+                row += [_plain(levels[1][name].value), _signed(e.value, 3), _interval(_signed(e.low, 3), _signed(e.high, 3))]
+            table.add_row(*row)
+        console.print(table)
+        if change:
+            lost, gained, count = items_.flips(run.items, task, first, last)
+            say(f"  flips: {lost} right to wrong, {gained} wrong to right, of {count}")
+        say()
+
+
+def _cost(r: RunRecord) -> str:
+    """Parameters, tokens, time and memory in a few lines."""
+    trains = [s.train for s in r.stages if s.train is not None]
+    tokens = sum(t.tokens for t in trains)
+    learning = sum(t.seconds for t in trains)
+    scoring = sum(s.eval_seconds for s in r.stages)
+    answering = sum(s.task_seconds for s in r.stages)
+    whole = r.provenance.get("seconds")
+    share = f" ({100 * r.trainable_parameters / r.total_parameters:.3g}%)" if r.total_parameters else ""
+    speed = f", {tokens / learning:,.0f} tokens/s" if learning > 0 else ""
+    times = [f"learning {_time(learning)}", f"scoring {_time(scoring)}", *([f"tasks {_time(answering)}"] if answering else [])]
+    lines = [
+        f"trainable parameters: {r.trainable_parameters:,} of {r.total_parameters:,}{share}",
+        f"training tokens: {tokens:,} in {len(trains)} stages{speed}",
+        f"time: {_time(float(whole)) + ' (' if isinstance(whole, int | float) else ''}{', '.join(times)}"
+        + (")" if isinstance(whole, int | float) else ""),
+        f"peak memory: {r.peak_memory_bytes / 1e9:.2f} GB",
+        f"perplexity protocol: {r.protocol}",
+    ]
+    return "\n".join(lines)
+
+
+def _time(seconds: float) -> str:
+    whole = round(seconds)
+    return (
+        f"{whole // 3600} h {whole // 60 % 60} min"
+        if whole >= 3600
+        else f"{whole // 60} min {whole % 60} s"
+        if whole >= 60
+        else f"{seconds:.1f} s"
+    )
+
+
+def _files(run: Run) -> dict[str, Path]:
+    """What lies beside the record and in the run's folder."""
+    files = {"per-item values": items_path(run.path)}
+    folder = run.record.config.get("output_dir")
+    if isinstance(folder, str):
+        for label, name in (("matrix (CSV)", "matrix.csv"), ("heat map (PNG)", "matrix.png")):
+            path = Path(folder) / run.record.run_id / name
+            if path.exists():
+                files[label] = path
+    return files

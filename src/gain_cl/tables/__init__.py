@@ -1,0 +1,1 @@
+"""One file per table, each made from records alone."""

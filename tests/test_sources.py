@@ -1,0 +1,348 @@
+"""Pinned archives and the hub resolver, without network: a folder of wheels for pip, a hub on 127.0.0.1."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import subprocess
+import sys
+import tarfile
+import time
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fake_hub import SHA, serve
+from gain_cl import sources
+from gain_cl.config import PackageFile
+from gain_cl.errors import ConfigError, DataError, StorageError
+
+FILES = {
+    "demo/data/b.txt": b"second",
+    "demo/data/a.txt": b"first",
+    "demo/data/deep/c.txt": b"third",
+    "demo/__init__.py": b"raise SystemExit('was run')",
+}
+
+
+def wheel(folder: Path, name: str = "demo-1.0-py3-none-any.whl") -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    info = "demo-1.0.dist-info"
+    meta = {
+        f"{info}/METADATA": b"Metadata-Version: 2.1\nName: demo\nVersion: 1.0\n",
+        f"{info}/WHEEL": b"Wheel-Version: 1.0\n",
+        f"{info}/RECORD": b"",
+    }
+    with zipfile.ZipFile(folder / name, "w") as pack:
+        for member, data in {**FILES, **meta}.items():
+            pack.writestr(member, data)
+    return folder / name
+
+
+def sdist(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(folder / "demo-1.0.tar.gz", "w:gz") as tar:
+        for member, data in FILES.items():
+            entry = tarfile.TarInfo(f"demo-1.0/{member}")
+            entry.size = len(data)
+            tar.addfile(entry, io.BytesIO(data))
+    return folder / "demo-1.0.tar.gz"
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("GAIN_CL_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that pip uses as its only index."""
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "index"))
+    return tmp_path / "index"
+
+
+def test_cache_dir(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("GAIN_CL_CACHE", str(tmp_path))
+    assert sources.cache_dir() == tmp_path
+    monkeypatch.delenv("GAIN_CL_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert sources.cache_dir() == tmp_path / "gain_cl"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert sources.cache_dir() == Path.home() / ".cache" / "gain_cl"
+
+
+# --- archives ----------------------------------------------------------------------------------------------------------
+
+
+def test_archive_is_fetched_once_and_read_as_pinned(index: Path, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = PackageFile(package="demo==1.0", members="demo/data/*.txt", sha256=digest(wheel(index)))
+    assert list(sources.members(file)) == [("demo/data/a.txt", b"first"), ("demo/data/b.txt", b"second")]
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and told.startswith("fetching demo==1.0 ... ") and "MB" in told
+    wheel(index).unlink()
+    assert len(list(sources.members(file))) == 2  # from the cache, in silence
+    assert capsys.readouterr().err == ""
+    assert [p.name for p in (cache / "packages").iterdir() if not p.name.startswith(".")] == ["demo==1.0"]
+    assert not list((cache / "packages").glob(".fetch-*"))
+
+
+def test_wheel_of_one_platform_is_pinned_by_its_member(index: Path) -> None:
+    wheel(index, "demo-1.0-cp311-cp311-manylinux_2_28_x86_64.whl")  # for a Python and platform that need not be ours
+    pin = hashlib.sha256(b"first").hexdigest()
+    file = PackageFile(package="demo==1.0", members="demo/data/a.txt", members_sha256=pin)
+    assert list(sources.members(file)) == [("demo/data/a.txt", b"first")]
+    with pytest.raises(DataError, match=r"sha256 of demo/data/b\.txt is not as pinned"):
+        list(sources.members(file.model_copy(update={"members": "demo/data/b.txt"})))
+
+
+def test_source_archive_reads_alike(cache: Path) -> None:
+    path = sdist(cache / "packages" / "demo==1.0")
+    file = PackageFile(package="demo==1.0", members="demo/data/*.txt", sha256=digest(path))
+    assert [data for _, data in sources.members(file)] == [b"first", b"second"]
+
+
+def test_other_bytes_than_pinned(index: Path, cache: Path) -> None:
+    pinned = digest(wheel(index))
+    file = PackageFile(package="demo==1.0", members="demo/data/*.txt", sha256="0" * 64)
+    with pytest.raises(DataError, match="pinned sha256 0000"):
+        list(sources.members(file))
+    assert not (cache / "packages" / "demo==1.0").exists()
+    # Changed since it was pinned: caught on the next read in the same process.
+    file = PackageFile(package="demo==1.0", members="demo/data/*.txt", sha256=pinned)
+    path = sources.archive(file)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(DataError, match=r"sha256 is .*pinned is .*delete .* to fetch it again"):
+        list(sources.members(file))
+
+
+def test_no_such_package(index: Path) -> None:
+    index.mkdir()
+    with pytest.raises(StorageError, match=r"cannot fetch demo==1\.0: No matching distribution.*pip download --no-deps demo==1\.0"):
+        sources.archive(PackageFile(package="demo==1.0", members="*", members_sha256="0" * 64))
+    for name in ("demo", "demo>=1", "../demo==1", "demo==1 --index-url=x"):
+        with pytest.raises(ConfigError, match="NAME==VERSION"):
+            sources.archive(PackageFile(package=name, members="*"))
+
+
+def test_only_wheels_are_fetched_without_a_hash(tmp_path: Path) -> None:
+    """pip runs a source archive's build script to read its metadata: never for bytes that are not pinned."""
+    loose = list(sources._pip_attempts(PackageFile(package="demo==1.0", members="*"), tmp_path))
+    assert loose and all("--only-binary=:all:" in arguments for arguments in loose)
+    (pinned,) = sources._pip_attempts(PackageFile(package="demo==1.0", members="*", sha256="0" * 64), tmp_path)
+    assert "--require-hashes" in pinned
+
+
+def test_damaged_archive_and_missing_member(cache: Path) -> None:
+    folder = cache / "packages" / "demo==1.0"
+    path = wheel(folder)
+    with pytest.raises(DataError, match="no member matches nothing"):
+        list(sources.members(PackageFile(package="demo==1.0", members="nothing", sha256=digest(path))))
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(DataError, match="damaged archive"):
+        list(sources.members(PackageFile(package="demo==1.0", members="*.txt")))
+
+
+def test_members_stay_within_a_folder_and_match_from_the_end() -> None:
+    pattern = sources._member_pattern("data/*.txt")
+    assert pattern.fullmatch("data/a.txt") and pattern.fullmatch("top/demo/data/a.txt")
+    assert not pattern.fullmatch("data/deep/a.txt") and not pattern.fullmatch("mydata/a.txt")
+    assert sources._member_pattern("*.py").fullmatch("a/b/c.py")
+
+
+def test_extract_writes_one_named_file(cache: Path, tmp_path: Path) -> None:
+    wheel(cache / "packages" / "demo==1.0")
+    file = PackageFile(package="demo==1.0", members="demo/data/a.txt")
+    assert sources.extract(file, tmp_path / "x" / "out.bin").read_bytes() == b"first"
+    with pytest.raises(DataError, match="2 members match"):
+        sources.extract(file.model_copy(update={"members": "data/*.txt"}), tmp_path / "y")
+
+
+def test_read_only_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("GAIN_CL_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(StorageError, match="GAIN_CL_CACHE"):
+        sources.archive(PackageFile(package="demo==1.0", members="*"))
+
+
+# --- hashes ------------------------------------------------------------------------------------------------------------
+
+
+def test_folder_pin_follows_names_and_content(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "a.json").write_text("1")
+    (folder / "notes.md").write_text("ignored")
+    first = sources.folder_pin(folder, ["*.json"])
+    (folder / "notes.md").write_text("still ignored")
+    assert sources.folder_pin(folder, ["*.json"]) == first
+    (folder / "a.json").write_text("22")
+    changed = sources.folder_pin(folder, ["*.json"])
+    (folder / "a.json").rename(folder / "b.json")
+    assert len({first, changed, sources.folder_pin(folder, ["*.json"])}) == 3
+    with pytest.raises(DataError, match=r"no file matches \*\.bin"):
+        sources.folder_pin(folder, ["*.bin"])
+
+
+def test_remembered_hash_is_not_trusted_after_a_change(tmp_path: Path) -> None:
+    path = tmp_path / "weights"
+    path.write_bytes(b"one")
+    first = sources.file_sha256(path, remember=True)
+    assert first == sources.file_sha256(path, remember=True) == hashlib.sha256(b"one").hexdigest()
+    path.write_bytes(b"two")
+    os.utime(path, ns=(1, 1))
+    assert sources.file_sha256(path, remember=True) == hashlib.sha256(b"two").hexdigest()
+
+
+# --- the hub -----------------------------------------------------------------------------------------------------------
+
+CALLS = """
+import json, sys, time
+from itertools import islice
+from gain_cl import sources
+from gain_cl.errors import GainError
+for call in json.loads(sys.argv[1]):
+    start = time.monotonic()
+    try:
+        verb, repo, revision, patterns, kind = call
+        if verb == "snapshot":
+            folder = sources.snapshot(repo, revision, patterns, kind)
+            found = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+        else:
+            found = [p.name for p in islice(sources.data_files(repo, revision, patterns[0], kind), 2)]
+        out = {"ok": found}
+    except GainError as error:
+        out = {"error": str(error), "code": error.exit_code}
+    print(json.dumps({**out, "seconds": time.monotonic() - start}))
+assert "torch" not in sys.modules and "transformers" not in sys.modules
+"""
+
+
+def hub(calls: list[list[Any]], home: Path, **environment: str) -> list[dict[str, Any]]:
+    """Each call's outcome, in a fresh process: the hub's library reads its environment when it is imported."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
+    clean |= {"HF_HOME": str(home), "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_XET": "1", **environment}
+    done = subprocess.run(
+        [sys.executable, "-c", CALLS, json.dumps(calls)], env=clean, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def repository(root: Path, kind: str, name: str, files: dict[str, str]) -> None:
+    for path, text in files.items():
+        target = root / kind / name / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(text)
+
+
+MODEL = {"config.json": "{}", "tokenizer.json": "{}", "model.safetensors": "weights", "README.md": "no", "pytorch_model.bin": "no"}
+PATTERNS = ["config.json", "tokenizer*", "*.safetensors"]
+DATA = {f"data/train-0000{i}-of-00003.parquet": f"part {i}" for i in range(3)}
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("hub")
+    for name in ("org/model", "org/gated", "org/busy", "org/flipped"):
+        repository(root, "models", name, MODEL)
+    repository(root, "datasets", "org/data", DATA)
+    return root
+
+
+def test_snapshot_online_then_from_the_cache(site: Path, tmp_path: Path) -> None:
+    wanted = ["config.json", "model.safetensors", "tokenizer.json"]
+    with serve(site) as (address, log):
+        calls = [
+            ["snapshot", "org/model", SHA, PATTERNS, "model"],
+            ["snapshot", "org/model", SHA, ["*.gguf"], "model"],
+            ["files", "org/data", SHA, ["data/train-*.parquet"], "dataset"],
+            ["snapshot", "org/busy", SHA, PATTERNS, "model"],
+        ]
+        first, absent, files, busy = hub(calls, tmp_path / "hf", HF_ENDPOINT=address)
+        assert first["ok"] == wanted
+        assert "no file matching *.gguf" in absent["error"] and "README.md" in absent["error"] and absent["code"] == 65
+        assert files["ok"] == ["train-00000-of-00003.parquet", "train-00001-of-00003.parquet"]
+        assert not any("train-00002" in line for line in log)  # only as many files as were asked for
+        assert busy["ok"] == wanted, busy  # one 503 is not the end
+        asked = len(log)
+        assert hub([calls[0]], tmp_path / "hf", HF_ENDPOINT=address)[0]["ok"] == wanted
+        assert len(log) == asked  # the cache comes first
+    offline = {"HF_HUB_OFFLINE": "1"}
+    whole, part = hub([calls[0], calls[2]], tmp_path / "hf", **offline)
+    assert whole["ok"] == wanted and part["ok"] == files["ok"]
+
+
+def test_hub_refusals_are_one_line(site: Path, tmp_path: Path) -> None:
+    with serve(site) as (address, _):
+        calls = [
+            ["snapshot", "org/gated", SHA, PATTERNS, "model"],
+            ["snapshot", "org/private", SHA, PATTERNS, "model"],
+            ["snapshot", "org/model", "f" * 40, PATTERNS, "model"],
+            ["snapshot", "org/model", "main", PATTERNS, "model"],
+            ["snapshot", "org/model", None, PATTERNS, "model"],
+            ["snapshot", "org/flipped", SHA, PATTERNS, "model"],
+        ]
+        gated, private, revision, branch, none, flipped = hub(calls, tmp_path / "hf", HF_ENDPOINT=address)
+    assert "gated" in gated["error"] and "HF_TOKEN" in gated["error"] and gated["code"] == 65
+    assert "no repository org/private, or it is private" in private["error"]
+    assert f"no revision {'f' * 40}" in revision["error"]
+    assert f"'main' of org/model is not a commit (revision); pin the commit: revision: {SHA}" in branch["error"] and branch["code"] == 64
+    assert SHA in none["error"]
+    assert "is not what the hub states" in flipped["error"] and flipped["code"] == 65
+
+
+@pytest.mark.parametrize("environment", [{"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}], ids=["offline", "unreachable"])
+def test_not_cached_and_no_hub(tmp_path: Path, environment: dict[str, str]) -> None:
+    start = time.monotonic()
+    model, data, branch = hub(
+        [
+            ["snapshot", "org/model", SHA, PATTERNS, "model"],
+            ["files", "org/data", SHA, ["data/*.parquet"], "dataset"],
+            ["snapshot", "org/model", "main", PATTERNS, "model"],
+        ],
+        tmp_path / "hf",
+        **environment,
+    )
+    assert model["code"] == data["code"] == 74 and branch["code"] == 64
+    assert f'hf download org/model --revision {SHA} --include "config.json" --include "tokenizer*"' in model["error"]
+    assert f'hf download org/data --repo-type dataset --revision {SHA} --include "data/*.parquet"' in data["error"]
+    assert time.monotonic() - start < 15 and model["seconds"] < 5
+
+
+def test_cache_seeded_by_hand(tmp_path: Path) -> None:
+    """HF_HUB_OFFLINE over a cache tree that gain_cl did not write: used when whole, refused when surely not."""
+    hub_cache = tmp_path / "hf" / "hub"
+    for name, files in {
+        "models--org--whole": MODEL,
+        "models--org--noweights": {"config.json": "{}", "tokenizer.json": "{}"},
+        "models--org--shards": {
+            **MODEL,
+            "model.safetensors.index.json": json.dumps({"weight_map": {"w": "model-00002-of-00002.safetensors"}}),
+        },
+        "datasets--org--first": {"data/train-00000-of-00003.parquet": "x", "data/train-00001-of-00003.parquet": "x"},
+        "datasets--org--last": {"data/train-00002-of-00003.parquet": "x"},
+    }.items():
+        for path, text in files.items():
+            target = hub_cache / name / "snapshots" / SHA / path
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_text(text)
+    calls = [["snapshot", f"org/{name}", SHA, PATTERNS, "model"] for name in ("whole", "noweights", "shards")]
+    calls += [["files", f"org/{name}", SHA, ["data/*.parquet"], "dataset"] for name in ("first", "last")]
+    whole, noweights, shards, first, last = hub(calls, tmp_path / "hf", HF_HUB_OFFLINE="1")
+    assert "model.safetensors" in whole["ok"]
+    assert "missing: *.safetensors" in noweights["error"]
+    assert "missing: model-00002-of-00002.safetensors" in shards["error"]
+    assert first["ok"] == ["train-00000-of-00003.parquet", "train-00001-of-00003.parquet"]
+    assert "missing: data/train-00000-of-00003" in last["error"]
