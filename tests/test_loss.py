@@ -11,7 +11,7 @@ from gain_cl import loss
 
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loss, "CHUNK_LOGITS", 7 * 50)  # 7 rows of 50 logits: several chunks, a short last one
+    monkeypatch.setattr(loss, "CHUNK_LOGITS", {"cpu": 7 * 50})  # 7 rows of 50 logits: several chunks, a short last one
 
 
 @pytest.mark.parametrize("bias", [False, True])

@@ -111,7 +111,9 @@ def _run(argv: list[str]) -> int:
 
     here = {"config_dirs": args.config_dir, "plugins": args.plugin}
     if words := ["--help"] * args.help + ["--hydra-help"] * args.hydra_help:
-        return _hydra([*words, *build.search_path(args.config_dir), *args.overrides])
+        build.search_path(args.config_dir)  # says what is wrong with a folder
+        first, rest = args.config_dir[:1], args.config_dir[1:]  # Hydra's help lists the presets of its own --config-dir only
+        return _hydra([*words, *(f"--config-dir={d}" for d in first), *build.search_path(rest), *args.overrides])
     if args.multirun and not args.cfg and not args.info:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise ConfigError("-m under torchrun would start every run on every rank", "command line", "start torchrun once for each run")

@@ -105,7 +105,7 @@ def _execute(config: RunConfig, plan: Plan) -> record.Run:
         for i, name in enumerate(names):
             tracker.progress(i, len(names), "domains", name)
             domains[name] = domains_.prepare(config.domains[name], loaded.tokenizer, loaded.tokenizer_hash)
-        notes = domains_.check(domains, config.train, config.eval, loaded.model.get_input_embeddings().weight.shape[0])
+        notes = domains_.check(domains, config.train, config.eval, loaded.model.get_input_embeddings().weight.shape[0], config.sequence.controls)
         notes += _advice(config, loaded)
         taskset = tasks.TaskSet(config.tasks, loaded.tokenizer) if config.tasks.names else None
         for note in notes:

@@ -142,7 +142,7 @@ class Tracker:
         """What is being done now, within stage ``stage`` of ``of``."""
         if stage != self._stage:
             self._counted, self._timed = {}, {}
-            self._recent.clear()
+        self._recent.clear()
         self._stage, self._phase, self._work, self._numbers = stage, text, None, ""
         self._mark = self._clock()
         self._line(f"stage {stage} of {of} {self._domain}: {text}", rest=True)

@@ -82,31 +82,27 @@ class Domain:
 class Blocks:
     """An endless stream of training blocks with random access.
 
-    Within an epoch every training document comes once, in an order drawn from (seed, domain name, epoch) alone, and is
-    followed by the separator token; the stream is cut into blocks of ``block`` tokens and the tail of an epoch continues
-    into the next. No global random state, no dependence on the model, the place in the sequence or evaluation.
+    The documents, each followed by the separator token, are joined and cut into blocks of ``block`` tokens; an epoch is a
+    permutation of the blocks drawn from (seed, domain name, epoch) alone (the last tokens, less than a block, are left
+    out). Blocks, not documents, are shuffled, as is usual: a small budget then sees many documents even where each is
+    long. No global random state, no dependence on the model, the place in the sequence or evaluation.
     """
 
     def __init__(self, name: str, documents: list[Doc], seed: int, block: int, separator_id: int) -> None:
         self.name, self.seed, self.block, self.separator_id = name, seed, block, separator_id
         self._documents = documents
-        self.epoch_tokens = sum(len(d.tokens) + 1 for d in documents)  # separators included
-        if not documents:
-            raise DataError("no training document", f"domain {name}", "give more documents or smaller test and dev shares")
-        self._orders: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self._starts = np.cumsum([0, *(len(d.tokens) + 1 for d in documents)])  # separators included
+        self.epoch_blocks = int(self._starts[-1]) // block
+        if not self.epoch_blocks:
+            raise DataError(f"less than one block of {block} tokens to train on", f"domain {name}", "give more text, a smaller train.block or smaller shares for test and dev")
+        self._orders: dict[int, np.ndarray] = {}
 
-    def _order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """(document indices in the epoch's order, start of each in the epoch's stream and its end)."""
+    def _order(self, epoch: int) -> np.ndarray:
+        """The blocks in the epoch's order."""
         if epoch not in self._orders:
             # Sorting by a hash, not a generator's shuffle: the same on every numpy version, for good.
-            def key(index: int) -> bytes:
-                return hashlib.sha256(f"{self.seed}:{self.name}:{epoch}:{self._documents[index].id}".encode()).digest()
-
-            order = np.array(sorted(range(len(self._documents)), key=key))
-            lengths = [len(self._documents[i].tokens) + 1 for i in order]
-            while len(self._orders) > 1:  # a stream is read forward: one epoch and its successor
-                del self._orders[min(self._orders)]
-            self._orders[epoch] = order, np.concatenate([[0], np.cumsum(lengths)])
+            keys = [hashlib.sha256(f"{self.seed}:{self.name}:{epoch}:{k}".encode()).digest() for k in range(self.epoch_blocks)]
+            self._orders = {epoch: np.array(sorted(range(self.epoch_blocks), key=keys.__getitem__))}
         return self._orders[epoch]
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
@@ -114,18 +110,18 @@ class Blocks:
         hash order, a separator belongs to the document before it."""
         if index < 0:
             raise IndexError(index)
+        epoch, place = divmod(index, self.epoch_blocks)
+        start = int(self._order(epoch)[place]) * self.block
         tokens, owners = np.empty(self.block, np.int64), np.empty(self.block, np.int64)
-        filled, position = 0, index * self.block
+        filled = 0
         while filled < self.block:
-            epoch, inside = divmod(position + filled, self.epoch_tokens)
-            order, starts = self._order(epoch)
-            rank = int(np.searchsorted(starts, inside, side="right")) - 1
-            document, skip = self._documents[order[rank]].tokens, inside - int(starts[rank])
-            part = np.asarray(document[skip : skip + self.block - filled], dtype=np.int64)
+            owner = int(np.searchsorted(self._starts, start + filled, side="right")) - 1
+            skip = start + filled - int(self._starts[owner])
+            part = np.asarray(self._documents[owner].tokens[skip : skip + self.block - filled], dtype=np.int64)
             stop = filled + len(part)
-            tokens[filled:stop], owners[filled:stop] = part, order[rank]
+            tokens[filled:stop], owners[filled:stop] = part, owner
             if stop < self.block:  # the document ended: its separator follows
-                tokens[stop], owners[stop] = self.separator_id, order[rank]
+                tokens[stop], owners[stop] = self.separator_id, owner
                 stop += 1
             filled = stop
         return tokens, owners

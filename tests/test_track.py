@@ -1,0 +1,656 @@
+"""What a run says while it works. The console and metrics.jsonl tell the truth; wandb may do anything and changes nothing."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import re
+import socket
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+import synthetic
+from gain_cl import record, track
+from gain_cl.errors import StorageError
+
+SMALL = {"a": 20.0, "b": 30.0, "x": 10.0}
+
+
+class Clock:
+    """Time that passes only when told."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> record.Run:
+    return synthetic.run(tmp_path / "r.json", bases=SMALL, controls=["x"], count=4)
+
+
+@contextmanager
+def tracking(folder: Path, clock: Clock, out: io.StringIO, tasks: bool = False, **keys: Any) -> Iterator[track.Tracker]:
+    """A tracker of a run of two domains and a control: 4 steps a stage, 9 cells."""
+    config = synthetic.config(["a", "b"], ["x"], tokens=4096, tasks=["boolq@100"] if tasks else None, **keys)
+    terminal = isinstance(out, Terminal)
+    console = Console(file=out, width=110, force_terminal=terminal, color_system=None, legacy_windows=False)
+    with track.Tracker(config, "run-1", folder, steps_total=8, cells_total=9, console=console, clock=clock) as tracker:
+        yield tracker
+
+
+def follow(tracker: track.Tracker, run: record.Run, clock: Clock, finish: bool = True) -> None:
+    """Drive a tracker as run.py does: a cell takes 2 s, an item 0.1 s, a step 3 s."""
+    stages = run.record.stages
+
+    def measure(stage: record.StageRecord) -> None:
+        tracker.phase("score", stage=stage.index, of=2)
+        for i, name in enumerate("abx"):
+            tracker.progress(i, 3, "cells", name)
+            clock.now += 2
+        if stage.tasks:
+            tracker.phase("run tasks", stage=stage.index, of=2)
+            for done in range(20, 101, 20):
+                clock.now += 2
+                tracker.progress(done, 100, "items")
+        tracker.stage(stage.model_copy(update={"eval_seconds": 6.0, "task_seconds": 10.0 if stage.tasks else 0.0}))
+
+    tracker.phase("load model", stage=0, of=2)
+    clock.now += 5
+    tracker.note("a [warning]")
+    tracker.note("a [warning]")
+    measure(stages[0])
+    for stage in stages[1:]:
+        tracker.phase(f"learn {stage.domain}", stage=stage.index, of=2)
+        for k in range(1, 5):
+            clock.now += 3
+            tracker.step(
+                {
+                    "stage": stage.index,
+                    "domain": stage.domain,
+                    "step": k,
+                    "steps": 4,
+                    "loss_nats": 3.0 - 0.1 * k,
+                    "lr": 1e-3,
+                    "grad_norm": 0.5,
+                    "tokens": 1024,
+                    "seconds": 2.5,
+                }
+            )
+            if k == 2:
+                tracker.dev({"stage": stage.index, "domain": stage.domain, "step": k, "loss_nats": 2.9})
+        measure(stage)
+    if finish:
+        tracker.finish(run)
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    """Every line of metrics.jsonl, read by a parser that knows no NaN."""
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    return [json.loads(x, parse_constant=refuse) for x in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+# --- metrics.jsonl ---------------------------------------------------------------------------------------------------
+
+
+def test_metrics_file(run: record.Run, tmp_path: Path) -> None:
+    clock = Clock()
+    with tracking(tmp_path, clock, io.StringIO(), tasks=True) as tracker:
+        follow(tracker, run, clock)
+    rows = metrics(tmp_path)
+    kinds = [r["kind"] for r in rows]
+    assert kinds[0] == "start" and kinds[-1] == "finish"
+    assert {k: kinds.count(k) for k in set(kinds)} == {
+        "start": 1,
+        "step": 8,
+        "dev": 2,
+        "eval": 9,
+        "task": 2,
+        "stage": 3,
+        "note": 1,
+        "finish": 1,
+    }
+    cell = next(r for r in rows if r["kind"] == "eval" and r["stage"] == 2 and r["domain"] == "b")
+    assert cell["nll_nats"] == run.record.stages[2].domains["b"].nll_nats  # every bit of it
+    assert (
+        next(r for r in rows if r["kind"] == "task")
+        == {"kind": "task", "stage": 0, "task": "boolq@100"} | run.record.stages[0].tasks["boolq@100"].model_dump()
+    )
+    assert [r["step"] for r in rows if r["kind"] == "step"] == [1, 2, 3, 4] * 2
+
+
+def test_numbers_that_are_not_finite_become_null_and_are_named(tmp_path: Path) -> None:
+    clock = Clock()
+    row = {
+        "stage": 1,
+        "domain": "a",
+        "step": 1,
+        "steps": 4,
+        "loss_nats": np.float32("nan"),
+        "grad_norm": math.inf,
+        "lr": np.float64(0.5),
+        "more": [-math.inf],
+    }
+    with tracking(tmp_path, clock, io.StringIO()) as tracker:
+        tracker.step(row)
+    written = metrics(tmp_path)[-1]
+    assert (written["loss_nats"], written["grad_norm"], written["more"], written["lr"]) == (None, None, [None], 0.5)
+    assert written["not_finite"] == {"loss_nats": "nan", "grad_norm": "inf", "more[0]": "-inf"}
+
+
+def test_each_process_starts_anew_in_one_file(tmp_path: Path) -> None:
+    for _ in range(2):
+        with tracking(tmp_path, Clock(), io.StringIO()):
+            pass
+    assert [r["kind"] for r in metrics(tmp_path)] == ["start", "start"]
+
+
+def test_lines_are_there_at_once(run: record.Run, tmp_path: Path) -> None:
+    clock = Clock()
+    with tracking(tmp_path, clock, io.StringIO()) as tracker:
+        follow(tracker, run, clock, finish=False)
+        assert metrics(tmp_path)[-1]["kind"] == "stage"
+
+
+def test_a_folder_that_cannot_be(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="cannot write"), tracking(tmp_path / "file" / "run", Clock(), io.StringIO()):
+        pass
+
+
+def test_a_disk_that_fills_up(tmp_path: Path) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full")
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    with pytest.raises(StorageError, match="No space left") as caught, tracking(tmp_path, Clock(), io.StringIO()):
+        pass
+    assert caught.value.exit_code == 74
+
+
+# --- the console -----------------------------------------------------------------------------------------------------
+
+
+def test_plain_lines(run: record.Run, tmp_path: Path) -> None:
+    clock, out = Clock(), io.StringIO()
+    with tracking(tmp_path, clock, out, tasks=True) as tracker:
+        follow(tracker, run, clock)
+    text = out.getvalue()
+    assert "\x1b" not in text and "\r" not in text
+    assert text.count("note: a [warning]") == 1 and tracker.notes == ["a [warning]"]
+    for stage, domain in enumerate(["pretrained", "a", "b"]):
+        assert len(re.findall(rf"stage {stage} of 2 {domain} done: ", text)) == 1
+    before, after = (s.domains["a"].perplexity for s in run.record.stages[:2])
+    assert f"perplexity {before:.4g} -> {after:.4g} ({100 * (after / before - 1):+.1f}%)" in text
+    drift = 100 * (run.record.stages[2].domains["a"].perplexity / after - 1)
+    assert f"earlier domains {drift:+.1f}% meanwhile" in text
+    at = [int(m) * 60 + int(s) for m, s in re.findall(r"^ +(\d+):(\d\d)  (?!note|run|stage \d of \d \w+ done)", text, re.M)]
+    assert at and min(b - a for a, b in zip(at, at[1:], strict=False)) >= track.LINE_SECONDS
+
+
+def test_a_long_stage_speaks_every_ten_seconds(tmp_path: Path) -> None:
+    clock, out = Clock(), io.StringIO()
+    with tracking(tmp_path, clock, out) as tracker:
+        tracker.phase("learn a", stage=1, of=2)
+        for k in range(100):
+            clock.now += 1
+            tracker.step({"stage": 1, "domain": "a", "step": k + 1, "steps": 100, "loss_nats": 2.0, "tokens": 512, "seconds": 0.5})
+    lines = out.getvalue().splitlines()[1:]
+    assert len(lines) == 10
+    assert re.search(r"stage 1 of 2 a: step 10/100, loss 2\.000, 1,024 tokens/s, ", lines[0])
+
+
+def test_live_view(run: record.Run, tmp_path: Path) -> None:
+    clock, out = Clock(), Terminal()
+    with tracking(tmp_path, clock, out, tasks=True) as tracker:
+        follow(tracker, run, clock, finish=False)
+        tracker.phase("learn b", stage=2, of=2)
+        tracker.step({"stage": 2, "domain": "b", "step": 1, "steps": 4, "loss_nats": 2.5, "tokens": 512, "seconds": 0.5})
+        frame = io.StringIO()
+        Console(file=frame, width=110, color_system=None).print(tracker._view())
+        shown = frame.getvalue()
+        for part in ("stage 2 of 2 b", "learn b, loss 2.500, 1,024 tokens/s", "steps 1/4", "elapsed", "left"):
+            assert part in shown
+        assert max(map(len, shown.splitlines())) <= 110
+        for width in (40, 80):
+            Console(file=io.StringIO(), width=width).print(tracker._view())
+    text = out.getvalue()
+    assert "stage 1 of 2 a done" in text  # stays above the view
+    assert "\x1b[?25l" in text and text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l")  # the cursor is given back
+
+
+def test_the_terminal_is_restored_after_an_error(tmp_path: Path) -> None:
+    out = Terminal()
+    with pytest.raises(RuntimeError), tracking(tmp_path, Clock(), out):
+        raise RuntimeError
+    assert out.getvalue().rindex("\x1b[?25h") > out.getvalue().rindex("\x1b[?25l")
+
+
+def test_colour_forced_into_a_file_is_no_terminal(tmp_path: Path) -> None:
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=True)
+    with track.Tracker(synthetic.config(), "run-1", tmp_path, steps_total=1, cells_total=1, console=console):
+        pass
+    assert "\x1b[?25l" not in out.getvalue()
+
+
+# --- time left -------------------------------------------------------------------------------------------------------
+
+
+def test_time_left_is_remaining_units_times_their_pace(run: record.Run, tmp_path: Path) -> None:
+    clock, seen = Clock(), []
+    with tracking(tmp_path, clock, io.StringIO(), tasks=True) as tracker:
+        assert tracker.left() == (0.0, ["training", "scoring", "tasks"]) and tracker._rest == "? left"
+        tracker.phase("score", stage=0, of=2)
+        tracker.progress(0, 3, "cells", "a")
+        clock.now += 2
+        tracker.progress(1, 3, "cells", "b")
+        assert tracker.left() == (8 * 2, ["training", "tasks"])
+        assert tracker._rest == "0:16 + ? (training, tasks) left"
+        clock.now += 4
+        tracker.progress(2, 3, "cells", "x")
+        assert tracker.left() == (7 * 3, ["training", "tasks"])  # 6 s for 2 of 9
+        row = run.record.stages[0]
+        tracker.stage(row.model_copy(update={"eval_seconds": 12.0, "task_seconds": 10.0}))  # what was measured where it happened
+        assert tracker.left() == (6 * 4 + 10, ["training"])  # tasks once more, at the end
+        tracker.phase("learn a", stage=1, of=2)
+        clock.now += 3
+        tracker.step({"stage": 1, "domain": "a", "step": 1, "steps": 4})
+        assert tracker.left() == (6 * 4 + 10 + 7 * 3, [])
+        assert tracker._rest == "about 0:55 left"
+    clock = Clock()
+    with tracking(tmp_path, clock, io.StringIO(), tasks=True) as tracker:
+        follow(tracker, run, clock)
+        seen.append(tracker.left())
+    assert seen == [(0.0, [])]
+
+
+def test_time_left_without_tasks_does_not_wait_for_them(run: record.Run, tmp_path: Path) -> None:
+    clock = Clock()
+    with tracking(tmp_path, clock, io.StringIO()) as tracker:
+        tracker.stage(run.record.stages[0].model_copy(update={"eval_seconds": 3.0, "tasks": {}}))
+        assert tracker.left() == (6.0, ["training"])
+
+
+@pytest.mark.parametrize(("stages", "scored"), [("ends", 2), ("all", 3), ([0, 1, 2], 3), ([2], 1)])
+def test_task_items_of_the_whole_run(tmp_path: Path, stages: Any, scored: int) -> None:
+    config = synthetic.config(["a", "b"], ["x"], tasks=["boolq@100"])
+    config = config.model_copy(update={"tasks": config.tasks.model_copy(update={"stages": stages})})
+    clock = Clock()
+    with track.Tracker(config, "r", tmp_path, steps_total=0, cells_total=0, console=Console(file=io.StringIO()), clock=clock) as tracker:
+        tracker.phase("run tasks", stage=0, of=2)
+        clock.now += 5
+        tracker.progress(50, 100, "items")
+        assert tracker.left() == (pytest.approx((100 * scored - 50) * 0.1), [])
+
+
+def test_other_units_are_shown_and_not_timed(tmp_path: Path) -> None:
+    clock, out = Clock(), io.StringIO()
+    with tracking(tmp_path, clock, out) as tracker:
+        tracker.phase("prepare domains", stage=0, of=2)
+        clock.now += 11
+        tracker.progress(1, 3, "domains", "b")
+        assert tracker.left()[0] == 0.0
+    assert "prepare domains, domains 1/3 b" in out.getvalue()
+
+
+# --- wandb -----------------------------------------------------------------------------------------------------------
+
+
+class Broken(Exception):
+    pass
+
+
+class FakeRun:
+    def __init__(self, fake: FakeWandb) -> None:
+        self._fake, self.summary = fake, self
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *a, **k: self._fake._call(f"run.{name}", *a, **k)
+
+
+class FakeWandb(ModuleType):
+    """wandb in which one call raises; ``calls`` is what was asked of it."""
+
+    run = None
+
+    def __init__(self, fault: str = "", at: int = 1) -> None:
+        super().__init__("wandb")
+        self._fault, self._at, self.calls = fault, at, []  # type: ignore[var-annotated]
+
+    def _call(self, name: str, *args: Any, **keys: Any) -> Any:
+        self.calls.append((name, args, keys))
+        if name == self._fault and sum(c[0] == name for c in self.calls) >= self._at:
+            raise Broken(f"{name} broke\nsecond line")
+        return self
+
+    class Settings:
+        model_fields = {"silent": None, "init_timeout": None, "finish_timeout": None}
+
+        def __init__(self, **keys: Any) -> None:
+            self.__dict__.update(keys)
+
+    base_url = "https://api.wandb.ai"
+
+    @property
+    def settings(self) -> Any:
+        return self
+
+    def setup(self, *a: Any, **k: Any) -> Any:
+        return self._call("setup", *a, **k)
+
+    def teardown(self) -> None:
+        self._call("teardown")
+
+    def init(self, **keys: Any) -> FakeRun:
+        self._call("init", **keys)
+        if self._fault == "online" and keys["mode"] == "online":
+            raise Broken("no answer")
+        return FakeRun(self)
+
+    def Table(self, **keys: Any) -> Any:
+        return self._call("Table", **keys)
+
+    def Image(self, path: str) -> Any:
+        return self._call("Image", path)
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """No credentials of this machine are in reach."""
+    for name in [n for n in os.environ if n.startswith("WANDB_")] + ["NETRC"]:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    return tmp_path / "home"
+
+
+def mirrored(
+    folder: Path, run: record.Run, fake: FakeWandb, monkeypatch: pytest.MonkeyPatch, **keys: Any
+) -> tuple[str, list[dict[str, Any]]]:
+    """Everything printed, and everything in metrics.jsonl but notes of wandb's."""
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    clock, out = Clock(), io.StringIO()
+    folder.mkdir(exist_ok=True)
+    (folder / "matrix.png").write_bytes(b"png")
+    with tracking(folder, clock, out, tasks=True, backend="wandb", **keys) as tracker:
+        follow(tracker, run, clock)
+    assert tracker.notes == ["a [warning]"]  # trouble with wandb is no note on the numbers: it must not reach the record
+    return out.getvalue(), [r for r in metrics(folder) if not (r["kind"] == "note" and r["text"].startswith("wandb"))]
+
+
+FAULTS = ["setup", "init", "run.define_metric", "run.log", "run.update", "Table", "Image", "run.finish"]
+
+
+@pytest.mark.parametrize("at", [1, 2])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_wandb_may_break_anywhere(
+    home: Path, run: record.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str, at: int
+) -> None:
+    clean, calm = FakeWandb(), FakeWandb(fault, at)
+    expected = mirrored(tmp_path / "clean", run, clean, monkeypatch, mode="offline")[1]
+    text, written = mirrored(tmp_path / "broken", run, calm, monkeypatch, mode="offline")
+    assert written == expected
+    broke = sum(c[0] == fault for c in clean.calls) >= at
+    assert text.count("note: wandb: ") == int(broke)
+    if broke:
+        assert f"(Broken: {fault} broke); the run goes on without it" in text
+        assert "second line" not in text
+        last = max(i for i, c in enumerate(calm.calls) if c[0] == fault)
+        assert {c[0] for c in calm.calls[last + 1 :]} <= {"run.finish", "teardown"}  # it is left alone afterwards
+
+
+def test_wandb_that_is_not_installed(home: Path, run: record.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text, _ = mirrored(tmp_path / "run", run, None, monkeypatch)  # type: ignore[arg-type]
+    assert text.count("note: wandb: start failed (ModuleNotFoundError") == 1
+
+
+def test_an_interrupt_is_not_swallowed(home: Path, run: record.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeWandb()
+
+    def interrupt(**_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(fake, "init", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        mirrored(tmp_path / "run", run, fake, monkeypatch, mode="offline")
+
+
+@pytest.mark.parametrize(
+    ("mode", "env", "netrc", "expected"),
+    [
+        ("auto", {}, "", ["offline"]),
+        ("auto", {"WANDB_API_KEY": "k" * 40}, "", ["online"]),
+        ("auto", {}, "machine api.wandb.ai login user password k", ["online"]),
+        ("auto", {}, "machine elsewhere.example login user password k", ["offline"]),
+        ("auto", {}, "machine broken", ["offline"]),
+        ("auto", {"WANDB_MODE": "offline", "WANDB_API_KEY": "k" * 40}, "", ["offline"]),
+        ("auto", {"WANDB_MODE": "disabled"}, "", []),
+        ("online", {"WANDB_MODE": "disabled", "WANDB_API_KEY": "k" * 40}, "", ["online"]),
+        ("online", {}, "", ["offline"]),
+        ("offline", {"WANDB_API_KEY": "k" * 40}, "", ["offline"]),
+        ("disabled", {"WANDB_API_KEY": "k" * 40}, "", []),
+    ],
+)
+def test_modes(
+    home: Path,
+    run: record.Run,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    mode: str,
+    env: dict[str, str],
+    netrc: str,
+    expected: list[str],
+) -> None:
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    if netrc:
+        (home / ".netrc").write_text(netrc + "\n")
+    fake = FakeWandb()
+    text, _ = mirrored(tmp_path / "run", run, fake, monkeypatch, mode=mode)
+    assert [c[2]["mode"] for c in fake.calls if c[0] == "init"] == expected
+    without_key = mode in ("auto", "online") and expected == ["offline"] and "WANDB_MODE" not in env
+    assert text.count("wandb: no API key") == int(without_key)
+    assert text.count("note: wandb") == int(without_key)
+    if not expected:
+        assert fake.calls == []
+
+
+def test_no_answer_means_offline_with_one_note(home: Path, run: record.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+    fake = FakeWandb("online")
+    text, _ = mirrored(tmp_path / "run", run, fake, monkeypatch, init_timeout_seconds=600)
+    calls = [c[0] for c in fake.calls]
+    assert [c[2]["mode"] for c in fake.calls if c[0] == "init"] == ["online", "offline"]
+    assert "teardown" in calls[calls.index("init") : len(calls)]  # the service would not take the same run id twice
+    assert text.count("note: wandb: not reached (Broken: no answer); tracking offline, upload later with: wandb sync ") == 1
+    assert text.count("note: wandb") == 1
+    assert max(c[2]["settings"].init_timeout for c in fake.calls if c[0] == "init") <= 10  # + start, give up, start again < 20 s
+
+
+def test_what_wandb_is_given(home: Path, run: record.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeWandb()
+    mirrored(tmp_path / "run", run, fake, monkeypatch, mode="offline", tags=["t"], group="g", job_type="j", project="p")
+    keys = next(c[2] for c in fake.calls if c[0] == "init")
+    assert {k: keys[k] for k in ("id", "name", "group", "job_type", "tags", "project")} == {
+        "id": "run-1",
+        "name": "run-1",
+        "group": "g",
+        "job_type": "j",
+        "tags": ["t"],
+        "project": "p",
+    }
+    assert keys["dir"] == str(tmp_path / "run") and keys["config"]["train"]["lr"] == 3e-3 and keys["config"]["run_id"] == "run-1"
+    axes = [(c[1][0], c[2].get("step_metric")) for c in fake.calls if c[0] == "run.define_metric"]
+    assert ("ppl/*", "stage") in axes and ("train/*", "train/global_step") in axes
+    logs = [c[1][0] for c in fake.calls if c[0] == "run.log"]
+    assert [x["train/global_step"] for x in logs if "train/loss_nats" in x] == synthetic_steps()
+    ppl = [(x["stage"], x["ppl/b"], x["change_pct/b"]) for x in logs if "ppl/b" in x]
+    scores = [s.domains["b"].perplexity for s in run.record.stages]
+    assert ppl == [(i, pytest.approx(p), pytest.approx(100 * (p / scores[0] - 1), abs=1e-9)) for i, p in enumerate(scores)]
+    summary = next(c[1][0] for c in fake.calls if c[0] == "run.update")
+    assert {"backward_pct", "backward_pct_low", "backward_net_nats", "own_step_pct", "trainable_parameters"} <= set(summary)
+    assert all(math.isfinite(v) for v in summary.values())
+    table = next(c[2] for c in fake.calls if c[0] == "Table")
+    assert table["columns"] == ["stage", "trained", "a", "b", "x"]
+    assert table["data"][1] == [1, "a", *run.matrix.iloc[1].tolist()]
+    assert next(c[1][0] for c in fake.calls if c[0] == "Image") == str(tmp_path / "run" / "matrix.png")
+    assert fake.calls[-1][0] == "run.finish" and fake.calls[-1][2] == {"exit_code": 0}
+
+
+def synthetic_steps() -> list[int]:
+    """Global steps of two stages of four."""
+    per_stage = synthetic.config(["a", "b"], ["x"], tokens=4096).train.stage_steps
+    return [s * per_stage + k for s in range(2) for k in range(1, 5)]
+
+
+def test_a_failed_run_is_marked_as_failed(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    with pytest.raises(RuntimeError), tracking(tmp_path, Clock(), io.StringIO(), backend="wandb", mode="offline"):
+        raise RuntimeError
+    assert fake.calls[-1][2] == {"exit_code": 1}
+
+
+def test_secrets_are_blanked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_canary_canary")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "aws/canary/canary")
+    config = {"a": ["x hf_canary_canary y"], "b": "https://me:pass@host/x", "c": 3, "d": {"e": "aws/canary/canary"}}
+    assert track._public(config) == {"a": ["x *** y"], "b": "https://***@host/x", "c": 3, "d": {"e": "***"}}
+
+
+# The real wandb, in processes of its own: it keeps global state and threads.
+
+DRIVER = """
+import random, sys, time
+from pathlib import Path
+import numpy as np
+import synthetic, test_track
+from gain_cl import record, track
+from gain_cl.figures import heatmap
+folder, modes = Path(sys.argv[1]), sys.argv[2:]
+run = synthetic.run(folder / "r.json", bases=test_track.SMALL, controls=["x"], count=4)
+before = random.getstate(), np.random.get_state()[1].tolist()
+for mode in modes:
+    record.write_bytes(folder / mode / "matrix.png", heatmap.png(run))
+    out, clock, started = __import__("io").StringIO(), test_track.Clock(), time.monotonic()
+    with test_track.tracking(folder / mode, clock, out, tasks=True, backend="wandb", mode=mode, init_timeout_seconds=3) as tracker:
+        print("SECONDS", time.monotonic() - started)
+        test_track.follow(tracker, run, clock)
+    print(out.getvalue())
+    if mode == "disabled":
+        print("IMPORTED", "wandb" in sys.modules)
+print("RANDOM", before == (random.getstate(), np.random.get_state()[1].tolist()))
+"""
+
+
+def drive(folder: Path, *modes: str, **env: str) -> str:
+    """Output of runs with the real wandb; fails when it prints anything of its own."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("WANDB_", "NETRC"))}
+    clean |= {"HOME": str(folder), "PYTHONPATH": str(Path(__file__).parent), "HF_TOKEN": "hf_canary_canary", **env}
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(DRIVER), str(folder), *modes], env=clean, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert "RANDOM True" in done.stdout
+    return done.stdout
+
+
+def inspect(folder: Path) -> dict[str, list[Any]]:
+    """Records of the one offline run under a folder, by type, read with wandb's own tool."""
+    (offline,) = (folder / "wandb").glob("offline-run-*-run-1")
+    code = "import sys; from wandb.cli.cli import cli; sys.argv[0] = 'wandb'; cli()"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "leet", "inspect", "--json", str(offline)], capture_output=True, text=True, timeout=60, check=True
+    )
+    found: dict[str, list[Any]] = {}
+    for x in map(json.loads, done.stdout.splitlines()):
+        found.setdefault(x["type"], []).append(x[x["type"]] if x["type"] in x else x)
+    return found
+
+
+def grep(folder: Path, *needles: bytes) -> list[str]:
+    return [str(p) for p in folder.rglob("*") if p.is_file() and any(n in p.read_bytes() for n in needles)]
+
+
+def test_real_wandb_offline(tmp_path: Path) -> None:
+    text = drive(tmp_path, "disabled", "online", "offline")
+    assert "IMPORTED False" in text and not (tmp_path / "disabled" / "wandb").exists()
+    assert text.count("note: wandb") == text.count("note: wandb: no API key") == 1  # online without a key; offline was asked for
+    for mode in ("online", "offline"):
+        found = inspect(tmp_path / mode)
+        run = found["run"][0]
+        assert (run["run_id"], run["job_type"], run["project"]) == ("run-1", "train", "gain_cl")
+        assert run["run_group"] == "offline/smollm2/gain_ffn"
+        axes = {m.get("glob_name") or m["name"]: m.get("step_metric") for m in found["metric"]}
+        assert axes["ppl/*"] == axes["task/*"] == "stage" and axes["train/*"] == "train/global_step"
+        history = json.dumps(found["history"])
+        for key in ("ppl/a", "change_pct/x", "train/loss_nats", "train/dev_loss_nats", "task/boolq@100/accuracy", "matrix_image"):
+            assert f'"{key}"' in history or f'"{key}' in history, key
+        assert '"backward_net_pct"' in json.dumps(found["summary"])
+        (run_folder,) = (tmp_path / mode / "wandb").glob("offline-run-*")
+        (table,) = run_folder.glob("files/media/table/matrix_*.table.json")
+        assert json.loads(table.read_text())["columns"] == ["stage", "trained", "a", "b", "x"]
+        (image,) = run_folder.glob("files/media/images/matrix_image_*.png")
+        assert image.read_bytes() == (tmp_path / mode / "matrix.png").read_bytes()
+    assert grep(tmp_path, b"hf_canary") == []
+
+
+def test_real_wandb_out_of_reach(tmp_path: Path) -> None:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    text = drive(tmp_path, "auto", WANDB_API_KEY="k" * 40, WANDB_BASE_URL=f"http://127.0.0.1:{port}")
+    assert float(re.findall(r"SECONDS (\S+)", text)[0]) < 12  # 2 s for the server here; 10 s by default
+    assert text.count("note: wandb") == text.count("note: wandb: not reached") == 1
+    assert inspect(tmp_path / "auto")["history"]
+    assert grep(tmp_path, b"k" * 40, b"hf_canary") == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("listens", [False, True], ids=["refused", "black hole"])
+def test_real_wandb_out_of_reach_within_20_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, listens: bool) -> None:
+    """With the default timeout, from the start of the run to its first stage; and the process ends soon after."""
+    monkeypatch.setattr(sys.modules[__name__], "DRIVER", DRIVER.replace(", init_timeout_seconds=3", ""))
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        if listens:
+            s.listen()
+        text = drive(tmp_path, "auto", WANDB_API_KEY="k" * 40, WANDB_BASE_URL=f"http://127.0.0.1:{s.getsockname()[1]}")
+    assert float(re.findall(r"SECONDS (\S+)", text)[0]) < 20
+
+
+def test_without_a_tracker_wandb_is_not_imported(tmp_path: Path) -> None:
+    code = """
+    import sys, synthetic, test_track
+    from pathlib import Path
+    import io
+    with test_track.tracking(Path(sys.argv[1]), test_track.Clock(), io.StringIO()):
+        pass
+    print({"wandb", "torch", "matplotlib"} & set(sys.modules))
+    """
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code), str(tmp_path)], env=env, capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
