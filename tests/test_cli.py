@@ -110,6 +110,7 @@ BAD = [
     ("domain=law,code", "several values: domain=law,code", "domain=[a,b]"),
     ("+train.lr=1", "already at 'train.lr'", "without a prefix"),
     ("-m seed=1,1", "a repeated value: seed=1,1", ""),
+    ("-m seed=0,1 hydra/launcher=jobllib", "unknown hydra/launcher 'jobllib'", "basic"),
     ("-m model=gpt2,gpt3", "unknown model 'gpt3'", "did you mean gpt2?"),
     ("--nope", "unrecognized arguments: --nope", "--help"),
     ("--cfg jab", "invalid choice: 'jab'", ""),
@@ -208,6 +209,7 @@ def test_model_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     """A bare model.path= selects the custom model, is called after its folder, drops a commit, and obeys its config.json."""
     folder = tmp_path / "My model (v2)"
     folder.mkdir()
+    assert "no config.json" in refused(capsys, "run", f'model.path="{folder}"', *SMALL, code=65)
     (folder / "config.json").write_text(json.dumps({"model_type": "llama", "max_position_embeddings": 512, "hidden_size": 8}))
     words = [f'model.path="{folder}"', *SMALL]
     assert "eval.context=1024 exceeds the context of My-model--v2-, 512 tokens" in refused(capsys, "run", *words)
@@ -220,6 +222,20 @@ def test_model_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert (run.model.name, run.model.revision) == ("gpt2", None), "a preset keeps its name when its weights come from a folder"
     run = build.compose(["model=smollm2", *words, "eval.context=512"])
     assert run.model.package is None, "the path stands in for the package"
+
+
+def test_hub_model_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A hub id obeys its config.json where that is at hand."""
+    from huggingface_hub import constants
+
+    commit = "a" * 40
+    folder = tmp_path / "models--org--name" / "snapshots" / commit
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps({"model_type": "gpt2", "n_positions": 256}))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    words = ["model.path=org/name", f"model.revision={commit}", *SMALL]
+    assert "exceeds the context of name, 256 tokens" in refused(capsys, "run", *words)
+    assert build.compose([*words, "eval.context=256"]).model.name == "name"
 
 
 # --- grammar ---------------------------------------------------------------------------------------------------------

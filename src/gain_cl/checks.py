@@ -79,7 +79,18 @@ def _model(config: RunConfig, origin: Origin) -> None:
             raise ConfigError(what, origin("model.path"), near or "check the path")
         else:
             _commit(model.revision, model.path, "model.revision", origin)
+            arch = arch or _cached_config(model.path, str(model.revision))
     limits(config, arch or {}, origin)
+
+
+def _cached_config(path: str, revision: str) -> dict[str, Any] | None:
+    """config.json of a hub repository when it is in the cache already; nothing is downloaded."""
+    from huggingface_hub import try_to_load_from_cache
+
+    from gain_cl.models import read_config
+
+    file = try_to_load_from_cache(path, "config.json", revision=revision)
+    return read_config(Path(file).parent) if isinstance(file, str) else None
 
 
 def _commit(revision: str | None, path: str, key: str, origin: Origin) -> None:

@@ -25,6 +25,7 @@ usage: python -m gain_cl VERB ... (also: gain-cl VERB ...)
 
   run     adapt a model to a sequence of domains and write its forgetting matrix; run --help lists presets and keys
   show    print a finished run again: show RECORD.json, or show RUN_ID
+  export  fold a run's trained state into its weights: an ordinary transformers checkpoint
   params  trainable parameters of every model and method
 
   --version, --help
@@ -55,12 +56,12 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _verb(verb: str) -> Callable[[list[str]], int]:
-    verbs = {"run": _run, "show": _show, "params": _params, "--help": _help, "-h": _help, "help": _help, "--version": _version}
+    verbs = {"run": _run, "show": _show, "export": _export, "params": _params, "--help": _help, "-h": _help, "help": _help, "--version": _version}
     if verb not in verbs:
         if verb:
             from gain_cl.explain import suggest
 
-            raise ConfigError(f"unknown verb {verb!r}", "command line", suggest(verb, ["run", "show", "params"]))
+            raise ConfigError(f"unknown verb {verb!r}", "command line", suggest(verb, ["run", "show", "export", "params"]))
         return lambda _: _help([]) or USAGE
     return verbs[verb]
 
@@ -180,10 +181,7 @@ def _hydra(argv: list[str], job: Callable[[list[str]], None] | None = None) -> i
     before, full, said = sys.argv, os.environ.get("HYDRA_FULL_ERROR"), io.StringIO()
     sys.argv, os.environ["HYDRA_FULL_ERROR"] = ["gain_cl run", *argv], "1"  # errors reach us instead of being printed
     try:
-        with (
-            explained(Given(argv)) if job is None else contextlib.nullcontext(),
-            contextlib.redirect_stderr(said if job is None else sys.stderr),
-        ):
+        with explained(Given(argv)), contextlib.redirect_stderr(said if job is None else sys.stderr):
             hydra.main(version_base="1.3", config_path=str(presets.configs_dir()), config_name="run")(task)()
     except SystemExit as end:
         if end.code:
@@ -207,6 +205,27 @@ def _show(argv: list[str]) -> int:
     path = find_record(args.run, Path(args.results_dir))
     show.render(record.load(path))
     print(f"record: {path}")
+    return 0
+
+
+def _export(argv: list[str]) -> int:
+    parser = _Parser(
+        "export",
+        usage="python -m gain_cl export RECORD.json|RUN_ID --to DIR [--stage K] [--results-dir DIR] [--output-dir DIR]",
+        description="Write the model after a stage as an ordinary transformers checkpoint: base weights times trained state, in fp32.",
+    )
+    parser.add_argument("run", help="path of a record, or a run id (its beginning is enough)")
+    parser.add_argument("--to", required=True, help="folder to write, which must be new or empty")
+    parser.add_argument("--stage", type=int, help="stage whose state is folded in (default: the last)")
+    parser.add_argument("--results-dir", default="results", help="where runs/RUN_ID.json are (default: %(default)s)")
+    parser.add_argument("--output-dir", help="output_dir of the run (default: as recorded)")
+    args = parser.parse_args(argv)
+    from gain_cl import export, record
+
+    made = record.load(find_record(args.run, Path(args.results_dir))).record
+    gap = export.merged(made, Path(args.to), args.stage, args.output_dir)
+    print(f"folded against unfolded, fp32: {gap:.1e}, the largest relative difference of a logit")
+    print(f"checkpoint: {args.to}")
     return 0
 
 

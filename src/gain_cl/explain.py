@@ -18,7 +18,7 @@ from pydantic import BaseModel, ValidationError
 
 from gain_cl import presets
 from gain_cl.config import RunConfig
-from gain_cl.errors import ConfigError
+from gain_cl.errors import ConfigError, GainError
 
 FREE = ("model.arch", "adapter.config", "guard", "adapter")
 """Sections that take keys of their own; plain Hydra needs ++ to add one."""
@@ -124,9 +124,9 @@ def explained(given: Given) -> Iterator[None]:
     """Turns what Hydra, OmegaConf and YAML raise inside into one ConfigError."""
     try:
         yield
-    except ConfigError:
+    except GainError:
         raise
-    except (Exception, RecursionError) as error:
+    except Exception as error:
         raise explain(error, given) from error
 
 
@@ -136,7 +136,9 @@ def explain(error: BaseException, given: Given = Given()) -> ConfigError:
     from omegaconf.errors import InterpolationKeyError, InterpolationResolutionError, OmegaConfBaseException
 
     chain = [error]
-    while (inner := chain[-1].__cause__ or chain[-1].__context__) is not None and inner not in chain:
+    while (
+        inner := chain[-1].__cause__ or (None if chain[-1].__suppress_context__ else chain[-1].__context__)
+    ) is not None and inner not in chain:
         chain.append(inner)
     for e in chain:
         match e:
@@ -190,7 +192,7 @@ def _no_preset(error: Any, given: Given) -> ConfigError:
     where = "sequence.domains" if group == "domain" else next((o for o in given.overrides if key_of(o) == group), "configuration")
     if named := re.match(r"In '([^']+)'", str(error)):
         where = where if named[1] == "run" else f"{named[1]}.yaml"
-    return ConfigError(f"unknown {group} {name!r}", where, suggest(name, presets.names(group, given.config_dirs)))
+    return ConfigError(f"unknown {group} {name!r}", where, suggest(name, error.options or presets.names(group, given.config_dirs)))
 
 
 def _undecodable(given: Given) -> str:

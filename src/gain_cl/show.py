@@ -53,7 +53,8 @@ def render(run: Run, files: dict[str, Path] | None = None, console: Console | No
     say("Change of perplexity, mean over domains (below 0: better)")
     _summary(summary(losses), console)
     _tasks(run, console, say)
-    say("Intervals: 95%, over test documents and task items of this one run; they leave out what another seed would change.")
+    units = "test documents and task items" if len(run.items) else "test documents"
+    say(f"Intervals: 95%, over {units} of this one run; they leave out what another seed would change.")
     say()
     say(_cost(r))
     if r.notes:
