@@ -30,6 +30,7 @@ def worker(method: str, overrides: list[str]) -> None:
     domain = domains.prepare(config.domains[config.sequence.trained[0]], loaded.tokenizer, loaded.tokenizer_hash)
     blocks = domain.train_blocks(config.seed, config.train.block, loaded.separator_id)
     if method == "forward":
+
         def steps():  # type: ignore[no-untyped-def]
             for i in range(10**6):
                 batch = train.batch_at(blocks, i, config.train.sequences)
@@ -40,8 +41,10 @@ def worker(method: str, overrides: list[str]) -> None:
         adapter = adapters.build(config.adapter)
         adapter.attach(loaded)
         many = config.train.model_copy(update={"steps": 10**6, "tokens": None})
+
         def steps():  # type: ignore[no-untyped-def]
             yield from train.stage(loaded, adapter, Guard(), blocks, many, train.optimizer(adapter, many), index=1, seed=0)
+
     stream = steps()
     next(stream)
     print("ready", flush=True)
@@ -61,7 +64,8 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*")
     args = parser.parse_args()
     if args.worker:
-        return worker(args.worker, args.overrides)
+        worker(args.worker, args.overrides)
+        return
     from gain_cl import build
 
     tokens = build.compose(args.overrides, [], []).train.batch_tokens

@@ -7,9 +7,9 @@ import copy
 import numpy as np
 import pytest
 import torch
-from conftest import FAMILIES, ListBlocks, tiny
 from torch import nn
 
+from conftest import FAMILIES, ListBlocks, tiny
 from gain_cl import adapters, config, evaluate, models, train
 from gain_cl.adapters.gain import DiagonalGain, Gains, attach_gains
 from gain_cl.errors import ConfigError, DataError
@@ -122,7 +122,9 @@ def test_state_rebuilds_the_model(method: str) -> None:
 
 
 def test_counts_are_the_widths() -> None:
-    widths = {m: sum(p.numel() for p in attach(tiny("llama"), m).parameters().values()) for m in ("gain_attn", "gain_ffn", "gain_ffn_output")}
+    widths = {
+        m: sum(p.numel() for p in attach(tiny("llama"), m).parameters().values()) for m in ("gain_attn", "gain_ffn", "gain_ffn_output")
+    }
     assert widths == {"gain_attn": 2 * 32, "gain_ffn": 2 * (32 + 48), "gain_ffn_output": 2 * (32 + 32)}
 
 
@@ -223,7 +225,7 @@ def test_unknown_family_lists_candidates_and_the_key() -> None:
         attach_gains(loaded.model)
     gains = attach_gains(loaded.model, names={"attn_out": "self_attn.o_proj", "ffn_down": "mlp.down_proj"})
     assert len(gains.layers) == 4
-    with pytest.raises(ConfigError, match="no module matches ffn_down='mlp.up'"):
+    with pytest.raises(ConfigError, match=r"no module matches ffn_down='mlp\.up'"):
         attach_gains(loaded.model, names={"attn_out": "self_attn.o_proj", "ffn_down": "mlp.up"})
 
 

@@ -412,7 +412,6 @@ def test_multirun_of_whole_runs(plugin: list[str], capsys: pytest.CaptureFixture
 
 def test_from_python() -> None:
     import gain_cl
-    import gain_cl.run  # must not hide the function
 
     assert callable(gain_cl.run) and callable(gain_cl.load) and callable(gain_cl.attach_gains)
     with pytest.raises(ConfigError, match="unknown model 'gpt3'"):

@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ListBlocks, tiny
 
+from conftest import ListBlocks, tiny
 from gain_cl import config, evaluate, train
 from gain_cl.adapters.gain import GainAdapter
 from gain_cl.guards.base import Guard
@@ -18,7 +18,8 @@ from gain_cl.guards.base import Guard
 def documents(lengths: list[int], seed: int = 0) -> list:
     rng = np.random.default_rng(seed)
     return [
-        SimpleNamespace(id=f"{i:016x}", tokens=rng.integers(1, 257, n).astype(np.uint32), ends=np.arange(1, n + 1) * 2) for i, n in enumerate(lengths)
+        SimpleNamespace(id=f"{i:016x}", tokens=rng.integers(1, 257, n).astype(np.uint32), ends=np.arange(1, n + 1) * 2)
+        for i, n in enumerate(lengths)
     ]
 
 
@@ -60,7 +61,14 @@ def test_equals_lm_evals_rolling_log_likelihood(family: str) -> None:
         docs.append(SimpleNamespace(id=str(i), tokens=np.array(ids), ends=np.arange(1, len(ids) + 1)))
     context = 48
     ours = evaluate.score(loaded, docs, None, context, batch=3)
-    lm = HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=1, max_length=context, prefix_token_id=loaded.prefix_id, softmax_dtype="float32")
+    lm = HFLM(
+        pretrained=loaded.model,
+        tokenizer=loaded.tokenizer,
+        batch_size=1,
+        max_length=context,
+        prefix_token_id=loaded.prefix_id,
+        softmax_dtype="float32",
+    )
     requests = [Instance("loglikelihood_rolling", {}, (t,), i) for i, t in enumerate(texts)]
     theirs = lm.loglikelihood_rolling(requests, disable_tqdm=True)
     assert ours.tokens.tolist() == [len(d.tokens) for d in docs]
@@ -103,7 +111,14 @@ def test_ratios_come_from_sums() -> None:
 def test_context_and_stride_change_the_name() -> None:
     names = {
         evaluate.protocol(config.Eval(documents=d, window=w, context=c, stride=s), 0)
-        for d, w, c, s in [(32, 128, 1024, None), (64, 128, 1024, None), (32, 64, 1024, None), (32, None, 1024, None), (32, 128, 512, None), (32, 128, 512, 64)]
+        for d, w, c, s in [
+            (32, 128, 1024, None),
+            (64, 128, 1024, None),
+            (32, 64, 1024, None),
+            (32, None, 1024, None),
+            (32, 128, 512, None),
+            (32, 128, 512, 64),
+        ]
     }
     assert len(names) == 6
 

@@ -67,4 +67,6 @@ def test_total_is_summed_in_float64() -> None:
     """An fp32 counter of 2^24 + 1 does not move."""
     h = torch.zeros(3, 1, requires_grad=True)
     w = torch.zeros(50, 1)
-    assert loss.sum_cross_entropy(h, w, None, torch.zeros(3, dtype=torch.long)).item() == pytest.approx(3 * torch.log(torch.tensor(50.0)).item())
+    assert loss.sum_cross_entropy(h, w, None, torch.zeros(3, dtype=torch.long)).item() == pytest.approx(
+        3 * torch.log(torch.tensor(50.0)).item()
+    )

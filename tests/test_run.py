@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import tiny
 from safetensors.torch import load_file
 
 import gain_cl
-from gain_cl import build, cli, config, export, models, provenance, record, run
+from conftest import tiny
+from gain_cl import build, cli, config, export, models, provenance, record, spine
 from gain_cl.errors import ConfigError, DataError, InUseError
 
 SMALL = ["debug=smoke", "compute.threads=1"]
@@ -167,7 +167,7 @@ def test_execution_settings_are_not_in_the_run_id() -> None:
     }  # fmt: skip
 
     def run_id(*overrides: str) -> str:
-        return run.prepare(build.compose(["debug=smoke", *overrides], [], [])).run_id
+        return spine.prepare(build.compose(["debug=smoke", *overrides], [], [])).run_id
 
     base = run_id()
     assert {o for o in execution if run_id(o) != base} == set()
@@ -180,17 +180,18 @@ def test_execution_settings_are_not_in_the_run_id() -> None:
 
 def test_two_owners(first: record.Run, tmp_path: Path) -> None:
     settings = build.compose([*SMALL, f"output_dir={tmp_path}/runs", f"results_dir={tmp_path}/results"], [], [])
-    plan = run.prepare(settings)
-    holder = f"import time\nfrom pathlib import Path\nfrom gain_cl.lock import owned\nwith owned(Path({str(plan.folder)!r})):\n print('held', flush=True)\n time.sleep(60)"
+    plan = spine.prepare(settings)
+    hold = f"with owned(Path({str(plan.folder)!r})): print('held', flush=True); time.sleep(60)"
+    holder = f"import time\nfrom pathlib import Path\nfrom gain_cl.lock import owned\n{hold}"
     with subprocess.Popen([sys.executable, "-c", holder], stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None and process.stdout.readline() == "held\n"
             with pytest.raises(InUseError, match=rf"process {process.pid} on") as error:
-                run.execute(settings, plan)
+                spine.execute(settings, plan)
             assert error.value.exit_code == 73
         finally:
             process.kill()
-    run.execute(settings, plan)  # a dead owner holds nothing
+    spine.execute(settings, plan)  # a dead owner holds nothing
 
 
 def test_unwritable_results_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -214,7 +215,7 @@ def test_export_is_the_model_that_was_scored(method: str, tmp_path: Path, capsys
     loaded.model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert AutoTokenizer.from_pretrained(tmp_path / "merged").get_vocab() == loaded.tokenizer.get_vocab()
     domain = domains.prepare(settings.domains["smoke_a"], loaded.tokenizer, loaded.tokenizer_hash)
-    rows = run.score_domain(loaded, domain, settings.eval, 16)
+    rows = spine.score_domain(loaded, domain, settings.eval, 16)
     assert evaluate.total(rows).nll_nats == pytest.approx(made.record.stages[-1].domains["smoke_a"].nll_nats, rel=1e-5)
 
 
@@ -242,7 +243,12 @@ def test_a_model_folder_of_ones_own(tmp_path: Path) -> None:
     loaded.tokenizer.save_pretrained(tmp_path / "my-gpt2")
     smoke = ["train.tokens=256", "train.block=32", "train.batch_tokens=128", "eval.documents=4", "eval.window=32", "eval.context=64"]
     made = gain_cl.run(
-        f"model.path={tmp_path}/my-gpt2", "sequence=smoke", "tasks=none", *smoke, f"output_dir={tmp_path}/runs", f"results_dir={tmp_path}/results"
+        f"model.path={tmp_path}/my-gpt2",
+        "sequence=smoke",
+        "tasks=none",
+        *smoke,
+        f"output_dir={tmp_path}/runs",
+        f"results_dir={tmp_path}/results",
     )
     assert made.record.model == "my-gpt2" and "folder" in made.record.pins["model"]
     assert any("was chosen on smollm2, not on my-gpt2" in n for n in made.record.notes)
@@ -255,19 +261,29 @@ QWEN = "d149729398750b98c0af14eb82c78cfe92750796"
 
 def command(home: Path, *overrides: str, **environment: str) -> subprocess.CompletedProcess[str]:
     env = {**os.environ, "HF_HOME": str(home), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **environment}
-    return subprocess.run([sys.executable, "-m", "gain_cl", "run", *overrides], capture_output=True, text=True, env=env, check=False, timeout=300)
+    return subprocess.run(
+        [sys.executable, "-m", "gain_cl", "run", *overrides], capture_output=True, text=True, env=env, check=False, timeout=300
+    )
 
 
 def test_qwen_from_a_seeded_hub_cache(tmp_path: Path) -> None:
     """A tiny Qwen2 under the real id and revision: the command line of the README, start to finish, offline."""
     repository = tmp_path / "hf/hub/models--Qwen--Qwen2.5-7B"
     snapshot = repository / "snapshots" / QWEN
-    loaded = tiny("qwen2", "bfloat16")
+    loaded = tiny("qwen2", "bfloat16", vocab_size=300)  # its tokenizer class adds a token of its own
     loaded.model.save_pretrained(snapshot)
     loaded.tokenizer.save_pretrained(snapshot)
     (repository / "refs").mkdir()
     (repository / "refs/main").write_text(QWEN)
-    overrides = ["model=qwen2.5", "method=gain_ffn", "sequence=smoke", "tasks=none", "train.tokens=128", "train.block=32", "train.batch_tokens=64"]
+    overrides = [
+        "model=qwen2.5",
+        "method=gain_ffn",
+        "sequence=smoke",
+        "tasks=none",
+        "train.tokens=128",
+        "train.block=32",
+        "train.batch_tokens=64",
+    ]
     overrides += ["eval.documents=4", "eval.window=32", "eval.context=64", f"output_dir={tmp_path}/runs", f"results_dir={tmp_path}/results"]
     done = command(tmp_path / "hf", *overrides)
     assert done.returncode == 0, done.stderr

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from conftest import ListBlocks, tiny
 
-from gain_cl import adapters, config, train
+from conftest import ListBlocks, tiny
+from gain_cl import adapters, config, models, train
 from gain_cl.errors import DataError
 from gain_cl.guards.base import Batch, Guard
 
@@ -18,7 +18,15 @@ def settings(**keys: object) -> config.Train:
     return config.Train(**{"steps": 3, "block": 16, "batch_tokens": 64, "lr": 1e-2, **keys})  # type: ignore[arg-type]
 
 
-def fit(family: str = "llama", setup: config.Train | None = None, micro: int | None = None, guard: Guard | None = None, blocks=None, seed: int = 0, dtype: str = "float32"):  # type: ignore[no-untyped-def]
+def fit(
+    family: str = "llama",
+    setup: config.Train | None = None,
+    micro: int | None = None,
+    guard: Guard | None = None,
+    blocks=None,
+    seed: int = 0,
+    dtype: str = "float32",
+):  # type: ignore[no-untyped-def]
     setup = setup or settings()
     loaded = tiny(family, dtype)
     adapter = adapters.build(GAIN)
@@ -120,7 +128,7 @@ def test_gradient_checkpointing_changes_nothing() -> None:
         adapter = adapters.build(GAIN)
         adapter.attach(loaded)
         if checkpointing:
-            loaded.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            models.checkpoint_activations(loaded.model)
         blocks = ListBlocks(np.random.default_rng(0).integers(1, 257, (32, 16)))
         list(train.stage(loaded, adapter, Guard(), blocks, settings(), train.optimizer(adapter, settings()), index=1, seed=0))
         states.append(adapter.state())

@@ -5,8 +5,6 @@ Importing the package imports nothing heavy; its names are resolved when they ar
 
 from __future__ import annotations
 
-import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -24,33 +22,8 @@ def __getattr__(name: str) -> Any:
         from gain_cl.record import load
 
         return load
-    if name == "attach_gains":
-        from gain_cl.api import attach_gains
-
-        return attach_gains
-    if name == "run":
-        import importlib
-
-        return importlib.import_module("gain_cl.run")
-    raise AttributeError(f"module 'gain_cl' has no attribute {name!r}")
-
-
-class _Run(ModuleType):
-    """The module run.py, which can be called: ``gain_cl.run(...)`` is api.run, whatever was imported before."""
-
-    def __call__(self, *overrides: str, **options: Any) -> Any:
+    if name in ("attach_gains", "run"):
         from gain_cl import api
 
-        return api.run(*overrides, **options)
-
-
-class _Package(ModuleType):
-    """Importing gain_cl.run binds the module to the package's ``run``, over any function of that name."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "run" and isinstance(value, ModuleType):
-            value.__class__ = _Run
-        super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package
+        return getattr(api, name)
+    raise AttributeError(f"module 'gain_cl' has no attribute {name!r}")

@@ -16,8 +16,7 @@ def run(*overrides: str, config_dirs: tuple[str | Path, ...] = (), plugins: tupl
     overrides: Hydra overrides, as on the command line. A finished run is read, not repeated (unless ``force=true``).
     Raises errors.GainError, whose text is the command line's one-line message.
     """
-    from gain_cl import build
-    from gain_cl import run as spine
+    from gain_cl import build, spine
 
     config = build.compose(list(overrides), [str(d) for d in config_dirs], [str(p) for p in plugins])
     return spine.execute(config, spine.prepare(config))

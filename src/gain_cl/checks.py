@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from gain_cl import presets
 from gain_cl.config import SHA1, HubSource, Peft, RunConfig
@@ -35,7 +35,7 @@ def check(config: RunConfig, plain: Mapping[str, Any], origin: Origin) -> None:
     _device(config.compute.device, origin)
     for name, domain in config.domains.items():
         if isinstance(domain.source, HubSource):
-            _commit(domain.source.revision, domain.source.path, f"domains.{name}.source.revision", origin)
+            _commit(domain.source.revision, domain.source.path, "dataset", f"domains.{name}.source.revision", origin)
     if config.tasks.names:
         from gain_cl import tasks
 
@@ -78,7 +78,7 @@ def _model(config: RunConfig, origin: Origin) -> None:
             what = f"{model.path!r} is neither a folder nor a hub id ORG/NAME"
             raise ConfigError(what, origin("model.path"), near or "check the path")
         else:
-            _commit(model.revision, model.path, "model.revision", origin)
+            _commit(model.revision, model.path, "model", "model.revision", origin)
             arch = arch or _cached_config(model.path, str(model.revision))
     limits(config, arch or {}, origin)
 
@@ -93,13 +93,16 @@ def _cached_config(path: str, revision: str) -> dict[str, Any] | None:
     return read_config(Path(file).parent) if isinstance(file, str) else None
 
 
-def _commit(revision: str | None, path: str, key: str, origin: Origin) -> None:
+def _commit(revision: str | None, path: str, kind: Literal["model", "dataset"], key: str, origin: Origin) -> None:
     if revision is None:
         raise ConfigError(f"{path} is no local folder, and a hub repository needs a revision", key, f"give the 40-hex commit: {key}=COMMIT")
     if not SHA1.match(revision):
-        raise ConfigError(
-            f"{key}={revision!r} is no commit of {path}", origin(key), "give its 40 hex digits: what a branch or tag means can change"
-        )
+        from gain_cl.sources import commit
+
+        try:
+            commit(path, revision, kind)
+        except ConfigError as error:
+            raise ConfigError(f"{key}={revision!r} is no commit of {path}", origin(key), error.do) from None
 
 
 def _device(device: str, origin: Origin) -> None:

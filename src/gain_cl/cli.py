@@ -56,7 +56,16 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _verb(verb: str) -> Callable[[list[str]], int]:
-    verbs = {"run": _run, "show": _show, "export": _export, "params": _params, "--help": _help, "-h": _help, "help": _help, "--version": _version}
+    verbs = {
+        "run": _run,
+        "show": _show,
+        "export": _export,
+        "params": _params,
+        "--help": _help,
+        "-h": _help,
+        "help": _help,
+        "--version": _version,
+    }
     if verb not in verbs:
         if verb:
             from gain_cl.explain import suggest
@@ -128,7 +137,7 @@ def _run(argv: list[str]) -> int:
 def _carry_out(config: Any) -> int:
     """One run, from a checked configuration to the last line printed."""
     from gain_cl import show
-    from gain_cl.run import execute, prepare
+    from gain_cl.spine import execute, prepare
 
     plan = prepare(config)
     finished = execute(config, plan)

@@ -198,7 +198,11 @@ class Train(Section):
     @model_validator(mode="after")
     def _check(self) -> Train:
         if (self.tokens is None) == (self.steps is None):
-            raise ValueError("train.tokens and train.steps are both given; set one of them to null" if self.tokens else "neither train.tokens nor train.steps is given; give one")
+            raise ValueError(
+                "train.tokens and train.steps are both given; set one of them to null"
+                if self.tokens
+                else "neither train.tokens nor train.steps is given; give one"
+            )
         if self.batch_tokens % self.block:
             raise ValueError(f"train.batch_tokens={self.batch_tokens} is not a multiple of train.block={self.block}; change one of them")
         if self.tokens is not None and self.tokens % self.batch_tokens:
@@ -276,7 +280,9 @@ class RunConfig(Section):
     def _check(self) -> RunConfig:
         micro = self.compute.micro_batch
         if micro is not None and self.train.sequences % micro:
-            raise ValueError(f"compute.micro_batch={micro} does not divide the {self.train.sequences} sequences of a step; use a divisor of them")
+            raise ValueError(
+                f"compute.micro_batch={micro} does not divide the {self.train.sequences} sequences of a step; use a divisor of them"
+            )
         if self.train.warmup and round(self.train.warmup * self.train.stage_steps) >= self.train.stage_steps:
             raise ValueError(f"train.warmup={self.train.warmup} leaves no step after it; lower it or train longer")
         return self

@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 
 
 class Window(NamedTuple):
-    """inputs: token ids; the last ``scored`` of their next tokens, targets, are scored for document ``index``."""
+    """inputs: token ids; the last next tokens, ``targets``, are scored for document ``owner``."""
 
-    index: int
+    owner: int
     inputs: np.ndarray
     targets: np.ndarray
 
@@ -40,13 +40,13 @@ def protocol(settings: Eval, prefix_id: int) -> str:
     return f"ppl-{settings.split}-{window}x{settings.documents}-prefix{prefix_id}-ctx{settings.context}{stride}"
 
 
-def windows(tokens: np.ndarray, prefix_id: int, context: int, stride: int, index: int = 0) -> list[Window]:
+def windows(tokens: np.ndarray, prefix_id: int, context: int, stride: int, owner: int = 0) -> list[Window]:
     """Cut one document so that every token is scored exactly once."""
     stream = np.concatenate([[prefix_id], tokens]).astype(np.int64)  # stream[i] predicts stream[i + 1]
     cuts = []
     for start in range(0, len(tokens), stride):
         end = min(start + stride, len(tokens))
-        cuts.append(Window(index, stream[max(0, end - context) : end], stream[start + 1 : end + 1]))
+        cuts.append(Window(owner, stream[max(0, end - context) : end], stream[start + 1 : end + 1]))
     return cuts
 
 
@@ -63,7 +63,9 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
             m.training = mode
 
 
-def score(loaded: Loaded, documents: list[Doc], window: int | None, context: int, stride: int | None = None, batch: int = 16) -> pd.DataFrame:
+def score(
+    loaded: Loaded, documents: list[Doc], window: int | None, context: int, stride: int | None = None, batch: int = 16
+) -> pd.DataFrame:
     """One row per document: document (id), nll_nats (float64), tokens, bytes (UTF-8 bytes of the scored text)."""
     context = min(context, loaded.context)
     texts = [d.tokens[:window] for d in documents]
@@ -80,8 +82,8 @@ def score(loaded: Loaded, documents: list[Doc], window: int | None, context: int
             hidden_BTD = loaded.body(input_ids=torch.from_numpy(inputs).to(loaded.device), use_cache=False).last_hidden_state
             hidden_ND = torch.cat([h[len(w.inputs) - len(w.targets) : len(w.inputs)] for h, w in zip(hidden_BTD, part, strict=True)])
             targets_N = torch.from_numpy(np.concatenate([w.targets for w in part])).to(loaded.device)
-            losses = token_nll(hidden_ND, loaded.head.weight, getattr(loaded.head, "bias", None), targets_N, loaded.softcap).double().cpu().numpy()
-            owner = np.repeat([w.index for w in part], [len(w.targets) for w in part])
+            losses = token_nll(hidden_ND, *loaded.output, targets_N, loaded.softcap).double().cpu().numpy()
+            owner = np.repeat([w.owner for w in part], [len(w.targets) for w in part])
             np.add.at(nll, owner, losses)
             np.add.at(scored, owner, 1)
     assert (scored == [len(t) for t in texts]).all()

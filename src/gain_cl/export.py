@@ -24,7 +24,13 @@ def merged(record: RunRecord, to: Path, stage: int | None = None, output_dir: st
     if to.exists() and any(to.iterdir()):
         raise ConfigError("the folder is not empty", str(to), "name another one")
     config = RunConfig.model_validate(record.config)
-    saved = Path(output_dir or config.output_dir) / record.run_id / "stages" / f"{stage:02d}-{record.stages[stage].domain}" / "adapter.safetensors"
+    saved = (
+        Path(output_dir or config.output_dir)
+        / record.run_id
+        / "stages"
+        / f"{stage:02d}-{record.stages[stage].domain}"
+        / "adapter.safetensors"
+    )
     if not saved.exists():
         raise DataError("the trained state of this stage is not there", str(saved), "give output_dir=, or run again with force=true")
 
@@ -37,7 +43,7 @@ def merged(record: RunRecord, to: Path, stage: int | None = None, output_dir: st
     adapter = adapters.build(config.adapter)
     adapter.attach(loaded)
     adapter.load_state(load_file(saved))
-    ids = torch.arange(64, device=loaded.device)[None] % loaded.model.get_input_embeddings().weight.shape[0]
+    ids = torch.arange(64, device=loaded.device)[None] % loaded.vocabulary
     with torch.inference_mode():
         before = loaded.model(ids).logits
     adapter.absorb()

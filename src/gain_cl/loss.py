@@ -83,7 +83,9 @@ class _SumCrossEntropy(torch.autograd.Function):
         )
 
 
-def sum_cross_entropy(hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_N: Tensor, softcap: float | None = None) -> Tensor:
+def sum_cross_entropy(
+    hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_N: Tensor, softcap: float | None = None
+) -> Tensor:
     """Sum over tokens of -ln p, a scalar with gradients to hidden, and to weight and bias when they require them."""
-    total: Tensor = _SumCrossEntropy.apply(hidden_ND, weight_VD, bias_V, targets_N, softcap)  # type: ignore[no-untyped-call]
+    total: Tensor = _SumCrossEntropy.apply(hidden_ND, weight_VD, bias_V, targets_N, softcap)
     return total

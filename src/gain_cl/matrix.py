@@ -57,6 +57,8 @@ class LossMatrix:
         nll, tokens = {}, {}
         for d in [*trained, *controls]:
             rows = documents[documents.domain == d]
+            if rows.split.nunique() > 1:
+                raise ValueError(f"{d}: documents of several splits: {', '.join(sorted(rows.split.unique()))}")
             table = rows.pivot(index="stage", columns="document", values="nll_nats")
             if list(table.index) != list(range(len(trained) + 1)) or table.isna().to_numpy().any():
                 raise ValueError(f"{d}: not every document is scored after every stage")
@@ -116,7 +118,8 @@ Coefficients = np.ndarray | None  # (stages + 1, domains), or None where the sum
 
 
 def learned(m: LossMatrix) -> Coefficients:
-    """Learned: mean over trained domains of L[k, k] - L[0, k]; negative is good. The sum of zero-shot part and own step."""
+    """Learned: mean over trained domains of L[k, k] - L[0, k]; negative is good. For each domain the sum of its zero-shot
+    part and its own step; of the means, learned = own_step + (T - 1) / T * zero_shot, which leaves out the first domain."""
     stages = list(range(1, m.stages + 1))
     return m._mean(stages, [0] * m.stages, m.trained)
 

@@ -14,7 +14,7 @@ import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from gain_cl import config as cfg
 from gain_cl import sources
@@ -22,7 +22,7 @@ from gain_cl.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
+    from torch import Tensor, nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _LLAMA_LIKE = {"attn_out": "self_attn.o_proj", "ffn_down": "mlp.down_proj"}
@@ -36,7 +36,15 @@ ROLES: dict[str, dict[str, str]] = {
 """model_type -> role -> suffix of module names."""
 
 WEIGHTS = ["model*.safetensors", "model.safetensors.index.json"]
-SMALL_FILES = ["config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt"]
+SMALL_FILES = [
+    "config.json",
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+]
 
 
 # --- torch-free: what a model is, and whether it can be used ---------------------------------------------------------
@@ -93,7 +101,9 @@ def inspect(folder: Path) -> dict[str, Any]:
     if not list(folder.glob("model*.safetensors")):
         pickles = sorted(p.name for p in [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")])
         if pickles:
-            raise DataError(f"only pickle weights ({pickles[0]})", str(folder), "convert them to safetensors: opening a pickle can run code")
+            raise DataError(
+                f"only pickle weights ({pickles[0]})", str(folder), "convert them to safetensors: opening a pickle can run code"
+            )
         raise DataError("no model*.safetensors", str(folder), "give a folder written by save_pretrained")
     tokenizer = folder / "tokenizer.json"
     if tokenizer.exists() and isinstance(config.get("vocab_size"), int):
@@ -105,7 +115,11 @@ def inspect(folder: Path) -> dict[str, Any]:
         ids = vocab.values() if isinstance(vocab, dict) else range(len(vocab))
         largest = max([*ids, *(t["id"] for t in data.get("added_tokens", []))], default=0)
         if largest >= config["vocab_size"]:
-            raise DataError(f"token id {largest} has no embedding row ({config['vocab_size']} rows)", str(tokenizer), "this is another model's tokenizer")
+            raise DataError(
+                f"token id {largest} has no embedding row ({config['vocab_size']} rows)",
+                str(tokenizer),
+                "this is another model's tokenizer",
+            )
     return config
 
 
@@ -119,7 +133,9 @@ def context_length(config: dict[str, Any]) -> int | None:
 
 def _from_gguf(package: cfg.PackageFile) -> Path:
     """Dequantise a packaged GGUF file once into a safetensors folder in the cache."""
-    folder = sources.cache_dir() / "models" / f"{package.package.replace('==', '-')}-{hashlib.sha256(package.members.encode()).hexdigest()[:8]}"
+    folder = (
+        sources.cache_dir() / "models" / f"{package.package.replace('==', '-')}-{hashlib.sha256(package.members.encode()).hexdigest()[:8]}"
+    )
     stamp = folder / "SOURCE"
     if stamp.exists() and stamp.read_text() == (package.sha256 or ""):
         return folder
@@ -179,6 +195,16 @@ class Loaded:
         return self.model.get_output_embeddings()
 
     @property
+    def output(self) -> tuple[Tensor, Tensor | None]:
+        """Weight (V, D) and bias (V,) of the head: the loss is computed from them in chunks."""
+        return cast("Tensor", self.head.weight), cast("Tensor | None", getattr(self.head, "bias", None))
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the input embedding: token ids are below it."""
+        return int(cast("Tensor", self.model.get_input_embeddings().weight).shape[0])
+
+    @property
     def softcap(self) -> float | None:
         """Gemma 2 squashes logits to cap * tanh(logits / cap)."""
         return getattr(self.model.config, "final_logit_softcapping", None)
@@ -195,7 +221,9 @@ def device_of(name: str, dtype: str) -> torch.device:
     except RuntimeError:
         raise ConfigError(f"{name!r} is no device", "compute.device", "use auto, cpu, cuda, cuda:N or mps") from None
     if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
-        raise ConfigError(f"{name} is not available: torch sees {torch.cuda.device_count()} GPUs", "compute.device", "use compute.device=cpu")
+        raise ConfigError(
+            f"{name} is not available: torch sees {torch.cuda.device_count()} GPUs", "compute.device", "use compute.device=cpu"
+        )
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise ConfigError("mps is not available", "compute.device", "use compute.device=cpu")
     if device.type == "cuda" and dtype == "bfloat16" and not torch.cuda.is_bf16_supported():
@@ -227,14 +255,20 @@ def load(model: cfg.Model, device: torch.device) -> Loaded:
             raise _cannot(model, error) from error
         tokenizer = AutoTokenizer.from_pretrained(folder)
     if not getattr(tokenizer, "is_fast", False):
-        raise DataError("the tokenizer has no fast version (tokenizer.json)", model.name, "save one with AutoTokenizer(...).save_pretrained")
+        raise DataError(
+            "the tokenizer has no fast version (tokenizer.json)", model.name, "save one with AutoTokenizer(...).save_pretrained"
+        )
     net.requires_grad_(False)
     net.eval()
     net.config.use_cache = False
     net.to(device)
     rows = net.get_input_embeddings().weight.shape[0]
     if max(tokenizer.get_vocab().values()) >= rows:
-        raise DataError(f"token ids reach {max(tokenizer.get_vocab().values())}, the model has {rows} embedding rows", model.name, "this is another model's tokenizer")
+        raise DataError(
+            f"token ids reach {max(tokenizer.get_vocab().values())}, the model has {rows} embedding rows",
+            model.name,
+            "this is another model's tokenizer",
+        )
     separator = _first(model.separator_token_id, tokenizer.eos_token_id)
     prefix = _first(model.prefix_token_id, tokenizer.bos_token_id, separator)
     if separator is None or prefix is None:
@@ -242,7 +276,7 @@ def load(model: cfg.Model, device: torch.device) -> Loaded:
     for key, value in (("prefix_token_id", prefix), ("separator_token_id", separator)):
         if not 0 <= value < rows:
             raise DataError(f"model.{key}={value} has no embedding row ({rows} rows)", model.name, f"set model.{key} below {rows}")
-    definition = tokenizer.backend_tokenizer.to_str()  # type: ignore[attr-defined]
+    definition = tokenizer.backend_tokenizer.to_str()
     context = context_length(net.config.to_dict()) or 1024
     loaded = Loaded(
         model=net,
@@ -286,7 +320,8 @@ def targets(model: nn.Module, roles: list[str], names: dict[str, str] | None = N
     if table is None or any(r not in table for r in roles):
         missing = ", ".join(roles if table is None else [r for r in roles if r not in table])
         raise ConfigError(
-            f"no {missing} known for model family {family!r}", "model.roles",
+            f"no {missing} known for model family {family!r}",
+            "model.roles",
             f"name the layers, e.g. model.roles={{attn_out: SUFFIX, ffn_down: SUFFIX}} with suffixes among: {', '.join(candidates(model))}",
         )
     suffixes = tuple("." + table[r] for r in roles)
@@ -295,6 +330,12 @@ def targets(model: nn.Module, roles: list[str], names: dict[str, str] | None = N
         if not any(n.endswith("." + table[role]) for n in found):
             raise ConfigError(f"no module matches {role}={table[role]!r}", "model.roles", f"there is: {', '.join(candidates(model))}")
     return found
+
+
+def checkpoint_activations(model: PreTrainedModel) -> None:
+    """Recompute activations in the backward pass: less memory, a third more time, the same numbers."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable  # the old name warns
+    enable({"use_reentrant": False})
 
 
 def candidates(model: nn.Module) -> list[str]:
@@ -309,11 +350,11 @@ def candidates(model: nn.Module) -> list[str]:
 
 def input_width(layer: nn.Module) -> int:
     """Width of a linear layer's input; Conv1D stores its weight as (in, out)."""
-    return int(layer.weight.shape[0] if is_conv1d(layer) else layer.weight.shape[1])
+    return int(cast("Tensor", layer.weight).shape[0 if is_conv1d(layer) else 1])
 
 
 def output_width(layer: nn.Module) -> int:
-    return int(layer.weight.shape[1] if is_conv1d(layer) else layer.weight.shape[0])
+    return int(cast("Tensor", layer.weight).shape[1 if is_conv1d(layer) else 0])
 
 
 def is_conv1d(layer: nn.Module) -> bool:
@@ -346,14 +387,20 @@ def _check_head(loaded: Loaded) -> None:
         if loaded.softcap:
             ours = loaded.softcap * torch.tanh(ours / loaded.softcap)
     if not torch.allclose(ours, logits, rtol=1e-2, atol=1e-2):
-        raise DataError(f"{loaded.model.config.model_type} transforms its logits in an unknown way", loaded.model.config.model_type, "support it in models.Loaded")
+        raise DataError(
+            f"{loaded.model.config.model_type} transforms its logits in an unknown way",
+            loaded.model.config.model_type,
+            "support it in models.Loaded",
+        )
 
 
 def _cannot(model: cfg.Model, error: Exception) -> DataError:
     reason = str(error).splitlines()[0]
     if "attention" in reason or "attn_implementation" in reason:
         return DataError(f"the model does not support model.attention={model.attention}", model.name, "use model.attention=eager")
-    return DataError(f"transformers cannot load it: {reason}", model.path or model.name, "check that it is a causal language model for this version")
+    return DataError(
+        f"transformers cannot load it: {reason}", model.path or model.name, "check that it is a causal language model for this version"
+    )
 
 
 def _first(*values: int | None) -> int | None:
@@ -365,4 +412,3 @@ def _quiet() -> None:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-

@@ -491,7 +491,7 @@ def _undisturbed(model: torch.nn.Module) -> Iterator[None]:
 
     modes = [(module, module.training) for module in model.modules()]
     python, numpy_, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     try:
         yield
     finally:

@@ -92,7 +92,9 @@ def stage(
             norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
             if not math.isfinite(loss) or not math.isfinite(norm.item()):
                 what = "loss" if not math.isfinite(loss) else "gradient"
-                raise DataError(f"the {what} is not finite", f"stage {index}, step {step + 1}", "lower train.lr; the parameters are untouched")
+                raise DataError(
+                    f"the {what} is not finite", f"stage {index}, step {step + 1}", "lower train.lr; the parameters are untouched"
+                )
             if settings.clip is not None:
                 torch.nn.utils.clip_grads_with_norm_(parameters, settings.clip, norm)
             lr = rate(step, settings.stage_steps, settings.lr, settings.schedule, settings.warmup, settings.final_lr)
@@ -124,11 +126,13 @@ def loss_sum(loaded: Loaded, tokens_BT: np.ndarray, documents_BT: np.ndarray | N
         same_BTT = documents_BT[:, :, None] == documents_BT[:, None, :]
         seen_BTT = torch.from_numpy(np.tril(same_BTT)).to(loaded.device)
         floor = torch.finfo(loaded.model.dtype).min
-        extra["attention_mask"] = torch.zeros(seen_BTT.shape, dtype=loaded.model.dtype, device=loaded.device).masked_fill(~seen_BTT, floor)[:, None]
+        extra["attention_mask"] = torch.zeros(seen_BTT.shape, dtype=loaded.model.dtype, device=loaded.device).masked_fill(~seen_BTT, floor)[
+            :, None
+        ]
         extra["position_ids"] = torch.from_numpy(_positions(documents_BT)).to(loaded.device)
     hidden_BTD = loaded.body(input_ids=torch.from_numpy(inputs_BT).to(loaded.device), use_cache=False, **extra).last_hidden_state
     targets_N = torch.from_numpy(tokens_BT.reshape(-1)).to(loaded.device)
-    return sum_cross_entropy(hidden_BTD.flatten(0, 1), loaded.head.weight, getattr(loaded.head, "bias", None), targets_N, loaded.softcap)
+    return sum_cross_entropy(hidden_BTD.flatten(0, 1), *loaded.output, targets_N, loaded.softcap)
 
 
 def _positions(documents_BT: np.ndarray) -> np.ndarray:

@@ -39,5 +39,7 @@ def build(settings: config.Gain | config.Full | config.Peft | config.PluginAdapt
 
         return PeftAdapter(**keywords)
     if settings.kind not in _PLUGINS:
-        raise ConfigError(f"unknown adapter {settings.kind!r}", "adapter.kind", f"use one of: {', '.join(['gain', 'full', 'peft', *_PLUGINS])}")
+        raise ConfigError(
+            f"unknown adapter {settings.kind!r}", "adapter.kind", f"use one of: {', '.join(['gain', 'full', 'peft', *_PLUGINS])}"
+        )
     return _PLUGINS[settings.kind](**keywords)

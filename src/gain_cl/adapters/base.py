@@ -34,7 +34,8 @@ class Adapter(ABC):
         """Fold the trained state into the model's weights (computed in fp32, rounded once) and detach."""
 
     def after_step(self) -> None:
-        """Called after every optimiser step."""
+        """Called after every optimiser step; most adapters have nothing to do."""
+        return
 
     def state(self) -> dict[str, Tensor]:
         """A copy of the trained state on the CPU: everything needed, with the base weights, to rebuild the model."""
@@ -49,6 +50,8 @@ class Adapter(ABC):
         with torch.no_grad():
             for name, p in own.items():
                 if p.shape != state[name].shape:
-                    raise DataError(f"{name} has shape {tuple(state[name].shape)}, not {tuple(p.shape)}", "adapter state", "it belongs to another model")
+                    raise DataError(
+                        f"{name} has shape {tuple(state[name].shape)}, not {tuple(p.shape)}", "adapter state", "it belongs to another model"
+                    )
                 p.copy_(state[name])
         self.after_step()

@@ -81,7 +81,10 @@ class Gains:
 
 
 def attach_gains(
-    model: nn.Module, roles: list[str] | tuple[str, ...] = ("attn_out", "ffn_down"), side: Side = "input", names: dict[str, str] | None = None
+    model: nn.Module,
+    roles: list[str] | tuple[str, ...] = ("attn_out", "ffn_down"),
+    side: Side = "input",
+    names: dict[str, str] | None = None,
 ) -> Gains:
     """Put identity gains on any transformers causal LM: freezes the model and returns the handle that trains.
 

@@ -30,19 +30,28 @@ class PeftAdapter(Adapter):
         known = inspect.signature(kinds[self.peft_type]).parameters
         unknown = sorted(set(self.config) - set(known))
         if unknown:
-            raise ConfigError(f"PEFT's {self.peft_type} has no key {unknown[0]!r}", "adapter.config", f"its keys: {', '.join(sorted(known))}")
+            raise ConfigError(
+                f"PEFT's {self.peft_type} has no key {unknown[0]!r}", "adapter.config", f"its keys: {', '.join(sorted(known))}"
+            )
         try:
             settings = kinds[self.peft_type](task_type="CAUSAL_LM", **self.config)
-            self.peft = peft.get_peft_model(loaded.model, settings)  # type: ignore[arg-type]  # changes the model in place
+            self.model = loaded.model
+            self.peft = peft.get_peft_model(loaded.model, settings)  # changes the model in place
         except (ValueError, TypeError) as error:
-            raise ConfigError(f"PEFT refuses: {str(error).splitlines()[0]}", f"adapter {self.peft_type} on {loaded.model.config.model_type}") from error
+            raise ConfigError(
+                f"PEFT refuses: {str(error).splitlines()[0]}", f"adapter {self.peft_type} on {loaded.model.config.model_type}"
+            ) from error
         if type(loaded.head) is not nn.Linear:
-            raise ConfigError(f"{self.peft_type} changes the output head, whose loss is computed in chunks from its plain weight", "adapter.config.target_modules", "leave the head out")
+            raise ConfigError(
+                f"{self.peft_type} changes the output head, whose loss is computed in chunks from its plain weight",
+                "adapter.config.target_modules",
+                "leave the head out",
+            )
         if not self.parameters():
             raise ConfigError(f"{self.peft_type} trains nothing on {loaded.model.config.model_type}", "adapter.config.target_modules")
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        return {name: p for name, p in self.peft.base_model.model.named_parameters() if p.requires_grad}
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     def absorb(self) -> None:
         self.peft.merge_and_unload()

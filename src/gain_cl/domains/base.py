@@ -94,7 +94,11 @@ class Blocks:
         self._starts = np.cumsum([0, *(len(d.tokens) + 1 for d in documents)])  # separators included
         self.epoch_blocks = int(self._starts[-1]) // block
         if not self.epoch_blocks:
-            raise DataError(f"less than one block of {block} tokens to train on", f"domain {name}", "give more text, a smaller train.block or smaller shares for test and dev")
+            raise DataError(
+                f"less than one block of {block} tokens to train on",
+                f"domain {name}",
+                "give more text, a smaller train.block or smaller shares for test and dev",
+            )
         self._orders: dict[int, np.ndarray] = {}
 
     def _order(self, epoch: int) -> np.ndarray:

@@ -7,6 +7,7 @@ domain again. Nothing here knows what a forgetting matrix is: that is derived fr
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,16 +15,15 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from gain_cl import checks, models, provenance, record, tasks
 from gain_cl import domains as domains_
-from gain_cl import models, provenance, record, tasks
 from gain_cl.config import RunConfig
 from gain_cl.lock import owned
 
 if TYPE_CHECKING:
-    from gain_cl.domains import Domain
     from gain_cl.config import Eval
+    from gain_cl.domains import Domain
     from gain_cl.models import Loaded
-    from gain_cl.track import Tracker
 
 
 @dataclass(frozen=True)
@@ -83,13 +83,12 @@ def show_again(plan: Plan) -> record.Run:
 def _execute(config: RunConfig, plan: Plan) -> record.Run:
     from gain_cl import track
 
-    started = time.time()
-    names = [*config.sequence.trained, *config.sequence.controls]
-    stages = len(config.sequence.trained)
-    with track.Tracker(
-        config, plan.run_id, plan.folder, steps_total=stages * config.train.stage_steps, cells_total=(stages + 1) * len(names)
-    ) as tracker:
-        tracker.phase("import torch and transformers", stage=0, of=stages)
+    started, origin = time.time(), provenance.environment()
+    trained, names = config.sequence.trained, [*config.sequence.trained, *config.sequence.controls]
+    last = len(trained)
+    steps, cells = last * config.train.stage_steps, (last + 1) * len(names)
+    with track.Tracker(config, plan.run_id, plan.folder, steps_total=steps, cells_total=cells) as tracker:
+        tracker.phase("import torch and transformers", stage=0, of=last)
         import torch
 
         from gain_cl import adapters, evaluate, guards, train
@@ -98,99 +97,92 @@ def _execute(config: RunConfig, plan: Plan) -> record.Run:
         torch.set_num_threads(config.compute.threads or _cores())
         torch.use_deterministic_algorithms(config.compute.deterministic)
 
-        tracker.phase(f"load {config.model.name}", stage=0, of=stages)
+        tracker.phase(f"load {config.model.name}", stage=0, of=last)
         loaded = models.load(config.model, device)
-        tracker.phase("prepare domains", stage=0, of=stages)
+        checks.limits(config, loaded.model.config.to_dict())
+        total_parameters = sum(p.numel() for p in loaded.model.parameters())
+        tracker.phase("prepare domains", stage=0, of=last)
         domains: dict[str, Domain] = {}
         for i, name in enumerate(names):
             tracker.progress(i, len(names), "domains", name)
             domains[name] = domains_.prepare(config.domains[name], loaded.tokenizer, loaded.tokenizer_hash)
-        notes = domains_.check(domains, config.train, config.eval, loaded.model.get_input_embeddings().weight.shape[0], config.sequence.controls)
-        notes += _advice(config, loaded)
-        taskset = tasks.TaskSet(config.tasks, loaded.tokenizer) if config.tasks.names else None
+        notes = domains_.check(domains, config.train, config.eval, loaded.vocabulary, config.sequence.controls) + _advice(config)
         for note in notes:
             tracker.note(note)
+        taskset = tasks.TaskSet(config.tasks, loaded.tokenizer) if config.tasks.names else None
 
-        documents: list[pd.DataFrame] = []
-        items: list[pd.DataFrame] = []
+        documents: list[pd.DataFrame] = []  # a row per scored document and stage
+        items: list[pd.DataFrame] = []  # a row per task item and stage
 
         def measure(index: int, domain: str | None, stats: record.TrainStats | None) -> record.StageRecord:
-            """Score every domain, and the tasks where asked for."""
-            tracker.phase(f"score after {domain}" if domain else "score pretrained", stage=index, of=stages)
+            """Score every domain, and the tasks when they are due."""
+            tracker.phase(f"score after {domain}" if domain else "score pretrained", stage=index, of=last)
             scores, begun = {}, time.perf_counter()
             for i, name in enumerate(names):
                 tracker.progress(i, len(names), "cells", name)
                 rows = score_domain(loaded, domains[name], config.eval, config.compute.eval_batch)
                 documents.append(rows.assign(stage=index, domain=name, split=config.eval.split))
                 scores[name] = evaluate.total(rows)
-            eval_seconds, begun, task_scores = time.perf_counter() - begun, time.perf_counter(), {}
-            if taskset is not None and tasks.due(config.tasks.stages, index, stages):
-                tracker.phase("run tasks", stage=index, of=stages)
-                task_scores, rows = taskset.score(loaded, progress=lambda done, of: tracker.progress(done, of, "items"))
-                items.append(rows.assign(stage=index))
+            scored = time.perf_counter()
+            task_scores: dict[str, record.TaskScore] = {}
+            if taskset is not None and tasks.due(config.tasks.stages, index, last):
+                tracker.phase("run tasks", stage=index, of=last)
+                task_scores, answers = taskset.score(loaded, progress=lambda done, of: tracker.progress(done, of, "items"))
+                items.append(answers.assign(stage=index))
             row = record.StageRecord(
                 index=index,
                 domain=domain,
                 domains=scores,
                 tasks=task_scores,
                 train=stats,
-                eval_seconds=eval_seconds,
-                task_seconds=time.perf_counter() - begun,
+                eval_seconds=scored - begun,
+                task_seconds=time.perf_counter() - scored,
             )
             tracker.stage(row)
             return row
 
-        total_parameters = sum(p.numel() for p in loaded.model.parameters())
-        measured = [measure(0, None, None)]  # before anything is attached: the same for every method of this model
+        stages = [measure(0, None, None)]  # before anything is attached: the same for every method of this model
 
         with torch.random.fork_rng():
             torch.manual_seed(train.seed_of("init", config.seed))
             adapter = adapters.build(config.adapter)
             adapter.attach(loaded)
-            parameters = adapter.parameters()
-            trainable = sum(p.numel() for p in parameters.values())
             guard = guards.build(config.guard)
             guard.attach(loaded, adapter, train.seed_of("guard", config.seed))
             if config.compute.gradient_checkpointing:
-                loaded.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+                models.checkpoint_activations(loaded.model)
             optimizer = train.optimizer(adapter, config.train)
 
-            for index, name in enumerate(config.sequence.trained, start=1):
-                tracker.phase(f"learn {name}", stage=index, of=stages)
+            for index, name in enumerate(trained, start=1):
+                tracker.phase(f"learn {name}", stage=index, of=last)
                 if config.train.optimizer == "fresh":
                     optimizer = train.optimizer(adapter, config.train)
                 blocks = domains[name].train_blocks(config.seed, config.train.block, loaded.separator_id)
+                micro = config.compute.micro_batch
                 log: list[dict[str, Any]] = []
                 dev: list[dict[str, float]] = []
-                for step in train.stage(
-                    loaded,
-                    adapter,
-                    guard,
-                    blocks,
-                    config.train,
-                    optimizer,
-                    index=index,
-                    seed=config.seed,
-                    micro_batch=config.compute.micro_batch,
+                for row in train.stage(
+                    loaded, adapter, guard, blocks, config.train, optimizer, index=index, seed=config.seed, micro_batch=micro
                 ):
-                    log.append(step)
-                    tracker.step({"stage": index, "domain": name, "steps": config.train.stage_steps, **step})
-                    if config.train.dev_every and step["step"] % config.train.dev_every == 0:
-                        total = evaluate.total(score_domain(loaded, domains[name], config.eval, config.compute.eval_batch, split="dev"))
-                        dev.append({"step": step["step"], "nll_nats": total.nll_nats, "tokens": total.tokens})
-                        tracker.dev({"stage": index, "domain": name, "step": step["step"], "loss_nats": total.loss_nats})
+                    log.append(row)
+                    tracker.step({"stage": index, "domain": name, "steps": config.train.stage_steps, **row})
+                    if config.train.dev_every and row["step"] % config.train.dev_every == 0:
+                        on_dev = config.eval.model_copy(update={"split": "dev"})
+                        score = evaluate.total(score_domain(loaded, domains[name], on_dev, config.compute.eval_batch))
+                        dev.append({"step": row["step"], "nll_nats": score.nll_nats, "tokens": score.tokens})
+                        tracker.dev({"stage": index, "domain": name, "step": row["step"], "loss_nats": score.loss_nats})
                 guard.after_stage(index, name, blocks)
+                _save_stage(adapter.state(), plan.folder / "stages", index, name, keep=config.adapter.kind != "full")
                 stats = record.TrainStats(
                     steps=len(log),
-                    tokens=sum(s["tokens"] for s in log),
-                    seconds=sum(s["seconds"] for s in log),
+                    tokens=sum(r["tokens"] for r in log),
+                    seconds=sum(r["seconds"] for r in log),
                     lr=config.train.lr,
                     first_loss_nats=log[0]["loss_nats"],
                     last_loss_nats=log[-1]["loss_nats"],
                     dev=dev,
                 )
-                _save_stage(adapter.state(), plan.folder / "stages", index, name, keep=config.adapter.kind != "full")
-                measured.append(measure(index, name, stats))
+                stages.append(measure(index, name, stats))
 
         finished = record.RunRecord(
             run_id=plan.run_id,
@@ -198,48 +190,45 @@ def _execute(config: RunConfig, plan: Plan) -> record.Run:
             method=config.method,
             sequence=config.sequence.name,
             seed=config.seed,
-            trained=config.sequence.trained,
+            trained=trained,
             controls=config.sequence.controls,
             protocol=evaluate.protocol(config.eval, loaded.prefix_id),
             config=config.model_dump(mode="json"),
             pins={**plan.pins, "tokenizer": loaded.tokenizer_hash, "tokens": {n: d.hash for n, d in domains.items()}},
             provenance={
-                **provenance.environment(),
+                **origin,
                 "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
                 "threads": torch.get_num_threads(),
                 "seconds": time.time() - started,
             },
-            trainable_parameters=trainable,
+            trainable_parameters=sum(p.numel() for p in adapter.parameters().values()),
             total_parameters=total_parameters,
             peak_memory_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else provenance.peak_memory(),
-            stages=measured,
+            stages=stages,
             items_sha256="",
             notes=notes,
         )
-        run = record.save(
-            finished,
-            pd.concat(documents, ignore_index=True),
-            pd.concat(items, ignore_index=True) if items else pd.DataFrame(columns=record.ITEM_COLUMNS),
-            plan.record_path,
-        )
+        answers = pd.concat(items, ignore_index=True) if items else pd.DataFrame(columns=record.ITEM_COLUMNS)
+        run = record.save(finished, pd.concat(documents, ignore_index=True), answers, plan.record_path)
         _write_views(run, plan)
         tracker.finish(run)
     return run
 
 
-def score_domain(loaded: Loaded, domain: Domain, settings: Eval, batch: int, split: str | None = None) -> pd.DataFrame:
-    """The first settings.documents documents of a split in hash order, scored by the protocol of settings."""
+def score_domain(loaded: Loaded, domain: Domain, settings: Eval, batch: int) -> pd.DataFrame:
+    """The first settings.documents documents of settings.split in hash order, scored by the protocol of settings."""
     from gain_cl import evaluate
 
-    chosen = domain.split_documents(split or settings.split)[: settings.documents]
+    chosen = domain.split_documents(settings.split)[: settings.documents]
     return evaluate.score(loaded, chosen, settings.window, settings.context, settings.stride, batch)
 
 
-def _advice(config: RunConfig, loaded: Loaded) -> list[str]:
+def _advice(config: RunConfig) -> list[str]:
     """What a reader of the numbers must know about these settings."""
     notes = []
     if config.lr_tuned_on and config.lr_tuned_on != config.model.name:
-        notes.append(f"train.lr={config.train.lr:g} was chosen on {config.lr_tuned_on}, not on {config.model.name}: sweep it before comparing methods")
+        chosen = f"train.lr={config.train.lr:g} was chosen on {config.lr_tuned_on}, not on {config.model.name}"
+        notes.append(f"{chosen}: sweep it before comparing methods")
     if config.tasks.limit:
         notes.append(f"tasks.limit={config.tasks.limit}: task scores are for debugging and may not enter a table")
     return notes
@@ -266,6 +255,5 @@ def _write_views(run: record.Run, plan: Plan) -> None:
 
 
 def _cores() -> int:
-    import os
-
+    """Cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
