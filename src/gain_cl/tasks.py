@@ -230,7 +230,7 @@ def _version(task: str) -> Any:
     Plain.add_constructor("!function", lambda loader, node: str(node.value))
 
     def read(path: Path) -> dict[str, Any]:
-        settings: dict[str, Any] = yaml.load(path.read_bytes(), Loader=Plain)
+        settings: dict[str, Any] = Plain(path.read_bytes()).get_single_data()
         for name in [settings["include"]] if isinstance(settings.get("include"), str) else settings.get("include", []):
             settings = {**read(path.parent / name), **settings}
         return settings
