@@ -1,0 +1,89 @@
+"""The documents are true: code in docs/extending.md runs, the README's commands and names exist."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from gain_cl import cli, presets, record
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(text: str, language: str) -> list[str]:
+    """The fenced blocks of a language ("" for none), without their first line."""
+    fenced = [part.split("\n", 1) for part in text.split("```")[1::2]]
+    return [body for name, body in fenced if name == language]
+
+
+@pytest.fixture
+def documented(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the files of docs/extending.md, as a reader would save them."""
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "docs/extending.md").read_text()
+    for code in blocks(text, "python"):
+        Path(code.splitlines()[0].split()[1].rstrip(":")).write_text(code)
+    Path("mine/method").mkdir(parents=True)
+    Path("mine/method/bias_shift.yaml").write_text(blocks(text, "yaml")[0])
+    return tmp_path
+
+
+def test_the_commands_of_extending_run(documented: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    commands = [c for block in blocks((ROOT / "docs/extending.md").read_text(), "") for c in block.strip().splitlines()]
+    assert len(commands) == 2
+    for command in commands:
+        assert cli.main([*command.split()[3:], "compute.threads=1"]) == 0, capsys.readouterr().err
+    line = "run debug=smoke --plugin bias_shift.py --config-dir mine method=bias_shift compute.threads=1"
+    assert cli.main(line.split()) == 0
+    made = record.load(capsys.readouterr().out.splitlines()[-1].removeprefix("record: ")).record
+    assert made.method == "bias_shift" and made.trainable_parameters == 2 * 64
+    assert made.stages[-1].domains["smoke_c"].nll_nats < made.stages[0].domains["smoke_c"].nll_nats
+    assert cli.main(["export", "runs/debug/runs/" + made.run_id + ".json", "--to", "merged"]) == 0
+    gap = float(re.findall(r"fp32: (\S+),", capsys.readouterr().out)[0])
+    assert gap < 1e-5
+
+
+def test_a_domain_as_in_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import json
+
+    monkeypatch.chdir(tmp_path)
+    Path("texts").mkdir()
+    rows = [{"body": f"Report {i}. " + "The pump was inspected and found in order. " * 5} for i in range(60)]
+    Path("texts/reports.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    Path("mine/domain").mkdir(parents=True)
+    Path("mine/domain/reports.yaml").write_text(next(b for b in blocks(README, "yaml") if "reports" in b))
+    line = "run debug=smoke compute.threads=1 --config-dir mine domain=[reports] sequence.controls=[] train.block=32 train.batch_tokens=64"
+    assert cli.main([*line.split(), "eval.documents=4"]) == 0
+
+
+def test_readme_names_every_preset() -> None:
+    for group in ("model", "method"):
+        text = README[README.index(f"**{group.capitalize()}s**") :]
+        named = set(re.findall(r"`([\w.]+)`", text[: text.index("\n\n**" if group == "model" else "\n\n**Domains")]))
+        assert set(presets.names(group)) - {"custom", "tiny"} <= named
+
+
+def test_readme_shows_a_record_that_is_there() -> None:
+    """The figures in the README are those of docs/example, as `show` prints them."""
+    from rich.console import Console
+
+    from gain_cl import show
+
+    (path,) = (ROOT / "docs/example").glob("*.json")
+    console = Console(width=120, record=True, force_terminal=False, color_system=None, file=open("/dev/null", "w"))  # noqa: SIM115
+    show.render(record.load(path), {}, console)
+    printed = [line.rstrip() for line in console.export_text().splitlines()]
+    shown = [line.rstrip() for line in blocks(README, "")[1].strip("\n").splitlines()]
+    assert shown[: shown.index("")] == printed[: printed.index("")]
+    numbers = [line for line in printed if re.search(r"\d\.\d", line)]
+    assert [line for line in numbers if line in shown] == numbers
+
+
+def test_files_of_the_map_exist() -> None:
+    chart = README[README.index("## File map") :]
+    places = [ROOT, ROOT / "src/gain_cl", ROOT / "src/gain_cl/adapters"]
+    for name in re.findall(r"(?<![\w/])([\w/]+\.py|[\w]+/)", blocks(chart, "")[0]):
+        assert any((place / name).exists() for place in places), name
