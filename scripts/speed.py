@@ -43,7 +43,17 @@ def worker(method: str, overrides: list[str]) -> None:
         many = config.train.model_copy(update={"steps": 10**6, "tokens": None})
 
         def steps():  # type: ignore[no-untyped-def]
-            yield from train.stage(loaded, adapter, Guard(), blocks, many, train.optimizer(adapter, many), index=1, seed=0)
+            yield from train.stage(
+                loaded,
+                adapter,
+                Guard(),
+                blocks,
+                many,
+                train.optimizer(adapter, many),
+                index=1,
+                seed=0,
+                micro_batch=config.compute.micro_batch,
+            )
 
     stream = steps()
     next(stream)

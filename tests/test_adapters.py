@@ -10,18 +10,15 @@ import torch
 from torch import nn
 
 from conftest import FAMILIES, ListBlocks, tiny
-from gain_cl import adapters, config, evaluate, models, train
+from gain_cl import adapters, build, config, evaluate, models, presets, train
 from gain_cl.adapters.gain import DiagonalGain, Gains, attach_gains
 from gain_cl.errors import ConfigError, DataError
 from gain_cl.guards.base import Guard
 from gain_cl.record import sha256
 
 ALL = {
-    "gain_attn": config.Gain(kind="gain", roles=["attn_out"]),
-    "gain_ffn": config.Gain(kind="gain", roles=["attn_out", "ffn_down"]),
+    **{m: build.compose(["debug=smoke", f"method={m}"]).adapter for m in presets.names("method")},  # every shipped method
     "gain_ffn_output": config.Gain(kind="gain", roles=["attn_out", "ffn_down"], side="output"),
-    "lora": config.Peft(kind="peft", peft_type="LORA", config={"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}),
-    "full": config.Full(kind="full"),
 }
 IDS = torch.arange(1, 25).reshape(2, 12)
 

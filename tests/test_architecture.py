@@ -69,7 +69,7 @@ def test_imports_go_down(path: Path) -> None:
         ("hydra", {"build", "cli", "explain", "presets"}),
         ("transformers", {"models"}),
         ("lm_eval", {"tasks"}),
-        ("wandb", {"track"}),
+        ("wandb", {"dashboard"}),
         ("peft", {"adapters"}),
         ("huggingface_hub", {"sources", "checks"}),
     ],

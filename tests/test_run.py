@@ -98,7 +98,8 @@ def test_evaluating_more_does_not_change_training(first: record.Run, tmp_path: P
 def test_micro_batches_give_the_same_run(first: record.Run, tmp_path: Path) -> None:
     other = go(tmp_path, "compute.micro_batch=1", "compute.gradient_checkpointing=true")
     assert other.record.run_id == first.record.run_id  # execution only
-    np.testing.assert_allclose(other.record.losses(), first.record.losses(), rtol=1e-4)
+    change, expected = (r.record.losses()[1:] - r.record.losses()[0] for r in (other, first))
+    np.testing.assert_allclose(change, expected, rtol=1e-2)  # of what training did, not of the loss itself
 
 
 def test_optimizer_state_between_stages(first: record.Run, tmp_path: Path) -> None:
@@ -163,7 +164,8 @@ def test_execution_settings_are_not_in_the_run_id() -> None:
         "adapter.side=output", "train.lr=1e-3", "train.steps=5", "train.block=32", "train.batch_tokens=128", "train.pack=mask",
         "train.schedule=constant", "train.warmup=0.5", "train.final_lr=0", "train.eps=1e-6", "train.weight_decay=0.1", "train.clip=2",
         "train.optimizer=carried", "eval.documents=9", "eval.window=63", "eval.context=128", "eval.stride=16", "eval.split=dev", "seed=1",
-        "sequence.order=[1,0,2]", "sequence.controls=[]", "domains.smoke_a.source.seed=99", "domains.smoke_a.split.test=0.3",
+        "sequence.order=[1,0,2]", "train.betas=[0.8,0.99]", "train.dev_every=2", "tasks.names=[boolq@5]", "adapter.roles=[attn_out]",
+         "sequence.controls=[]", "domains.smoke_a.source.seed=99", "domains.smoke_a.split.test=0.3",
     }  # fmt: skip
 
     def run_id(*overrides: str) -> str:
@@ -176,6 +178,52 @@ def test_execution_settings_are_not_in_the_run_id() -> None:
     assert len(set(ids.values())) == len(ids)
     sections = set(config.RunConfig.model_fields)
     assert set(config.EXECUTION) == {"compute", "track", "output_dir", "results_dir", "force", "plugins", "lr_tuned_on"} < sections
+
+
+def test_tokens_and_task_settings_are_in_the_run_id() -> None:
+    def run_id(*overrides: str) -> str:
+        task = [] if any(o.startswith("tasks.names") for o in overrides) else ["tasks.names=[boolq@5]"]
+        return spine.prepare(build.compose(["debug=smoke", *task, *overrides], [], [])).run_id
+
+    task = ["tasks.batch_size=4", "tasks.stages=all", "tasks.limit=3", "tasks.names=[boolq@6]", "tasks.names=[piqa@5]"]
+    ids = [run_id(), *(run_id(o) for o in task), run_id("train.steps=null", "train.tokens=1024")]
+    assert len(set(ids)) == len(ids)
+
+
+def test_run_id_is_of_content_not_of_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same folder and the same texts by other spellings are the same run; other content is another."""
+    monkeypatch.chdir(tmp_path)
+    save(tmp_path / "net")
+    (tmp_path / "my/domain").mkdir(parents=True)
+    (tmp_path / "texts.txt").write_text("\n\n".join(f"Paragraph {i} of a text about nothing. " * 60 for i in range(40)))
+
+    def run_id(model: str, text: str) -> str:
+        (tmp_path / "my/domain/mine.yaml").write_text(f"name: mine\nsource: {{kind: files, path: {text}}}\n")
+        words = [f"model.path={model}", "domain=[mine]", "sequence.controls=[]", "tasks=none", "train.block=32", "eval.context=64"]
+        return spine.prepare(build.compose(words, ["my"], [])).run_id
+
+    one = run_id("net", "texts.txt")
+    assert one == run_id("./net", str(tmp_path / "texts.txt")) == run_id(str(tmp_path / "net"), "./texts.txt")
+    (tmp_path / "texts.txt").write_text((tmp_path / "texts.txt").read_text() + "more")
+    assert one != run_id("net", "texts.txt")
+
+
+def test_changed_plugin_is_another_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = "from gain_cl import guards\nfrom gain_cl.guards.base import Guard\nclass Own(Guard):\n    pass\nguards.register('own', Own)\n"
+    ids = []
+    for text in (code, code + "# changed\n"):
+        (tmp_path / f"plug{len(ids)}.py").write_text(text)
+        ids.append(spine.prepare(build.compose(["debug=smoke", "guard.kind=own"], [], [tmp_path / f"plug{len(ids)}.py"])).run_id)
+    assert ids[0] != ids[1]
+
+
+def test_non_finite_score_is_never_a_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from gain_cl import evaluate
+
+    monkeypatch.setattr(evaluate, "token_nll", lambda hidden, *_: torch.full((len(hidden),), float("nan")))
+    with pytest.raises(DataError, match="the loss of 8 documents is not finite"):
+        go(tmp_path)
+    assert not list(tmp_path.rglob("*.json"))
 
 
 def test_two_owners(first: record.Run, tmp_path: Path) -> None:
@@ -291,6 +339,7 @@ def test_qwen_from_a_seeded_hub_cache(tmp_path: Path) -> None:
     assert made.record.model == "qwen2.5_7b" and made.record.config["model"]["dtype"] == "bfloat16"
     assert made.record.pins["model"] == {"hub": "Qwen/Qwen2.5-7B", "revision": QWEN}
     assert any("was chosen on smollm2, not on qwen2.5_7b" in n for n in made.record.notes)
+    assert any("model.arch.num_hidden_layers=28 is not what the weights say, 2" in n for n in made.record.notes)
     assert made.record.trainable_parameters == 2 * (32 + 48)
 
 
@@ -368,6 +417,19 @@ def test_devices() -> None:
     if not torch.cuda.is_available():
         with pytest.raises(ConfigError, match="cuda is not available"):
             models.device_of("cuda", "float32")
+
+
+def test_converted_model_is_verified(tmp_path: Path) -> None:
+    loaded = tiny("llama")
+    loaded.model.save_pretrained(tmp_path)
+    hashes = {"model.safetensors": record.sha256(tmp_path / "model.safetensors")}
+    assert models._converted(tmp_path) is None  # no manifest
+    (tmp_path / models.MANIFEST).write_text(json.dumps({"source": {}, "files": hashes}))
+    assert models._converted(tmp_path) == hashes
+    data = bytearray((tmp_path / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (tmp_path / "model.safetensors").write_bytes(data)
+    assert models._converted(tmp_path) is None
 
 
 @pytest.mark.data

@@ -16,7 +16,7 @@ import pytest
 from rich.console import Console
 
 import synthetic
-from gain_cl import matrix, record, show
+from gain_cl import matrix, record, show, terms
 from gain_cl.errors import DataError
 from gain_cl.figures import heatmap
 from gain_cl.tables import matrix as matrix_table
@@ -101,7 +101,7 @@ def test_colour_follows_the_change() -> None:
 @pytest.mark.parametrize("perplexity", [1.5, 455.6, 49_152.0, 3e9])
 def test_perplexities_of_any_size(tmp_path: Path, perplexity: float) -> None:
     text = printed(small(tmp_path, bases={"a": perplexity, "b": 2.0}, controls=[]), width=60)
-    assert len(heatmap.cell(math.log(perplexity))) <= 7 and "…" not in text
+    assert len(terms.perplexity(math.log(perplexity))) <= 7 and "…" not in text
 
 
 # --- the rest of the page --------------------------------------------------------------------------------------------
@@ -119,6 +119,16 @@ def test_summary_in_percent_and_nats(run: record.Run) -> None:
         assert [float(x) for x in shown[3:6]] == pytest.approx([e.value, e.low, e.high], abs=0.000051)
         assert int(shown[6]) == e.n
     assert "over test documents and task items of this one run" in text
+
+
+def test_bits_per_byte(run: record.Run, tmp_path: Path) -> None:
+    """Mean over trained domains of sum NLL / (ln 2 * bytes): synthetic documents have 4 bytes a token."""
+    d = run.documents[~run.documents.domain.isin(list(synthetic.CONTROLS))]
+    sums = d.groupby(["stage", "domain"])[["nll_nats", "bytes"]].sum()
+    mean = (sums.nll_nats / math.log(2) / sums.bytes).groupby("stage").mean()
+    assert f"bits per byte, mean over trained domains: {mean[0]:.4f} pretrained, {mean[8]:.4f} after stage 8\n" in printed(run)
+    one = printed(small(tmp_path, bases={"a": 20.0}, controls=[]))
+    assert line(one, "bits per byte").endswith(" after stage 1")
 
 
 def test_task_block(run: record.Run) -> None:
@@ -140,6 +150,14 @@ def test_a_limited_task_says_so(tmp_path: Path) -> None:
     run = synthetic.run(tmp_path / "r.json")
     run.record.stages[0].tasks["boolq@100"].limited = True
     assert "not for a table" in printed(run)
+
+
+def test_truncated_items_are_told(tmp_path: Path, run: record.Run) -> None:
+    assert "did not fit" not in printed(run)
+    cut = synthetic.run(tmp_path / "r.json")
+    for stage in (0, 8):
+        cut.record.stages[stage].tasks["boolq@100"].truncated = 3
+    assert "3 of 100 items did not fit the model's context: their beginning was cut\n" in printed(cut)
 
 
 def test_a_task_scored_once_has_no_change(tmp_path: Path) -> None:

@@ -542,9 +542,56 @@ def test_dropout_is_off_however_often_it_is_scored(local: None, loaded: Any) -> 
 def test_progress(local: None, loaded: Any) -> None:
     told: list[tuple[int, int]] = []
     build(loaded, "boolq", "piqa", batch_size=2).score(loaded, lambda done, of: told.append((done, of)))
-    total = 2 * len(DOCS["boolq"]) + 2 * len(DOCS["piqa"])
+    total = len(DOCS["boolq"]) + len(DOCS["piqa"])
     assert told[-1] == (total, total) and {of for _, of in told} == {total}
-    assert [d for d, _ in told] == sorted({d for d, _ in told}) and len(told) > 10
+    assert [d for d, _ in told] == sorted(d for d, _ in told) and len(told) > 10
+
+
+def test_an_item_is_done_when_all_its_choices_are(local: None, loaded: Any) -> None:
+    """Choices of different length are far apart in the order of the batches."""
+    told: list[int] = []
+    build(loaded, "arc_easy", batch_size=1).score(loaded, lambda done, _: told.append(done))
+    sizes = [len(doc["choices"]["text"]) for doc in DOCS["arc_easy"]]
+    assert told[0] == 0 and told[-1] == len(sizes) and len(told) == sum(sizes)
+    for answered, done in enumerate(told, start=1):
+        assert done * min(sizes) <= answered
+
+
+def test_time_left_counts_what_score_counts(local: None, loaded: Any, tmp_path: Path) -> None:
+    """A tracker is told items by score and items by the stage: nothing is left when the last choice is scored."""
+    import io
+
+    from rich.console import Console
+
+    import synthetic
+    from gain_cl import record, track
+
+    names = ["boolq", "arc_easy"]
+    now, left, rest = 0.0, [], []
+    taskset = build(loaded, *names)
+    config = synthetic.config(["a"], [], tasks=names)
+
+    def tell(done: int, of: int) -> None:
+        nonlocal now
+        now += 1.0
+        tracker.progress(done, of, "items")
+        rest.append(tracker.left()[0])
+
+    with track.Tracker(
+        config, "r", tmp_path, steps_total=0, cells_total=0, console=Console(file=io.StringIO()), clock=lambda: now
+    ) as tracker:
+        for stage in (0, 1):
+            tracker.phase("run tasks", stage=stage, of=1)
+            begun = now
+            scores, _ = taskset.score(loaded, tell)
+            left.append(tracker.left())
+            row = record.StageRecord(
+                index=stage, domain="a" if stage else None, domains={}, tasks=scores, train=None, eval_seconds=0, task_seconds=now - begun
+            )
+            tracker.stage(row)
+            assert tracker.left() == left[-1]
+    assert left == [(pytest.approx(now / 2), []), (0.0, [])]
+    assert rest[-2] > 0
 
 
 def test_no_tasks(loaded: Any) -> None:

@@ -24,7 +24,7 @@ import pytest
 from rich.console import Console
 
 import synthetic
-from gain_cl import record, track
+from gain_cl import dashboard, record, track
 from gain_cl.errors import StorageError
 
 Patch = pytest.MonkeyPatch
@@ -186,7 +186,7 @@ def test_plain_lines(run: record.Run, tmp_path: Path) -> None:
     for stage, domain in enumerate(["pretrained", "a", "b"]):
         assert len(re.findall(rf"stage {stage} of 2 {domain} done: ", text)) == 1
     before, after = (s.domains["a"].perplexity for s in run.record.stages[:2])
-    assert f"perplexity {before:.4g} -> {after:.4g} ({100 * (after / before - 1):+.1f}%)" in text
+    assert f"perplexity {before:.2f} -> {after:.2f} ({100 * (after / before - 1):+.1f}%)" in text
     drift = 100 * (run.record.stages[2].domains["a"].perplexity / after - 1)
     assert f"earlier domains {drift:+.1f}% meanwhile" in text
     at = [int(m) * 60 + int(s) for m, s in re.findall(r"^ +(\d+):(\d\d)  (?!note|run|stage \d of \d \w+ done)", text, re.M)]
@@ -268,6 +268,28 @@ def test_time_left_is_remaining_units_times_their_pace(run: record.Run, tmp_path
         follow(tracker, run, clock)
         seen.append(tracker.left())
     assert seen == [(0.0, [])]
+
+
+@pytest.mark.parametrize("stages", ["ends", "all"])
+def test_nothing_is_left_when_the_last_tasks_are_done(run: record.Run, tmp_path: Path, stages: str) -> None:
+    """By progress alone, before the stage itself is told; the same units in both, or the time left is wrong."""
+    clock, left = Clock(), {}
+    config = synthetic.config(["a", "b"], ["x"], tasks=["boolq@100"])
+    config = config.model_copy(update={"tasks": config.tasks.model_copy(update={"stages": stages})})
+    console = Console(file=io.StringIO())
+    with track.Tracker(config, "r", tmp_path, steps_total=0, cells_total=0, console=console, clock=clock) as tracker:
+        for row in run.record.stages:
+            if stages == "ends" and not row.tasks:
+                continue
+            tracker.phase("run tasks", stage=row.index, of=2)
+            for done in (30, 100):
+                clock.now += 5
+                tracker.progress(done, 100, "items")
+            left[row.index], unknown = tracker.left()
+            assert not unknown
+            tracker.stage(row.model_copy(update={"domains": {}, "tasks": run.record.stages[0].tasks, "task_seconds": 10.0}))
+            assert tracker.left()[0] == pytest.approx(left[row.index])
+    assert left == ({0: 10.0, 2: 0.0} if stages == "ends" else {0: 20.0, 1: 10.0, 2: 0.0})
 
 
 def test_time_left_without_tasks_does_not_wait_for_them(run: record.Run, tmp_path: Path) -> None:
@@ -460,7 +482,7 @@ def test_modes(
 def test_no_answer_means_offline_with_one_note(home: Path, run: record.Run, tmp_path: Path, monkeypatch: Patch) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
     fake = FakeWandb("online")
-    text, _ = mirrored(tmp_path / "run", run, fake, monkeypatch, init_timeout_seconds=600)
+    text, _ = mirrored(tmp_path / "run", run, fake, monkeypatch, init_timeout_seconds=15)
     calls = [c[0] for c in fake.calls]
     assert [c[2]["mode"] for c in fake.calls if c[0] == "init"] == ["online", "offline"]
     assert "teardown" in calls[calls.index("init") : len(calls)]  # the service would not take the same run id twice
@@ -515,9 +537,9 @@ def test_a_failed_run_is_marked_as_failed(home: Path, tmp_path: Path, monkeypatc
 
 def test_secrets_are_blanked(monkeypatch: Patch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_canary_canary")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "aws/canary/canary")
+    monkeypatch.setenv("aws_secret_access_key", "aws/canary/canary")
     config = {"a": ["x hf_canary_canary y"], "b": "https://me:pass@host/x", "c": 3, "d": {"e": "aws/canary/canary"}}
-    assert track._public(config) == {"a": ["x *** y"], "b": "https://***@host/x", "c": 3, "d": {"e": "***"}}
+    assert dashboard._public(config) == {"a": ["x *** y"], "b": "https://***@host/x", "c": 3, "d": {"e": "***"}}
 
 
 # The real wandb, in processes of its own: it keeps global state and threads.

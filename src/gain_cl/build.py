@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import re
+import sys
 import typing
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -89,7 +90,8 @@ def _import(path: Path) -> None:
     spec = importlib.util.spec_from_file_location(f"gain_cl_plugin_{path.stem}", path)
     if spec is None or spec.loader is None:
         raise ImportError("not a python file")
-    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # so that a class can be traced to its file
+    spec.loader.exec_module(module)
 
 
 # --- composing -------------------------------------------------------------------------------------------------------
@@ -219,6 +221,8 @@ def _implied(first: dict[str, Any], given: Given) -> list[str]:
     """Overrides that follow from the first composition."""
     out: list[str] = []
     keys = {key_of(o) for o in given.overrides}
+    if "train.lr" in keys and "lr_tuned_on" not in keys:
+        out.append("++lr_tuned_on=null")  # the user chose it
     model, sequence = first.get("model"), first.get("sequence")
     if isinstance(model, dict) and not any(model.get(k) for k in ("path", "package", "arch")):
         raise ConfigError(

@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gain_cl import presets
-from gain_cl.config import SHA1, HubSource, Peft, RunConfig
+from gain_cl.config import SECRET_NAME, SHA1, HubSource, Peft, RunConfig
 from gain_cl.errors import ConfigError
 from gain_cl.explain import suggest
 
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
-SECRET_NAME = re.compile(r"(TOKEN|KEY|SECRET|PASSWORD)$")
 URL_PASSWORD = re.compile(r"://[^/\s:@]*:[^/\s@]+@")
 DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
 
@@ -66,9 +65,9 @@ def _model(config: RunConfig, origin: Origin) -> None:
     if model.path is not None:
         folder = Path(model.path).expanduser()
         if folder.is_dir():
-            from gain_cl.models import read_config
+            from gain_cl.models import inspect as inspect_model
 
-            arch = read_config(folder)
+            arch = inspect_model(folder)
         elif folder.exists():
             raise ConfigError(
                 f"{model.path} is a file", origin("model.path"), "give the folder that holds config.json and model.safetensors"

@@ -229,9 +229,10 @@ def _export(argv: list[str]) -> int:
     parser.add_argument("--results-dir", default="results", help="where runs/RUN_ID.json are (default: %(default)s)")
     parser.add_argument("--output-dir", help="output_dir of the run (default: as recorded)")
     args = parser.parse_args(argv)
-    from gain_cl import export, record
+    from gain_cl import build, export, record
 
     made = record.load(find_record(args.run, Path(args.results_dir))).record
+    build.load_plugins(made.config["plugins"])
     gap = export.merged(made, Path(args.to), args.stage, args.output_dir)
     print(f"folded against unfolded, fp32: {gap:.1e}, the largest relative difference of a logit")
     print(f"checkpoint: {args.to}")

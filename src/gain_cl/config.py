@@ -13,6 +13,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Fiel
 
 NAME = re.compile(r"^(?![.-])[A-Za-z0-9._-]{1,100}$")
 SHA1 = re.compile(r"^[0-9a-f]{40}$")
+SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|KEY", re.IGNORECASE)
+"""Environment variables whose values reach no file."""
 SHA256 = re.compile(r"^[0-9a-f]{64}$")
 
 EXECUTION = ("compute", "track", "output_dir", "results_dir", "force", "plugins", "lr_tuned_on")
@@ -56,7 +58,6 @@ class PackageSource(Section):
 class HubSource(Section):
     kind: Literal["hub"]
     path: str  # org/name
-    config: str | None = None
     revision: str | None = None  # 40-hex commit
     files: str  # glob of data files in the repository
     fields: list[str]  # joined by blank lines; dots descend into structs; lists are joined
@@ -84,6 +85,12 @@ class Split(Section):
     test: Fraction = 0.15
     dev: Fraction = 0.1
 
+    @model_validator(mode="after")
+    def _check(self) -> Split:
+        if self.test + self.dev > 1:
+            raise ValueError(f"test={self.test} and dev={self.dev} are more than all documents; lower them")
+        return self
+
 
 class Domain(Section):
     name: Name
@@ -107,6 +114,7 @@ class Model(Section):
     attention: Literal["eager", "sdpa", "flash_attention_2"] = "sdpa"
     prefix_token_id: int | None = None  # the one token before every scored text; None: bos, else eos
     separator_token_id: int | None = None  # between packed training documents; None: eos
+    note: str = ""  # what a reader of its numbers must know
     roles: dict[str, str] | None = None  # role -> suffix of module names, for a family that models.ROLES does not know
 
 
@@ -254,7 +262,7 @@ class Track(Section):
     job_type: str = "train"
     name: str | None = None  # None: the run id
     tags: list[str] = []
-    init_timeout_seconds: int = Field(15, gt=0)
+    init_timeout_seconds: int = Field(15, gt=0, le=15)
 
 
 class RunConfig(Section):
@@ -290,6 +298,8 @@ class RunConfig(Section):
     def scientific(self) -> dict[str, Any]:
         """What the run id is a hash of: every setting that changes a result."""
         settings = self.model_dump(mode="json", exclude=set(EXECUTION))
-        for domain in settings["domains"].values():
-            del domain["licence"], domain["note"]  # words about the data, not the data
+        for about in (settings["model"], *settings["domains"].values()):
+            about.pop("licence", None), about.pop("note")  # words about the model or data, not the thing itself
+        order = settings["sequence"]
+        settings["sequence"] = {"name": order["name"], "trained": self.sequence.trained, "controls": order["controls"]}
         return settings

@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from gain_cl.errors import DataError
 from gain_cl.loss import token_nll
 from gain_cl.record import DomainScore
 
@@ -67,7 +68,6 @@ def score(
     loaded: Loaded, documents: list[Doc], window: int | None, context: int, stride: int | None = None, batch: int = 16
 ) -> pd.DataFrame:
     """One row per document: document (id), nll_nats (float64), tokens, bytes (UTF-8 bytes of the scored text)."""
-    context = min(context, loaded.context)
     texts = [d.tokens[:window] for d in documents]
     cuts = [w for i, tokens in enumerate(texts) for w in windows(tokens, loaded.prefix_id, context, stride or context, i)]
     cuts.sort(key=lambda w: -len(w.inputs))  # longest first: little padding, and memory runs out at once if at all
@@ -87,6 +87,9 @@ def score(
             np.add.at(nll, owner, losses)
             np.add.at(scored, owner, 1)
     assert (scored == [len(t) for t in texts]).all()
+    if not np.isfinite(nll).all():  # pandas' sums would skip it, and a NaN would become a good score
+        broken = documents[int(np.flatnonzero(~np.isfinite(nll))[0])].id
+        raise DataError(f"the loss of {(~np.isfinite(nll)).sum()} documents is not finite", f"first document {broken}", "lower train.lr")
     ends = [int(d.ends[len(t) - 1]) for d, t in zip(documents, texts, strict=True)]
     return pd.DataFrame({"document": [d.id for d in documents], "nll_nats": nll, "tokens": scored, "bytes": ends})
 

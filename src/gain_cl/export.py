@@ -32,7 +32,11 @@ def merged(record: RunRecord, to: Path, stage: int | None = None, output_dir: st
         / "adapter.safetensors"
     )
     if not saved.exists():
-        raise DataError("the trained state of this stage is not there", str(saved), "give output_dir=, or run again with force=true")
+        raise DataError(
+            "the trained state of this stage is not there",
+            str(saved),
+            "name its output_dir with --output-dir, or run again with force=true",
+        )
 
     import torch
     from safetensors.torch import load_file

@@ -132,12 +132,10 @@ def context_length(config: dict[str, Any]) -> int | None:
 
 
 def _from_gguf(package: cfg.PackageFile) -> Path:
-    """Dequantise a packaged GGUF file once into a safetensors folder in the cache."""
-    folder = (
-        sources.cache_dir() / "models" / f"{package.package.replace('==', '-')}-{hashlib.sha256(package.members.encode()).hexdigest()[:8]}"
-    )
-    stamp = folder / "SOURCE"
-    if stamp.exists() and stamp.read_text() == (package.sha256 or ""):
+    """Dequantise a packaged GGUF file once into a safetensors folder in the cache; what is found there is verified."""
+    source = {"package": package.package, "sha256": package.sha256, "member": package.members}
+    folder = sources.cache_dir() / "models" / f"{package.package.replace('==', '-')}-{_digest(source)[:8]}"
+    if _converted(folder) is not None:
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
@@ -154,14 +152,34 @@ def _from_gguf(package: cfg.PackageFile) -> Path:
         done = Path(temporary) / "model"
         model.save_pretrained(done)
         tokenizer.save_pretrained(done)
-        (done / "SOURCE").write_text(package.sha256 or "")
-        shutil.rmtree(folder, ignore_errors=True)
-        try:
+        hashes = {p.name: sources.file_sha256(p) for p in sorted(done.iterdir())}
+        (done / MANIFEST).write_text(json.dumps({"source": source, "files": hashes}, indent=1))
+        if _converted(folder) is None:  # nobody was faster
+            shutil.rmtree(folder, ignore_errors=True)
             os.rename(done, folder)
-        except OSError:  # another process was first
-            if not stamp.exists():
-                raise
     return folder
+
+
+MANIFEST = "CONVERTED.json"
+
+
+def _converted(folder: Path) -> dict[str, str] | None:
+    """SHA-256 of each file of a converted model; None when it is not there or not what was written."""
+    try:
+        hashes: dict[str, str] = json.loads((folder / MANIFEST).read_text())["files"]
+        whole = all(sources.file_sha256(folder / name, remember=True) == sha for name, sha in hashes.items())
+    except (OSError, ValueError, KeyError, DataError):
+        return None
+    return hashes if whole else None
+
+
+def files(model: cfg.Model) -> dict[str, str]:
+    """SHA-256 of each file of a model converted from a package (its bytes depend on the converter's version); else empty."""
+    return (_converted(_from_gguf(model.package)) or {}) if model.package is not None and model.path is None else {}
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 # --- with torch ------------------------------------------------------------------------------------------------------
@@ -339,12 +357,12 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
 
 
 def candidates(model: nn.Module) -> list[str]:
-    """Suffixes of linear layers that occur once in every block, e.g. self_attn.o_proj."""
-    suffixes: dict[str, int] = {}
+    """Suffixes of the linear layers inside numbered blocks, e.g. self_attn.o_proj."""
+    suffixes: set[str] = set()
     for name, module in model.named_modules():
         block = re.search(r"\.\d+\.(.+)$", name)
         if block and getattr(module, "weight", None) is not None and module.weight.dim() == 2:
-            suffixes[block.group(1)] = suffixes.get(block.group(1), 0) + 1
+            suffixes.add(block.group(1))
     return sorted(suffixes)
 
 
@@ -396,7 +414,7 @@ def _check_head(loaded: Loaded) -> None:
 
 def _cannot(model: cfg.Model, error: Exception) -> DataError:
     reason = str(error).splitlines()[0]
-    if "attention" in reason or "attn_implementation" in reason:
+    if any(word in reason.lower() for word in ("attention", "attn")):
         return DataError(f"the model does not support model.attention={model.attention}", model.name, "use model.attention=eager")
     return DataError(
         f"transformers cannot load it: {reason}", model.path or model.name, "check that it is a causal language model for this version"

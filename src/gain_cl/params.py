@@ -31,8 +31,13 @@ def count(filters: Iterable[str] = (), config_dirs: Iterable[str | Path] = (), p
         for name in wanted.get("method") or presets.names("method", config_dirs):
             adapters[name] = _section(load, f"method={name}", "adapter", config_dirs, TypeAdapter(Adapter))
         for name in wanted.get("model") or presets.names("model", config_dirs):
-            if name != "custom":
-                models[name] = _section(load, f"model={name}", "model", config_dirs, TypeAdapter(Model))
+            given = name != "custom"  # which is a path to be given
+            model = _section(load, f"model={name}", "model", config_dirs, TypeAdapter(Model)) if given else None
+            if model is not None and (model.arch or model.path or model.package):
+                models[name] = model
+            elif "model" in wanted:
+                do = "give model.path= to a run, which says how many train, or write a preset that has it (--config-dir)"
+                raise ConfigError("a preset without path and arch, nothing to count", f"model={name}", do)
     counted: dict[str, tuple[int, int | str]] = {}
     table: Table = {}
     for name, model in models.items():

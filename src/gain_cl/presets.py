@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -10,15 +9,12 @@ from gain_cl.errors import ConfigError
 
 
 def configs_dir() -> Path:
-    """The shipped presets: $GAIN_CL_CONFIGS, else inside the installed package, else in the checkout."""
+    """The shipped presets: inside the installed package, else in the checkout."""
     package = Path(__file__).resolve().parent
-    own = os.environ.get("GAIN_CL_CONFIGS")
-    for folder in [Path(own).absolute()] if own else [package / "configs", package.parents[1] / "configs"]:
+    for folder in (package / "configs", package.parents[1] / "configs"):
         if (folder / "run.yaml").is_file():
             return folder
-    raise ConfigError(
-        "the presets are missing: no run.yaml", own or str(package / "configs"), "unset GAIN_CL_CONFIGS or install gain_cl again"
-    )
+    raise ConfigError("the presets are missing: no run.yaml", str(package / "configs"), "install gain_cl again")
 
 
 def folders(config_dirs: Iterable[str | Path] = ()) -> list[Path]:

@@ -23,7 +23,13 @@ PACKAGES = ("torch", "transformers", "tokenizers", "peft", "lm-eval", "datasets"
 
 def run_id(config: RunConfig, pins: dict[str, Any]) -> str:
     """model-method-sequence-sSEED-HASH; HASH over the scientific settings, the pins and NUMERICS (40 bits)."""
-    identity = {"settings": config.scientific(), "pins": pins, "numerics": NUMERICS}
+    settings = config.scientific()
+    if "folder" in pins["model"]:  # its content is pinned: where it lies and how the path is spelt change nothing
+        del settings["model"]["path"]
+    for domain in settings["domains"].values():
+        if domain["source"]["kind"] == "files":
+            del domain["source"]["path"]
+    identity = {"settings": settings, "pins": pins, "numerics": NUMERICS}
     text = json.dumps(identity, sort_keys=True, separators=(",", ":"), allow_nan=False)
     names = "-".join([config.model.name, config.method, config.sequence.name])[:70]
     return f"{names}-s{config.seed}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"

@@ -16,8 +16,8 @@ from rich.table import Table
 from rich.text import Text
 
 from gain_cl import items as items_
+from gain_cl import terms
 from gain_cl.errors import DataError
-from gain_cl.figures.heatmap import cell
 from gain_cl.matrix import Estimate, LossMatrix, summary
 from gain_cl.record import Run, RunRecord, items_path
 
@@ -52,6 +52,8 @@ def render(run: Run, files: dict[str, Path] | None = None, console: Console | No
     _matrix(run, console)
     say("Change of perplexity, mean over domains (below 0: better)")
     _summary(summary(losses), console)
+    say(_bits_per_byte(r))
+    say()
     _tasks(run, console, say)
     units = "test documents and task items" if len(run.items) else "test documents"
     say(f"Intervals: 95%, over {units} of this one run; they leave out what another seed would change.")
@@ -126,7 +128,7 @@ def _matrix(run: Run, console: Console) -> None:
     stages = [f"{s.index} {s.domain or 'pretrained'}" for s in r.stages]
     stars = [" " if d in r.trained else "" for d in names]  # the place of the mark behind each number of a column
     cells = [
-        [cell(x) + ("*" if s.domain == d else star) for d, x, star in zip(names, row, stars, strict=True)]
+        [terms.perplexity(x) + ("*" if s.domain == d else star) for d, x, star in zip(names, row, stars, strict=True)]
         for s, row in zip(r.stages, losses, strict=True)
     ]
     changes = [(label, [x + star for x, star in zip(row, stars, strict=True)]) for label, row in _changes(losses, r)]
@@ -195,9 +197,9 @@ def _changes(losses: np.ndarray, r: RunRecord) -> list[tuple[str, list[str]]]:
     last = len(losses) - 1
     for j in range(losses.shape[1]):
         k = j + 1
-        own.append(_percent(losses[k, j] - losses[k - 1, j]) if j < len(r.trained) else "")
-        back.append(_percent(losses[last, j] - losses[k, j]) if j < len(r.trained) - 1 else "")
-        base.append(_percent(losses[last, j] - losses[0, j]))
+        own.append(terms.percent(losses[k, j] - losses[k - 1, j]) if j < len(r.trained) else "")
+        back.append(terms.percent(losses[last, j] - losses[k, j]) if j < len(r.trained) - 1 else "")
+        base.append(terms.percent(losses[last, j] - losses[0, j]))
     rows = [("own step %", own), ("backward %", back), ("from base %", base)]
     return [row for row in rows if any(row[1])]
 
@@ -219,14 +221,6 @@ def _colour(change_nats: float, trained: bool) -> str:
 
 
 # --- numbers ---------------------------------------------------------------------------------------------------------
-
-
-def _percent(nats: float) -> str:
-    """A difference of losses as a change of perplexity in %, - where there is none."""
-    if math.isnan(nats):
-        return "-"
-    value = 100 * (math.expm1(nats) if nats < 700 else math.inf)
-    return f"{value:+.1f}" if abs(value) < 1000 else f"{value:+.0e}"
 
 
 def _interval(low: str, high: str) -> str:
@@ -256,11 +250,17 @@ def _summary(found: dict[str, Estimate], console: Console) -> None:
     for name in [*(n for n in ROWS if n in found), *(n for n in found if n not in ROWS)]:
         e = found[name]
         label, compares = ROWS.get(name, (name.replace("_", " "), ""))
-        percent = [_percent(e.value), _interval(_percent(e.low), _percent(e.high))]
+        percent = [terms.percent(e.value), _interval(terms.percent(e.low), terms.percent(e.high))]
         nats = [_signed(e.value, 4), *([_interval(_signed(e.low, 4), _signed(e.high, 4))] if wide else [])]
         table.add_row(label, *percent, *nats, str(e.n), *([compares] if wordy else []))
     console.print(table)
     console.print()
+
+
+def _bits_per_byte(r: RunRecord) -> str:
+    """sum NLL / (ln 2 * bytes) of each trained domain, then their mean, before and after the run."""
+    first, last = (sum(stage.domains[d].bits_per_byte for d in r.trained) / len(r.trained) for stage in (r.stages[0], r.stages[-1]))
+    return f"bits per byte, mean over trained domains: {first:.4f} pretrained, {last:.4f} after stage {r.stages[-1].index}"
 
 
 def _tasks(run: Run, console: Console, say: _Printer) -> None:
@@ -274,6 +274,8 @@ def _tasks(run: Run, console: Console, say: _Printer) -> None:
         say(f"{task}: {score.items} items{shots}, stage {first}" + (f" and stage {last}" if last != first else ""))
         if score.limited:
             say("  limited for debugging: not for a table")
+        if truncated := max(r.stages[s].tasks[task].truncated for s in stages):
+            say(f"  {truncated} of {score.items} items did not fit the model's context: their beginning was cut")
         try:
             levels = [items_.level(run.items, task, s) for s in (first, last)]
             change = items_.change(run.items, task, first, last) if last != first else {}
@@ -309,27 +311,17 @@ def _cost(r: RunRecord) -> str:
     whole = r.provenance.get("seconds")
     share = f" ({100 * r.trainable_parameters / r.total_parameters:.3g}%)" if r.total_parameters else ""
     speed = f", {tokens / learning:,.0f} tokens/s" if learning > 0 else ""
-    times = [f"learning {_time(learning)}", f"scoring {_time(scoring)}", *([f"tasks {_time(answering)}"] if answering else [])]
+    parts = {"learning": learning, "scoring": scoring, **({"tasks": answering} if answering else {})}
+    times = [f"{what} {terms.duration(seconds)}" for what, seconds in parts.items()]
     lines = [
         f"trainable parameters: {r.trainable_parameters:,} of {r.total_parameters:,}{share}",
         f"training tokens: {tokens:,} in {len(trains)} stages{speed}",
-        f"time: {_time(float(whole)) + ' (' if isinstance(whole, int | float) else ''}{', '.join(times)}"
+        f"time: {terms.duration(float(whole)) + ' (' if isinstance(whole, int | float) else ''}{', '.join(times)}"
         + (")" if isinstance(whole, int | float) else ""),
         f"peak memory: {r.peak_memory_bytes / 1e9:.2f} GB",
         f"perplexity protocol: {r.protocol}",
     ]
     return "\n".join(lines)
-
-
-def _time(seconds: float) -> str:
-    whole = round(seconds)
-    return (
-        f"{whole // 3600} h {whole // 60 % 60} min"
-        if whole >= 3600
-        else f"{whole // 60} min {whole % 60} s"
-        if whole >= 60
-        else f"{seconds:.1f} s"
-    )
 
 
 def _files(run: Run) -> dict[str, Path]:

@@ -7,15 +7,17 @@ domain again. Nothing here knows what a forgetting matrix is: that is derived fr
 
 from __future__ import annotations
 
+import math
 import os
 import time
+from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from gain_cl import checks, models, provenance, record, tasks
+from gain_cl import adapters, checks, guards, models, provenance, record, tasks
 from gain_cl import domains as domains_
 from gain_cl.config import RunConfig
 from gain_cl.lock import owned
@@ -57,9 +59,15 @@ def prepare(config: RunConfig) -> Plan:
         "model": models.pin(config.model),
         "domains": {name: domains_.pin(domain) for name, domain in config.domains.items()},
         "tasks": tasks.pin(config.tasks),
+        "plugins": {"adapter": adapters.pin(config.adapter.kind), "guard": guards.pin(config.guard.kind)},
     }
     run_id = provenance.run_id(config, pins)
-    return Plan(run_id, pins, Path(config.results_dir) / "runs" / f"{run_id}.json", Path(config.output_dir) / run_id)
+    plan = Plan(run_id, pins, Path(config.results_dir) / "runs" / f"{run_id}.json", Path(config.output_dir) / run_id)
+    if not plan.finished or config.force:
+        for domain in config.domains.values():
+            if domain.source.kind == "files":  # a bad line shows now, not after a model was loaded
+                deque(domains_.documents(domain), maxlen=0)
+    return plan
 
 
 def execute(config: RunConfig, plan: Plan) -> record.Run:
@@ -89,9 +97,11 @@ def _execute(config: RunConfig, plan: Plan) -> record.Run:
     steps, cells = last * config.train.stage_steps, (last + 1) * len(names)
     with track.Tracker(config, plan.run_id, plan.folder, steps_total=steps, cells_total=cells) as tracker:
         tracker.phase("import torch and transformers", stage=0, of=last)
+        if config.compute.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it once, when torch starts it
         import torch
 
-        from gain_cl import adapters, evaluate, guards, train
+        from gain_cl import evaluate, train
 
         device = models.device_of(config.compute.device, config.model.dtype)
         torch.set_num_threads(config.compute.threads or _cores())
@@ -106,7 +116,7 @@ def _execute(config: RunConfig, plan: Plan) -> record.Run:
         for i, name in enumerate(names):
             tracker.progress(i, len(names), "domains", name)
             domains[name] = domains_.prepare(config.domains[name], loaded.tokenizer, loaded.tokenizer_hash)
-        notes = domains_.check(domains, config.train, config.eval, loaded.vocabulary, config.sequence.controls) + _advice(config)
+        notes = domains_.check(domains, config.train, config.eval, loaded.vocabulary, config.sequence.controls) + _advice(config, loaded)
         for note in notes:
             tracker.note(note)
         taskset = tasks.TaskSet(config.tasks, loaded.tokenizer) if config.tasks.names else None
@@ -151,11 +161,10 @@ def _execute(config: RunConfig, plan: Plan) -> record.Run:
             guard.attach(loaded, adapter, train.seed_of("guard", config.seed))
             if config.compute.gradient_checkpointing:
                 models.checkpoint_activations(loaded.model)
-            optimizer = train.optimizer(adapter, config.train)
 
             for index, name in enumerate(trained, start=1):
                 tracker.phase(f"learn {name}", stage=index, of=last)
-                if config.train.optimizer == "fresh":
+                if index == 1 or config.train.optimizer == "fresh":
                     optimizer = train.optimizer(adapter, config.train)
                 blocks = domains[name].train_blocks(config.seed, config.train.block, loaded.separator_id)
                 micro = config.compute.micro_batch
@@ -172,7 +181,7 @@ def _execute(config: RunConfig, plan: Plan) -> record.Run:
                         dev.append({"step": row["step"], "nll_nats": score.nll_nats, "tokens": score.tokens})
                         tracker.dev({"stage": index, "domain": name, "step": row["step"], "loss_nats": score.loss_nats})
                 guard.after_stage(index, name, blocks)
-                _save_stage(adapter.state(), plan.folder / "stages", index, name, keep=config.adapter.kind != "full")
+                _save_stage(adapter.state(), plan.folder / "stages", index, name, keep=adapter.keep_stages)
                 stats = record.TrainStats(
                     steps=len(log),
                     tokens=sum(r["tokens"] for r in log),
@@ -194,7 +203,12 @@ def _execute(config: RunConfig, plan: Plan) -> record.Run:
             controls=config.sequence.controls,
             protocol=evaluate.protocol(config.eval, loaded.prefix_id),
             config=config.model_dump(mode="json"),
-            pins={**plan.pins, "tokenizer": loaded.tokenizer_hash, "tokens": {n: d.hash for n, d in domains.items()}},
+            pins={
+                **plan.pins,
+                "model_files": models.files(config.model),
+                "tokenizer": loaded.tokenizer_hash,
+                "tokens": {n: d.hash for n, d in domains.items()},
+            },
             provenance={
                 **origin,
                 "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
@@ -223,9 +237,13 @@ def score_domain(loaded: Loaded, domain: Domain, settings: Eval, batch: int) -> 
     return evaluate.score(loaded, chosen, settings.window, settings.context, settings.stride, batch)
 
 
-def _advice(config: RunConfig) -> list[str]:
+def _advice(config: RunConfig, loaded: Loaded) -> list[str]:
     """What a reader of the numbers must know about these settings."""
-    notes = []
+    notes = [config.model.note] if config.model.note else []
+    own = loaded.model.config.to_dict()
+    for key, stated in (config.model.arch or {}).items():
+        if key in own and own[key] != stated and not (isinstance(stated, float) and math.isclose(own[key], stated, rel_tol=1e-6)):
+            notes.append(f"model.arch.{key}={stated} is not what the weights say, {own[key]}: the weights count")
     if config.lr_tuned_on and config.lr_tuned_on != config.model.name:
         chosen = f"train.lr={config.train.lr:g} was chosen on {config.lr_tuned_on}, not on {config.model.name}"
         notes.append(f"{chosen}: sweep it before comparing methods")
@@ -255,5 +273,7 @@ def _write_views(run: record.Run, plan: Plan) -> None:
 
 
 def _cores() -> int:
-    """Cores this process may use."""
+    """Cores this process may use, or what OMP_NUM_THREADS says."""
+    if os.environ.get("OMP_NUM_THREADS", "").isdigit():
+        return int(os.environ["OMP_NUM_THREADS"])
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -389,14 +389,15 @@ class TaskSet:
     def score(self, loaded: Loaded, progress: Callable[[int, int], None] | None = None) -> tuple[dict[str, TaskScore], pd.DataFrame]:
         """Score every task on the model as it is now.
 
-        loaded: model, prefix_id and context are used. progress(done, of): called after each batch, in choices.
+        loaded: model, prefix_id and context are used. progress(done, of): called after each batch, in items of all tasks; an item is
+        done when all its choices are.
         Returns the counts by task name, and one row per item with the ITEM_COLUMNS but for stage (logprobs: log
         p(choice | context) in nats). The model's modes and the random states are left as found. DataError: a
         log-likelihood that is not finite, or a choice longer than the model's context.
         """
         scores: dict[str, TaskScore] = {}
         rows: list[dict[str, Any]] = []
-        total = sum(len(item.requests) for items in self.items.values() for item in items)
+        total = sum(map(len, self.items.values()))
         done = 0
         if not self.items:
             return scores, pd.DataFrame(columns=[c for c in ITEM_COLUMNS if c != "stage"])
@@ -412,9 +413,10 @@ class TaskSet:
             loaded.model.train(False)
             for name, items in self.items.items():
                 requests = [r for item in items for r in item.requests]
-                lm.watch(lambda n, before=done: progress and progress(before + n, total))
+                if progress is not None:
+                    lm.watch(_by_item(items, done, total, progress))
                 logprobs = np.array([logprob for logprob, _ in lm.loglikelihood(requests, disable_tqdm=True)], dtype=np.float64)
-                done += len(requests)
+                done += len(items)
                 correct = correct_norm = truncated = start = 0
                 for item in items:
                     span = slice(start, start := start + len(item.requests))
@@ -438,6 +440,20 @@ class TaskSet:
         return scores, pd.DataFrame(rows)[[c for c in ITEM_COLUMNS if c != "stage"]]
 
 
+def _by_item(items: list[Item], before: int, total: int, progress: Callable[[int, int], None]) -> Callable[[list[int]], None]:
+    """From the positions of the choices that a batch answered (those of one item may be in several batches) to progress in
+    items: ``before`` of ``total`` were done when these began."""
+    owner = [i for i, item in enumerate(items) for _ in item.requests]
+    waiting = [len(item.requests) for item in items]
+
+    def answered(requests: list[int]) -> None:
+        for request in requests:
+            waiting[owner[request]] -= 1
+        progress(before + waiting.count(0), total)
+
+    return answered
+
+
 @functools.cache
 def _scorer() -> type[Any]:
     """lm-eval's HFLM on a live model, but: batches of a fixed order, logits only where a choice is scored (all positions
@@ -449,8 +465,10 @@ def _scorer() -> type[Any]:
 
     class Scorer(HFLM):  # type: ignore[misc]
         truncated: list[bool]
+        _tell: Callable[[list[int]], None] | None = None
 
-        def watch(self, tell: Callable[[int], Any]) -> None:
+        def watch(self, tell: Callable[[list[int]], None]) -> None:
+            """tell(requests): called after each batch with the positions of those it answered."""
             self._tell = tell
 
         def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = True, override_bs: Any = None) -> list[tuple[float, bool]]:
@@ -472,7 +490,8 @@ def _scorer() -> type[Any]:
                 self._keep = max(length for length, _ in spans) - min(length - scored for length, scored in spans)
                 found = super()._loglikelihood_tokens([requests[i] for i in batch], disable_tqdm=True)
                 answers.update(zip(batch, found, strict=True))
-                self._tell(len(answers))
+                if self._tell is not None:
+                    self._tell(batch)
             return [answers[i] for i in range(len(requests))]
 
         def _model_call(self, inps: torch.Tensor, attn_mask: Any = None, labels: Any = None) -> torch.Tensor:

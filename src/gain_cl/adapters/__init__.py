@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import inspect
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gain_cl.errors import ConfigError
@@ -21,6 +24,13 @@ def register(kind: str, adapter: type[Adapter]) -> None:
 def registered() -> dict[str, type[Adapter]]:
     """Plugin adapters by name."""
     return dict(_PLUGINS)
+
+
+def pin(kind: str) -> str | None:
+    """SHA-256 of the file that defines a plugin's class, for the run id; None for what gain_cl itself brings."""
+    if kind not in _PLUGINS:
+        return None
+    return hashlib.sha256(Path(inspect.getfile(_PLUGINS[kind])).read_bytes()).hexdigest()
 
 
 def build(settings: config.Gain | config.Full | config.Peft | config.PluginAdapter) -> Adapter:

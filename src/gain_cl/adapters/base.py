@@ -21,6 +21,8 @@ class Adapter(ABC):
     weights stay as they are until ``absorb``.
     """
 
+    keep_stages = True  # whether the trained state after every stage is small enough to keep, or only the last
+
     @abstractmethod
     def attach(self, loaded: Loaded) -> None:
         """Add to the model what trains. The global RNG is seeded by the caller: draw initial values from it."""

@@ -17,6 +17,8 @@ class FullAdapter(Adapter):
     """The optimiser works on fp32 master weights; the model computes in its own dtype, so that it starts as the base
     bit for bit and is measured on the same path. For an fp32 model masters and weights are the same tensors."""
 
+    keep_stages = False
+
     def attach(self, loaded: Loaded) -> None:
         self.masters: dict[str, nn.Parameter] = {}
         self.weights: dict[str, nn.Parameter] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -36,7 +37,10 @@ class PeftAdapter(Adapter):
         try:
             settings = kinds[self.peft_type](task_type="CAUSAL_LM", **self.config)
             self.model = loaded.model
-            self.peft = peft.get_peft_model(loaded.model, settings)  # changes the model in place
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "fan_in_fan_out is set to False but the target module is `Conv1D`")  # it corrects it
+                warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")  # between the two libraries
+                self.peft = peft.get_peft_model(loaded.model, settings)  # changes the model in place
         except (ValueError, TypeError) as error:
             raise ConfigError(
                 f"PEFT refuses: {str(error).splitlines()[0]}", f"adapter {self.peft_type} on {loaded.model.config.model_type}"

@@ -1,0 +1,60 @@
+"""How numbers are written: in the terminal, in metrics.jsonl and in wandb alike. Torch-free."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+
+def perplexity(loss_nats: float) -> str:
+    """A perplexity in at most seven characters: 23.31, 455.6, 49152, 1.2e+08; - where not scored."""
+    if math.isnan(loss_nats):
+        return "-"
+    value = math.exp(min(loss_nats, 700.0))
+    for limit, shown in ((100, f"{value:.2f}"), (1000, f"{value:.1f}"), (1e6, f"{value:.0f}")):
+        if value < limit:
+            return shown
+    return f"{value:.1e}"
+
+
+def percent(nats: float) -> str:
+    """A difference of losses as a change of perplexity in %, with its sign; - where there is none."""
+    if math.isnan(nats):
+        return "-"
+    value = change(nats)
+    return f"{value:+.1f}" if abs(value) < 1000 else f"{value:+.0e}"
+
+
+def change(nats: float) -> float:
+    """A difference of losses as a change of perplexity in %; inf where float64 ends."""
+    return 100 * math.expm1(nats) if nats < 700 else math.inf
+
+
+def clock(seconds: float) -> str:
+    """A moment or a countdown: 1:02:03, 2:03, 0:03."""
+    whole = round(seconds)
+    hours, minutes = whole // 3600, whole // 60 % 60
+    return f"{hours}:{minutes:02d}:{whole % 60:02d}" if hours else f"{minutes}:{whole % 60:02d}"
+
+
+def duration(seconds: float) -> str:
+    """How long something took: 1 h 2 min, 2 min 3 s, 3.0 s."""
+    whole = round(seconds)
+    if whole >= 3600:
+        return f"{whole // 3600} h {whole // 60 % 60} min"
+    return f"{whole // 60} min {whole % 60} s" if whole >= 60 else f"{seconds:.1f} s"
+
+
+def finite(value: Any, name: str = "") -> tuple[Any, dict[str, str]]:
+    """The value with plain Python numbers and null for what is not finite, and the names and values of those."""
+    if hasattr(value, "item"):  # a numpy or torch scalar
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None, {name: str(value)}
+    if isinstance(value, dict):
+        parts = {k: finite(v, f"{name}.{k}" if name else str(k)) for k, v in value.items()}
+        return {k: v for k, (v, _) in parts.items()}, {n: t for _, bad in parts.values() for n, t in bad.items()}
+    if isinstance(value, list | tuple):
+        entries = [finite(v, f"{name}[{i}]") for i, v in enumerate(value)]
+        return [v for v, _ in entries], {n: t for _, bad in entries for n, t in bad.items()}
+    return value, {}
