@@ -100,7 +100,7 @@ BAD = [
     ("model.path=/no/such/folder", "neither a folder nor a hub id", "check the path"),
     ("model.path=gpt2", "neither a folder nor a hub id", "did you mean model=gpt2?"),
     ("model.path=org/name", "needs a revision", "give the 40-hex commit"),
-    ("model=gpt2 model.revision=main", "'main' is no commit of openai-community/gpt2", "40 hex digits"),
+    ("model=gpt2 model.revision=main", "'main' is no commit of openai-community/gpt2", "pin a 40-hex commit"),
     # grammar
     ("train", "cannot read 'train'", "write KEY=VALUE"),
     ("train.lr=1 train.lr=2", "train.lr is given twice", ""),
@@ -211,6 +211,8 @@ def test_model_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     folder.mkdir()
     assert "no config.json" in refused(capsys, "run", f'model.path="{folder}"', *SMALL, code=65)
     (folder / "config.json").write_text(json.dumps({"model_type": "llama", "max_position_embeddings": 512, "hidden_size": 8}))
+    assert "no model*.safetensors" in refused(capsys, "run", f'model.path="{folder}"', *SMALL, code=65)
+    (folder / "model.safetensors").touch()
     words = [f'model.path="{folder}"', *SMALL]
     assert "eval.context=1024 exceeds the context of My-model--v2-, 512 tokens" in refused(capsys, "run", *words)
     run = build.compose([*words, "eval.context=512", f"model.revision={'a' * 40}"])
@@ -302,6 +304,10 @@ def test_traceback_on_request(capsys: pytest.CaptureFixture[str], monkeypatch: p
     monkeypatch.setenv("GAIN_CL_DEBUG", "1")
     assert cli.main(["run", "train.lrr=1"]) == 64
     assert "Traceback" in capsys.readouterr().err
+
+
+def test_params_of_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "nothing to count" in refused(capsys, "params", "model=custom")
 
 
 def test_params_json(capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from gain_cl.terms import perplexity
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -109,7 +111,9 @@ def _build(run: Run) -> Figure:
             scored = bool(np.isfinite(losses[stage, j]))
             fill = colours.to_rgba(change[stage, j]) if scored else UNSCORED
             axes.add_patch(Rectangle((left[j], stage), 1, 1, facecolor=fill, edgecolor=PAPER, linewidth=1.2))
-            axes.text(left[j] + 0.5, stage + 0.5, cell(losses[stage, j]), ha="center", va="center_baseline", fontsize=10, color=_ink(fill))
+            axes.text(
+                left[j] + 0.5, stage + 0.5, perplexity(losses[stage, j]), ha="center", va="center_baseline", fontsize=10, color=_ink(fill)
+            )
     for stage, domain in enumerate(s.domain for s in r.stages):
         if domain in r.trained:
             x = left[r.trained.index(domain)]
@@ -162,17 +166,6 @@ def _scale(change: np.ndarray) -> tuple[float, str]:
     low, high = (float(known.min()), float(known.max())) if known.size else (0.0, 0.0)
     bound = next((b for b in BOUNDS if max(-low, high) <= b), BOUNDS[-1])
     return float(bound), {(False, False): "neither", (True, False): "min", (False, True): "max"}.get((low < -bound, high > bound), "both")
-
-
-def cell(loss_nats: float) -> str:
-    """A perplexity in at most seven characters: 23.31, 455.6, 49152, 1.2e+08; - where not scored."""
-    if math.isnan(loss_nats):
-        return "-"
-    value = math.exp(min(loss_nats, 700.0))
-    for limit, shown in ((100, f"{value:.2f}"), (1000, f"{value:.1f}"), (1e6, f"{value:.0f}")):
-        if value < limit:
-            return shown
-    return f"{value:.1e}"
 
 
 def _ink(fill: Any) -> str:
