@@ -230,7 +230,7 @@ class Train(Section):
 
 class Eval(Section):
     documents: int = Field(32, ge=2)  # test documents per domain
-    window: int | None = Field(128, gt=0)  # first W tokens of each document; None: all
+    window: int | None = Field(32, gt=0)  # first W tokens of each document; None: all
     context: int = Field(1024, gt=1)  # longest input of one forward pass, in tokens
     stride: int | None = Field(None, gt=0)  # tokens scored per forward pass of a long document; None: context
     split: Literal["test", "dev"] = "test"
