@@ -176,6 +176,18 @@ def test_one_step_at_a_small_rate_moves_every_gain() -> None:
     assert all((p != 0).all() for p in adapter.parameters().values())
 
 
+def test_gradient_of_the_gain_equals_autograds() -> None:
+    torch.manual_seed(0)
+    gain = DiagonalGain(6, torch.device("cpu"))
+    x, upstream = torch.randn(3, 150, 6, requires_grad=True), torch.randn(3, 150, 6)
+    nn.init.normal_(gain.delta)
+    (gain(x) * upstream).sum().backward()
+    plain_x, plain_delta = x.detach().clone().requires_grad_(), gain.delta.detach().clone().requires_grad_()
+    (plain_x * (1 + plain_delta) * upstream).sum().backward()
+    torch.testing.assert_close(x.grad, plain_x.grad, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(gain.delta.grad, plain_delta.grad, rtol=1e-5, atol=1e-5)
+
+
 def test_bf16_gain_multiplies_in_fp32() -> None:
     gain = DiagonalGain(1, torch.device("cpu"))
     with torch.no_grad():
