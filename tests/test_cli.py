@@ -424,3 +424,18 @@ def test_from_python() -> None:
         gain_cl.run("model=gpt3")
     with pytest.raises(AttributeError):
         _ = gain_cl.nothing
+
+
+def test_plugin_of_an_installed_package(tmp_path: Path) -> None:
+    """An entry point of group gain_cl.plugins registers like a plugin file."""
+    info = tmp_path / "myplug-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: myplug\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[gain_cl.plugins]\nmyplug = myplug\n")
+    (tmp_path / "myplug.py").write_text(PLUGIN)
+    code = (
+        "from gain_cl import build, spine; c = build.compose(['debug=smoke', 'guard.kind=watch']); print(spine.prepare(c).pins['plugins'])"
+    )
+    done = python("-c", code, PYTHONPATH=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert "'adapter': None" in done.stdout and "'guard': '" in done.stdout
