@@ -26,7 +26,6 @@ def worker(method: str, overrides: list[str]) -> None:
 
     config = build.compose([*overrides, *([] if method == "forward" else [f"method={method}"])], [], [])
     torch.set_num_threads(config.compute.threads or torch.get_num_threads())
-    models.reuse_freed_memory()
     loaded = models.load(config.model, models.device_of(config.compute.device, config.model.dtype))
     domain = domains.prepare(config.domains[config.sequence.trained[0]], loaded.tokenizer, loaded.tokenizer_hash)
     blocks = domain.train_blocks(config.seed, config.train.block, loaded.separator_id)

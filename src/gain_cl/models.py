@@ -11,7 +11,6 @@ import json
 import os
 import re
 import shutil
-import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -248,19 +247,6 @@ def device_of(name: str, dtype: str) -> torch.device:
     if device.type == "cuda" and dtype == "bfloat16" and not torch.cuda.is_bf16_supported():
         raise ConfigError("this GPU does not compute in bfloat16", "model.dtype", "use model.dtype=float32 or float16")
     return device
-
-
-def reuse_freed_memory() -> None:
-    """Let glibc keep freed activations instead of handing their pages back: on a CPU a training step was a quarter faster,
-    for every fresh page is cleared by the kernel first. Elsewhere than on Linux with glibc it does nothing."""
-    if sys.platform != "linux":
-        return
-    import ctypes
-
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(-3, 2**25)  # M_MMAP_THRESHOLD: blocks up to 32 MiB, the most glibc accepts, come from the heap
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: and the heap does not shrink
 
 
 def load(model: cfg.Model, device: torch.device) -> Loaded:

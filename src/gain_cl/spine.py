@@ -105,7 +105,6 @@ def _execute(config: RunConfig, plan: Plan) -> record.Run:
 
         device = models.device_of(config.compute.device, config.model.dtype)
         torch.set_num_threads(config.compute.threads or _cores())
-        models.reuse_freed_memory()
         torch.use_deterministic_algorithms(config.compute.deterministic)
 
         tracker.phase(f"load {config.model.name}", stage=0, of=last)
