@@ -13,8 +13,8 @@ from conftest import FAMILIES, ListBlocks, tiny
 from gain_cl import adapters, build, config, evaluate, models, presets, train
 from gain_cl.adapters.gain import DiagonalGain, Gains, attach_gains
 from gain_cl.errors import ConfigError, DataError
+from gain_cl.files import sha256
 from gain_cl.guards.base import Guard
-from gain_cl.record import sha256
 
 ALL = {
     **{m: build.compose(["debug=smoke", f"method={m}"]).adapter for m in presets.names("method")},  # every shipped method

@@ -19,7 +19,7 @@ def layers() -> dict[str, int]:
     """Module or package name -> layer, from the table of docs/design.md."""
     table: dict[str, int] = {}
     for line in (ROOT / "docs/design.md").read_text().splitlines():
-        row = re.match(r"\| (\d)(?:, torch-free)? \| (.+) \|$", line)
+        row = re.match(r"\| (\d+)(?:, torch-free)? \| (.+) \|$", line)
         if row:
             table |= {name.strip("/"): int(row.group(1)) for name in re.findall(r"`([\w/]+)`", row.group(2))}
     return table

@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 
 import synthetic
-from gain_cl import record
+from gain_cl import files, record
 from gain_cl.errors import DataError, StorageError
 
 SMALL = {"a": 20.0, "b": 30.0, "x": 10.0}
@@ -154,23 +154,23 @@ def test_nan_is_refused_and_nothing_is_written(saved: record.Run, tmp_path: Path
 
 def test_write_replaces_whole_files(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "er" / "f"
-    record.write_bytes(path, b"old" * 1000)
+    files.write_bytes(path, b"old" * 1000)
     with open(path, "rb") as reader:
-        record.write_bytes(path, b"new")
+        files.write_bytes(path, b"new")
         assert reader.read() == b"old" * 1000  # who has it open still reads the old file
     assert path.read_bytes() == b"new" and leftovers(path.parent) == []
 
 
 def test_a_failing_rename_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "f"
-    record.write_bytes(path, b"old")
+    files.write_bytes(path, b"old")
 
     def refuse(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "replace", refuse)
     with pytest.raises(StorageError, match="No space left") as caught:
-        record.write_bytes(path, b"new")
+        files.write_bytes(path, b"new")
     assert caught.value.exit_code == 74 and path.read_bytes() == b"old" and leftovers(tmp_path) == []
 
 
@@ -180,14 +180,14 @@ def test_an_interrupt_leaves_no_temporary_file(tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.setattr(os, "fsync", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        record.write_bytes(tmp_path / "f", b"new")
+        files.write_bytes(tmp_path / "f", b"new")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_file_in_the_place_of_a_folder(tmp_path: Path) -> None:
     (tmp_path / "runs").write_text("")
     with pytest.raises(StorageError, match="cannot write"):
-        record.write_bytes(tmp_path / "runs" / "r.json", b"new")
+        files.write_bytes(tmp_path / "runs" / "r.json", b"new")
 
 
 def test_a_second_save_that_fails_keeps_both_old_files(saved: record.Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -549,13 +549,13 @@ import random, sys, time
 from pathlib import Path
 import numpy as np
 import synthetic, test_track
-from gain_cl import record, track
+from gain_cl import files, record, track
 from gain_cl.figures import heatmap
 folder, modes = Path(sys.argv[1]), sys.argv[2:]
 run = synthetic.run(folder / "r.json", bases=test_track.SMALL, controls=["x"], count=4)
 before = random.getstate(), np.random.get_state()[1].tolist()
 for mode in modes:
-    record.write_bytes(folder / mode / "matrix.png", heatmap.png(run))
+    files.write_bytes(folder / mode / "matrix.png", heatmap.png(run))
     out, clock, started = __import__("io").StringIO(), test_track.Clock(), time.monotonic()
     with test_track.tracking(folder / mode, clock, out, tasks=True, backend="wandb", mode=mode, init_timeout_seconds=3) as tracker:
         print("SECONDS", time.monotonic() - started)

@@ -6,8 +6,9 @@ errors.py; GAIN_CL_DEBUG=1 adds the traceback. The last line of a run on stdout 
 
 from __future__ import annotations
 
-import argparse
 import contextlib
+import functools
+import importlib
 import io
 import os
 import sys
@@ -17,8 +18,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from gain_cl.errors import USAGE, ConfigError, GainError
+from gain_cl.verbs import Parser
 
 INTERRUPTED = 130
+VERBS = ("prepare", "verify", "verify-resume", "doctor", "clean")
+"""Those with a module of their own in verbs/."""
 
 USAGE_TEXT = """\
 usage: python -m gain_cl VERB ... (also: gain-cl VERB ...)
@@ -27,6 +31,12 @@ usage: python -m gain_cl VERB ... (also: gain-cl VERB ...)
   show    print a finished run again: show RECORD.json, or show RUN_ID
   export  fold a run's trained state into its weights: an ordinary transformers checkpoint
   params  trainable parameters of every model and method
+
+  prepare        fetch, tokenise and check the data of a run, before it starts
+  verify         recompute every number of a finished run from its raw values and hash its files again
+  verify-resume  kill a short run at random moments, resume it and compare with the undisturbed one
+  doctor         what this machine has, what it lacks and what to do
+  clean          remove caches and abandoned runs, after showing them
 
   --version, --help
 """
@@ -55,12 +65,18 @@ def main(argv: list[str] | None = None) -> int:
         return 1
 
 
+def _other(name: str, argv: list[str]) -> int:
+    code: int = importlib.import_module(f"gain_cl.verbs.{name.replace('-', '_')}").main(argv)
+    return code
+
+
 def _verb(verb: str) -> Callable[[list[str]], int]:
     verbs = {
         "run": _run,
         "show": _show,
         "export": _export,
         "params": _params,
+        **{name: functools.partial(_other, name) for name in VERBS},
         "--help": _help,
         "-h": _help,
         "help": _help,
@@ -70,7 +86,7 @@ def _verb(verb: str) -> Callable[[list[str]], int]:
         if verb:
             from gain_cl.explain import suggest
 
-            raise ConfigError(f"unknown verb {verb!r}", "command line", suggest(verb, ["run", "show", "export", "params"]))
+            raise ConfigError(f"unknown verb {verb!r}", "command line", suggest(verb, ["run", "show", "export", "params", *VERBS]))
         return lambda _: _help([]) or USAGE
     return verbs[verb]
 
@@ -97,13 +113,8 @@ def _version(_: list[str]) -> int:
 # --- run -------------------------------------------------------------------------------------------------------------
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(message, f"gain_cl {self.prog}", f"see python -m gain_cl {self.prog} --help")
-
-
 def _run(argv: list[str]) -> int:
-    parser = _Parser("run", add_help=False, allow_abbrev=False)
+    parser = Parser("run", add_help=False, allow_abbrev=False)
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("--config-dir", action="append", default=[])
     parser.add_argument("--plugin", action="append", default=[])
@@ -205,7 +216,7 @@ def _hydra(argv: list[str], job: Callable[[list[str]], None] | None = None) -> i
 
 
 def _show(argv: list[str]) -> int:
-    parser = _Parser("show", usage="python -m gain_cl show [--results-dir DIR] RECORD.json|RUN_ID", description="Print a finished run.")
+    parser = Parser("show", usage="python -m gain_cl show [--results-dir DIR] RECORD.json|RUN_ID", description="Print a finished run.")
     parser.add_argument("run", help="path of a record, or a run id (its beginning is enough)")
     parser.add_argument("--results-dir", default="results", help="where runs/RUN_ID.json are (default: %(default)s)")
     args = parser.parse_args(argv)
@@ -218,7 +229,7 @@ def _show(argv: list[str]) -> int:
 
 
 def _export(argv: list[str]) -> int:
-    parser = _Parser(
+    parser = Parser(
         "export",
         usage="python -m gain_cl export RECORD.json|RUN_ID --to DIR [--stage K] [--results-dir DIR] [--output-dir DIR]",
         description="Write the model after a stage as an ordinary transformers checkpoint: base weights times trained state, in fp32.",
@@ -257,7 +268,7 @@ def find_record(name: str, results_dir: Path) -> Path:
 
 
 def _params(argv: list[str]) -> int:
-    parser = _Parser(
+    parser = Parser(
         "params",
         usage="python -m gain_cl params [model=A,B] [method=A,B] [--json] [--config-dir DIR] [--plugin FILE.py]",
         description="Trainable parameters of models and methods, counted on the meta device from the presets.",

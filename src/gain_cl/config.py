@@ -17,7 +17,7 @@ SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|KEY", re.IGNO
 """Environment variables whose values reach no file."""
 SHA256 = re.compile(r"^[0-9a-f]{64}$")
 
-EXECUTION = ("compute", "track", "output_dir", "results_dir", "force", "plugins", "lr_tuned_on")
+EXECUTION = ("compute", "track", "checkpoint", "resume", "allow_change", "output_dir", "results_dir", "force", "plugins", "lr_tuned_on")
 """Sections that say how a run is carried out, not what it computes: recorded, but not part of the run id."""
 
 
@@ -265,6 +265,18 @@ class Track(Section):
     init_timeout_seconds: int = Field(15, gt=0, le=15)
 
 
+class Checkpoint(Section):
+    """Execution only: when the state of a run is saved, and how much of it stays."""
+
+    every_minutes: float | None = Field(10.0, gt=0, allow_inf_nan=False)  # and never more than 1/40 of the time
+    every_steps: int | None = Field(None, gt=0)  # optimiser steps, besides
+    keep_stages: Literal["all", "last"] | None = None  # trained state of finished stages; None: all where it is small
+
+
+Change = Literal["numerics", "model", "data", "tokenizer", "dtype", "device", "eval_batch"]
+"""What may not differ between the attempts of one run, unless ``allow_change`` names it."""
+
+
 class RunConfig(Section):
     model: Model
     method: Name
@@ -279,6 +291,9 @@ class RunConfig(Section):
     seed: int = Field(ge=0, lt=2**31)  # data order, adapter initialisation, replay: separate streams of one seed
     compute: Compute
     track: Track
+    checkpoint: Checkpoint = Checkpoint()
+    resume: Literal["auto", "never", "must"] = "auto"  # go on where an earlier attempt was stopped
+    allow_change: list[Change] = []  # go on although this differs; the record is then marked tainted
     output_dir: str  # runs/<run_id>/: metrics.jsonl, matrix.csv, matrix.png, stages/
     results_dir: str  # runs/<run_id>.json and .items.parquet
     force: bool = False  # run again although the record exists

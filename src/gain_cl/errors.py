@@ -36,6 +36,12 @@ class InUseError(GainError):
 
 
 class StorageError(GainError):
-    """Disk or network failed: exit 74."""
+    """Disk, network or memory failed: exit 74."""
 
     exit_code = IO
+
+
+class PreemptedError(GainError):
+    """Asked to stop by a signal, with everything that is done saved: exit 75, try again."""
+
+    exit_code = PREEMPTED

@@ -9,8 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ import pandas as pd
 from pydantic import BaseModel, ConfigDict
 
 from gain_cl.errors import DataError, StorageError
+from gain_cl.files import sha256, write_all
 
 SCHEMA = 1
 
@@ -130,43 +129,6 @@ class Run:
 
     def __repr__(self) -> str:
         return f"Run({self.record.run_id}, {len(self.record.stages) - 1} stages)\n{self.matrix.round(2)}"
-
-
-def sha256(path: Path) -> str:
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    """Atomic: a reader sees the old file or the new one, also after a power cut. I/O errors become StorageError."""
-    write_all({path: data})
-
-
-def write_all(files: dict[Path, bytes]) -> None:
-    """Several files, each atomic; the first is replaced only when all are on disk, so a full disk leaves every old one."""
-    temporary = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in files}
-    path = next(iter(files))
-    try:
-        for path, data in files.items():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with open(temporary[path], "wb") as f:
-                f.write(data)
-                f.flush()
-                os.fsync(f.fileno())
-        for path in files:
-            os.replace(temporary[path], path)
-        for folder in {path.parent for path in files} if os.name == "posix" else ():
-            handle = os.open(folder, os.O_RDONLY)  # a new name is on disk only when its folder is
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)
-    except OSError as error:
-        raise StorageError(f"cannot write: {error.strerror or error}", str(path), "free space or name another folder") from error
-    finally:
-        for left in temporary.values():
-            with suppress(OSError):
-                left.unlink()
 
 
 def items_path(record_path: Path) -> Path:

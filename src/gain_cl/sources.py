@@ -26,7 +26,7 @@ from typing import Any, Literal
 
 from gain_cl.config import SHA1, PackageFile
 from gain_cl.errors import ConfigError, DataError, StorageError
-from gain_cl.record import sha256, write_bytes
+from gain_cl.files import sha256, write_bytes
 
 RepoType = Literal["model", "dataset"]
 

@@ -20,6 +20,7 @@ import pandas as pd
 from gain_cl import adapters, checks, guards, models, provenance, record, tasks
 from gain_cl import domains as domains_
 from gain_cl.config import RunConfig
+from gain_cl.files import write_bytes
 from gain_cl.lock import owned
 
 if TYPE_CHECKING:
@@ -256,7 +257,7 @@ def _save_stage(state: dict[str, Any], folder: Path, index: int, domain: str, ke
     """The trained state after a stage, as safetensors; full fine-tuning keeps only the last one."""
     from safetensors.torch import save
 
-    record.write_bytes(folder / f"{index:02d}-{domain}" / "adapter.safetensors", save(state))
+    write_bytes(folder / f"{index:02d}-{domain}" / "adapter.safetensors", save(state))
     if not keep:
         for old in folder.glob("*/adapter.safetensors"):
             if not old.parent.name.startswith(f"{index:02d}-"):
@@ -268,8 +269,8 @@ def _write_views(run: record.Run, plan: Plan) -> None:
     from gain_cl.figures import heatmap
     from gain_cl.tables import matrix
 
-    record.write_bytes(plan.files["matrix (CSV)"], matrix.csv(run).encode())
-    record.write_bytes(plan.files["heat map (PNG)"], heatmap.png(run))
+    write_bytes(plan.files["matrix (CSV)"], matrix.csv(run).encode())
+    write_bytes(plan.files["heat map (PNG)"], heatmap.png(run))
 
 
 def _cores() -> int:

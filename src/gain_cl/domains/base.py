@@ -19,7 +19,7 @@ import numpy as np
 from gain_cl import config, sources
 from gain_cl.domains.read import collect, pin
 from gain_cl.errors import DataError, StorageError
-from gain_cl.record import sha256
+from gain_cl.files import sha256
 
 SplitName = Literal["train", "dev", "test"]
 SPLITS: tuple[SplitName, ...] = ("test", "dev", "train")  # in the order of the hash

@@ -1,0 +1,55 @@
+"""Stop when asked: a handler sets a flag, and loops that can stop safely poll it. Torch-free.
+
+TERM and USR1 (a scheduler), INT (Ctrl-C). A second Ctrl-C ends the process at once, wherever it is.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from gain_cl.errors import PreemptedError
+
+_WATCHED = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name))  # Windows has no USR1
+_asked: str | None = None
+_listening = False
+
+
+@contextmanager
+def listening() -> Iterator[None]:
+    """For the block, the watched signals ask instead of ending the process. Nested, or outside the main thread, it does nothing."""
+    global _asked, _listening
+    if _listening or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, _note) for number in _WATCHED}
+    _asked, _listening = None, True
+    try:
+        yield
+    finally:
+        _listening, _asked = False, None
+        for number, handler in before.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+
+
+def asked() -> str | None:
+    """The name of the signal that asked to stop, or None."""
+    return _asked
+
+
+def poll() -> None:
+    """Raise PreemptedError if a signal asked to stop. Call it where nothing is half done."""
+    if _asked is not None:
+        raise PreemptedError(f"stopped by {_asked}", "what is done is kept", "run the same command to go on")
+
+
+def _note(number: int, _: Any) -> None:
+    global _asked
+    _asked = signal.Signals(number).name
+    if number == signal.SIGINT:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # the next one does not wait for Python
+        os.write(2, b"\nstopping at the next safe point; Ctrl-C again quits at once\n")
