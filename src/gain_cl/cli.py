@@ -71,7 +71,7 @@ def _other(name: str, argv: list[str]) -> int:
 
 
 def _verb(verb: str) -> Callable[[list[str]], int]:
-    verbs = {
+    verbs: dict[str, Callable[[list[str]], int]] = {
         "run": _run,
         "show": _show,
         "export": _export,

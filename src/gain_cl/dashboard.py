@@ -1,15 +1,18 @@
 """The run in wandb, on request: the only door to it. Torch-free, and wandb is imported only when a run asks for it.
 
 A mirror of what the files say: it may be absent, refuse or vanish at any moment, and neither a number nor the end of
-the run changes; one line tells.
+the run changes; one line tells. It is fed from metrics.jsonl, and only what a checkpoint covers, so each row is shown once
+however often the run was interrupted.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import netrc
 import os
 import re
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -19,13 +22,17 @@ from urllib.parse import urlsplit
 
 from gain_cl import matrix, terms
 from gain_cl.config import SECRET_NAME
+from gain_cl.files import write_bytes
 
 if TYPE_CHECKING:
     from gain_cl.config import RunConfig
-    from gain_cl.record import Run, StageRecord
+    from gain_cl.record import Run
 
 FINISH_SECONDS = 20
 """Longest wait for the upload of what is left when the run ends; the rest stays on disk for ``wandb sync``."""
+
+SHOWN = ("step", "dev", "stage")
+"""Kinds of rows of metrics.jsonl that become a row here; a stage's takes in the eval and task lines before it."""
 
 _LOGIN = re.compile(r"(?<=://)[^/@\s]+@")
 
@@ -33,13 +40,23 @@ _LOGIN = re.compile(r"(?<=://)[^/@\s]+@")
 class Mirror:
     """The run in wandb. Each call is guarded: the first exception is told in one line and ends the mirror, not the run.
 
-    Axes of its own (wandb's step restarts with each process): ``stage`` for ppl/*, change_pct/* and task/*,
-    ``train/global_step`` for train/*.
+    wandb's step is the row's number in the whole run. Axes of its own besides: ``stage`` for ppl/*, change_pct/* and
+    task/*, ``train/global_step`` for train/*.
+
+    What wandb has already, and is not sent again, when a run goes on: online the server says it. Offline, wandb writes
+    to its file with delay, so that a killed process leaves an unknown part: only a folder that was closed in order counts.
+    mirror.json names those and the rows up to which they reach; any other offline folder of this run is removed, and its
+    rows are sent again from metrics.jsonl.
     """
 
     def __init__(self, config: RunConfig, run_id: str, folder: Path, tell: Callable[[str], None]) -> None:
         self._config, self._run_id, self._folder, self._tell = config, run_id, folder, tell
         self._run: Any = None
+        self._sent = 0  # rows that wandb has been given
+        self._closed: list[str] = []  # its offline folders that hold rows before those of this process
+        self._read = 0  # bytes of metrics.jsonl that have been looked at
+        self._base: dict[str, float] = {}  # loss of each domain before anything was learned
+        self._values: dict[str, Any] = {}  # of the stage whose eval and task lines are being read
 
     @contextmanager
     def _guarded(self, doing: str) -> Iterator[None]:
@@ -59,7 +76,7 @@ class Mirror:
             if (wandb := sys.modules.get("wandb")) and wandb.run is None:  # no run of the caller's own
                 wandb.teardown()
 
-    def start(self) -> None:
+    def start(self, resuming: bool) -> None:
         mode = self._mode()
         if mode == "disabled":
             return
@@ -74,7 +91,7 @@ class Mirror:
                 mode = "offline"
             if mode != "offline":
                 try:
-                    self._run = self._init("online")
+                    self._run = self._init("online", resuming)
                 except Exception as error:
                     if wandb.run is not None:
                         raise  # somebody else's run is active: the service cannot be restarted under it
@@ -83,12 +100,37 @@ class Mirror:
                     mode = "offline"
                     self._tell(f"wandb: not reached ({_reason(error)}); tracking offline, {self._later}")
             if self._run is None:
-                self._run = self._init("offline")
+                self._run = self._init("offline", resuming)
+            self._settle(resuming, mode)
             self._run.define_metric("stage", hidden=True)
             for metrics in ("ppl/*", "change_pct/*", "task/*"):
                 self._run.define_metric(metrics, step_metric="stage")
             self._run.define_metric("train/global_step", hidden=True)
             self._run.define_metric("train/*", step_metric="train/global_step")
+
+    @property
+    def _state(self) -> Path:
+        return self._folder / "mirror.json"
+
+    def _settle(self, resuming: bool, mode: str) -> None:
+        """Find out what wandb has, and remove what does not count."""
+        if mode == "online":
+            self._sent = self._run.starting_step
+        elif resuming and self._state.exists():
+            state = json.loads(self._state.read_bytes())
+            self._sent, self._closed = int(state["rows"]), list(state["folders"])
+        for folder in (self._folder / "wandb").glob(f"offline-run-*-{self._run_id}"):
+            if folder.name not in (*self._closed, self._place):
+                shutil.rmtree(folder)
+        self._remember()
+
+    @property
+    def _place(self) -> str:
+        """Name of wandb's folder for this process."""
+        return Path(self._run.dir).parent.name
+
+    def _remember(self) -> None:
+        write_bytes(self._state, json.dumps({"rows": self._sent, "folders": self._closed}, allow_nan=False).encode())
 
     @property
     def _later(self) -> str:
@@ -100,7 +142,7 @@ class Mirror:
         said = os.environ.get("WANDB_MODE", "")
         return said if mode == "auto" and said in ("online", "offline", "disabled") else mode
 
-    def _init(self, mode: Literal["online", "offline"]) -> Any:
+    def _init(self, mode: Literal["online", "offline"], resuming: bool) -> Any:
         import wandb
 
         track, config = self._config.track, self._config
@@ -119,6 +161,7 @@ class Mirror:
             project=track.project,
             entity=track.entity,
             id=self._run_id,
+            resume="allow" if resuming else None,  # None: a run of this id is replaced
             name=track.name or self._run_id,
             group=track.group or f"{config.sequence.name}/{config.model.name}/{config.method}",
             job_type=track.job_type,
@@ -130,37 +173,48 @@ class Mirror:
             settings=wandb.Settings(**{k: v for k, v in settings.items() if k in wandb.Settings.model_fields}),  # 0.22 knows fewer
         )
 
-    def _log(self, values: dict[str, Any]) -> None:
+    def send(self, length: int) -> None:
+        """Give wandb the rows among the first ``length`` bytes of metrics.jsonl that it does not have."""
         if self._run is None:
             return
         with self._guarded("log"):
-            clean, _ = terms.finite(values)
-            self._run.log({k: v for k, v in clean.items() if v is not None})
+            with open(self._folder / "metrics.jsonl", "rb") as file:
+                file.seek(self._read)
+                lines = file.read(length - self._read).splitlines()
+            self._read = length
+            for row in map(json.loads, lines):
+                values = self._shown(row)
+                if values and row["row"] >= self._sent:
+                    self._run.log({k: v for k, v in terms.finite(values)[0].items() if v is not None}, step=row["row"], commit=True)
+                    self._sent = row["row"] + 1
+
+    def _shown(self, row: dict[str, Any]) -> dict[str, Any]:
+        """What wandb shows for a row of metrics.jsonl; nothing for most kinds."""
+        if row["kind"] == "step":
+            values = {f"train/{k}": row[k] for k in ("loss_nats", "lr", "grad_norm", "stage", "micro_batch") if k in row}
+            if row.get("tokens") and row.get("seconds"):
+                values["train/tokens_per_second"] = row["tokens"] / row["seconds"]
+            return {"train/global_step": self._global_step(row), **values}
+        if row["kind"] == "dev":
+            return {"train/global_step": self._global_step(row), "train/dev_loss_nats": row.get("loss_nats")}
+        if row["kind"] == "eval" and row["loss_nats"] is not None:
+            domain, loss = row["domain"], row["loss_nats"]
+            if row["stage"] == 0:
+                self._base[domain] = loss
+            self._values[f"ppl/{domain}"] = math.exp(loss) if loss < 700 else math.inf
+            if domain in self._base:
+                self._values[f"change_pct/{domain}"] = terms.change(loss - self._base[domain])
+        elif row["kind"] == "task" and row["items"]:
+            self._values[f"task/{row['task']}/accuracy"] = row["correct"] / row["items"]
+            self._values[f"task/{row['task']}/accuracy_norm"] = row["correct_norm"] / row["items"]
+        elif row["kind"] == "stage":
+            values, self._values = {"stage": row["stage"], **self._values}, {}
+            return values
+        return {}
 
     def _global_step(self, row: dict[str, Any]) -> int:
         """Steps since the start of the run: a function of the position, so that a resumed run continues its curve."""
         return (int(row["stage"]) - 1) * self._config.train.stage_steps + int(row["step"])
-
-    def step(self, row: dict[str, Any]) -> None:
-        values = {f"train/{k}": v for k, v in row.items() if k in ("loss_nats", "lr", "grad_norm", "stage")}
-        if row.get("tokens") and row.get("seconds"):
-            values["train/tokens_per_second"] = row["tokens"] / row["seconds"]
-        self._log({"train/global_step": self._global_step(row), **values})
-
-    def dev(self, row: dict[str, Any]) -> None:
-        self._log({"train/global_step": self._global_step(row), "train/dev_loss_nats": row.get("loss_nats")})
-
-    def stage(self, row: StageRecord, base: StageRecord) -> None:
-        values: dict[str, Any] = {"stage": row.index}
-        for domain, score in row.domains.items():
-            values[f"ppl/{domain}"] = _exp(score.loss_nats)
-            if domain in base.domains:
-                values[f"change_pct/{domain}"] = terms.change(score.loss_nats - base.domains[domain].loss_nats)
-        for task, result in row.tasks.items():
-            if result.items:
-                values[f"task/{task}/accuracy"] = result.correct / result.items
-                values[f"task/{task}/accuracy_norm"] = result.correct_norm / result.items
-        self._log(values)
 
     def finish(self, run: Run, picture: Path) -> None:
         if self._run is None:
@@ -177,23 +231,22 @@ class Mirror:
                 summary |= {f"{name}_pct_low": pct.low, f"{name}_pct_high": pct.high}
             clean, _ = terms.finite(summary)
             self._run.summary.update({k: v for k, v in clean.items() if v is not None})
-            if picture.exists():
-                self._run.log({"matrix_image": wandb.Image(str(picture))})
+            last: dict[str, Any] = {"matrix_image": wandb.Image(str(picture))} if picture.exists() else {}
             table = run.matrix
             cells = table.to_numpy().tolist()
             rows: list[Any] = [[s.index, s.domain or "", *terms.finite(v)[0]] for s, v in zip(r.stages, cells, strict=True)]
-            self._run.log({"matrix": wandb.Table(columns=["stage", "trained", *table.columns], data=rows)})
+            last["matrix"] = wandb.Table(columns=["stage", "trained", *table.columns], data=rows)
+            self._run.log(last, step=self._sent, commit=True)
 
     def close(self, failed: bool) -> None:
         if self._run is None:
             return
         with self._guarded("upload"):
+            if self._place.startswith("offline-"):
+                self._closed.append(self._place)
             run, self._run = self._run, None
             run.finish(exit_code=1 if failed else 0)
-
-
-def _exp(x: float) -> float:
-    return math.exp(x) if x < 700 else math.inf
+            self._remember()
 
 
 def _reason(error: Exception) -> str:

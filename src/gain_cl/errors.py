@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 USAGE, DATA, IN_USE, IO, PREEMPTED = 64, 65, 73, 74, 75  # exit codes (sysexits.h numbers)
+
+
+def printable(text: str) -> str:
+    """The text with what a terminal would obey or cannot show written as an escape: \\x1b. Line ends stay."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
 class GainError(Exception):
     """Something outside the program is wrong.
 
-    what: the fault, quoting the offending value. where: key, file or line. do: the next step for the user.
+    what: the fault, quoting the offending value. where: key, file or line. do: the next step for the user. facts: more
+    about it for failure.json, as JSON data.
     """
 
     exit_code = USAGE
 
     def __init__(self, what: str, where: str = "", do: str = "") -> None:
         self.what, self.where, self.do = what, where, do
+        self.facts: dict[str, Any] = {}
         line = what + (f" ({where})" if where else "") + (f"; {do}" if do else "")
-        super().__init__(" ".join(line.split()))
+        super().__init__(printable(" ".join(line.split())))
 
 
 class ConfigError(GainError):

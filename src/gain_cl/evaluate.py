@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from gain_cl import signals
 from gain_cl.errors import DataError
 from gain_cl.loss import token_nll
 from gain_cl.record import DomainScore
@@ -75,6 +76,7 @@ def score(
     scored = np.zeros(len(texts), dtype=np.int64)
     with evaluating(loaded.model):
         for start in range(0, len(cuts), batch):
+            signals.poll()
             part = cuts[start : start + batch]
             inputs = np.full((len(part), len(part[0].inputs)), loaded.prefix_id, dtype=np.int64)
             for row, w in zip(inputs, part, strict=True):

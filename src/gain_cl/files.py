@@ -28,12 +28,15 @@ def write_all(files: dict[Path, bytes]) -> None:
     try:
         for path, data in files.items():
             path.parent.mkdir(parents=True, exist_ok=True)
+            kind = path.suffix.lstrip(".")
+            reach(f"{kind}.before_write")
             with open(temporary[path], "wb") as f:
                 f.write(data)
                 f.flush()
+                reach(f"{kind}.after_write")
                 os.fsync(f.fileno())
+            reach(f"{kind}.after_fsync")
         for path in files:
-            reach(f"{path.suffix.lstrip('.')}.before_rename")
             os.replace(temporary[path], path)
             reach(f"{path.suffix.lstrip('.')}.after_rename")
         for folder in {path.parent for path in files}:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -50,6 +51,11 @@ def environment() -> dict[str, Any]:
     }
 
 
+def machine() -> dict[str, Any]:
+    """What the bits of a number may depend on besides settings and weights: the processor and the libraries that compute."""
+    return {"processor": _processor(), "platform": platform.machine(), **{n: _installed(n) for n in ("torch", "transformers", "lm-eval")}}
+
+
 def version() -> str:
     """The installed version of gain_cl."""
     return _installed("gain-cl") or "uninstalled"
@@ -66,6 +72,15 @@ def commit() -> dict[str, Any]:
     except (OSError, subprocess.SubprocessError):
         return {"commit": None, "dirty": None}
     return {"commit": sha, "dirty": bool(changes.strip())} if tracked else {"commit": None, "dirty": None}
+
+
+@functools.cache
+def code() -> str:
+    """SHA-256 over the source files of gain_cl."""
+    root, digest = Path(__file__).parent, hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        digest.update(f"{path.relative_to(root)}\n".encode() + path.read_bytes())
+    return digest.hexdigest()
 
 
 def peak_memory() -> int:

@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
+from gain_cl.config import NAME
 from gain_cl.errors import DataError, StorageError
 from gain_cl.files import sha256, write_all
 
@@ -44,7 +45,7 @@ class DomainScore(Part):
 
     @property
     def perplexity(self) -> float:
-        return math.exp(self.loss_nats)
+        return math.exp(self.loss_nats) if self.loss_nats < 709 else math.inf
 
     @property
     def bits_per_byte(self) -> float:
@@ -74,6 +75,7 @@ class TrainStats(Part):
     first_loss_nats: float
     last_loss_nats: float
     dev: list[dict[str, float]] = []  # {"step", "nll_nats", "tokens"} within the stage, when asked for
+    spikes: list[int] = []  # steps whose loss was more than 6 standard deviations above the mean of those before
 
 
 class StageRecord(Part):
@@ -107,11 +109,22 @@ class RunRecord(Part):
     stages: list[StageRecord]
     items_sha256: str
     notes: list[str] = []  # warnings a reader of the numbers must see
+    tainted: list[str] = []  # what changed between the attempts of this run although it may not; empty: nothing
 
     def losses(self) -> np.ndarray:
         """(stages + 1, domains) nats per token; columns = trained + controls; NaN where not scored."""
         names = self.trained + self.controls
         return np.array([[s.domains[d].loss_nats if d in s.domains else math.nan for d in names] for s in self.stages])
+
+
+def outcome(record: RunRecord) -> dict[str, Any]:
+    """What every undisturbed or interrupted attempt at one run agrees in: all but provenance, times and memory."""
+    kept = record.model_dump(mode="json", exclude={"provenance", "peak_memory_bytes", "config", "notes"})
+    for stage in kept["stages"]:
+        del stage["eval_seconds"], stage["task_seconds"]
+        if stage["train"] is not None:
+            del stage["train"]["seconds"]
+    return kept
 
 
 class Run:
@@ -125,7 +138,8 @@ class Run:
         """Perplexity, (stages + 1) x domains: rows are stages (0 = pretrained), columns trained then control domains."""
         r = self.record
         rows = pd.Index([f"{s.index} {s.domain or 'pretrained'}" for s in r.stages], name="stage")
-        return pd.DataFrame(np.exp(r.losses()), index=rows, columns=r.trained + r.controls)
+        with np.errstate(over="ignore"):  # beyond float64 is inf
+            return pd.DataFrame(np.exp(r.losses()), index=rows, columns=r.trained + r.controls)
 
     def __repr__(self) -> str:
         return f"Run({self.record.run_id}, {len(self.record.stages) - 1} stages)\n{self.matrix.round(2)}"
@@ -162,21 +176,93 @@ def load(path: str | Path) -> Run:
     """Read a record (file) and its items; DataError when either is missing, malformed or not what was written."""
     path = Path(path)
     try:
-        record = RunRecord.model_validate_json(path.read_bytes())
+        record = RunRecord.model_validate(_parse(path.read_bytes()), strict=True)
+        _check(record)
     except FileNotFoundError:
         raise DataError("no record", str(path), "give the path of a results/runs/<run_id>.json") from None
     except OSError as error:
         raise StorageError(f"cannot read: {error.strerror or error}", str(path), "give the path of a results/runs/<run_id>.json") from None
-    except ValueError as error:
-        raise DataError(f"not a run record: {str(error).splitlines()[0]}", str(path), "restore it or run again with force=true") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"not a run record: {_first(error)}", str(path), "restore it or run again with force=true") from None
     beside = items_path(path)
     if not beside.exists():
         raise DataError("per-item values are missing", str(beside), "restore the file or run again with force=true")
     if sha256(beside) != record.items_sha256:
         what = "per-item values are not those the record was written with"
         raise DataError(what, str(beside), "restore the file or run again with force=true")
-    table = pd.read_parquet(beside).reindex(columns=[*dict.fromkeys([*DOCUMENT_COLUMNS, *ITEM_COLUMNS]), "kind"])
+    try:
+        documents, items = _tables(beside)
+    except (ValueError, TypeError, KeyError, OverflowError, OSError) as error:  # pyarrow's errors are ValueError or OSError
+        what = f"per-item values cannot be read: {_first(error)}"
+        raise DataError(what, str(beside), "restore the file or run again with force=true") from None
+    return Run(record, documents, items, path)
+
+
+def _tables(path: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Documents and items of a values file."""
+    table = pd.read_parquet(path).reindex(columns=[*dict.fromkeys([*DOCUMENT_COLUMNS, *ITEM_COLUMNS]), "kind"])
     documents = table.loc[table.kind == "document", DOCUMENT_COLUMNS].reset_index(drop=True)
     items = table.loc[table.kind == "item", ITEM_COLUMNS].reset_index(drop=True)
-    whole = {"stage": int, "tokens": int, "bytes": int}
-    return Run(record, documents.astype(whole), items.astype({"stage": int, "gold": int}), path)
+    documents, items = documents.astype({"stage": int, "tokens": int, "bytes": int}), items.astype({"stage": int, "gold": int})
+    if not np.isfinite(documents["nll_nats"].to_numpy(dtype=np.float64)).all() or not (documents[["tokens", "bytes"]] > 0).all(axis=None):
+        raise ValueError("a document without finite loss, tokens or bytes")
+    return documents, items
+
+
+def _parse(data: bytes) -> Any:
+    """JSON as this program writes it. ValueError: a key twice, or a number that is not finite or beyond 64 bits."""
+
+    def whole(text: str) -> int:
+        if len(text) > 20 or not -(2**63) <= int(text) < 2**63:
+            raise ValueError(f"{text[:20]}... is too large a number")
+        return int(text)
+
+    def real(text: str) -> float:
+        if not math.isfinite(number := float(text)):
+            raise ValueError(f"{text[:20]} is no finite number")
+        return number
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(found := dict(pairs)) < len(pairs):
+            raise ValueError("a key stands twice in one object")
+        return found
+
+    return json.loads(data.decode(), parse_int=whole, parse_float=real, parse_constant=real, object_pairs_hook=once)
+
+
+def _check(r: RunRecord) -> None:
+    """What types do not say of a finished run: its names, its stages in order, its counts. ValueError names the first fault."""
+    names = [*r.trained, *r.controls]
+    for name in (r.run_id, r.model, r.method, r.sequence, *names):
+        if not NAME.fullmatch(name):
+            raise ValueError(f"{name!r} is no name")
+    if not r.trained or len(set(names)) < len(names):
+        raise ValueError("trained and controls must be different domains, at least one trained")
+    if [(s.index, s.domain) for s in r.stages] != list(enumerate([None, *r.trained])):
+        raise ValueError("its stages are not the pretrained model and then each trained domain")
+    if r.schema_version != SCHEMA:
+        raise ValueError(f"schema_version is {r.schema_version}, this program reads {SCHEMA}")
+    if min(r.trainable_parameters, r.total_parameters, r.peak_memory_bytes) < 0:
+        raise ValueError("a negative count of parameters or bytes")
+    for stage in r.stages:
+        where = f"stage {stage.index}"
+        for domain, score in stage.domains.items():
+            if domain not in names or score.nll_nats < 0 or min(score.tokens, score.bytes, score.documents) < 1:
+                raise ValueError(f"{where}: impossible sums of {domain!r}")
+        for task, count in stage.tasks.items():
+            right = max(count.correct, count.correct_norm), min(count.correct, count.correct_norm)
+            if not 0 <= right[1] <= right[0] <= count.items or count.items < 1 or min(count.fewshot, count.truncated) < 0:
+                raise ValueError(f"{where}: impossible counts of {task!r}")
+        train = stage.train
+        if train is not None and (min(train.steps, train.tokens) < 1 or min(train.seconds, train.lr) < 0):
+            raise ValueError(f"{where}: impossible training statistics")
+        if min(stage.eval_seconds, stage.task_seconds) < 0:
+            raise ValueError(f"{where}: a negative time")
+
+
+def _first(error: Exception) -> str:
+    """An error in one line: pydantic's by place and message."""
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+    return "nested too deeply" if isinstance(error, RecursionError) else (str(error).splitlines() or [type(error).__name__])[0]

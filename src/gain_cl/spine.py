@@ -7,26 +7,35 @@ domain again. Nothing here knows what a forgetting matrix is: that is derived fr
 
 from __future__ import annotations
 
+import json
 import math
 import os
+import shutil
+import sys
 import time
 from collections import deque
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from gain_cl import adapters, checks, guards, models, provenance, record, tasks
+from gain_cl import adapters, checkpoint, checks, errors, guards, lock, measure, models, provenance, record, resume, signals, tasks
 from gain_cl import domains as domains_
 from gain_cl.config import RunConfig
+from gain_cl.errors import DataError
+from gain_cl.failpoints import reach
 from gain_cl.files import write_bytes
-from gain_cl.lock import owned
 
 if TYPE_CHECKING:
-    from gain_cl.config import Eval
+    import torch
+
     from gain_cl.domains import Domain
     from gain_cl.models import Loaded
+    from gain_cl.track import Tracker
 
 
 @dataclass(frozen=True)
@@ -41,6 +50,17 @@ class Plan:
     @property
     def finished(self) -> bool:
         return self.record_path.exists()
+
+    @property
+    def unswept(self) -> bool:
+        """Whether an attempt is under way or was killed."""
+        return any((self.folder / name).exists() for name in ("ckpt", "cells", "LOCK"))
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether an attempt has saved something since the record, if there is one, was written."""
+        states = [p.stat().st_mtime_ns for p in (self.folder / "ckpt").glob("step-*")]
+        return bool(states) and not (self.finished and self.record_path.stat().st_mtime_ns >= max(states))
 
     @property
     def files(self) -> dict[str, Path]:
@@ -62,8 +82,9 @@ def prepare(config: RunConfig) -> Plan:
         "tasks": tasks.pin(config.tasks),
         "plugins": {"adapter": adapters.pin(config.adapter.kind), "guard": guards.pin(config.guard.kind)},
     }
-    run_id = provenance.run_id(config, pins)
-    plan = Plan(run_id, pins, Path(config.results_dir) / "runs" / f"{run_id}.json", Path(config.output_dir) / run_id)
+    plan = _plan(config, provenance.run_id(config, pins), pins)
+    if not plan.finished and not plan.folder.exists() and (interrupted := resume.adopt(config, pins)):
+        plan = _plan(config, interrupted, pins)
     if not plan.finished or config.force:
         for domain in config.domains.values():
             if domain.source.kind == "files":  # a bad line shows now, not after a model was loaded
@@ -71,14 +92,35 @@ def prepare(config: RunConfig) -> Plan:
     return plan
 
 
+def _plan(config: RunConfig, run_id: str, pins: dict[str, Any]) -> Plan:
+    return Plan(run_id, pins, Path(config.results_dir) / "runs" / f"{run_id}.json", Path(config.output_dir) / run_id)
+
+
 def execute(config: RunConfig, plan: Plan) -> record.Run:
-    """Carry the run out, or read it when it is finished and force is off."""
-    if plan.finished and not config.force:
-        return show_again(plan)
-    with owned(plan.folder):
-        if plan.finished and not config.force:  # another process finished it while we waited
+    """Carry the run out, going on where an earlier attempt stopped; or read it when it is finished and force is off.
+
+    PreemptedError when a signal asked to stop: what is done is saved. Any other failure leaves failure.json in the folder.
+    """
+    with signals.listening():
+        if plan.finished and not config.force and not plan.unswept:
             return show_again(plan)
-        return _execute(config, plan)
+        with lock.owned(plan.folder):
+            if plan.finished and not config.force:  # another process finished it while we waited, or was killed at the end
+                if not plan.interrupted:
+                    _sweep(plan)
+                return show_again(plan)
+            try:
+                (plan.folder / "failure.json").unlink(missing_ok=True)
+                return _execute(config, plan)
+            except (errors.PreemptedError, KeyboardInterrupt):
+                raise
+            except Exception as error:
+                failure = _explained(error)
+                with suppress(errors.GainError):  # a full disk does not take this either
+                    write_bytes(plan.folder / "failure.json", _failure(failure))
+                if failure is error:
+                    raise
+                raise failure from error
 
 
 def show_again(plan: Plan) -> record.Run:
@@ -92,67 +134,81 @@ def show_again(plan: Plan) -> record.Run:
 def _execute(config: RunConfig, plan: Plan) -> record.Run:
     from gain_cl import track
 
-    started, origin = time.time(), provenance.environment()
+    begun, folder = time.time(), plan.folder
+    if config.resume == "never" or (config.force and not plan.interrupted):
+        resume.clear(folder)
+    start = resume.begin(config, folder, plan.run_id)
     trained, names = config.sequence.trained, [*config.sequence.trained, *config.sequence.controls]
-    last = len(trained)
-    steps, cells = last * config.train.stage_steps, (last + 1) * len(names)
-    with track.Tracker(config, plan.run_id, plan.folder, steps_total=steps, cells_total=cells) as tracker:
-        tracker.phase("import torch and transformers", stage=0, of=last)
-        if config.compute.deterministic:
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it once, when torch starts it
+    last, size = len(trained), config.train.stage_steps
+    cells = (last + 1) * len(names)
+    with track.Tracker(config, plan.run_id, folder, steps_total=last * size, cells_total=cells, position=start.track) as tracker:
+        for text in start.warnings:
+            tracker.note(text)
+        inputs = _load(config, tracker)
         import torch
 
         from gain_cl import evaluate, train
 
-        device = models.device_of(config.compute.device, config.model.dtype)
-        torch.set_num_threads(config.compute.threads or _cores())
-        torch.use_deterministic_algorithms(config.compute.deterministic)
+        loaded = inputs.loaded
+        fixed = _fixed(config, plan, inputs)
+        first = not start.stages and start.folder is None
+        notes = inputs.notes + resume.settle(config, folder, plan.run_id, plan.pins, fixed, inputs.environment, first)
+        for text in notes:
+            tracker.note(text)
+        inherited: dict[int, resume.Stage] = {}
+        if start.folder is None and config.resume != "never" and not config.force:
+            inherited, told = resume.inherit(config, folder, plan.pins, fixed)
+            for text in told:
+                tracker.note(text)
 
-        tracker.phase(f"load {config.model.name}", stage=0, of=last)
-        loaded = models.load(config.model, device)
-        checks.limits(config, loaded.model.config.to_dict())
-        total_parameters = sum(p.numel() for p in loaded.model.parameters())
-        tracker.phase("prepare domains", stage=0, of=last)
-        domains: dict[str, Domain] = {}
-        for i, name in enumerate(names):
-            tracker.progress(i, len(names), "domains", name)
-            domains[name] = domains_.prepare(config.domains[name], loaded.tokenizer, loaded.tokenizer_hash)
-        notes = domains_.check(domains, config.train, config.eval, loaded.vocabulary, config.sequence.controls) + _advice(config, loaded)
-        for note in notes:
-            tracker.note(note)
-        taskset = tasks.TaskSet(config.tasks, loaded.tokenizer) if config.tasks.names else None
+        stages = dict(start.stages)
+        events: list[str] = list(start.state.get("events", []))  # what happened to the run, in every attempt
+        spent: float = start.state.get("seconds", 0.0)
+        fits: int | None = start.state.get("fits")  # sequences a forward pass, once memory ran out
+        if start.folder is not None:
+            done = (start.state["stage"] - 1) * size + start.state["step"]
+            tracker.resumed([stages[i].record for i in sorted(stages)], done)
 
-        documents: list[pd.DataFrame] = []  # a row per scored document and stage
-        items: list[pd.DataFrame] = []  # a row per task item and stage
+        def state(index: int, step: int) -> dict[str, Any]:
+            """Where the run is, for a checkpoint or a finished stage."""
+            at = {"run_id": plan.run_id, "stage": index, "step": step, "fits": fits, "events": events}
+            return {**at, "seconds": spent + time.time() - begun, "track": tracker.position()}
 
-        def measure(index: int, domain: str | None, stats: record.TrainStats | None) -> record.StageRecord:
-            """Score every domain, and the tasks when they are due."""
+        def score(index: int, domain: str | None, stats: record.TrainStats | None, weights: Path | None) -> resume.Stage:
+            """Score every domain, and the tasks when they are due; save the finished stage. weights: folder of its trained state."""
             tracker.phase(f"score after {domain}" if domain else "score pretrained", stage=index, of=last)
-            scores, begun = {}, time.perf_counter()
-            for i, name in enumerate(names):
-                tracker.progress(i, len(names), "cells", name)
-                rows = score_domain(loaded, domains[name], config.eval, config.compute.eval_batch)
-                documents.append(rows.assign(stage=index, domain=name, split=config.eval.split))
-                scores[name] = evaluate.total(rows)
-            scored = time.perf_counter()
-            task_scores: dict[str, record.TaskScore] = {}
-            if taskset is not None and tasks.due(config.tasks.stages, index, last):
+            identity = dict(inputs.identity)
+            if weights is not None:
+                identity["adapter"] = config.scientific()["adapter"]
+                identity["weights"] = checkpoint.manifest(weights)[resume.ADAPTER]["sha256"]
+            known = folder.parent / "cells" if index == 0 and not config.force else folder / "cells"
+            batch = config.compute.eval_batch
+            found = [measure.domains(loaded, inputs.domains, config.eval, batch, identity, known, tracker)]
+            if inputs.taskset is not None and tasks.due(config.tasks.stages, index, last):
                 tracker.phase("run tasks", stage=index, of=last)
-                task_scores, answers = taskset.score(loaded, progress=lambda done, of: tracker.progress(done, of, "items"))
-                items.append(answers.assign(stage=index))
+                found.append(measure.tasks(loaded, inputs.taskset, plan.pins["tasks"], identity, known, tracker))
             row = record.StageRecord(
                 index=index,
                 domain=domain,
-                domains=scores,
-                tasks=task_scores,
+                domains=found[0].domains,
+                tasks=found[-1].tasks,
                 train=stats,
-                eval_seconds=scored - begun,
-                task_seconds=time.perf_counter() - scored,
+                eval_seconds=found[0].seconds("document"),
+                task_seconds=found[-1].seconds("item"),
             )
             tracker.stage(row)
-            return row
+            about = {**state(index, size if index else 0), "cells": {k: v for part in found for k, v in part.cells.items()}}
+            rows = pd.concat([part.rows for part in found], ignore_index=True).assign(stage=index)
+            extra = [resume.GUARD, *([resume.OPTIMIZER] if config.train.optimizer == "carried" else [])]
+            reach("stage.before")
+            finished = resume.write_stage(folder / "stages" / f"{index:02d}-{domain or 'pretrained'}", row, rows, weights, about, extra)
+            reach("stage.after")
+            tracker.commit()
+            shutil.rmtree(folder / "cells", ignore_errors=True)
+            return finished
 
-        stages = [measure(0, None, None)]  # before anything is attached: the same for every method of this model
+        if 0 not in stages:  # before anything is attached: the same for every method of this model
+            stages[0] = score(0, None, None, None)
 
         with torch.random.fork_rng():
             torch.manual_seed(train.seed_of("init", config.seed))
@@ -162,38 +218,96 @@ def _execute(config: RunConfig, plan: Plan) -> record.Run:
             guard.attach(loaded, adapter, train.seed_of("guard", config.seed))
             if config.compute.gradient_checkpointing:
                 models.checkpoint_activations(loaded.model)
+            optimizer = train.optimizer(adapter, config.train)
+            keep = config.checkpoint.keep_stages or ("all" if adapter.keep_stages else "last")
 
-            for index, name in enumerate(trained, start=1):
+            def take(saved: Path) -> None:
+                """Put a saved state into adapter, guard and optimiser."""
+                adapter.load_state(checkpoint.read_tensors(saved, resume.ADAPTER))
+                guard.load_state(checkpoint.read_tensors(saved, resume.GUARD))
+                train.load_optimizer_state(optimizer, adapter, checkpoint.read_tensors(saved, resume.OPTIMIZER))
+
+            def save(index: int, step: int, progress: train.Progress) -> Path:
+                """A checkpoint, inside or at the end of a stage."""
+                trained_state, memory = adapter.state(), guard.state()
+                if not all(torch.isfinite(t).all() for t in trained_state.values()):
+                    raise DataError("the trained state is not finite", f"stage {index}, step {step}", "it was not saved; lower train.lr")
+                files: dict[str, Any] = {resume.ADAPTER: trained_state}
+                if memory:
+                    files[resume.GUARD] = memory
+                if step < size or config.train.optimizer == "carried":
+                    files[resume.OPTIMIZER] = train.optimizer_state(optimizer, adapter)
+                about = {**state(index, step), "progress": asdict(progress)}
+                files["state.json"] = (json.dumps(about, indent=1, allow_nan=False) + "\n").encode()
+                path = folder / "ckpt" / f"step-{(index - 1) * size + step}"
+                checkpoint.save(path, files)
+                reach("commit")
+                tracker.commit()
+                checkpoint.prune(folder / "ckpt")
+                return path
+
+            def learn(index: int, name: str) -> tuple[record.TrainStats, Path]:
+                """Train a stage, from where an earlier attempt stopped in it; returns the folder of its last checkpoint."""
+                nonlocal fits, optimizer
                 tracker.phase(f"learn {name}", stage=index, of=last)
-                if index == 1 or config.train.optimizer == "fresh":
+                inside = start.state.get("stage") == index and "progress" in start.state
+                progress = train.Progress(**start.state["progress"]) if inside else train.Progress()
+                if config.train.optimizer == "fresh" and not inside:
                     optimizer = train.optimizer(adapter, config.train)
-                blocks = domains[name].train_blocks(config.seed, config.train.block, loaded.separator_id)
-                micro = config.compute.micro_batch
-                log: list[dict[str, Any]] = []
-                dev: list[dict[str, float]] = []
-                for row in train.stage(
-                    loaded, adapter, guard, blocks, config.train, optimizer, index=index, seed=config.seed, micro_batch=micro
-                ):
-                    log.append(row)
-                    tracker.step({"stage": index, "domain": name, "steps": config.train.stage_steps, **row})
-                    if config.train.dev_every and row["step"] % config.train.dev_every == 0:
+                domain, path = inputs.domains[name], start.folder
+                blocks = domain.train_blocks(config.seed, config.train.block, loaded.separator_id)
+                micro = min(config.compute.micro_batch or config.train.sequences, fits or config.train.sequences)
+                due = checkpoint.Due(config.checkpoint.every_minutes, config.checkpoint.every_steps)
+                steps = train.stage(
+                    loaded, adapter, guard, blocks, config.train, optimizer,
+                    index=index, seed=config.seed, micro_batch=micro, start=progress.steps,
+                )  # fmt: skip
+                for row in _located(steps, index, name, domain):
+                    step = row["step"]
+                    tracker.step(row | {"steps": size})
+                    if row["micro_batch"] < micro:
+                        fits = micro = row["micro_batch"]
+                        events.append(f"out of memory at step {step} of stage {index}: from there {fits} sequences a forward pass")
+                        tracker.note(events[-1])
+                    if (spike := progress.add(row)) is not None:
+                        tracker.spike(row | spike)
+                    if config.train.dev_every and step % config.train.dev_every == 0:
                         on_dev = config.eval.model_copy(update={"split": "dev"})
-                        score = evaluate.total(score_domain(loaded, domains[name], on_dev, config.compute.eval_batch))
-                        dev.append({"step": row["step"], "nll_nats": score.nll_nats, "tokens": score.tokens})
-                        tracker.dev({"stage": index, "domain": name, "step": row["step"], "loss_nats": score.loss_nats})
-                guard.after_stage(index, name, blocks)
-                _save_stage(adapter.state(), plan.folder / "stages", index, name, keep=adapter.keep_stages)
-                stats = record.TrainStats(
-                    steps=len(log),
-                    tokens=sum(r["tokens"] for r in log),
-                    seconds=sum(r["seconds"] for r in log),
-                    lr=config.train.lr,
-                    first_loss_nats=log[0]["loss_nats"],
-                    last_loss_nats=log[-1]["loss_nats"],
-                    dev=dev,
-                )
-                stages.append(measure(index, name, stats))
+                        dev = evaluate.total(measure.score_domain(loaded, domain, on_dev, config.compute.eval_batch))
+                        progress.dev.append({"step": step, "nll_nats": dev.nll_nats, "tokens": dev.tokens})
+                        tracker.dev({"stage": index, "domain": name, "step": step, "loss_nats": dev.loss_nats})
+                    if step == size:
+                        guard.after_stage(index, name, blocks)
+                    if step == size or due.now(step) or signals.asked():
+                        saving = time.perf_counter()
+                        path = save(index, step, progress)
+                        due.saved(time.perf_counter() - saving)
+                        signals.poll()
+                assert path is not None
+                return progress.stats(config.train.lr), path
 
+            if start.folder is not None:
+                take(start.folder)
+            for index, name in enumerate(trained, start=1):
+                if index in stages:
+                    continue
+                if index in inherited:
+                    take(inherited[index].folder)
+                    resume.share_scores(inherited[index], folder / "cells")
+                    stages[index] = score(index, name, inherited[index].record.train, inherited[index].folder)
+                else:
+                    stages[index] = score(index, name, *learn(index, name))
+                if keep == "last" and index > 1:
+                    checkpoint.drop(stages[index - 1].folder, [resume.ADAPTER, resume.GUARD, resume.OPTIMIZER])
+
+        run_of = {
+            **provenance.environment(),
+            **inputs.environment,
+            "seconds": spent + time.time() - begun,
+            "attempts": resume.attempts(folder),
+            "inherited": {str(index): stage.facts["run_id"] for index, stage in inherited.items()},
+        }
+        in_order = [stages[i] for i in range(last + 1)]
         finished = record.RunRecord(
             run_id=plan.run_id,
             model=config.model.name,
@@ -204,38 +318,142 @@ def _execute(config: RunConfig, plan: Plan) -> record.Run:
             controls=config.sequence.controls,
             protocol=evaluate.protocol(config.eval, loaded.prefix_id),
             config=config.model_dump(mode="json"),
-            pins={
-                **plan.pins,
-                "model_files": models.files(config.model),
-                "tokenizer": loaded.tokenizer_hash,
-                "tokens": {n: d.hash for n, d in domains.items()},
-            },
-            provenance={
-                **origin,
-                "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-                "threads": torch.get_num_threads(),
-                "seconds": time.time() - started,
-            },
+            pins={**plan.pins, "model_files": fixed["model"]["files"], "tokenizer": fixed["tokenizer"], "tokens": fixed["data"]["tokens"]},
+            provenance=run_of,
             trainable_parameters=sum(p.numel() for p in adapter.parameters().values()),
-            total_parameters=total_parameters,
-            peak_memory_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else provenance.peak_memory(),
-            stages=stages,
+            total_parameters=inputs.total_parameters,
+            peak_memory_bytes=inputs.peak_memory(),
+            stages=[stage.record for stage in in_order],
             items_sha256="",
-            notes=notes,
+            notes=[*notes, *events],
+            tainted=list(dict.fromkeys(what for attempt in run_of["attempts"] for what in attempt["changed"])),
         )
-        answers = pd.concat(items, ignore_index=True) if items else pd.DataFrame(columns=record.ITEM_COLUMNS)
-        run = record.save(finished, pd.concat(documents, ignore_index=True), answers, plan.record_path)
+        rows = pd.concat([stage.rows for stage in in_order], ignore_index=True)
+        reach("record.before")
+        run = record.save(finished, rows[rows.kind == "document"], rows[rows.kind == "item"], plan.record_path)
+        reach("record.after")
         _write_views(run, plan)
         tracker.finish(run)
+    _sweep(plan)
     return run
 
 
-def score_domain(loaded: Loaded, domain: Domain, settings: Eval, batch: int) -> pd.DataFrame:
-    """The first settings.documents documents of settings.split in hash order, scored by the protocol of settings."""
-    from gain_cl import evaluate
+@dataclass(frozen=True)
+class _Inputs:
+    """What a run works on. identity: all that a score depends on besides weights and what is scored; environment: of this
+    attempt, what may differ from another."""
 
-    chosen = domain.split_documents(settings.split)[: settings.documents]
-    return evaluate.score(loaded, chosen, settings.window, settings.context, settings.stride, batch)
+    loaded: Loaded
+    domains: dict[str, Domain]  # trained ones in order, then the controls
+    taskset: tasks.TaskSet | None
+    notes: list[str]
+    model_files: Any
+    device: torch.device
+    environment: dict[str, Any]
+    identity: dict[str, Any]
+    total_parameters: int
+
+    def peak_memory(self) -> int:
+        import torch
+
+        return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else provenance.peak_memory()
+
+
+def _load(config: RunConfig, tracker: Tracker) -> _Inputs:
+    """Model, domains and tasks, checked."""
+    last, names = len(config.sequence.trained), [*config.sequence.trained, *config.sequence.controls]
+    tracker.phase("import torch and transformers", stage=0, of=last)
+    if config.compute.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it once, when torch starts it
+    import torch
+
+    device = models.device_of(config.compute.device, config.model.dtype)
+    torch.set_num_threads(config.compute.threads or _cores())
+    torch.use_deterministic_algorithms(config.compute.deterministic)
+    signals.poll()
+    tracker.phase(f"load {config.model.name}", stage=0, of=last)
+    loaded = models.load(config.model, device)
+    checks.limits(config, loaded.model.config.to_dict())
+    tracker.phase("prepare domains", stage=0, of=last)
+    domains: dict[str, Domain] = {}
+    for i, name in enumerate(names):
+        signals.poll()
+        tracker.progress(i, len(names), "domains", name)
+        domains[name] = domains_.prepare(config.domains[name], loaded.tokenizer, loaded.tokenizer_hash)
+    notes = domains_.check(domains, config.train, config.eval, loaded.vocabulary, config.sequence.controls)
+    taskset = tasks.TaskSet(config.tasks, loaded.tokenizer) if config.tasks.names else None
+    files = models.files(config.model)
+    environment = {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "threads": torch.get_num_threads(),
+        "micro_batch": config.compute.micro_batch,
+    }
+    identity = {
+        "model": config.scientific()["model"],
+        "pin": models.pin(config.model),
+        "files": files,
+        "device": environment["device"],
+        "threads": environment["threads"],
+        "deterministic": config.compute.deterministic,
+        "machine": provenance.machine(),
+        "code": provenance.code(),
+    }
+    return _Inputs(
+        loaded=loaded,
+        domains=domains,
+        taskset=taskset,
+        notes=notes + _advice(config, loaded),
+        model_files=files,
+        device=device,
+        environment=environment,
+        identity=identity,
+        total_parameters=sum(p.numel() for p in loaded.model.parameters()),
+    )
+
+
+def _fixed(config: RunConfig, plan: Plan, inputs: _Inputs) -> dict[str, Any]:
+    """What may not differ between attempts, now that all of it is known."""
+    facts = resume.facts(config, plan.pins)
+    facts["model"]["files"] = inputs.model_files
+    facts["data"]["tokens"] = {name: domain.hash for name, domain in inputs.domains.items()}
+    return {**facts, "tokenizer": inputs.loaded.tokenizer_hash, "device": inputs.device.type}
+
+
+def _located(steps: Iterator[dict[str, Any]], index: int, name: str, domain: Domain) -> Iterator[dict[str, Any]]:
+    """Rows of training with their stage; an error is told with the ids of the documents of its batch."""
+    try:
+        for row in steps:
+            yield {"stage": index, "domain": name, **row}
+    except DataError as error:
+        if "documents" in error.facts:
+            ids = domain.ids("train")
+            error.facts |= {"stage": index, "domain": name, "documents": [ids[i] for i in error.facts["documents"]]}
+        raise
+
+
+def _sweep(plan: Plan) -> None:
+    """Remove what only an unfinished run needs."""
+    for path in (plan.folder / "ckpt", plan.folder / "cells"):
+        shutil.rmtree(path, ignore_errors=True)
+    checkpoint.tidy(plan.folder, plan.folder / "stages")
+
+
+def _explained(error: Exception) -> Exception:
+    """Running out of memory in one line with advice; other errors as they are."""
+    if isinstance(error, errors.GainError) or "torch" not in sys.modules:
+        return error
+    from gain_cl import train
+
+    if not train.out_of_memory(error):
+        return error
+    what = str(error).splitlines()[0] if str(error) else type(error).__name__
+    do = "use compute.gradient_checkpointing=true, model.dtype=bfloat16 or, when the run begins, a smaller compute.eval_batch"
+    return errors.StorageError(f"out of memory: {what}", "evaluation and loading do not change their batches", do)
+
+
+def _failure(error: Exception) -> bytes:
+    facts = {"error": str(error), "exit_code": getattr(error, "exit_code", 1), **getattr(error, "facts", {})}
+    return (json.dumps({"time": datetime.now(UTC).isoformat(timespec="seconds"), **facts}, indent=1, allow_nan=False) + "\n").encode()
 
 
 def _advice(config: RunConfig, loaded: Loaded) -> list[str]:
@@ -251,17 +469,6 @@ def _advice(config: RunConfig, loaded: Loaded) -> list[str]:
     if config.tasks.limit:
         notes.append(f"tasks.limit={config.tasks.limit}: task scores are for debugging and may not enter a table")
     return notes
-
-
-def _save_stage(state: dict[str, Any], folder: Path, index: int, domain: str, keep: bool) -> None:
-    """The trained state after a stage, as safetensors; full fine-tuning keeps only the last one."""
-    from safetensors.torch import save
-
-    write_bytes(folder / f"{index:02d}-{domain}" / "adapter.safetensors", save(state))
-    if not keep:
-        for old in folder.glob("*/adapter.safetensors"):
-            if not old.parent.name.startswith(f"{index:02d}-"):
-                old.unlink()
 
 
 def _write_views(run: record.Run, plan: Plan) -> None:

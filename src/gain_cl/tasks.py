@@ -19,7 +19,7 @@ import json
 import logging
 import random
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 import pandas as pd
 
-from gain_cl import sources
+from gain_cl import signals, sources
 from gain_cl.config import PackageFile, Tasks
 from gain_cl.errors import ConfigError, DataError
 from gain_cl.record import ITEM_COLUMNS, TaskScore
@@ -329,6 +329,7 @@ def _items(task: Any, fewshot: int) -> list[Item]:
     items: list[Item] = []
     seen: dict[str, int] = {}
     for row, doc in enumerate(task.eval_docs):
+        signals.poll()
         plain = task.construct_requests(doc, task.fewshot_context(doc, num_fewshot=0), metadata=(task.task_name, row, 1))
         choices: list[str] = task.doc_to_choice(doc)
         gold = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
@@ -386,8 +387,10 @@ class TaskSet:
             if len(self.items[name]) < len(declared):
                 self.limited.add(name)
 
-    def score(self, loaded: Loaded, progress: Callable[[int, int], None] | None = None) -> tuple[dict[str, TaskScore], pd.DataFrame]:
-        """Score every task on the model as it is now.
+    def score(
+        self, loaded: Loaded, progress: Callable[[int, int], None] | None = None, names: Collection[str] | None = None
+    ) -> tuple[dict[str, TaskScore], pd.DataFrame]:
+        """Score the named tasks (None: all) on the model as it is now.
 
         loaded: model, prefix_id and context are used. progress(done, of): called after each batch, in items of all tasks; an item is
         done when all its choices are.
@@ -412,6 +415,9 @@ class TaskSet:
             )
             loaded.model.train(False)
             for name, items in self.items.items():
+                if names is not None and name not in names:
+                    done += len(items)
+                    continue
                 requests = [r for item in items for r in item.requests]
                 if progress is not None:
                     lm.watch(_by_item(items, done, total, progress))
@@ -438,6 +444,13 @@ class TaskSet:
                     limited=name in self.limited,
                 )
         return scores, pd.DataFrame(rows)[[c for c in ITEM_COLUMNS if c != "stage"]]
+
+
+def texts(tasks: TaskSet) -> dict[str, dict[str, list[str]]]:
+    """Task name -> item id -> what a model is shown without examples: context and choice, a text for each choice."""
+    if tasks.settings.fewshot:
+        tasks = TaskSet(tasks.settings.model_copy(update={"fewshot": 0}), tasks.tokenizer)
+    return {name: {item.id: ["".join(r.args) for r in item.requests] for item in items} for name, items in tasks.items.items()}
 
 
 def _by_item(items: list[Item], before: int, total: int, progress: Callable[[int, int], None]) -> Callable[[list[int]], None]:

@@ -1,16 +1,20 @@
 """What a run says while it works: the console, ``metrics.jsonl`` and, on request, the dashboard. Torch-free.
 
-``metrics.jsonl`` holds one JSON object a line, told apart by ``kind``: ``start`` (a process began; what follows replaces
-what an earlier, interrupted process wrote), ``step``, ``dev``, ``eval`` (a domain after a stage), ``task``, ``stage``,
-``note``, ``finish``. A number that is not finite is written as null and named in ``not_finite``.
+``metrics.jsonl`` holds one JSON object a line, told apart by ``kind``: ``start`` (a process began, or went on),
+``step``, ``dev``, ``eval`` (a domain after a stage), ``task``, ``stage``, ``spike``, ``note``, ``finish``. A number that
+is not finite is written as null and named in ``not_finite``. Each step stands in it once, however often the run was
+interrupted: a process that goes on cuts the file back to where the checkpoint that it starts from was made. Rows that the
+dashboard shows are numbered from 0 over the whole run (``row``).
 """
 
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -58,6 +62,7 @@ class Tracker:
 
     steps_total: optimiser steps of the run; cells_total: (stages + 1) x domains to score. How many task items there
     are in the whole run is learnt when the first are scored. folder: the run's own folder, which gets metrics.jsonl.
+    position: what ``position()`` gave for the checkpoint that the run goes on from; None: the run begins.
     Raises StorageError when metrics.jsonl cannot be written.
     """
 
@@ -69,6 +74,7 @@ class Tracker:
         *,
         steps_total: int,
         cells_total: int,
+        position: dict[str, int] | None = None,
         console: Console | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -77,6 +83,8 @@ class Tracker:
         self._console = console or Console()
         self._trained = config.sequence.trained
         self._paces = {"steps": Pace(steps_total), "cells": Pace(cells_total), "items": Pace(None if config.tasks.names else 0)}
+        self._position = position or {"bytes": 0, "rows": 0}  # of the last checkpoint, written or being written
+        self._shown = self._position["rows"]  # rows for the dashboard so far, in the whole run
         self._file: TextIO | None = None
         self._live: Live | None = None
         self._mirror = dashboard.Mirror(config, run_id, folder, self._warn) if config.track.backend == "wandb" else None
@@ -95,14 +103,18 @@ class Tracker:
         path = self._folder / "metrics.jsonl"
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(path, "a", encoding="utf-8", buffering=1)  # written line by line, so that tail -f follows
+            kept = _cut(path, self._position["bytes"]) if self._position["bytes"] else 0
+            self._file = open(path, "a" if kept else "w", encoding="utf-8", buffering=1)  # line by line, so that tail -f follows
         except OSError as error:
             raise _unwritable(error, path) from error
         self._begun = self._mark = self._said = self._clock()
         self._write("start", {"run_id": self._run_id, "stages": len(self._trained), "steps": self._paces["steps"].total})
         self._say(f"run {self._run_id}")
+        if kept < self._position["bytes"]:
+            self._warn(f"metrics.jsonl was cut or changed behind its {kept} bytes; rows before the last checkpoint are missing in it")
         if self._mirror is not None:
-            self._mirror.start()
+            self._mirror.start(resuming=self._position["bytes"] > 0)
+            self._mirror.send(kept)
         if self._console.is_interactive and self._console.file.isatty():  # FORCE_COLOR alone makes no terminal
             self._live = Live(get_renderable=self._view, console=self._console, refresh_per_second=4, transient=True)
             self._live.start()
@@ -115,8 +127,42 @@ class Tracker:
         if self._mirror is not None:
             self._mirror.close(failed=kind is not None)
         if self._file is not None:
-            self._file.close()
+            with suppress(OSError):  # a line that could not be written was told when it was
+                self._file.close()
             self._file = None
+
+    def resumed(self, stages: list[StageRecord], steps: int) -> None:
+        """The run goes on: ``stages`` are finished, and ``steps`` optimiser steps of the whole run are done."""
+        for row in stages:
+            self._scored(row)
+            self._rows.append(row)
+            self._counted, self._timed = {}, {}
+        pace, trained = self._paces["steps"], [row.train for row in stages if row.train is not None]
+        pace.done += sum(t.steps for t in trained)
+        pace.seconds += sum(t.seconds for t in trained)
+        if pace.total is not None:
+            pace.total -= steps - sum(t.steps for t in trained)  # done as well, at a pace that nobody wrote down
+        last, per_stage = len(self._trained), self._config.train.stage_steps
+        self._stage = min(len(stages), last)
+        at = f", step {steps - (self._stage - 1) * per_stage} of {per_stage}" if self._stage else ""
+        self._say(f"resumed at {self._where}{at}")
+
+    def position(self) -> dict[str, int]:
+        """Where metrics.jsonl stands, for the checkpoint that is about to be saved: bytes (all of them on disk) and rows for
+        the dashboard so far. Raises StorageError."""
+        if self._file is not None:
+            try:
+                self._file.flush()
+                os.fsync(self._file.fileno())
+                self._position = {"bytes": os.fstat(self._file.fileno()).st_size, "rows": self._shown}
+            except OSError as error:
+                raise _unwritable(error, self._file.name) from error
+        return dict(self._position)
+
+    def commit(self) -> None:
+        """The checkpoint that holds the last ``position()`` is on disk: no row before it can be taken back."""
+        if self._mirror is not None:
+            self._mirror.send(self._position["bytes"])
 
     def note(self, text: str) -> None:
         """A line that a reader of the numbers should see: printed once, kept in ``notes``."""
@@ -147,7 +193,8 @@ class Tracker:
         self._line(f"{self._where}: {self._phase}, {unit} {done}/{of} {what}".rstrip(), rest=True)
 
     def step(self, row: dict[str, Any]) -> None:
-        """One optimiser step: stage, domain, step (from 1), steps, loss_nats, lr, grad_norm, tokens and seconds of this step."""
+        """One optimiser step: stage, domain, step (from 1), steps, loss_nats, lr, grad_norm, tokens and seconds of this step,
+        and micro_batch where it is known."""
         now = self._clock()
         self._paces["steps"].done += 1
         self._paces["steps"].seconds += now - self._mark  # by this clock: reading data and logging included
@@ -159,32 +206,28 @@ class Tracker:
         self._numbers = f", loss {_number(row.get('loss_nats'))}{speed}"
         self._work = (int(row["step"]), int(row["steps"]), "steps", "")
         self._write("step", row)
-        if self._mirror is not None:
-            self._mirror.step(row)
         self._line(f"{self._where}: step {row['step']}/{row['steps']}{self._numbers}", rest=True)
 
     def dev(self, row: dict[str, Any]) -> None:
         """Dev loss of the current domain within its stage: stage, domain, step, loss_nats. Its time counts as training."""
         self._write("dev", row)
-        if self._mirror is not None:
-            self._mirror.dev(row)
         self._line(f"{self._where}: step {row['step']}, dev loss {_number(row.get('loss_nats'))}")
+
+    def spike(self, row: dict[str, Any]) -> None:
+        """A loss far above those before it: stage, domain, step, loss_nats, and mean, sd and number (``steps``) of those."""
+        self._write("spike", row)
+        usual = f"{row['mean']:.2f} +- {row['sd']:.2f} over the last {row['steps']} steps"
+        self._say(f"{self._where}: loss spike at step {row['step']}: {row['loss_nats']:.2f} against {usual}; nothing is skipped")
 
     def stage(self, row: StageRecord) -> None:
         """A stage is learned and scored."""
-        self._count("cells", len(row.domains), row.eval_seconds, exact=True)
-        count = sum(t.items for t in row.tasks.values())
-        if count:
-            self._paces["items"].total = count * self._task_stages()
-            self._count("items", count, row.task_seconds, exact=True)
+        self._scored(row)
         for domain, score in row.domains.items():
             self._write("eval", {"stage": row.index, "domain": domain, "loss_nats": score.loss_nats, **score.model_dump()})
         for task, result in row.tasks.items():
             self._write("task", {"stage": row.index, "task": task, **result.model_dump()})
         rest = row.model_dump(mode="json", exclude={"domains", "tasks"})
         self._write("stage", {"stage": rest.pop("index"), **rest})
-        if self._mirror is not None:
-            self._mirror.stage(row, base=self._rows[0] if self._rows else row)
         self._say(self._stage_line(row))
         self._rows.append(row)
         self._counted, self._timed, self._work, self._numbers = {}, {}, None, ""
@@ -193,6 +236,8 @@ class Tracker:
     def finish(self, run: Run) -> None:
         """The record is written, and matrix.png in the run's folder if there is to be a picture in wandb."""
         self._write("finish", {"run_id": self._run_id, "seconds": self._clock() - self._begun})
+        self.position()
+        self.commit()
         if self._mirror is not None:
             self._mirror.finish(run, self._folder / "matrix.png")
 
@@ -202,6 +247,14 @@ class Tracker:
         return sum(s for s in known.values() if s is not None), [KINDS[kind] for kind, s in known.items() if s is None]
 
     # --- numbers -----------------------------------------------------------------------------------------------------
+
+    def _scored(self, row: StageRecord) -> None:
+        """Take the pace of scoring from a finished stage."""
+        self._count("cells", len(row.domains), row.eval_seconds, exact=True)
+        count = sum(t.items for t in row.tasks.values())
+        if count:
+            self._paces["items"].total = count * self._task_stages()
+            self._count("items", count, row.task_seconds, exact=True)
 
     def _count(self, kind: str, done: int, seconds: float, exact: bool = False) -> None:
         """Raise a pace to ``done`` units in this stage. exact: ``seconds`` is what all of them took; else what the new ones did."""
@@ -222,6 +275,9 @@ class Tracker:
             return
         clean, bad = terms.finite(row)
         line = {"kind": kind, **clean, **({"not_finite": bad} if bad else {})}
+        if kind in dashboard.SHOWN:
+            line["row"] = self._shown
+            self._shown += 1
         try:
             self._file.write(json.dumps(line, allow_nan=False, ensure_ascii=False) + "\n")
         except OSError as error:
@@ -297,6 +353,15 @@ class Tracker:
         share = elapsed / (elapsed + seconds) if not unknown and elapsed + seconds > 0 else 0.0
         grid.add_row("run", ProgressBar(total=1.0, completed=share), f"{terms.clock(elapsed)} elapsed, {self._rest}")
         return Group(head, grid)
+
+
+def _cut(path: Path, length: int) -> int:
+    """Cut metrics.jsonl back to its first ``length`` bytes, or to its whole lines where that many are not there; the bytes left."""
+    with open(path, "a+b") as file:
+        file.seek(0)
+        kept = file.read(length).rfind(b"\n") + 1
+        file.truncate(kept)
+    return kept
 
 
 def _unwritable(error: OSError, path: Path | str) -> StorageError:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from typing import NoReturn
+import os
+from typing import Any, NoReturn
 
 from gain_cl.errors import ConfigError
 
@@ -13,3 +14,28 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(message, f"gain_cl {self.prog}", f"see python -m gain_cl {self.prog} --help")
+
+
+def size(count: int) -> str:
+    """Bytes as 830 B, 12.0 kB, 4.1 GB (powers of 1000)."""
+    value = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 999.5:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:.1f} TB"
+
+
+def printable(text: object) -> str:
+    """A name that others chose, fit for a terminal: line breaks, escapes and broken characters are spelt out."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
+
+
+def console() -> Any:
+    """rich's, 120 wide where the output is no terminal and COLUMNS says nothing."""
+    from rich.console import Console
+
+    found = Console()
+    if not found.is_terminal and "COLUMNS" not in os.environ:
+        found.width = 120
+    return found

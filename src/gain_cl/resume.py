@@ -1,0 +1,345 @@
+"""Where an attempt at a run begins: what earlier attempts left, whether it is good, and what may not differ. Torch-free.
+
+A run folder holds ``run.json`` (what the run is, and where it was begun), ``attempts.jsonl`` (a line for each start),
+``ckpt/step-N/`` (state inside a stage: N optimiser steps of the whole run are done) and ``stages/NN-domain/`` (a finished
+stage: scores, and its trained state as a checkpoint).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from gain_cl import cells, checkpoint, lock, provenance, record
+from gain_cl.config import RunConfig
+from gain_cl.errors import ConfigError, DataError
+from gain_cl.files import sync_folder, write_bytes
+
+ADAPTER, OPTIMIZER, GUARD = "adapter.safetensors", "optimizer.safetensors", "guard.safetensors"
+ANEW = "resume=never starts anew and removes what is there"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A finished stage as read from its folder. facts: stage.json but for the record."""
+
+    record: record.StageRecord
+    rows: pd.DataFrame  # documents and items, told apart by the column kind
+    folder: Path
+    facts: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Start:
+    """stages: finished ones by index; folder: the verified checkpoint to go on from (None: the pretrained model) and state,
+    its state.json; warnings: what was passed over."""
+
+    stages: dict[int, Stage] = field(default_factory=dict)
+    folder: Path | None = None
+    state: dict[str, Any] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def track(self) -> dict[str, int] | None:
+        """Where metrics.jsonl stood."""
+        at = self.state or (self.stages[0].facts if 0 in self.stages else {})
+        return at.get("track")
+
+
+# --- what earlier attempts left --------------------------------------------------------------------------------------
+
+
+def begin(config: RunConfig, folder: Path, run_id: str) -> Start:
+    """The newest good state in a run folder, for its owner. DataError when there are states and none is good: never from
+    the start again unasked. ConfigError when resume=must and there is nothing to go on from."""
+    root = folder / "stages"
+    checkpoint.tidy(folder, folder / "ckpt", root)
+    _same_settings(config, folder)
+    warnings: list[str] = []
+    stages = dict(_finished(root, run_id, warnings))
+    size, found = config.train.stage_steps, []
+    for path in checkpoint.steps(folder / "ckpt"):
+        found.append((int(path.name.removeprefix("step-")), 0, path))
+    for path in sorted(root.glob("[0-9]*-*")):
+        index = int(path.name.split("-")[0])
+        if index and (index not in stages or (path / ADAPTER).exists()):
+            found.append((index * size, 1, path))
+    for steps, is_stage, path in sorted(found, reverse=True):
+        if is_stage and steps // size not in stages:
+            continue  # told of already
+        try:
+            state = stages[steps // size].facts if is_stage else _state(path, run_id, steps, size)
+        except DataError as error:
+            warnings.append(f"{error.what} ({error.where}): going back to the state before it")
+            continue
+        reached = state["stage"] + is_stage  # the first stage that is not finished
+        if missing := [i for i in range(1, reached) if i not in stages]:
+            warnings.append(f"{path} cannot be used: stage {missing[0]} before it is damaged")
+            continue
+        return Start({i: s for i, s in stages.items() if i < reached}, path, state, warnings)
+    if found:
+        do = f"restore {found[-1][2].name}, or {ANEW}"
+        raise DataError(f"no good checkpoint: {'; '.join(dict.fromkeys(warnings))}", str(folder), do)
+    if config.resume == "must":
+        raise ConfigError("resume=must, but there is no checkpoint", str(folder), "use resume=auto, or check output_dir and the settings")
+    return Start({i: s for i, s in stages.items() if i == 0}, warnings=warnings)
+
+
+def _state(path: Path, run_id: str, steps: int, size: int) -> dict[str, Any]:
+    """state.json of a checkpoint whose every file was verified."""
+    checkpoint.verify(path)
+    state = checkpoint.read_json(path, "state.json")
+    if state["run_id"] != run_id or (state["stage"] - 1) * size + state["step"] != steps:
+        raise DataError(f"it holds step {state['step']} of stage {state['stage']} of {state['run_id']}", str(path))
+    return state
+
+
+def _finished(root: Path, run_id: str, warnings: list[str]) -> Iterator[tuple[int, Stage]]:
+    """The finished stages that are what was written, by index."""
+    for path in sorted(root.glob("[0-9]*-*")):
+        try:
+            stage = read_stage(path)
+            if stage.facts["run_id"] != run_id:
+                raise DataError(f"it is a stage of {stage.facts['run_id']}", str(path))
+            yield int(path.name.split("-")[0]), stage
+        except DataError as error:
+            warnings.append(f"{error.what} ({error.where})")
+
+
+def write_stage(
+    folder: Path, row: record.StageRecord, rows: pd.DataFrame, state: Path | None, facts: dict[str, Any], extra: list[str]
+) -> Stage:
+    """Save a finished stage: stage.json, scores.parquet and, linked from ``state``, the trained state (and ``extra`` files)."""
+    linked = {name: state / name for name in (ADAPTER, *extra) if state is not None and (state / name).exists()}
+    about = {**facts, "record": row.model_dump(mode="json")}
+    files: dict[str, Any] = {"stage.json": _json(about), "scores.parquet": rows.to_parquet(index=False), **linked}
+    checkpoint.save(folder, files)
+    return _load(folder)
+
+
+def read_stage(folder: Path) -> Stage:
+    """A finished stage, verified; DataError when it is not what was written."""
+    checkpoint.verify(folder)
+    return _load(folder)
+
+
+def _load(folder: Path) -> Stage:
+    facts = checkpoint.read_json(folder, "stage.json")
+    row = record.StageRecord.model_validate(facts.pop("record"))
+    return Stage(row, pd.read_parquet(folder / "scores.parquet"), folder, facts)
+
+
+def _json(data: Any) -> bytes:
+    return (json.dumps(data, indent=1, allow_nan=False, ensure_ascii=False) + "\n").encode()
+
+
+# --- what may not differ ---------------------------------------------------------------------------------------------
+
+
+def facts(config: RunConfig, pins: dict[str, Any]) -> dict[str, Any]:
+    """What may not differ between attempts, as far as it is known before torch is imported; keys as in config.Change."""
+    return {
+        "numerics": {"version": provenance.NUMERICS, "plugins": pins["plugins"]},
+        "model": {"pin": pins["model"]},
+        "data": {"domains": pins["domains"], "tasks": pins["tasks"]},
+        "dtype": config.model.dtype,
+        "eval_batch": config.compute.eval_batch,
+    }
+
+
+def differing(before: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
+    """Field -> what differs in it, in words; keys that only one side has are not compared."""
+    out = {}
+    for name in before.keys() & now.keys():
+        if found := _difference(before[name], now[name], name):
+            out[name] = found
+    return dict(sorted(out.items()))
+
+
+def _difference(a: Any, b: Any, where: str) -> str | None:
+    """The first place where two JSON values differ."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        for key in sorted(a.keys() & b.keys()):
+            if found := _difference(a[key], b[key], f"{where}.{key}"):
+                return found
+        return next((f"{where}.{key} is only in one of them" for key in sorted(a.keys() ^ b.keys())), None)
+    if a == b:
+        return None
+    short = [text if len(text := str(value)) <= 40 else text[:37] + "..." for value in (a, b)]
+    return f"{where} was {short[0]}, is {short[1]}"
+
+
+def adopt(config: RunConfig, pins: dict[str, Any]) -> str | None:
+    """The id of an interrupted run of these settings that this one may go on with, although something outside the settings
+    changed and so its id; DataError when there is one and ``allow_change`` does not name what changed."""
+    own = facts(config, pins)
+    for other in sorted(Path(config.output_dir).glob("*/run.json")):
+        run = _read(other)
+        if run is None or _comparable(run["settings"]) != _comparable(config.scientific()) or lock.holder(other.parent):
+            continue
+        done = (Path(config.results_dir) / "runs" / f"{run['run_id']}.json").exists()
+        changed = {k: v for k, v in differing(run["facts"], own).items() if k != "eval_batch"}
+        if changed and changed.keys() <= set(config.allow_change):
+            return str(run["run_id"])
+        if changed and not done and config.resume != "never" and not config.force and _progress(other.parent):
+            name = next(k for k in changed if k not in config.allow_change)
+            do = f"allow_change=[{','.join(changed)}] goes on with it and marks the record tainted; resume=never starts a new run"
+            raise DataError(f"an interrupted run of these settings has another {name}: {changed[name]}", str(other.parent), do)
+    return None
+
+
+def settle(
+    config: RunConfig, folder: Path, run_id: str, pins: dict[str, Any], now: dict[str, Any], here: dict[str, Any], first: bool
+) -> list[str]:
+    """Compare with run.json what may not differ, write run.json where this attempt is the first, and note the attempt.
+
+    now: every field of config.Change; here: of the machine, what may differ. Returns what a reader of the numbers must
+    know; DataError names the first field that differs and is not in allow_change."""
+    environment, path = provenance.environment(), folder / "run.json"
+    known = None if first else _read(path)
+    if known is None:
+        (folder / "attempts.jsonl").unlink(missing_ok=True)
+        known = {"run_id": run_id, "settings": config.scientific(), "pins": pins, "facts": now, "environment": {**environment, **here}}
+        write_bytes(path, _json(known))
+    changed = differing(known["facts"], now)
+    for name, what in changed.items():
+        if name not in config.allow_change:
+            do = f"run it as before, or allow_change=[{','.join(changed)}] goes on and marks the record tainted, or {ANEW}"
+            raise DataError(f"the interrupted run has another {name}: {what}", str(folder), do)
+    other = differing(
+        {k: v for k, v in known["environment"].items() if k not in ("started", "numerics")}, {**environment, **here}
+    )  # recorded and told, allowed
+    line = {
+        "started": environment["started"], "process": os.getpid(), "host": socket.gethostname(),
+        "commit": environment["commit"], "dirty": environment["dirty"], **here,
+        "changed": list(changed.values()), "other": list(other.values()),
+    }  # fmt: skip
+    with open(folder / "attempts.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps(line, allow_nan=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    sync_folder(folder)
+    return [f"since the first attempt: {what}" for what in other.values()]
+
+
+def attempts(folder: Path) -> list[dict[str, Any]]:
+    """One entry for each start of the run so far."""
+    try:
+        lines = (folder / "attempts.jsonl").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
+def _same_settings(config: RunConfig, folder: Path) -> None:
+    """A run folder of another configuration: somebody renamed it."""
+    run = _read(folder / "run.json")
+    if run is not None and (found := _difference(_comparable(run["settings"]), _comparable(config.scientific()), "")):
+        raise DataError(f"the run folder is of another configuration: {found.lstrip('.')}", str(folder), "move it away")
+
+
+def _comparable(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings without what ``facts`` compares."""
+    model = {k: v for k, v in settings["model"].items() if k != "dtype"}
+    return {**settings, "model": model}
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """run.json; None when there is none or it is none."""
+    try:
+        run = json.loads(path.read_bytes())
+        return run if {"run_id", "settings", "pins", "facts", "environment"} <= run.keys() else None
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return None
+
+
+def _progress(folder: Path) -> bool:
+    return bool(checkpoint.steps(folder / "ckpt")) or any(int(p.name[:2]) for p in (folder / "stages").glob("[0-9][0-9]-*"))
+
+
+def clear(folder: Path) -> None:
+    """Remove everything of a run but its lock, for its owner."""
+    for path in folder.iterdir():
+        if path.name != "LOCK":
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+# --- a run with more domains -----------------------------------------------------------------------------------------
+
+
+def inherit(config: RunConfig, folder: Path, pins: dict[str, Any], now: dict[str, Any]) -> tuple[dict[int, Stage], list[str]]:
+    """The trained stages that another run has in common with this one: same settings, data and order up to there.
+
+    Returns them by index, from 1 (the longest such beginning), and what to tell. What was scored is no condition: it is
+    scored again where it differs."""
+    best: dict[int, Stage] = {}
+    notes: list[str] = []
+    trained = config.sequence.trained
+    for other in sorted(Path(config.output_dir).glob("*/run.json")):
+        run = _read(other)
+        if other.parent == folder or run is None:
+            continue
+        theirs = run["settings"]["sequence"]["trained"]
+        common = min(len(theirs), len(trained))
+        mine = _learning(config.scientific(), pins, trained[:common])
+        if _learning(run["settings"], run["pins"], theirs[:common]) != mine or _unlike(run["facts"], now, trained[:common]):
+            continue
+        stages: dict[int, Stage] = {}
+        for index, name in enumerate(trained[:common], start=1):
+            try:
+                stages[index] = read_stage(other.parent / "stages" / f"{index:02d}-{name}")
+            except DataError:
+                break
+        lost = [i for i, stage in stages.items() if not (stage.folder / ADAPTER).exists()]
+        if lost:
+            text = f"{run['run_id']} begins with the same {len(stages)} stages, but keeps only its last state"
+            notes.append(f"{text}: training them again (checkpoint.keep_stages=all would have kept them)")
+        elif len(stages) > len(best):
+            best = stages
+    return best, [] if best else notes
+
+
+def _learning(settings: dict[str, Any], pins: dict[str, Any], trained: list[str]) -> dict[str, Any]:
+    """All that the weights after these stages depend on."""
+    kept = {k: settings[k] for k in ("model", "adapter", "guard", "train", "seed")}
+    kept["domains"] = [[name, settings["domains"].get(name), pins["domains"].get(name)] for name in trained]
+    if settings["train"]["dev_every"]:
+        kept["eval"] = settings["eval"]  # of the dev losses in its record
+    return {**kept, "pins": {k: pins[k] for k in ("model", "plugins")}}
+
+
+def _unlike(before: dict[str, Any], now: dict[str, Any], trained: list[str]) -> dict[str, str]:
+    """What differs between two runs in facts that weights depend on."""
+
+    def relevant(facts: dict[str, Any]) -> dict[str, Any]:
+        tokens = facts["data"].get("tokens", {})
+        kept: dict[str, Any] = {k: facts[k] for k in ("numerics", "model", "tokenizer", "dtype", "device") if k in facts}
+        return {**kept, "data": {name: tokens.get(name) for name in trained}}
+
+    return differing(relevant(before), relevant(now))
+
+
+def share_scores(stage: Stage, folder: Path) -> None:
+    """Put the scores of a finished stage where an evaluation looks for known cells."""
+    kinds = {"document": "domain", "item": "task"}
+    for (kind, name), key in ((tuple(k.split("/", 1)), v) for k, v in stage.facts["cells"].items()):
+        rows = stage.rows[(stage.rows.kind == kind) & (stage.rows[kinds[kind]] == name)]
+        columns = [c for c in cell_columns(kind) if c in rows]
+        extra = {} if kind == "document" else {"score": stage.record.tasks[name].model_dump(mode="json")}
+        if cells.load(folder, key["key"]) is None:
+            cells.store(folder, key["key"], rows[columns].reset_index(drop=True), seconds=key["seconds"], **extra)
+
+
+def cell_columns(kind: str) -> list[str]:
+    """Columns of a cell: those of the record but for the stage and what names the cell."""
+    if kind == "document":
+        return [c for c in record.DOCUMENT_COLUMNS if c not in ("stage", "domain", "split")]
+    return [c for c in record.ITEM_COLUMNS if c not in ("stage", "task")]
