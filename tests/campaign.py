@@ -21,6 +21,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,8 +38,38 @@ class Result(NamedTuple):
     seconds: float
 
 
+@dataclass
+class Outcome:
+    """What a campaign found. injected, survived: faults; compared: bytes that were held against the undisturbed run's;
+    failures: one line for each trial that was not survived; notes: what else a reader wants to know."""
+
+    name: str
+    injected: int = 0
+    survived: int = 0
+    compared: int = 0
+    seconds: float = 0.0
+    failures: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def count(self, faults: int, complaints: Sequence[str], where: str, compared: int = 0) -> None:
+        """Add a trial of so many faults."""
+        self.injected += faults
+        self.survived += 0 if complaints else faults
+        self.compared += compared
+        self.failures += [f"{where}: {'; '.join(complaints)}"] if complaints else []
+
+    def row(self) -> str:
+        """A row of the table of docs/reliability.md: campaign, injected, survived, bytes compared, seconds, notes."""
+        cells = [self.name, f"{self.injected:,}", f"{self.survived:,}", f"{self.compared:,}", f"{self.seconds:,.0f}", "; ".join(self.notes)]
+        return f"| {' | '.join(cells)} |"
+
+
 class Warm:
-    """A warm parent; a context manager."""
+    """A warm parent; a context manager. composed_once: it composes each configuration once, and its trials are spared that
+    (half of their time); imports: more modules that it loads."""
+
+    def __init__(self, composed_once: bool = False, imports: Sequence[str] = ()) -> None:
+        self._asked = {"composed_once": composed_once, "imports": list(imports)}
 
     def __enter__(self) -> Warm:
         env = {
@@ -47,6 +78,9 @@ class Warm:
             "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]),
         }
         self._process = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(self._asked) + "\n")
+        self._process.stdin.flush()
         self._answer()
         return self
 
@@ -67,8 +101,8 @@ class Warm:
         argv: Sequence[str] | None = None,
     ) -> Result:
         """One trial in folder/runs and folder/results. patch: MODULE:FUNCTION called in the child before the run (tests/ is
-        on its path), with arguments after a comma. after: (seconds since the fork, signal) to send. limits: RLIMIT_NAME -> bytes.
-        argv: the whole command instead of run with overrides."""
+        on its path), with arguments after a comma; several are parted by semicolons. after: (seconds since the fork,
+        signal) to send. limits: RLIMIT_NAME -> bytes. argv: the whole command instead of run with overrides."""
         folder.mkdir(parents=True, exist_ok=True)
         words = list(argv) if argv is not None else ["run", *base, *overrides, f"output_dir={folder}/runs", f"results_dir={folder}/results"]
         asked = {"argv": words, "env": env or {}, "patch": patch, "after": list(after), "limits": limits or {}, "folder": str(folder)}
@@ -86,20 +120,27 @@ class Warm:
         return json.loads(line)
 
 
+EVIDENCE = ("results/runs/*.items.parquet", "runs/*/matrix.csv", "runs/*/stages/*/*.safetensors", "runs/*/stages/*/scores.parquet")
+
+
 def evidence(folder: Path) -> dict[str, str]:
     """SHA-256 of everything that must not depend on interruptions: scores, per-item values, matrix, trained weights, and the
     record but for times and places."""
     from gain_cl import record
 
     found: dict[str, str] = {}
-    patterns = ("results/runs/*.items.parquet", "runs/*/matrix.csv", "runs/*/stages/*/*.safetensors", "runs/*/stages/*/scores.parquet")
-    for pattern in patterns:
+    for pattern in EVIDENCE:
         for path in sorted(folder.glob(pattern)):
             found[str(path.relative_to(folder))] = hashlib.sha256(path.read_bytes()).hexdigest()
     for path in sorted(folder.glob("results/runs/*.json")):
         text = json.dumps(record.outcome(record.load(path).record), sort_keys=True)
         found[str(path.relative_to(folder))] = hashlib.sha256(text.encode()).hexdigest()
     return found
+
+
+def evidence_bytes(folder: Path) -> int:
+    """Bytes of the files that ``evidence`` hashes."""
+    return sum(path.stat().st_size for pattern in (*EVIDENCE, "results/runs/*.json") for path in folder.glob(pattern))
 
 
 def steps(folder: Path) -> list[tuple[int, int]]:
@@ -119,7 +160,9 @@ def leftovers(folder: Path) -> list[str]:
 
 
 def serve() -> None:
+    import hydra
     import pandas
+    import peft
     import pyarrow.parquet
     import torch
     import transformers.models.llama.modeling_llama
@@ -128,11 +171,18 @@ def serve() -> None:
     from gain_cl import build, spine, track, train  # noqa: F401
     from gain_cl.figures import heatmap  # noqa: F401
 
-    del pandas, pyarrow, transformers, pyplot
+    wanted = json.loads(sys.stdin.readline())
+    for name in wanted["imports"]:
+        importlib.import_module(name)
+    pyplot.figure().text(0, 0, "fonts are looked up once").get_window_extent()
+    pyplot.close("all")
+    del hydra, pandas, peft, pyarrow, transformers
     torch.set_num_threads(1)
     print(json.dumps({"ready": True}), flush=True)
     for line in sys.stdin:
         asked = json.loads(line)
+        if wanted["composed_once"]:
+            compose_once(asked["argv"])
         begun = time.monotonic()
         child = os.fork()
         if child == 0:
@@ -144,6 +194,33 @@ def serve() -> None:
                 os.kill(child, number)
         _, status = os.waitpid(child, 0)
         print(json.dumps({"code": os.waitstatus_to_exitcode(status), "seconds": time.monotonic() - begun}), flush=True)
+
+
+_composed: dict[tuple[str, ...], Any] = {}
+
+
+def compose_once(argv: list[str]) -> None:
+    """Let build.compose answer for this command (and leave others to it) without composing again; only the folders differ."""
+    from gain_cl import build
+    from gain_cl.errors import GainError
+
+    compose = build.compose.__wrapped__ if hasattr(build.compose, "__wrapped__") else build.compose
+    folders = dict(word.split("=", 1) for word in argv if word.startswith(("output_dir=", "results_dir=")))
+    rest = tuple(word for word in argv if word.split("=")[0] not in folders)
+    if argv[0] != "run" or any(word.startswith("-") for word in argv):
+        return
+    if rest not in _composed:
+        try:
+            _composed[rest] = compose(rest[1:])
+        except GainError:
+            return  # the trial says so itself
+    config = _composed[rest].model_copy(update=folders)
+
+    def known(overrides: Any = (), config_dirs: Any = (), plugins: Any = ()) -> Any:
+        return config if list(overrides) == argv[1:] else compose(overrides, config_dirs, plugins)
+
+    known.__wrapped__ = compose  # type: ignore[attr-defined]
+    build.compose = known
 
 
 def trial(asked: dict[str, Any]) -> None:
@@ -159,8 +236,8 @@ def trial(asked: dict[str, Any]) -> None:
             signal.signal(number, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         os.environ.update(asked["env"])
-        if asked["patch"]:
-            name, *arguments = asked["patch"].split(",")
+        for patch in filter(None, (asked["patch"] or "").split(";")):
+            name, *arguments = patch.split(",")
             module, function = name.split(":")
             getattr(importlib.import_module(module), function)(*arguments)
         if asked["limits"]:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 import gain_cl
 from conftest import tiny
-from gain_cl import build, cli, config, export, models, provenance, record, spine
+from gain_cl import build, cli, config, export, measure, models, provenance, record, spine
 from gain_cl.errors import ConfigError, DataError, InUseError
 
 SMALL = ["debug=smoke", "compute.threads=1"]
@@ -158,6 +158,7 @@ def test_execution_settings_are_not_in_the_run_id() -> None:
     execution = {
         "compute.threads=3", "compute.micro_batch=1", "compute.eval_batch=2", "compute.device=cpu", "compute.deterministic=true",
         "compute.gradient_checkpointing=true", "track.project=x", "output_dir=/tmp/x", "results_dir=/tmp/y", "force=true", "lr_tuned_on=x",
+        "checkpoint.every_minutes=3", "checkpoint.every_steps=1", "checkpoint.keep_stages=last", "resume=never", "allow_change=[dtype]",
     }  # fmt: skip
     scientific = {
         "model.dtype=bfloat16", "model.init_seed=1", "model.attention=eager", "model.prefix_token_id=3", "model.separator_token_id=3",
@@ -177,7 +178,8 @@ def test_execution_settings_are_not_in_the_run_id() -> None:
     assert {o for o, i in ids.items() if i == base} == set()
     assert len(set(ids.values())) == len(ids)
     sections = set(config.RunConfig.model_fields)
-    assert set(config.EXECUTION) == {"compute", "track", "output_dir", "results_dir", "force", "plugins", "lr_tuned_on"} < sections
+    executing = {"compute", "track", "checkpoint", "resume", "allow_change", "output_dir", "results_dir", "force", "plugins", "lr_tuned_on"}
+    assert set(config.EXECUTION) == executing < sections
 
 
 def test_tokens_and_task_settings_are_in_the_run_id() -> None:
@@ -223,7 +225,9 @@ def test_non_finite_score_is_never_a_number(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(evaluate, "token_nll", lambda hidden, *_: torch.full((len(hidden),), float("nan")))
     with pytest.raises(DataError, match="the loss of 8 documents is not finite"):
         go(tmp_path)
-    assert not list(tmp_path.rglob("*.json"))
+    assert not list(tmp_path.glob("results/**/*"))
+    (failure,) = tmp_path.glob("runs/*/failure.json")
+    assert "is not finite" in json.loads(failure.read_text())["error"]
 
 
 def test_two_owners(first: record.Run, tmp_path: Path) -> None:
@@ -263,7 +267,7 @@ def test_export_is_the_model_that_was_scored(method: str, tmp_path: Path, capsys
     loaded.model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert AutoTokenizer.from_pretrained(tmp_path / "merged").get_vocab() == loaded.tokenizer.get_vocab()
     domain = domains.prepare(settings.domains["smoke_a"], loaded.tokenizer, loaded.tokenizer_hash)
-    rows = spine.score_domain(loaded, domain, settings.eval, 16)
+    rows = measure.score_domain(loaded, domain, settings.eval, 16)
     assert evaluate.total(rows).nll_nats == pytest.approx(made.record.stages[-1].domains["smoke_a"].nll_nats, rel=1e-5)
 
 

@@ -17,8 +17,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from gain_cl.errors import USAGE, ConfigError, GainError
-from gain_cl.verbs import Parser
+from gain_cl.errors import USAGE, ConfigError, GainError, PreemptedError
+from gain_cl.verbs import Parser, find_record
 
 INTERRUPTED = 130
 VERBS = ("prepare", "verify", "verify-resume", "doctor", "clean")
@@ -128,7 +128,7 @@ def _run(argv: list[str]) -> int:
     parser.add_argument("-h", "--help", action="store_true")
     parser.add_argument("--hydra-help", action="store_true")
     args = parser.parse_intermixed_args(argv)
-    from gain_cl import build
+    from gain_cl import build, signals
 
     here = {"config_dirs": args.config_dir, "plugins": args.plugin}
     if words := ["--help"] * args.help + ["--hydra-help"] * args.hydra_help:
@@ -138,11 +138,13 @@ def _run(argv: list[str]) -> int:
     if args.multirun and not args.cfg and not args.info:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise ConfigError("-m under torchrun would start every run on every rank", "command line", "start torchrun once for each run")
-        return _multirun(args.overrides, here)
+        with signals.listening():
+            return _multirun(args.overrides, here)
     if args.cfg or args.info:
         words = [f"--{w}={getattr(args, w)}" for w in ("cfg", "info", "package") if getattr(args, w)] + ["--resolve"] * args.resolve
         return _hydra([*words, *build.spell_out(args.overrides, **here)])
-    return _carry_out(build.compose(args.overrides, **here))
+    with signals.listening():
+        return _carry_out(build.compose(args.overrides, **here))
 
 
 def _carry_out(config: Any) -> int:
@@ -158,17 +160,22 @@ def _carry_out(config: Any) -> int:
 
 
 def _multirun(overrides: list[str], here: dict[str, Any]) -> int:
-    """Every job through Hydra's launcher and then the path of a single run; goes on after a failure."""
+    """Every job through Hydra's launcher and then the path of a single run; goes on after a failure, stops at a signal."""
     from gain_cl import build
 
     total = len(build.jobs(overrides, **here))  # every job is checked before the first starts
     failures: list[int] = []
+    stopped: list[int] = []
     parent = os.getpid()
 
     def job(task: list[str]) -> None:
+        if stopped:
+            return
         print(f"== {' '.join(o.lstrip('+') for o in task)}", flush=True)
         try:
             _carry_out(build.compose(task, here["config_dirs"]))
+        except PreemptedError as error:
+            stopped.append(_report(error))
         except GainError as error:
             failures.append(_report(error))
         except Exception:
@@ -181,6 +188,8 @@ def _multirun(overrides: list[str], here: dict[str, Any]) -> int:
         _hydra(["--multirun", *build.search_path(here["config_dirs"]), *build.rewrite(overrides, sweep=True, **here)], job)
     except RuntimeError:
         failures.append(1)
+    if stopped:
+        return stopped[0]
     if failures:
         print(f"gain_cl: error: {len(failures)} of {total} runs failed (multirun); see the messages above", file=sys.stderr, flush=True)
     return failures[0] if failures else 0
@@ -248,23 +257,6 @@ def _export(argv: list[str]) -> int:
     print(f"folded against unfolded, fp32: {gap:.1e}, the largest relative difference of a logit")
     print(f"checkpoint: {args.to}")
     return 0
-
-
-def find_record(name: str, results_dir: Path) -> Path:
-    """The record that a path, a run id or the beginning of one means."""
-    if Path(name).is_file() or name.endswith(".json") or "/" in name:
-        return Path(name)
-    folder = results_dir / "runs"
-    found = sorted(folder.glob(f"{name}*.json"))
-    if (exact := folder / f"{name}.json") in found:
-        return exact
-    if len(found) != 1:
-        from gain_cl.explain import suggest
-
-        options = [p.stem for p in folder.glob("*.json")]
-        what = f"{len(found)} runs begin with {name!r}" if found else f"no run {name!r}"
-        raise ConfigError(what, str(folder), suggest(name, [p.stem for p in found] or options) or "give the path of a record")
-    return found[0]
 
 
 def _params(argv: list[str]) -> int:

@@ -224,6 +224,7 @@ class Mirror:
 
             r = run.record
             summary: dict[str, Any] = {"trainable_parameters": r.trainable_parameters, "peak_memory_bytes": r.peak_memory_bytes}
+            summary |= {"tainted": "; ".join(r.tainted)} if r.tainted else {}
             losses = matrix.LossMatrix.from_documents(run.documents, r.trained, r.controls)
             for name, estimate in matrix.summary(losses).items():
                 pct = estimate.map(terms.change)

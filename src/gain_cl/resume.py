@@ -21,7 +21,7 @@ import pandas as pd
 from gain_cl import cells, checkpoint, lock, provenance, record
 from gain_cl.config import RunConfig
 from gain_cl.errors import ConfigError, DataError
-from gain_cl.files import sync_folder, write_bytes
+from gain_cl.files import write_bytes
 
 ADAPTER, OPTIMIZER, GUARD = "adapter.safetensors", "optimizer.safetensors", "guard.safetensors"
 ANEW = "resume=never starts anew and removes what is there"
@@ -106,10 +106,11 @@ def _finished(root: Path, run_id: str, warnings: list[str]) -> Iterator[tuple[in
     """The finished stages that are what was written, by index."""
     for path in sorted(root.glob("[0-9]*-*")):
         try:
-            stage = read_stage(path)
-            if stage.facts["run_id"] != run_id:
-                raise DataError(f"it is a stage of {stage.facts['run_id']}", str(path))
-            yield int(path.name.split("-")[0]), stage
+            stage, index = read_stage(path), int(path.name.split("-")[0])
+            if (stage.facts["run_id"], stage.facts["stage"]) != (run_id, index):
+                raise DataError(f"it is stage {stage.facts['stage']} of {stage.facts['run_id']}", str(path))
+            checkpoint.drop(path)
+            yield index, stage
         except DataError as error:
             warnings.append(f"{error.what} ({error.where})")
 
@@ -186,7 +187,8 @@ def adopt(config: RunConfig, pins: dict[str, Any]) -> str | None:
         if run is None or _comparable(run["settings"]) != _comparable(config.scientific()) or lock.holder(other.parent):
             continue
         done = (Path(config.results_dir) / "runs" / f"{run['run_id']}.json").exists()
-        changed = {k: v for k, v in differing(run["facts"], own).items() if k != "eval_batch"}
+        known = {k: {n: v[n] for n in own[k]} if isinstance(v, dict) else v for k, v in run["facts"].items() if k in own}
+        changed = {k: v for k, v in differing(known, own).items() if k != "eval_batch"}  # which is no part of the id
         if changed and changed.keys() <= set(config.allow_change):
             return str(run["run_id"])
         if changed and not done and config.resume != "never" and not config.force and _progress(other.parent):
@@ -222,11 +224,8 @@ def settle(
         "commit": environment["commit"], "dirty": environment["dirty"], **here,
         "changed": list(changed.values()), "other": list(other.values()),
     }  # fmt: skip
-    with open(folder / "attempts.jsonl", "a", encoding="utf-8") as file:
-        file.write(json.dumps(line, allow_nan=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    sync_folder(folder)
+    lines = [json.dumps(attempt, allow_nan=False) + "\n" for attempt in [*attempts(folder), line]]
+    write_bytes(folder / "attempts.jsonl", "".join(lines).encode())
     return [f"since the first attempt: {what}" for what in other.values()]
 
 

@@ -17,7 +17,7 @@ from rich.text import Text
 
 from gain_cl import items as items_
 from gain_cl import terms
-from gain_cl.errors import DataError
+from gain_cl.errors import DataError, printable
 from gain_cl.matrix import Estimate, LossMatrix, summary
 from gain_cl.record import Run, RunRecord, items_path
 
@@ -47,6 +47,8 @@ def render(run: Run, files: dict[str, Path] | None = None, console: Console | No
     say = _Printer(console)
     losses = _checked(run)
     say(f"{r.model}, {r.method}, {r.sequence}, seed {r.seed}: {r.run_id}", style="bold")
+    if r.tainted:
+        say(f"TAINTED: {'; '.join(r.tainted)} (changed between attempts of this run, by allow_change)", style="bold")
     say()
     say("Perplexity after each stage")
     _matrix(run, console)
@@ -98,13 +100,13 @@ def _checked(run: Run) -> LossMatrix:
 
 
 class _Printer:
-    """Prints text as it is: brackets are no markup, long paths are not broken."""
+    """Prints text as it is: brackets are no markup, long paths are not broken; nothing in it commands the terminal."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
 
     def __call__(self, text: str = "", style: str = "") -> None:
-        self._console.print(text, style=style or None, markup=False, highlight=False, soft_wrap=True)
+        self._console.print(printable(text), style=style or None, markup=False, highlight=False, soft_wrap=True)
 
 
 def _console() -> Console:

@@ -88,7 +88,7 @@ def _build(run: Run) -> Figure:
     longest = max(width(n, 10) for n in names)
     wide = min(max(CELL_WIDE, longest + 0.14), CELL_WIDEST)
     tilted = longest + 0.1 > wide
-    title = f"{r.model} · {r.method} · {r.sequence} · seed {r.seed}"
+    title = f"{r.model} · {r.method} · {r.sequence} · seed {r.seed}{' · TAINTED' if r.tainted else ''}"
     legend = "Perplexity after each stage. Outlined: the domain learned in that stage."
     across, down = wide * (float(left[-1]) + 1), CELL_HIGH * rows
     before = max(width(s, 10) for s in stages) + 0.55

@@ -1,0 +1,357 @@
+"""An interrupted run goes on, byte for byte; what may not change between attempts; runs with more domains."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from campaign import SMOKE, Result, Warm, evidence, leftovers, steps
+from gain_cl import build, cells, checkpoint, lock, record, resume, signals, spine
+from gain_cl.errors import DataError, InUseError, PreemptedError
+from gain_cl.files import sha256
+
+KILL = {"GAIN_CL_FAILPOINT": "commit@6"}  # at step 2 of the second domain
+TWO, THREE = "domain=[smoke_a,smoke_b]", "domain=[smoke_a,smoke_b,smoke_c]"
+
+
+@pytest.fixture(scope="module")
+def warm() -> Iterator[Warm]:
+    with Warm() as parent:
+        yield parent
+
+
+@pytest.fixture(scope="module")
+def undisturbed(warm: Warm, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    assert warm.run(folder).code == 0
+    return folder
+
+
+def fine(result: Result) -> str:
+    assert result.code == 0, result.err
+    return result.out
+
+
+def refused(result: Result, code: int) -> str:
+    assert result.code == code, (result.out, result.err)
+    assert result.err.startswith("gain_cl: error: ") and result.err.count("\n") == 1, result.err
+    return result.err
+
+
+def killed(warm: Warm, folder: Path, *overrides: str) -> Path:
+    assert warm.run(folder, *overrides, env=KILL).code == -signal.SIGKILL
+    (run,) = (p.parent for p in folder.glob("runs/*/run.json"))
+    return run
+
+
+def the_record(folder: Path) -> record.RunRecord:
+    (path,) = folder.glob("results/runs/*.json")
+    return record.load(path).record
+
+
+# --- going on --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("extra", [[], ["train.optimizer=carried"], ["method=lora"], ["method=full"]], ids=lambda e: "".join(e) or "gain")
+def test_killed_and_resumed(warm: Warm, undisturbed: Path, tmp_path: Path, extra: list[str]) -> None:
+    if extra:
+        fine(warm.run(tmp_path / "undisturbed", *extra))
+    good = evidence(tmp_path / "undisturbed" if extra else undisturbed)
+    killed(warm, tmp_path / "killed", *extra)
+    assert "resumed at stage 2 of 3 smoke_b, step 2 of 4" in fine(warm.run(tmp_path / "killed", *extra))
+    assert evidence(tmp_path / "killed") == good
+    assert not leftovers(tmp_path / "killed")
+    assert steps(tmp_path / "killed") == [(stage, step) for stage in (1, 2, 3) for step in (1, 2, 3, 4)]
+    made = the_record(tmp_path / "killed")
+    assert len(made.provenance["attempts"]) == 2 and not made.tainted
+
+
+def test_resume_never_starts_anew(warm: Warm, undisturbed: Path, tmp_path: Path) -> None:
+    killed(warm, tmp_path)
+    assert "resumed" not in fine(warm.run(tmp_path, "resume=never"))
+    assert evidence(tmp_path) == evidence(undisturbed)
+    assert len(the_record(tmp_path).provenance["attempts"]) == 1
+
+
+def test_resume_must(warm: Warm, tmp_path: Path) -> None:
+    assert "resume=must, but there is no checkpoint" in refused(warm.run(tmp_path, "resume=must"), 64)
+    killed(warm, tmp_path)
+    assert "resumed at" in fine(warm.run(tmp_path, "resume=must"))
+
+
+def test_force_can_be_interrupted(warm: Warm, undisturbed: Path, tmp_path: Path) -> None:
+    fine(warm.run(tmp_path))
+    run = killed(warm, tmp_path, "force=true")
+    assert checkpoint.steps(run / "ckpt")
+    assert "resumed" not in fine(warm.run(tmp_path))  # the old record still stands, and the new attempt is not lost
+    assert "resumed at stage 2" in fine(warm.run(tmp_path, "force=true"))
+    assert evidence(tmp_path) == evidence(undisturbed) and not leftovers(tmp_path)
+
+
+def test_preempted(warm: Warm, undisturbed: Path, tmp_path: Path) -> None:
+    where = {"patch": "injections_resume:signal_at_step,2,3"}
+    assert "stopped by SIGTERM" in refused(warm.run(tmp_path, **where), 75)  # type: ignore[arg-type]
+    assert "resumed at stage 2 of 3 smoke_b, step 3 of 4" in fine(warm.run(tmp_path))
+    assert evidence(tmp_path) == evidence(undisturbed)
+
+
+def test_bad_checkpoint_falls_back_or_stops(warm: Warm, undisturbed: Path, tmp_path: Path) -> None:
+    run = killed(warm, tmp_path)
+    newest, older, *rest = checkpoint.steps(run / "ckpt")
+    for path in rest:  # the kill came before they were pruned
+        shutil.rmtree(path)
+    flip(newest / resume.ADAPTER)
+    for path in (older / resume.OPTIMIZER, run / "stages/01-smoke_a" / resume.ADAPTER):
+        kept = path.read_bytes()
+        flip(path)
+        if path.parent == older:
+            assert "going back to the state before it" in fine_later(warm, tmp_path)
+        path.write_bytes(kept)
+    flip(older / resume.ADAPTER)
+    flip(run / "stages/01-smoke_a" / resume.ADAPTER)
+    message = refused(warm.run(tmp_path), 65)
+    assert "no good checkpoint: " in message and "has SHA-256" in message and "resume=never" in message
+    flip(older / resume.ADAPTER)
+    flip(run / "stages/01-smoke_a" / resume.ADAPTER)
+    out = fine(warm.run(tmp_path))
+    assert "going back to the state before it" in out and "resumed at stage 2 of 3 smoke_b, step 1 of 4" in out
+    assert evidence(tmp_path) == evidence(undisturbed)
+
+
+def fine_later(warm: Warm, folder: Path) -> str:
+    """What a start says that is killed as soon as it has trained a step."""
+    return warm.run(folder, env={"GAIN_CL_FAILPOINT": "save.before_write@1"}).out
+
+
+def flip(path: Path, bit: int = 100) -> None:
+    data = bytearray(path.read_bytes())
+    data[bit // 8 % len(data)] ^= 1 << bit % 8
+    path.write_bytes(data)
+
+
+def test_run_folder_of_another_configuration(warm: Warm, tmp_path: Path) -> None:
+    run = killed(warm, tmp_path)
+    other = spine.prepare(build.compose([*SMOKE, "seed=1"])).run_id
+    run.rename(run.with_name(other))
+    assert "the run folder is of another configuration: seed was 0, is 1" in refused(warm.run(tmp_path, "seed=1"), 65)
+
+
+# --- what may not change ---------------------------------------------------------------------------------------------
+
+
+def test_other_numerics_stop_or_taint(warm: Warm, tmp_path: Path) -> None:
+    killed(warm, tmp_path)
+    newer: dict[str, Any] = {"patch": "injections_resume:numerics,2"}
+    message = refused(warm.run(tmp_path, **newer), 65)
+    assert "another numerics: numerics.version was 1, is 2" in message and "allow_change=[numerics]" in message
+    assert "resumed at stage 2" in fine(warm.run(tmp_path, "allow_change=[numerics]", **newer))
+    made = the_record(tmp_path)
+    assert made.tainted == ["numerics.version was 1, is 2"]
+    assert "TAINTED: numerics.version was 1, is 2" in fine(warm.run(tmp_path, "allow_change=[numerics]", **newer))  # finished: shown again
+    (table,) = tmp_path.glob("runs/*/matrix.csv")
+    assert all(line.endswith((",tainted", ",\"numerics.version was 1, is 2\"")) for line in table.read_text().splitlines())
+    fine(warm.run(tmp_path, "resume=never", **newer))  # a run of its own
+    assert len(list(tmp_path.glob("results/runs/*.json"))) == 2
+
+
+def test_other_dtype_stops_and_a_new_run_is_possible(warm: Warm, tmp_path: Path) -> None:
+    killed(warm, tmp_path)
+    assert "another dtype: dtype was float32, is bfloat16" in refused(warm.run(tmp_path, "model.dtype=bfloat16"), 65)
+    fine(warm.run(tmp_path, "model.dtype=bfloat16", "resume=never"))
+    assert "resumed at" in fine(warm.run(tmp_path))
+
+
+def test_other_text_stops(warm: Warm, tmp_path: Path) -> None:
+    text = tmp_path / "text"
+    text.mkdir()
+    for i in range(60):
+        (text / f"{i}.txt").write_text(f"document {i}: " + " ".join(f"word{i * k % 97}" for k in range(200)))
+    (tmp_path / "presets/domain").mkdir(parents=True)
+    (tmp_path / "presets/domain/mine.yaml").write_text(f"source:\n  kind: files\n  path: {text}\n")
+    mine = ["domain=[mine,smoke_b]", "eval.documents=4", f"--config-dir={tmp_path}/presets"]
+    killed(warm, tmp_path / "run", *mine)
+    (text / "0.txt").write_text("another text " * 60)
+    message = refused(warm.run(tmp_path / "run", *mine), 65)
+    assert "another data: data.domains.mine" in message
+
+
+@pytest.mark.parametrize(("key", "value"), [("device", "cuda"), ("tokenizer", "0" * 64), ("eval_batch", 3)])
+def test_other_facts_stop(warm: Warm, tmp_path: Path, key: str, value: Any) -> None:
+    """As if the first attempt had been made elsewhere."""
+    run = killed(warm, tmp_path)
+    about = json.loads((run / "run.json").read_text())
+    about["facts"][key] = value
+    (run / "run.json").write_text(json.dumps(about))
+    message = refused(warm.run(tmp_path), 65)
+    assert f"the interrupted run has another {key}: {key} was" in message and "allow_change" in message
+    fine(warm.run(tmp_path, f"allow_change=[{key}]"))
+    assert the_record(tmp_path).tainted[0].startswith(f"{key} was")
+
+
+def test_other_threads_are_told(warm: Warm, tmp_path: Path) -> None:
+    run = killed(warm, tmp_path)
+    about = json.loads((run / "run.json").read_text())
+    about["environment"]["threads"] = 64
+    (run / "run.json").write_text(json.dumps(about))
+    fine(warm.run(tmp_path))
+    made = the_record(tmp_path)
+    assert not made.tainted and any("threads was 64, is 1" in note for note in made.notes)
+
+
+# --- sharing ---------------------------------------------------------------------------------------------------------
+
+
+def test_stage_0_is_shared_between_methods(warm: Warm, tmp_path: Path) -> None:
+    fine(warm.run(tmp_path))
+    before = {p.name: p.stat().st_mtime_ns for p in tmp_path.glob("runs/cells/*")}
+    assert len(before) == 4
+    fine(warm.run(tmp_path, "method=lora"))
+    assert {p.name: p.stat().st_mtime_ns for p in tmp_path.glob("runs/cells/*")} == before
+    records = [record.load(p).record for p in tmp_path.glob("results/runs/*.json")]
+    assert records[0].stages[0].domains == records[1].stages[0].domains
+    fine(warm.run(tmp_path, "eval.documents=9"))  # another protocol: nothing is taken over
+    assert len(list(tmp_path.glob("runs/cells/*"))) == 8
+
+
+@pytest.mark.parametrize("extra", [[], ["train.optimizer=carried"]], ids=["fresh", "carried"])
+def test_one_more_domain(warm: Warm, tmp_path: Path, extra: list[str]) -> None:
+    """A finished run, extended, is the longer run byte for byte, and trains only what is new."""
+    fine(warm.run(tmp_path / "at once", THREE, *extra))
+    fine(warm.run(tmp_path / "extended", TWO, *extra))
+    fine(warm.run(tmp_path / "extended", THREE, *extra))
+    longer = {k: v for k, v in evidence(tmp_path / "extended").items() if k in evidence(tmp_path / "at once")}
+    assert longer == evidence(tmp_path / "at once") and len(longer) >= 9
+    (path,) = (p for p in (tmp_path / "extended/results/runs").glob("*.json") if len(record.load(p).record.trained) == 3)
+    made = record.load(path).record
+    assert list(made.provenance["inherited"]) == ["1", "2"]
+    metrics = tmp_path / "extended/runs" / made.run_id / "metrics.jsonl"
+    trained = [row["stage"] for row in map(json.loads, metrics.read_text().splitlines()) if row["kind"] == "step"]
+    assert trained == [3] * 4
+
+
+def test_no_other_beginning_is_taken(warm: Warm, tmp_path: Path) -> None:
+    fine(warm.run(tmp_path, TWO))
+    for other in (["train.lr=1e-3"], ["seed=1"], ["resume=never"]):
+        out = fine(warm.run(tmp_path, THREE, *other))
+        assert "inherited" not in out
+    for path in (tmp_path / "results/runs").glob("*.json"):
+        assert not record.load(path).record.provenance["inherited"]
+
+
+def test_full_fine_tuning_keeps_its_last_stage(warm: Warm, tmp_path: Path) -> None:
+    fine(warm.run(tmp_path, "method=full"))
+    (run,) = (p.parent for p in tmp_path.glob("runs/*/run.json"))
+    kept = {p.name: (p / resume.ADAPTER).exists() for p in run.glob("stages/*")}
+    assert kept == {"00-pretrained": False, "01-smoke_a": False, "02-smoke_b": False, "03-smoke_c": True}
+    for stage in run.glob("stages/*"):
+        checkpoint.verify(stage)
+    fine(warm.run(tmp_path, "method=full", "checkpoint.keep_stages=all", "force=true"))
+    assert all((p / resume.ADAPTER).exists() for p in run.glob("stages/0[1-3]*"))
+    assert not leftovers(tmp_path)
+
+
+# --- the parts -------------------------------------------------------------------------------------------------------
+
+
+def test_a_saved_folder_is_what_was_written(tmp_path: Path) -> None:
+    import torch
+
+    folder = tmp_path / "ckpt" / "step-3"
+    checkpoint.save(folder, {"a.json": b"{}", "b.safetensors": {"x": torch.arange(4.0)}})
+    assert set(checkpoint.verify(folder)) == {"a.json", "b.safetensors"}
+    assert checkpoint.read_tensors(folder, "b.safetensors")["x"].tolist() == [0, 1, 2, 3]
+    assert {oct(p.stat().st_mode & 0o777) for p in folder.iterdir()} == {oct(0o666 & ~umask())}
+    checkpoint.save(tmp_path / "linked", {"b.safetensors": folder / "b.safetensors"})
+    assert sha256(tmp_path / "linked/b.safetensors") == sha256(folder / "b.safetensors")
+    checkpoint.drop(folder, ["b.safetensors"])
+    assert set(checkpoint.verify(folder)) == {"a.json"} and not (folder / "b.safetensors").exists()
+    for bit in range(8 * (folder / checkpoint.MANIFEST).stat().st_size):
+        flip(folder / checkpoint.MANIFEST, bit)
+        with pytest.raises(DataError, match=r"MANIFEST|bytes|SHA-256|missing"):
+            checkpoint.verify(folder)
+        flip(folder / checkpoint.MANIFEST, bit)
+    assert not list(tmp_path.rglob(".tmp-*"))
+
+
+def umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def test_checkpoints_cost_at_most_a_fortieth(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    due = checkpoint.Due(every_minutes=1, every_steps=None)
+    spent = 0.0
+    for _ in range(100_000):
+        now[0] += 1
+        if due.now(1):
+            now[0] += 30  # saving takes half a minute
+            spent += 30
+            due.saved(30)
+    assert 0 < spent <= now[0] / 40
+    assert checkpoint.Due(None, None).now(5) is False
+    assert [checkpoint.Due(None, 3).now(step) for step in (1, 2, 3, 6)] == [False, False, True, True]
+
+
+def test_a_cell_that_was_changed_is_no_cell(tmp_path: Path) -> None:
+    import pandas as pd
+
+    rows = pd.DataFrame({"document": ["a", "b"], "nll_nats": [0.1 + 0.2, 1e-17], "tokens": [3, 2**53], "logprobs": [[0.1], [0.2, 0.3]]})
+    name = cells.key({"x": 1})
+    cells.store(tmp_path, name, rows, seconds=1.5)
+    found = cells.load(tmp_path, name)
+    assert found is not None
+    pd.testing.assert_frame_equal(found[0], rows, check_exact=True)
+    assert found[1] == {"seconds": 1.5}
+    for bit in range(0, 8 * (tmp_path / f"{name}.json").stat().st_size, 3):
+        flip(tmp_path / f"{name}.json", bit)
+        again = cells.load(tmp_path, name)
+        assert again is None or again[0].equals(rows), bit
+        flip(tmp_path / f"{name}.json", bit)
+    assert cells.load(tmp_path, cells.key({"x": 2})) is None
+
+
+def test_lock_is_held_and_released(tmp_path: Path) -> None:
+    with lock.owned(tmp_path):
+        assert lock.holder(tmp_path) == f"process {os.getpid()} on {os.uname().nodename}"
+        with pytest.raises(InUseError, match=f"process {os.getpid()} on"), lock.owned(tmp_path):
+            pass
+        assert lock.holder(tmp_path)
+    assert lock.holder(tmp_path) is None and not (tmp_path / "LOCK").exists()
+    (tmp_path / "LOCK").write_text('{"pid": 1, "host": "another"}')  # left by a machine that lost power
+    assert lock.holder(tmp_path) is None
+    with lock.owned(tmp_path):
+        pass
+
+
+def test_signals_ask_and_a_second_interrupt_quits() -> None:
+    with signals.listening():
+        signals.poll()
+        os.kill(os.getpid(), signal.SIGUSR1)
+        with pytest.raises(PreemptedError, match="stopped by SIGUSR1") as error:
+            signals.poll()
+        assert error.value.exit_code == 75
+        os.kill(os.getpid(), signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
+    assert signals.asked() is None
+    found: list[Any] = []
+    thread = threading.Thread(target=lambda: found.append(listen_in_thread()))
+    thread.start()
+    thread.join()
+    assert found == [None]
+
+
+def listen_in_thread() -> str | None:
+    with signals.listening():  # a notebook's worker: nothing to install, nothing to fail
+        return signals.asked()
