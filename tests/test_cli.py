@@ -212,7 +212,7 @@ def test_model_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert "no config.json" in refused(capsys, "run", f'model.path="{folder}"', *SMALL, code=65)
     (folder / "config.json").write_text(json.dumps({"model_type": "llama", "max_position_embeddings": 512, "hidden_size": 8}))
     assert "no model*.safetensors" in refused(capsys, "run", f'model.path="{folder}"', *SMALL, code=65)
-    (folder / "model.safetensors").touch()
+    (folder / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
     words = [f'model.path="{folder}"', *SMALL]
     assert "eval.context=1024 exceeds the context of My-model--v2-, 512 tokens" in refused(capsys, "run", *words)
     run = build.compose([*words, "eval.context=512", f"model.revision={'a' * 40}"])

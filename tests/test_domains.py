@@ -7,6 +7,7 @@ import gzip
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -18,11 +19,11 @@ import numpy as np
 import pytest
 import yaml
 
-from gain_cl import config, sources
+from gain_cl import config, signals, sources
 from gain_cl.config import SHA1
-from gain_cl.domains import Blocks, Doc, Domain, check, collect, documents, pin, prepare, text, tokenize
+from gain_cl.domains import Blocks, Doc, Domain, base, check, collect, documents, pin, prepare, text, tokenize
 from gain_cl.domains.recipes import RECIPES
-from gain_cl.errors import ConfigError, DataError
+from gain_cl.errors import ConfigError, DataError, PreemptedError
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 DOMAINS = {path.stem: config.Domain(**yaml.safe_load(path.read_text())) for path in sorted((CONFIGS / "domain").glob("*.yaml"))}
@@ -497,8 +498,8 @@ def test_token_cache(cache: Path, tokenizer: Any, capsys: pytest.CaptureFixture[
     settings = generated("g")
     first = prepare(settings, tokenizer, "t")
     (folder,) = (cache / "tokens").iterdir()
-    assert sorted(p.name for p in folder.iterdir()) == ["ends.npy", "ids.npy", "meta.json", "offsets.npy", "tokens.npy"]
-    assert isinstance(first._tokens, np.memmap)
+    assert {p.name for p in folder.iterdir()} == {"meta.json", *(f"{name}.npy" for name in base._ARRAYS)}
+    assert isinstance(first._tokens, np.memmap) and isinstance(first._words, np.memmap)
     written = {p: p.stat().st_mtime_ns for p in folder.iterdir()}
     assert prepare(settings, None, "t").hash == first.hash  # no tokenizer needed: it comes from the cache
     assert written == {p: p.stat().st_mtime_ns for p in folder.iterdir()}
@@ -517,6 +518,16 @@ def test_token_cache(cache: Path, tokenizer: Any, capsys: pytest.CaptureFixture[
     (folder / "ends.npy").unlink()
     assert prepare(settings, tokenizer, "t").hash == first.hash
 
+    # The hash that goes into the record, and what the tokens were made of and by, are protected too.
+    sound = json.loads((folder / "meta.json").read_text())
+    for change in ({"hash": "0" * 64}, {"identity": {**sound["identity"], "tokenizer": "u"}}, {"seal": None}, {"sha256": None}):
+        (folder / "meta.json").write_text(json.dumps(sound | change))
+        assert prepare(settings, tokenizer, "t").hash == first.hash
+        assert "token cache of g is damaged" in capsys.readouterr().err
+    shutil.rmtree(folder)
+    shutil.copytree(next((cache / "tokens").iterdir()), folder)  # whole, but another tokenizer's
+    assert prepare(settings, tokenizer, "t").hash == first.hash and "damaged (meta.json changed)" in capsys.readouterr().err
+
 
 def test_token_cache_is_written_by_many_at_once(cache: Path, tokenizer: Any) -> None:
     hashes: list[str] = []
@@ -527,6 +538,47 @@ def test_token_cache_is_written_by_many_at_once(cache: Path, tokenizer: Any) -> 
         thread.join()
     assert len(hashes) == 6 and len(set(hashes)) == 1
     assert [p.name.startswith(".") for p in (cache / "tokens").iterdir()] == [False]
+
+
+def test_words_are_kept_with_the_tokens(cache: Path, tokenizer: Any) -> None:
+    domain = prepare(generated("g", count=40), tokenizer, "t")
+    by_id = {text.text_hash(t)[:16]: t for t in documents(generated("g", count=40))}
+    for split in base.SPLITS:
+        words, offsets = domain.words(split)
+        assert words.dtype == np.uint32 and len(offsets) == domain.n_documents(split) + 1 and offsets[-1] == len(words)
+        for i, name in enumerate(domain.ids(split)):
+            assert words[offsets[i] : offsets[i + 1]].tolist() == base.word_hashes(by_id[name]).tolist() != []
+    assert base.word_hashes("One, two!  ONE\n--").tolist() == base.word_hashes("one TWO one").tolist()
+    assert base.word_hashes("one")[0] == 1_189_970_830  # the same on every machine: it lies in caches
+
+
+def test_split_hash_names_the_documents(cache: Path, tokenizer: Any) -> None:
+    """Equal whenever the same documents are scored, whatever tokenises them; another as soon as one differs."""
+    domain, other = (prepare(generated("g"), tokenizer, t) for t in ("t", "another tokenizer"))
+    assert domain.hash != other.hash and domain.split_hash("test") == other.split_hash("test")
+    fewer = prepare(generated("g", test=0.28, dev=0.22), tokenizer, "t")
+    assert domain.n_documents("test") == fewer.n_documents("test") + 1 and domain.ids("train") == fewer.ids("train")
+    assert domain.split_hash("test") != fewer.split_hash("test") and domain.split_hash("train") == fewer.split_hash("train")
+    assert len({domain.split_hash(split) for split in base.SPLITS}) == 3
+
+
+def test_asked_to_stop_while_tokenising(cache: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Out within a batch, nothing half done left, and the next attempt does the work."""
+    batches = []
+
+    def tokenize_then_ask(texts: list[str], tokenizer: Any) -> Any:
+        batches.append(len(texts))
+        monkeypatch.setattr(signals, "_asked", "SIGTERM")
+        return tokenize(texts, tokenizer)
+
+    monkeypatch.setattr(base, "BATCH", 25)
+    monkeypatch.setattr(base, "tokenize", tokenize_then_ask)
+    with pytest.raises(PreemptedError, match="stopped by SIGTERM"):
+        prepare(generated("g"), tokenizer, "t")
+    assert batches == [25] and not (cache / "tokens").exists()
+    monkeypatch.setattr(base, "tokenize", tokenize)
+    monkeypatch.setattr(signals, "_asked", None)
+    assert prepare(generated("g"), tokenizer, "t").n_documents("train") > 0
 
 
 # --- the training stream -----------------------------------------------------------------------------------------------
@@ -622,7 +674,7 @@ def test_too_few_documents_to_score(pair: dict[str, Domain], cache: Path, tokeni
             "x",
             config.Split(test=0.99, dev=0.0),
             "h",
-            {"ids": np.array([b"0" * 16]), "offsets": np.array([0, 1]), "tokens": np.ones(1), "ends": np.ones(1)},
+            arrays([b"0" * 16], tokens=1),
         ).train_blocks(0, 8, 0)
 
 
@@ -644,15 +696,37 @@ def test_overlap_across_domains(tmp_path: Path, cache: Path, tokenizer: Any) -> 
     check(other, train(), evaluation(), vocab=300, controls=["a", "b"])
 
 
+def arrays(ids: list[bytes], tokens: int) -> dict[str, np.ndarray]:
+    """Documents of ``tokens`` tokens each, document i of tokens i alone."""
+    offsets = np.arange(len(ids) + 1) * tokens
+    found = {"ids": np.array(ids), "offsets": offsets, "tokens": np.repeat(np.arange(len(ids), dtype=np.uint32), tokens)}
+    return {
+        **found,
+        "ends": np.ones(offsets[-1], np.uint32),
+        "words": np.ones(len(ids), np.uint32),
+        "word_offsets": np.arange(len(ids) + 1),
+    }
+
+
+def test_split_is_by_document_before_packing() -> None:
+    """No trained block holds a token of a scored document. Planted: blocks of everything, packed first and split afterwards."""
+    domain = Domain("d", config.Split(test=0.3, dev=0.2), "h", arrays([f"{i:x}{'0' * 15}".encode() for i in range(16)], tokens=5))
+    scored = {int(d.tokens[0]) for split in ("test", "dev") for d in domain.split_documents(split)}  # type: ignore[arg-type]
+    assert len(scored) == 8
+
+    def leaked(blocks: Blocks, chosen: range) -> set[int]:
+        return scored & {int(t) for i in chosen for t in blocks[i][0]}
+
+    blocks = domain.train_blocks(seed=0, block=8, separator_id=99)
+    assert leaked(blocks, range(3 * blocks.epoch_blocks)) == set()
+    everything = [d for split in base.SPLITS for d in domain.split_documents(split)]
+    packed = Blocks("d", everything, seed=0, block=8, separator_id=99)
+    assert leaked(packed, range(packed.epoch_blocks // 2, packed.epoch_blocks)) != set()
+
+
 def test_overlap_within_a_domain() -> None:
     """The split makes it impossible; a split by position would not (planted here: the same id on both sides)."""
-    arrays = {
-        "ids": np.array([b"0" * 16, b"f" * 16, b"0" * 16]),
-        "offsets": np.arange(0, 151, 50),
-        "tokens": np.ones(150, dtype=np.uint32),
-        "ends": np.ones(150, dtype=np.uint32),
-    }
-    domain = Domain("d", config.Split(test=0.5, dev=0.0), "h", arrays)
+    domain = Domain("d", config.Split(test=0.5, dev=0.0), "h", arrays([b"0" * 16, b"f" * 16, b"0" * 16], tokens=50))
     domain._ranges = {"test": range(1), "dev": range(0), "train": range(1, 3)}
     with pytest.raises(DataError, match="1 documents are in the training split of d"):
         check({"d": domain}, train(), config.Eval.model_construct(documents=1, split="test"), vocab=300)
@@ -666,3 +740,24 @@ def test_file_changed_since_pinned(tmp_path: Path, cache: Path, tokenizer: Any) 
     path.write_text("".join(json.dumps({"text": t + " changed"}) + "\n" for t in documents(generated("g"))))
     assert prepare(files(path), tokenizer, "t").hash != first.hash
     assert len(list((sources.cache_dir() / "tokens").iterdir())) == 2
+
+
+def test_file_changed_during_the_run(tmp_path: Path, cache: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run id names the text that was pinned: what is read must be that text."""
+    path = tmp_path / "a.jsonl"
+    lines = [json.dumps({"text": t}) + "\n" for t in documents(generated("g"))]
+    path.write_text("".join(lines))
+    pinned = pin(files(path))
+    prepare(files(path), tokenizer, "t", pinned)
+    path.write_text("".join(lines[1:]))
+    with pytest.raises(DataError, match=r"the text of own changed since the run began \(.*a\.jsonl\); leave the files alone"):
+        prepare(files(path), tokenizer, "t", pinned)
+
+    def read_and_change(domain: config.Domain) -> list[tuple[str, str]]:
+        path.write_text("".join(lines[2:]))
+        return collect(domain)
+
+    monkeypatch.setattr(base, "collect", read_and_change)
+    with pytest.raises(DataError, match="the text of own changed while it was read"):
+        prepare(files(path), tokenizer, "t")
+    assert len(list((cache / "tokens").iterdir())) == 1

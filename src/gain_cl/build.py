@@ -108,7 +108,11 @@ def session(config_dirs: Paths = ()) -> Iterator[Load]:
     more = search_path(config_dirs)
 
     def load(overrides: Iterable[str]) -> dict[str, Any]:
-        composed = hydra_compose("run", overrides=[*more, *overrides])
+        composed = hydra_compose("run", overrides=[*more, *overrides], return_hydra_config=True)
+        _own_parts(OmegaConf.to_container(composed.hydra, resolve=False))
+        OmegaConf.set_readonly(composed, False)
+        OmegaConf.set_struct(composed, False)
+        del composed["hydra"]
         return typing.cast("dict[str, Any]", OmegaConf.to_container(composed, resolve=True))
 
     outer = GlobalHydra.instance().hydra  # of a multirun, or of a program that calls us
@@ -118,6 +122,20 @@ def session(config_dirs: Paths = ()) -> Iterator[Load]:
             yield load
     finally:
         GlobalHydra.instance().hydra = outer
+
+
+HYDRAS = re.compile(r"(hydra\._internal\.core_plugins|hydra_plugins)\.[\w.]+")
+
+
+def _own_parts(settings: Any) -> None:
+    """In a multirun Hydra calls what its own section names, callbacks, launchers and log handlers, also where a preset
+    set them: only its own parts may stand there. ConfigError."""
+    logs = any({"handlers", "formatters", "filters"} & set(settings[log] or {}) for log in ("hydra_logging", "job_logging"))
+    named = {part: settings[part].pop("_target_", "") for part in ("launcher", "sweeper") if isinstance(settings[part], dict)}
+    foreign = [v for v in named.values() if v and not HYDRAS.fullmatch(str(v))]
+    if settings["callbacks"] or logs or foreign or "_target_" in repr(settings) or settings["job"]["env_set"]:
+        what = "a preset sets what Hydra would call (callbacks, logging, env_set or _target_)"
+        raise ConfigError(what, "hydra", "take its hydra section out")
 
 
 def search_path(config_dirs: Paths) -> list[str]:
@@ -242,8 +260,8 @@ def _implied(first: dict[str, Any], given: Given) -> list[str]:
     if "sequence.domains" in keys and "sequence.controls" not in keys and any(c in domains for c in controls):
         controls = [c for c in controls if c not in domains]  # what is now trained controls nothing
         out.append(f"++sequence.controls=[{','.join(map(str, controls))}]")
-    names = list(dict.fromkeys(n for n in [*domains, *controls] if isinstance(n, str) and NAME.match(n)))
-    for name in (n for n in names if not PACKAGE.match(n)):
+    names = list(dict.fromkeys(n for n in [*domains, *controls] if isinstance(n, str) and NAME.fullmatch(n)))
+    for name in (n for n in names if not PACKAGE.fullmatch(n)):
         raise ConfigError(
             f"domain {name!r} begins with a digit or holds a dot",
             given.origin("sequence.domains"),

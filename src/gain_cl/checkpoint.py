@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -93,14 +93,17 @@ def manifest(folder: Path) -> dict[str, dict[str, Any]]:
     raise DataError(f"{MANIFEST} is not what was written", str(path), "it was changed after it was written")
 
 
-def drop(folder: Path, names: list[str]) -> None:
-    """Remove files of a saved folder that are no longer needed: first from its manifest, then from the disk."""
+def drop(folder: Path, names: Iterable[str] = ()) -> None:
+    """Remove files of a saved folder that are no longer needed: first from its manifest, then from the disk. What the manifest
+    does not list goes too: a process that was killed in between left it."""
     listed = manifest(folder)
-    gone = [name for name in names if name in listed]
-    if gone:
-        write_bytes(folder / MANIFEST, _manifest({n: f for n, f in listed.items() if n not in gone}))
-    for name in names:
-        (folder / name).unlink(missing_ok=True)
+    kept = {name: facts for name, facts in listed.items() if name not in names}
+    if kept.keys() < listed.keys():
+        write_bytes(folder / MANIFEST, _manifest(kept))
+        reach("drop.between")
+    for path in folder.iterdir():
+        if path.name not in kept and path.name != MANIFEST:
+            path.unlink()
 
 
 def read_json(folder: Path, name: str) -> dict[str, Any]:
@@ -124,13 +127,18 @@ def steps(root: Path) -> list[Path]:
 def prune(root: Path, keep: int = 2) -> None:
     """Keep the newest ``keep`` checkpoints."""
     for old in steps(root)[keep:]:
-        reach("prune.before")
-        doomed = old.with_name(f"{TEMPORARY}{old.name}")  # a half removed checkpoint must not look like a bad one
-        shutil.rmtree(doomed, ignore_errors=True)
-        old.rename(doomed)
-        reach("prune.between")
-        shutil.rmtree(doomed, ignore_errors=True)
-        reach("prune.after")
+        remove(old)
+
+
+def remove(folder: Path) -> None:
+    """Remove a saved folder: a half removed one must not look like a bad one."""
+    reach("prune.before")
+    doomed = folder.with_name(f"{TEMPORARY}{folder.name}")
+    shutil.rmtree(doomed, ignore_errors=True)
+    folder.rename(doomed)
+    reach("prune.between")
+    shutil.rmtree(doomed, ignore_errors=True)
+    reach("prune.after")
 
 
 def tidy(*folders: Path) -> None:

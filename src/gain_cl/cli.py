@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from gain_cl.errors import USAGE, ConfigError, GainError, PreemptedError
+from gain_cl.errors import USAGE, ConfigError, GainError, PreemptedError, StorageError
 from gain_cl.verbs import Parser, find_record
 
 INTERRUPTED = 130
@@ -63,6 +63,8 @@ def main(argv: list[str] | None = None) -> int:
         return INTERRUPTED
     except BrokenPipeError:
         return 1
+    except OSError as error:  # told where it happens if it can be; what remains is mostly the place that is printed to
+        return _report(StorageError(f"the system refuses: {error.strerror or error}", str(error.filename or ""), "check the disk"))
 
 
 def _other(name: str, argv: list[str]) -> int:

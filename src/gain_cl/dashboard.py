@@ -22,6 +22,7 @@ from urllib.parse import urlsplit
 
 from gain_cl import matrix, terms
 from gain_cl.config import SECRET_NAME
+from gain_cl.failpoints import reach
 from gain_cl.files import write_bytes
 
 if TYPE_CHECKING:
@@ -101,6 +102,7 @@ class Mirror:
                     self._tell(f"wandb: not reached ({_reason(error)}); tracking offline, {self._later}")
             if self._run is None:
                 self._run = self._init("offline", resuming)
+            reach("dashboard.opened")
             self._settle(resuming, mode)
             self._run.define_metric("stage", hidden=True)
             for metrics in ("ppl/*", "change_pct/*", "task/*"):
@@ -247,6 +249,7 @@ class Mirror:
                 self._closed.append(self._place)
             run, self._run = self._run, None
             run.finish(exit_code=1 if failed else 0)
+            reach("dashboard.closed")
             self._remember()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import socket
 from contextlib import suppress
 from pathlib import Path
 
@@ -23,7 +24,7 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 def write_all(files: dict[Path, bytes]) -> None:
     """Several files, each atomic; the first is replaced only when all are on disk, so a full disk leaves every old one."""
-    temporary = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in files}
+    temporary = {path: path.with_name(f".{path.name}.{os.getpid()}@{socket.gethostname()}.tmp") for path in files}
     path = next(iter(files))
     try:
         for path, data in files.items():
@@ -47,6 +48,25 @@ def write_all(files: dict[Path, bytes]) -> None:
         for left in temporary.values():
             with suppress(OSError):
                 left.unlink()
+
+
+def tidy(folder: Path) -> None:
+    """Remove what killed processes of this machine left half written in a folder that runs share."""
+    for left in folder.glob(".*@*.tmp"):
+        before, _, host = left.name.removesuffix(".tmp").rpartition("@")
+        pid = before.rpartition(".")[2]
+        if host == socket.gethostname() and pid.isdigit() and not _alive(int(pid)):
+            left.unlink(missing_ok=True)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # another user's
+        pass
+    return True
 
 
 def sync_folder(folder: Path) -> None:

@@ -45,12 +45,16 @@ def answers(items: pd.DataFrame, task: str, stage: int) -> Answers:
     if rows["item"].duplicated().any():
         raise DataError(f"{task} has an item twice at stage {stage}", "record", "run again with force=true")
     gold = rows["gold"].to_numpy(dtype=np.int64)
-    logprobs = _table(rows["logprobs"], -np.inf)
-    counts = rows["logprobs"].map(len).to_numpy()
-    finite = (np.isfinite(logprobs).sum(1) == counts).all()
-    if not finite or (counts < 2).any() or (gold < 0).any() or (gold >= counts).any():
+    try:
+        counts = rows["logprobs"].map(len).to_numpy()
+        logprobs = _table(rows["logprobs"], -np.inf)
+        known = "choice_chars" in rows and rows["choice_chars"].notna().all()
+        chars = _table(rows["choice_chars"], 1.0) if known else None
+    except (TypeError, ValueError):  # no lists, or no numbers in them
+        counts, logprobs, chars = np.zeros(1), np.zeros((0, 0)), None
+    sound = (counts >= 2).all() and (gold >= 0).all() and (gold < counts).all() and (np.isfinite(logprobs).sum(1) == counts).all()
+    if not sound or (chars is not None and (chars.shape != logprobs.shape or not (chars > 0).all())):
         raise DataError(f"malformed items of {task} at stage {stage}", "record", "run again with force=true")
-    chars = _table(rows["choice_chars"], 1.0) if "choice_chars" in rows and rows["choice_chars"].notna().all() else None
     return Answers(rows["item"].to_numpy(), gold, logprobs, chars)
 
 

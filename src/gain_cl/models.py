@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -82,45 +83,108 @@ def locate(model: cfg.Model) -> Path | None:
 
 def read_config(folder: Path) -> dict[str, Any]:
     """config.json of a model folder."""
-    try:
-        return dict(json.loads((folder / "config.json").read_text()))
-    except FileNotFoundError:
-        raise DataError("no config.json: not a transformers model", str(folder), "give a folder written by save_pretrained") from None
-    except ValueError as error:
-        raise DataError(f"config.json is not JSON: {error}", str(folder), "download the model again") from None
+    if not (folder / "config.json").exists():
+        raise DataError("no config.json: not a transformers model", str(folder), "give a folder written by save_pretrained")
+    return _json_object(folder / "config.json")
 
 
-def inspect(folder: Path) -> dict[str, Any]:
-    """Check a model folder from its JSON files alone (fast, torch-free) and return its config; DataError names the fault."""
+def inspect(folder: Path, weights: bool = True) -> dict[str, Any]:
+    """Check a model folder from its JSON files and the heads of its weights alone (fast, torch-free) and return its config.
+
+    weights: whether they must be there. DataError names the fault.
+    """
     config = read_config(folder)
     architectures = config.get("architectures") or []
     if config.get("auto_map") and config.get("model_type") not in ROLES:
         raise DataError("the model needs code from its repository", str(folder), "gain_cl never runs it: use a natively supported model")
-    if architectures and not any(a.endswith(("ForCausalLM", "LMHeadModel")) for a in architectures):
-        raise DataError(f"not a causal language model: {', '.join(architectures)}", str(folder), "use a model with a ...ForCausalLM class")
-    if not list(folder.glob("model*.safetensors")):
+    if architectures and not any(str(a).endswith(("ForCausalLM", "LMHeadModel")) for a in architectures):
+        names = ", ".join(map(str, architectures))
+        raise DataError(f"not a causal language model: {names}", str(folder), "use a model with a ...ForCausalLM class")
+    if isinstance(quantised := config.get("quantization_config"), dict):
+        kind = f"{quantised.get('quant_method', 'unknown')}{', 4 bit' if quantised.get('load_in_4bit') else ''}"
+        do = "use the model it was made from: nothing can be merged into quantised weights"
+        raise DataError(f"the weights are quantised ({kind})", str(folder), do)
+    shapes = weight_shapes(folder)
+    if weights and not any(folder.glob("model*.safetensors")):
         pickles = sorted(p.name for p in [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")])
         if pickles:
             raise DataError(
                 f"only pickle weights ({pickles[0]})", str(folder), "convert them to safetensors: opening a pickle can run code"
             )
         raise DataError("no model*.safetensors", str(folder), "give a folder written by save_pretrained")
-    tokenizer = folder / "tokenizer.json"
-    if tokenizer.exists() and isinstance(config.get("vocab_size"), int):
-        try:
-            data = json.loads(tokenizer.read_text())
-        except ValueError as error:
-            raise DataError(f"tokenizer.json is not JSON: {error}", str(folder), "download the model again") from None
-        vocab = (data.get("model") or {}).get("vocab") or {}
-        ids = vocab.values() if isinstance(vocab, dict) else range(len(vocab))
-        largest = max([*ids, *(t["id"] for t in data.get("added_tokens", []))], default=0)
-        if largest >= config["vocab_size"]:
-            raise DataError(
-                f"token id {largest} has no embedding row ({config['vocab_size']} rows)",
-                str(tokenizer),
-                "this is another model's tokenizer",
-            )
+    rows = [s[0] for n, s in shapes.items() if n.endswith(EMBEDDINGS) and len(s) == 2] + [config.get("vocab_size")]
+    _inspect_tokenizer(folder, min((r for r in rows if isinstance(r, int)), default=None))
     return config
+
+
+EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight")
+"""Ends of the names of the input embedding."""
+
+
+def _inspect_tokenizer(folder: Path, rows: int | None) -> None:
+    """rows: of the input embedding, where known."""
+    tokenizer = folder / "tokenizer.json"
+    if not tokenizer.exists():
+        return
+    data = _json_object(tokenizer)
+    vocab = (data.get("model") or {}).get("vocab") or {}
+    ids = vocab.values() if isinstance(vocab, dict) else range(len(vocab))
+    largest = max([*ids, *(t["id"] for t in data.get("added_tokens") or [])], default=0)
+    if rows is not None and largest >= rows:
+        raise DataError(f"token id {largest} has no embedding row ({rows} rows)", str(tokenizer), "this is another model's tokenizer")
+
+
+def has_end_token(folder: Path) -> bool:
+    """Whether the tokenizer's JSON files name an end token; True where its class may bring one of its own."""
+    named = {f.name: _json_object(f) for f in (folder / "tokenizer_config.json", folder / "special_tokens_map.json") if f.exists()}
+    plain = named.get("tokenizer_config.json", {}).get("tokenizer_class") in ("PreTrainedTokenizerFast", "TokenizersBackend")
+    return not plain or any(d.get("eos_token") for d in named.values())
+
+
+def weight_shapes(folder: Path) -> dict[str, list[int]]:
+    """Name -> shape of every tensor of model*.safetensors, from the heads of the files. DataError for a damaged file."""
+    shapes: dict[str, list[int]] = {}
+    for file in sorted(folder.glob("model*.safetensors")):
+        try:
+            with open(file, "rb") as f:
+                size = int.from_bytes(f.read(8), "little")
+                head = json.loads(f.read(size)) if 0 < size < 100_000_000 else None
+            tensors = {name: t for name, t in head.items() if name != "__metadata__"}
+            whole = 8 + size + max((t["data_offsets"][1] for t in tensors.values()), default=0) == file.stat().st_size
+            shapes |= {name: list(t["shape"]) for name, t in tensors.items()}
+        except OSError as error:
+            raise DataError(f"cannot read: {error.strerror}", str(file), "check the file and its permissions") from None
+        except (ValueError, AttributeError, KeyError, IndexError, TypeError):
+            whole = False
+        if not whole:
+            raise DataError("the weights are cut off or no safetensors file", str(file), "download the model again")
+    return shapes
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+    """A JSON file of a model folder."""
+    try:
+        data = json.loads(path.read_bytes())
+        if isinstance(data, dict):
+            return data
+        error: Exception | str = f"a {type(data).__name__}, not an object"
+    except OSError as failure:
+        raise DataError(f"cannot read: {failure.strerror}", str(path), "check the file and its permissions") from None
+    except (ValueError, RecursionError) as failure:
+        error = failure
+    raise DataError(f"{path.name} is not JSON: {error}", str(path.parent), "download the model again")
+
+
+def at_hand(model: cfg.Model) -> Path | None:
+    """See before torch is imported that the model can be had and used; the folder of a hub model's small files, which are
+    fetched (its weights are not), else None. Errors as ``locate``."""
+    if model.path is not None and not Path(model.path).expanduser().is_dir():
+        folder = sources.snapshot(model.path, model.revision, SMALL_FILES)
+        inspect(folder, weights=False)
+        return folder
+    if model.package is not None and model.path is None and _converted(_gguf_folder(model.package)) is None:
+        sources.archive(model.package)
+    return None
 
 
 def context_length(config: dict[str, Any]) -> int | None:
@@ -133,8 +197,7 @@ def context_length(config: dict[str, Any]) -> int | None:
 
 def _from_gguf(package: cfg.PackageFile) -> Path:
     """Dequantise a packaged GGUF file once into a safetensors folder in the cache; what is found there is verified."""
-    source = {"package": package.package, "sha256": package.sha256, "member": package.members}
-    folder = sources.cache_dir() / "models" / f"{package.package.replace('==', '-')}-{_digest(source)[:8]}"
+    folder = _gguf_folder(package)
     if _converted(folder) is not None:
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -153,11 +216,19 @@ def _from_gguf(package: cfg.PackageFile) -> Path:
         model.save_pretrained(done)
         tokenizer.save_pretrained(done)
         hashes = {p.name: sources.file_sha256(p) for p in sorted(done.iterdir())}
-        (done / MANIFEST).write_text(json.dumps({"source": source, "files": hashes}, indent=1))
+        (done / MANIFEST).write_text(json.dumps({"source": _gguf_source(package), "files": hashes}, indent=1))
         if _converted(folder) is None:  # nobody was faster
             shutil.rmtree(folder, ignore_errors=True)
             os.rename(done, folder)
     return folder
+
+
+def _gguf_source(package: cfg.PackageFile) -> dict[str, Any]:
+    return {"package": package.package, "sha256": package.sha256, "member": package.members}
+
+
+def _gguf_folder(package: cfg.PackageFile) -> Path:
+    return sources.cache_dir() / "models" / f"{package.package.replace('==', '-')}-{_digest(_gguf_source(package))[:8]}"
 
 
 MANIFEST = "CONVERTED.json"
@@ -244,43 +315,40 @@ def device_of(name: str, dtype: str) -> torch.device:
         )
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise ConfigError("mps is not available", "compute.device", "use compute.device=cpu")
-    if device.type == "cuda" and dtype == "bfloat16" and not torch.cuda.is_bf16_supported():
+    if device.type == "cuda" and dtype == "bfloat16" and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise ConfigError("this GPU does not compute in bfloat16", "model.dtype", "use model.dtype=float32 or float16")
     return device
 
 
-def load(model: cfg.Model, device: torch.device) -> Loaded:
-    """Load weights and tokenizer; every parameter frozen, eval mode, no KV cache."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+def load_tokenizer(model: cfg.Model) -> tuple[PreTrainedTokenizerBase, str]:
+    """(tokenizer, SHA-256 of its definition) of a model, whose files are fetched when needed. Only AutoTokenizer knows the
+    family's class, and it imports torch."""
+    from transformers import AutoTokenizer
 
     _quiet()
     folder = locate(model)
-    dtype = getattr(torch, model.dtype)
-    if folder is None:
-        assert model.arch is not None
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(model.init_seed)
-            try:
-                net = AutoModelForCausalLM.from_config(AutoConfig.for_model(**model.arch), dtype=dtype, attn_implementation=model.attention)
-            except (ValueError, ImportError) as error:
-                raise _cannot(model, error) from error
-        tokenizer = byte_tokenizer()
-    else:
-        try:
-            net = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=model.attention, use_safetensors=True)
-        except (ValueError, ImportError, OSError) as error:
-            raise _cannot(model, error) from error
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+    try:
+        tokenizer = byte_tokenizer() if folder is None else AutoTokenizer.from_pretrained(folder)
+    except (ValueError, ImportError, OSError) as error:
+        raise _cannot(model, error) from error
     if not getattr(tokenizer, "is_fast", False):
         raise DataError(
             "the tokenizer has no fast version (tokenizer.json)", model.name, "save one with AutoTokenizer(...).save_pretrained"
         )
-    net.requires_grad_(False)
-    net.eval()
-    net.config.use_cache = False
-    net.to(device)
-    rows = net.get_input_embeddings().weight.shape[0]
+    return tokenizer, hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
+
+
+def vocabulary(model: cfg.Model) -> int:
+    """Rows of the input embedding as the model's configuration states them, without its weights."""
+    from transformers import AutoConfig
+
+    folder = locate(model)
+    settings = AutoConfig.for_model(**(model.arch or {})) if folder is None else AutoConfig.from_pretrained(folder)
+    return int(settings.get_text_config().vocab_size)
+
+
+def special_tokens(model: cfg.Model, tokenizer: PreTrainedTokenizerBase, rows: int) -> tuple[int, int]:
+    """(prefix, separator) token ids; DataError when there is none, or when an id is not below ``rows`` of the embedding."""
     if max(tokenizer.get_vocab().values()) >= rows:
         raise DataError(
             f"token ids reach {max(tokenizer.get_vocab().values())}, the model has {rows} embedding rows",
@@ -294,7 +362,37 @@ def load(model: cfg.Model, device: torch.device) -> Loaded:
     for key, value in (("prefix_token_id", prefix), ("separator_token_id", separator)):
         if not 0 <= value < rows:
             raise DataError(f"model.{key}={value} has no embedding row ({rows} rows)", model.name, f"set model.{key} below {rows}")
-    definition = tokenizer.backend_tokenizer.to_str()
+    return prefix, separator
+
+
+def load(model: cfg.Model, device: torch.device) -> Loaded:
+    """Load weights and tokenizer; every parameter frozen, eval mode, no KV cache."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    _quiet()
+    folder = locate(model)
+    dtype = getattr(torch, model.dtype)
+    if folder is None:
+        assert model.arch is not None
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(model.init_seed)
+            try:
+                net = AutoModelForCausalLM.from_config(AutoConfig.for_model(**model.arch), dtype=dtype, attn_implementation=model.attention)
+            except (ValueError, ImportError) as error:
+                raise _cannot(model, error) from error
+    else:
+        try:
+            net = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=model.attention, use_safetensors=True)
+        except (ValueError, ImportError, OSError) as error:
+            raise _cannot(model, error) from error
+    tokenizer, tokenizer_hash = load_tokenizer(model)
+    net.requires_grad_(False)
+    net.eval()
+    net.config.use_cache = False
+    net.to(device)
+    rows = net.get_input_embeddings().weight.shape[0]
+    prefix, separator = special_tokens(model, tokenizer, rows)
     context = context_length(net.config.to_dict()) or 1024
     loaded = Loaded(
         model=net,
@@ -303,7 +401,7 @@ def load(model: cfg.Model, device: torch.device) -> Loaded:
         prefix_id=prefix,
         separator_id=separator,
         context=context,
-        tokenizer_hash=hashlib.sha256(definition.encode()).hexdigest(),
+        tokenizer_hash=tokenizer_hash,
         roles=model.roles,
     )
     _check_head(loaded)
@@ -328,42 +426,37 @@ def meta(model: cfg.Model) -> PreTrainedModel:
 
 
 def targets(model: nn.Module, roles: list[str], names: dict[str, str] | None = None) -> dict[str, nn.Module]:
-    """The layers that play the roles, by module name, in model order.
+    """The layers that play the roles, by module name, in model order; see ``playing``."""
+    family = getattr(getattr(model, "config", None), "model_type", "unknown")
+    layers = {n: m for n, m in model.named_modules() if getattr(m, "weight", None) is not None and m.weight.dim() == 2}
+    return {n: layers[n] for n in playing(layers, family, roles, names)}
+
+
+def playing(layers: Iterable[str], family: str, roles: list[str], names: dict[str, str] | None = None) -> list[str]:
+    """Those of the linear layers (names of modules) that play the roles.
 
     names: role -> suffix of module names for families that ROLES does not know (model.roles). ConfigError lists the
     candidates when the family is unknown or nothing matches.
     """
-    family = getattr(getattr(model, "config", None), "model_type", "unknown")
-    table = names or ROLES.get(family)
+    table, layers = names or ROLES.get(family), list(layers)
+    there = sorted({block[1] for n in layers if (block := re.search(r"\.\d+\.(.+)$", n))})
     if table is None or any(r not in table for r in roles):
         missing = ", ".join(roles if table is None else [r for r in roles if r not in table])
         raise ConfigError(
             f"no {missing} known for model family {family!r}",
             "model.roles",
-            f"name the layers, e.g. model.roles={{attn_out: SUFFIX, ffn_down: SUFFIX}} with suffixes among: {', '.join(candidates(model))}",
+            f"name the layers, e.g. model.roles={{attn_out: SUFFIX, ffn_down: SUFFIX}} with suffixes among: {', '.join(there)}",
         )
-    suffixes = tuple("." + table[r] for r in roles)
-    found = {n: m for n, m in model.named_modules() if n.endswith(suffixes)}
     for role in roles:
-        if not any(n.endswith("." + table[role]) for n in found):
-            raise ConfigError(f"no module matches {role}={table[role]!r}", "model.roles", f"there is: {', '.join(candidates(model))}")
-    return found
+        if not any(f".{n}".endswith(f".{table[role]}") for n in layers):
+            raise ConfigError(f"no module matches {role}={table[role]!r}", "model.roles", f"there is: {', '.join(there)}")
+    return [n for n in layers if f".{n}".endswith(tuple(f".{table[r]}" for r in roles))]
 
 
 def checkpoint_activations(model: PreTrainedModel) -> None:
     """Recompute activations in the backward pass: less memory, a third more time, the same numbers."""
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable  # the old name warns
     enable({"use_reentrant": False})
-
-
-def candidates(model: nn.Module) -> list[str]:
-    """Suffixes of the linear layers inside numbered blocks, e.g. self_attn.o_proj."""
-    suffixes: set[str] = set()
-    for name, module in model.named_modules():
-        block = re.search(r"\.\d+\.(.+)$", name)
-        if block and getattr(module, "weight", None) is not None and module.weight.dim() == 2:
-            suffixes.add(block.group(1))
-    return sorted(suffixes)
 
 
 def input_width(layer: nn.Module) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import hashlib
 import json
@@ -19,21 +20,28 @@ from gain_cl.config import RunConfig
 NUMERICS = 1
 """Raised whenever the same settings would give other numbers than before; part of every run id."""
 
-PACKAGES = ("torch", "transformers", "tokenizers", "peft", "lm-eval", "datasets", "numpy", "scipy", "pandas", "safetensors", "gguf")
+PACKAGES = (
+    "torch", "transformers", "tokenizers", "peft", "lm-eval", "datasets", "numpy", "scipy", "pandas", "safetensors", "gguf",
+    "matplotlib", "pillow",
+)  # fmt: skip
 
 
 def run_id(config: RunConfig, pins: dict[str, Any]) -> str:
     """model-method-sequence-sSEED-HASH; HASH over the scientific settings, the pins and NUMERICS (40 bits)."""
-    settings = config.scientific()
+    names = "-".join([config.model.name, config.method, config.sequence.name])[:70]
+    return f"{names}-s{config.seed}-{identity(config.scientific(), pins, NUMERICS)}"
+
+
+def identity(settings: dict[str, Any], pins: dict[str, Any], numerics: int) -> str:
+    """HASH of a run id. settings: ``RunConfig.scientific``."""
+    settings = copy.deepcopy(settings)
     if "folder" in pins["model"]:  # its content is pinned: where it lies and how the path is spelt change nothing
         del settings["model"]["path"]
     for domain in settings["domains"].values():
         if domain["source"]["kind"] == "files":
             del domain["source"]["path"]
-    identity = {"settings": settings, "pins": pins, "numerics": NUMERICS}
-    text = json.dumps(identity, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    names = "-".join([config.model.name, config.method, config.sequence.name])[:70]
-    return f"{names}-s{config.seed}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
+    text = json.dumps({"settings": settings, "pins": pins, "numerics": numerics}, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:10]
 
 
 def environment() -> dict[str, Any]:

@@ -84,6 +84,7 @@ def begin(config: RunConfig, folder: Path, run_id: str) -> Start:
         if missing := [i for i in range(1, reached) if i not in stages]:
             warnings.append(f"{path} cannot be used: stage {missing[0]} before it is damaged")
             continue
+        _remove_behind(folder, steps, reached)
         return Start({i: s for i, s in stages.items() if i < reached}, path, state, warnings)
     if found:
         do = f"restore {found[-1][2].name}, or {ANEW}"
@@ -91,6 +92,16 @@ def begin(config: RunConfig, folder: Path, run_id: str) -> Start:
     if config.resume == "must":
         raise ConfigError("resume=must, but there is no checkpoint", str(folder), "use resume=auto, or check output_dir and the settings")
     return Start({i: s for i, s in stages.items() if i == 0}, warnings=warnings)
+
+
+def _remove_behind(folder: Path, steps: int, reached: int) -> None:
+    """Remove what was passed over: it would push newer checkpoints out, or, once good again, speak of a metrics.jsonl that is gone."""
+    for path in checkpoint.steps(folder / "ckpt"):
+        if int(path.name.removeprefix("step-")) > steps:
+            checkpoint.remove(path)
+    for path in (folder / "stages").glob("[0-9]*-*"):
+        if int(path.name.split("-")[0]) >= reached:
+            checkpoint.remove(path)
 
 
 def _state(path: Path, run_id: str, steps: int, size: int) -> dict[str, Any]:

@@ -106,7 +106,7 @@ def archive(file: PackageFile) -> Path:
     Fetched with this interpreter's pip when the cache lacks it, one process at a time; its hash is checked on every call.
     ConfigError: not NAME==VERSION. DataError: another hash than pinned. StorageError: it cannot be fetched.
     """
-    if not PIN.match(file.package):
+    if not PIN.fullmatch(file.package):
         raise ConfigError(f"{file.package!r} is no pinned package", "package", "write NAME==VERSION")
     folder = cache_dir() / "packages" / file.package
     path = _cached_archive(folder)
@@ -289,6 +289,19 @@ def data_files(repo: str, revision: str | None, pattern: str, repo_type: RepoTyp
             yield snapshot(repo, sha, [name], repo_type) / name
 
 
+def at_hand(repo: str, revision: str | None, pattern: str, repo_type: RepoType = "dataset") -> None:
+    """Raise what ``data_files`` would as soon as it can be told: without the cache the hub is asked what it has, but
+    nothing is fetched."""
+    sha = commit(repo, revision, repo_type)
+    folder = _snapshot_folder(repo, sha, repo_type)
+    if not _gaps(folder, [pattern]):
+        return
+    listed = _listing(repo, sha, repo_type) or _ask_listing(repo, sha, repo_type, [pattern])
+    names = sorted(name for name in listed if _matches(name, [pattern]))
+    if not names or (_offline() and not (folder / names[0]).exists()):
+        snapshot(repo, sha, [pattern], repo_type)  # says what is missing
+
+
 def _hub_cache() -> Path:
     from huggingface_hub import constants
 
@@ -316,11 +329,11 @@ def _fetch_command(repo: str, sha: str, repo_type: RepoType, patterns: list[str]
 
 def commit(repo: str, revision: str | None, repo_type: RepoType) -> str:
     """``revision`` when it is a 40-hex commit; else a ConfigError that names the commit it points to, when one can tell."""
-    if revision is not None and SHA1.match(revision):
+    if revision is not None and SHA1.fullmatch(revision):
         return revision
     name = revision or "main"
     known = _hub_cache() / _repo_folder(repo, repo_type) / "refs" / name
-    commit = known.read_text().strip() if re.match(r"^[\w./-]+$", name) and ".." not in name and known.is_file() else None
+    commit = known.read_text().strip() if re.fullmatch(r"[\w./-]+", name) and ".." not in name and known.is_file() else None
     if commit is None and not _offline():
         from huggingface_hub import HfApi
 

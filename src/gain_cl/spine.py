@@ -23,12 +23,12 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from gain_cl import adapters, checkpoint, checks, errors, guards, lock, measure, models, provenance, record, resume, signals, tasks
+from gain_cl import adapters, checkpoint, checks, errors, guards, lock, measure, models, overlap, provenance, record, resume, signals, tasks
 from gain_cl import domains as domains_
 from gain_cl.config import RunConfig
 from gain_cl.errors import DataError
 from gain_cl.failpoints import reach
-from gain_cl.files import write_bytes
+from gain_cl.files import tidy, write_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -53,8 +53,8 @@ class Plan:
 
     @property
     def unswept(self) -> bool:
-        """Whether an attempt is under way or was killed."""
-        return any((self.folder / name).exists() for name in ("ckpt", "cells", "LOCK"))
+        """Whether an attempt is under way, was killed or failed."""
+        return any((self.folder / name).exists() for name in ("ckpt", "cells", "LOCK", "failure.json"))
 
     @property
     def interrupted(self) -> bool:
@@ -144,7 +144,7 @@ def _execute(config: RunConfig, plan: Plan) -> record.Run:
     with track.Tracker(config, plan.run_id, folder, steps_total=last * size, cells_total=cells, position=start.track) as tracker:
         for text in start.warnings:
             tracker.note(text)
-        inputs = _load(config, tracker)
+        inputs = _load(config, plan.pins, tracker)
         import torch
 
         from gain_cl import evaluate, train
@@ -318,7 +318,12 @@ def _execute(config: RunConfig, plan: Plan) -> record.Run:
             controls=config.sequence.controls,
             protocol=evaluate.protocol(config.eval, loaded.prefix_id),
             config=config.model_dump(mode="json"),
-            pins={**plan.pins, "model_files": fixed["model"]["files"], "tokenizer": fixed["tokenizer"], "tokens": fixed["data"]["tokens"]},
+            pins={
+                **plan.pins,
+                "model_files": fixed["model"]["files"],
+                "tokenizer": fixed["tokenizer"],
+                **{k: fixed["data"][k] for k in ("tokens", "validation")},
+            },
             provenance=run_of,
             trainable_parameters=sum(p.numel() for p in adapter.parameters().values()),
             total_parameters=inputs.total_parameters,
@@ -359,7 +364,7 @@ class _Inputs:
         return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else provenance.peak_memory()
 
 
-def _load(config: RunConfig, tracker: Tracker) -> _Inputs:
+def _load(config: RunConfig, pins: dict[str, Any], tracker: Tracker) -> _Inputs:
     """Model, domains and tasks, checked."""
     last, names = len(config.sequence.trained), [*config.sequence.trained, *config.sequence.controls]
     tracker.phase("import torch and transformers", stage=0, of=last)
@@ -379,9 +384,13 @@ def _load(config: RunConfig, tracker: Tracker) -> _Inputs:
     for i, name in enumerate(names):
         signals.poll()
         tracker.progress(i, len(names), "domains", name)
-        domains[name] = domains_.prepare(config.domains[name], loaded.tokenizer, loaded.tokenizer_hash)
+        domains[name] = domains_.prepare(config.domains[name], loaded.tokenizer, loaded.tokenizer_hash, pins["domains"][name])
     notes = domains_.check(domains, config.train, config.eval, loaded.vocabulary, config.sequence.controls)
     taskset = tasks.TaskSet(config.tasks, loaded.tokenizer) if config.tasks.names else None
+    tracker.phase("compare training text with what is scored", stage=0, of=last)
+    near = overlap.near_duplicates(domains, config.sequence.trained, config.eval)
+    shared = overlap.benchmark(domains, config.sequence.trained, tasks.texts(taskset)) if taskset is not None else []
+    notes += overlap.notes(near, shared, config.eval)
     files = models.files(config.model)
     environment = {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
@@ -390,7 +399,7 @@ def _load(config: RunConfig, tracker: Tracker) -> _Inputs:
     }
     identity = {
         "model": config.scientific()["model"],
-        "pin": models.pin(config.model),
+        "pin": pins["model"],
         "files": files,
         "device": environment["device"],
         "threads": environment["threads"],
@@ -416,6 +425,7 @@ def _fixed(config: RunConfig, plan: Plan, inputs: _Inputs) -> dict[str, Any]:
     facts = resume.facts(config, plan.pins)
     facts["model"]["files"] = inputs.model_files
     facts["data"]["tokens"] = {name: domain.hash for name, domain in inputs.domains.items()}
+    facts["data"]["validation"] = {name: domain.split_hash(config.eval.split) for name, domain in inputs.domains.items()}
     return {**facts, "tokenizer": inputs.loaded.tokenizer_hash, "device": inputs.device.type}
 
 
@@ -433,13 +443,19 @@ def _located(steps: Iterator[dict[str, Any]], index: int, name: str, domain: Dom
 
 def _sweep(plan: Plan) -> None:
     """Remove what only an unfinished run needs."""
+    checkpoint.prune(plan.folder / "ckpt", keep=0)  # one by one: half of a checkpoint would look like a newer attempt
     for path in (plan.folder / "ckpt", plan.folder / "cells"):
         shutil.rmtree(path, ignore_errors=True)
     checkpoint.tidy(plan.folder, plan.folder / "stages")
+    (plan.folder / "failure.json").unlink(missing_ok=True)
+    for shared in (plan.record_path.parent, plan.folder.parent / "cells"):
+        tidy(shared)
 
 
 def _explained(error: Exception) -> Exception:
-    """Running out of memory in one line with advice; other errors as they are."""
+    """What the system refuses, and running out of memory, in one line with advice; other errors as they are."""
+    if isinstance(error, OSError) and error.strerror and not isinstance(error, BrokenPipeError):
+        return errors.StorageError(f"the system refuses: {error.strerror}", str(error.filename or ""), "check the disk and its permissions")
     if isinstance(error, errors.GainError) or "torch" not in sys.modules:
         return error
     from gain_cl import train

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
+import re
 import shutil
+import string
 import sys
 import tempfile
 from collections.abc import Collection, Mapping
@@ -16,15 +19,17 @@ from typing import Any, Literal
 
 import numpy as np
 
-from gain_cl import config, sources
+from gain_cl import config, signals, sources
 from gain_cl.domains.read import collect, pin
 from gain_cl.errors import DataError, StorageError
 from gain_cl.files import sha256
 
 SplitName = Literal["train", "dev", "test"]
 SPLITS: tuple[SplitName, ...] = ("test", "dev", "train")  # in the order of the hash
-FORMAT = 1  # of the token cache
-_ARRAYS = ("ids", "offsets", "tokens", "ends")
+FORMAT = 2  # of the token cache
+_ARRAYS = ("ids", "offsets", "tokens", "ends", "words", "word_offsets")
+BATCH = 256  # documents that are tokenised at once
+_PUNCTUATION = re.compile(f"[{re.escape(string.punctuation)}]+")
 
 
 @dataclass(frozen=True)
@@ -42,9 +47,9 @@ class Domain:
     hash, read as a fraction, is below ``split.test``, in dev below test + dev, else in train. Never by position."""
 
     def __init__(self, name: str, split: config.Split, content_hash: str, arrays: Mapping[str, np.ndarray]) -> None:
-        """arrays: ids [N] S16 sorted; offsets [N+1] into tokens and ends [T]."""
+        """arrays: ids [N] S16 sorted; offsets [N+1] into tokens and ends [T]; word_offsets [N+1] into words [W] uint32."""
         self.name, self.hash = name, content_hash
-        self._ids, self._offsets, self._tokens, self._ends = (arrays[key] for key in _ARRAYS)
+        self._ids, self._offsets, self._tokens, self._ends, self._words, self._word_offsets = (arrays[key] for key in _ARRAYS)
         share = np.array([int(i, 16) / 2**64 for i in self._ids.tolist()])
         first, second = (int(np.searchsorted(share, bound)) for bound in (split.test, split.test + split.dev))
         self._ranges = {"test": range(first), "dev": range(first, second), "train": range(second, len(share))}
@@ -53,6 +58,10 @@ class Domain:
         """Document ids of a split, in hash order."""
         r = self._ranges[split]
         return [i.decode() for i in self._ids[r.start : r.stop].tolist()]
+
+    def split_hash(self, split: SplitName) -> str:
+        """SHA-256 (hex) of the ids of a split: equal when it holds the same documents, whatever the tokenizer."""
+        return hashlib.sha256("\n".join(self.ids(split)).encode()).hexdigest()
 
     def n_documents(self, split: SplitName) -> int:
         return len(self._ranges[split])
@@ -69,6 +78,12 @@ class Domain:
         """Documents of a split in hash order; tokens and ends are views of the memory-mapped arrays."""
         parts = [(i, slice(int(self._offsets[i]), int(self._offsets[i + 1]))) for i in self._ranges[split]]
         return [Doc(self._ids[i].decode(), self._tokens[part], self._ends[part]) for i, part in parts]
+
+    def words(self, split: SplitName) -> tuple[np.ndarray, np.ndarray]:
+        """(word hashes [W] uint32, offsets [n+1] int64): document i of the split has the words offsets[i] to offsets[i+1]."""
+        r = self._ranges[split]
+        offsets = np.asarray(self._word_offsets[r.start : r.stop + 1])
+        return self._words[offsets[0] : offsets[-1]], offsets - offsets[0]
 
     @property
     def largest_token(self) -> int:
@@ -134,28 +149,42 @@ class Blocks:
 # --- tokenising --------------------------------------------------------------------------------------------------------
 
 
-def prepare(domain: config.Domain, tokenizer: Any, tokenizer_hash: str) -> Domain:
+def prepare(domain: config.Domain, tokenizer: Any, tokenizer_hash: str, pinned: dict[str, Any] | None = None) -> Domain:
     """The domain, tokenised: from the cache when the same text was tokenised by the same tokenizer before.
 
-    tokenizer: a fast transformers tokenizer; tokenizer_hash: hash of its files. DataError for bad text, StorageError when
-    the cache cannot be written. Safe for processes that prepare the same domain at once: the first to finish wins.
+    tokenizer: a fast transformers tokenizer; tokenizer_hash: hash of its files; pinned: the domain's pin in the run id.
+    DataError for bad text, or text that is not as pinned; StorageError when the cache cannot be written; PreemptedError
+    between two batches. Safe for processes that prepare the same domain at once: the first to finish wins.
     """
-    identity = {"format": FORMAT, "pin": pin(domain), "tokenizer": tokenizer_hash}
-    key = hashlib.sha256(json.dumps(identity, sort_keys=True, allow_nan=False).encode()).hexdigest()
-    folder = sources.cache_dir() / "tokens" / key[:32]
-    loaded = _load(folder, domain)
+    found = pin(domain)
+    if pinned is not None and found != pinned:
+        raise _changed(domain, "since the run began")
+    identity = {"format": FORMAT, "pin": found, "tokenizer": tokenizer_hash}
+    folder = sources.cache_dir() / "tokens" / _digest(identity)[:32]
+    loaded = _load(folder, domain, identity)
     if loaded is None:
         _build(folder, domain, tokenizer, identity)
-        loaded = _load(folder, domain)
+        loaded = _load(folder, domain, identity)
     if loaded is None:
         raise StorageError("the token cache cannot be read back", str(folder), "check the disk, delete the folder")
     return loaded
 
 
-def _load(folder: Path, domain: config.Domain) -> Domain | None:
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, allow_nan=False).encode()).hexdigest()
+
+
+def _changed(domain: config.Domain, when: str) -> DataError:
+    where = getattr(domain.source, "path", f"domain {domain.name}")
+    return DataError(f"the text of {domain.name} changed {when}", where, "leave the files alone while a run reads them, start again")
+
+
+def _load(folder: Path, domain: config.Domain, identity: dict[str, Any]) -> Domain | None:
     """The cached domain; None when there is none, or (with a warning) when its files are not what was written."""
     try:
         meta = json.loads((folder / "meta.json").read_bytes())
+        if meta.pop("seal") != _digest(meta) or _digest(meta["identity"]) != _digest(identity):
+            raise ValueError("meta.json changed")
         for name in _ARRAYS:
             if sources.file_sha256(folder / f"{name}.npy") != meta["sha256"][name]:
                 raise ValueError(f"{name}.npy changed")
@@ -163,7 +192,7 @@ def _load(folder: Path, domain: config.Domain) -> Domain | None:
         return Domain(domain.name, domain.split, meta["hash"], arrays)
     except FileNotFoundError:
         return None
-    except (DataError, OSError, ValueError, KeyError) as error:
+    except (DataError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         if folder.exists():
             print(f"warning: token cache of {domain.name} is damaged ({error}); tokenising again", file=sys.stderr)
         return None
@@ -171,19 +200,29 @@ def _load(folder: Path, domain: config.Domain) -> Domain | None:
 
 def _build(folder: Path, domain: config.Domain, tokenizer: Any, identity: dict[str, Any]) -> None:
     texts = collect(domain)
-    ids, tokens, ends, content = [], [], [], hashlib.sha256(str(identity["tokenizer"]).encode())
-    for start in range(0, len(texts), 256):
-        batch = [text for _, text in texts[start : start + 256]]
-        for (key, text), (t, e) in zip(texts[start : start + 256], tokenize(batch, tokenizer), strict=True):
+    if pin(domain) != identity["pin"]:
+        raise _changed(domain, "while it was read")
+    ids, tokens, ends, words, content = [], [], [], [], hashlib.sha256(str(identity["tokenizer"]).encode())
+    for start in range(0, len(texts), BATCH):
+        signals.poll()
+        batch = [text for _, text in texts[start : start + BATCH]]
+        for (key, text), (t, e) in zip(texts[start : start + BATCH], tokenize(batch, tokenizer), strict=True):
             if len(t):
                 content.update(hashlib.sha256(text.encode()).digest())
                 ids.append(key[:16].encode())
                 tokens.append(t)
                 ends.append(e)
+                words.append(word_hashes(text))
     if not ids:
         raise DataError("no document has a token", f"domain {domain.name}", "check the text and the tokenizer")
-    offsets = np.concatenate([[0], np.cumsum([len(t) for t in tokens])]).astype(np.int64)
-    arrays = {"ids": np.array(ids, dtype="S16"), "offsets": offsets, "tokens": np.concatenate(tokens), "ends": np.concatenate(ends)}
+    arrays = {
+        "ids": np.array(ids, dtype="S16"),
+        "offsets": _offsets(tokens),
+        "tokens": np.concatenate(tokens),
+        "ends": np.concatenate(ends),
+        "words": np.concatenate(words),
+        "word_offsets": _offsets(words),
+    }
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".build-"))
@@ -192,9 +231,10 @@ def _build(folder: Path, domain: config.Domain, tokenizer: Any, identity: dict[s
                 np.save(temporary / f"{name}.npy", array, allow_pickle=False)
             hashes = {name: sha256(temporary / f"{name}.npy") for name in arrays}
             meta = {"domain": domain.name, "hash": content.hexdigest(), "sha256": hashes, "identity": identity}
-            (temporary / "meta.json").write_text(json.dumps(meta, indent=1, allow_nan=False), encoding="utf-8")
+            sealed = {**meta, "seal": _digest(meta)}
+            (temporary / "meta.json").write_text(json.dumps(sealed, indent=1, allow_nan=False), encoding="utf-8")
             temporary.chmod(0o755)  # mkdtemp makes it private
-            if folder.exists() and _load(folder, domain) is None:
+            if folder.exists() and _load(folder, domain, identity) is None:
                 shutil.rmtree(folder)
             os.replace(temporary, folder)
         except OSError:
@@ -204,6 +244,23 @@ def _build(folder: Path, domain: config.Domain, tokenizer: Any, identity: dict[s
             shutil.rmtree(temporary, ignore_errors=True)
     except OSError as error:
         raise StorageError(f"cannot write: {error.strerror or error}", str(folder), "free space or set GAIN_CL_CACHE") from error
+
+
+def _offsets(parts: list[np.ndarray]) -> np.ndarray:
+    """[n+1] int64: where each part begins in their concatenation, and its end."""
+    return np.concatenate([[0], np.cumsum([len(part) for part in parts])]).astype(np.int64)
+
+
+def word_hashes(text: str) -> np.ndarray:
+    """[n] uint32: a hash of each word. Words as in lm-eval's decontamination: lower case, ASCII punctuation deleted, cut at
+    white space; text that is written without spaces has hardly any."""
+    found = _PUNCTUATION.sub("", text.lower()).split()
+    return np.fromiter(map(_word_hash, found), np.uint32, len(found))
+
+
+@functools.lru_cache(maxsize=1 << 20)  # a corpus repeats its words; the bound is about 150 MB
+def _word_hash(word: str) -> int:
+    return int.from_bytes(hashlib.blake2b(word.encode("utf-8", "surrogatepass"), digest_size=4).digest(), "little")
 
 
 def tokenize(texts: list[str], tokenizer: Any) -> list[tuple[np.ndarray, np.ndarray]]:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from gain_cl import sources
-from gain_cl.config import SHA1, Domain, FilesSource, GeneratedSource, HubSource, PackageSource
+from gain_cl.config import SHA1, Domain, Eval, FilesSource, GeneratedSource, HubSource, PackageSource, Train
 from gain_cl.domains import generate
 from gain_cl.domains.recipes import MIN_CHARACTERS, RECIPES
 from gain_cl.domains.text import decode, require_text, text_hash, tidy
@@ -33,7 +34,7 @@ def pin(domain: Domain) -> dict[str, Any]:
         version = RECIPES[source.recipe][1]
         return {"kind": "package", "recipe": source.recipe, "recipe_version": version, "max_bytes": source.max_bytes, **files}
     if isinstance(source, HubSource):
-        if source.revision is None or not SHA1.match(source.revision):
+        if source.revision is None or not SHA1.fullmatch(source.revision):
             sources.commit(source.path, source.revision, "dataset")  # raises, naming the commit when one can tell
         return {"text_version": TEXT_VERSION, **source.model_dump()}
     if isinstance(source, FilesSource):
@@ -90,6 +91,52 @@ def collect(domain: Domain) -> list[tuple[str, str]]:
     if not texts:
         raise DataError("no document with text in it", f"domain {domain.name}", "check the source")
     return sorted(texts.items())
+
+
+def tokenised(domain: Domain) -> bool:
+    """Whether some tokenizer's tokens of this very text are in the cache: its source may then be away."""
+    wanted = json.loads(json.dumps(pin(domain)))
+    for file in (sources.cache_dir() / "tokens").glob("*/meta.json"):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            if json.loads(file.read_bytes())["identity"]["pin"] == wanted:
+                return True
+    return False
+
+
+def foresee(domains: Mapping[str, Domain], train: Train, evaluation: Eval, controls: Collection[str]) -> None:
+    """Check local and generated text before a tokenizer is at hand: every line is read, and what is too small or shared
+    is found by bytes and hashes, where ``check`` counts tokens. DataError."""
+    pins: dict[str, str] = {}
+    for name, domain in domains.items():
+        other = pins.setdefault(json.dumps(pin(domain), sort_keys=True), name)
+        if other != name:
+            do = "give each its own: a control or a second domain must be other text"
+            raise DataError(f"{other} and {name} are the same text", getattr(domain.source, "path", f"domain {name}"), do)
+    parts = {n: _split_sizes(d) for n, d in domains.items() if isinstance(d.source, FilesSource | GeneratedSource)}
+    for name, split in parts.items():
+        have, kind = len(split[evaluation.split]), evaluation.split
+        if have < evaluation.documents:
+            do = f"lower eval.documents, raise split.{kind} or give more documents"
+            raise DataError(f"{have} {kind} documents, eval.documents={evaluation.documents}", f"domain {name}", do)
+        most = sum(split["train"].values()) + 2 * len(split["train"])  # a byte a token, a leading space and a separator a document
+        if name not in controls and most < train.block:
+            what = f"{most} training tokens at most are less than one block of {train.block}"
+            raise DataError(what, f"domain {name}", "give more text or a smaller train.block")
+    for a, b in ((a, b) for a in parts if a not in controls for b in parts):
+        if common := parts[a]["train"].keys() & (parts[b]["test"].keys() | parts[b]["dev"].keys()):
+            what = f"{len(common)} documents are in the training split of {a} and in the test or dev split of {b}"
+            raise DataError(what, f"first: {min(common)[:16]}", "remove them from one, or give both domains the same split")
+
+
+def _split_sizes(domain: Domain) -> dict[str, dict[str, int]]:
+    """Split -> hash -> UTF-8 bytes of its documents; the split is decided as base.Domain does."""
+    found: dict[str, dict[str, int]] = {"test": {}, "dev": {}, "train": {}}
+    for text in documents(domain):
+        key = text_hash(text)
+        share = int(key[:16], 16) / 2**64
+        kind = "test" if share < domain.split.test else "dev" if share < domain.split.test + domain.split.dev else "train"
+        found[kind][key] = len(text.encode())
+    return found
 
 
 # --- local files -------------------------------------------------------------------------------------------------------

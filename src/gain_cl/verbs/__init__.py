@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from pathlib import Path
 from typing import Any, NoReturn
 
 from gain_cl.errors import ConfigError
@@ -14,6 +15,23 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(message, f"gain_cl {self.prog}", f"see python -m gain_cl {self.prog} --help")
+
+
+def find_record(name: str, results_dir: Path) -> Path:
+    """The record that a path, a run id or the beginning of one means."""
+    if Path(name).is_file() or name.endswith(".json") or "/" in name:
+        return Path(name)
+    folder = results_dir / "runs"
+    found = sorted(folder.glob(f"{name}*.json"))
+    if (exact := folder / f"{name}.json") in found:
+        return exact
+    if len(found) != 1:
+        from gain_cl.explain import suggest
+
+        options = [p.stem for p in folder.glob("*.json")]
+        what = f"{len(found)} runs begin with {name!r}" if found else f"no run {name!r}"
+        raise ConfigError(what, str(folder), suggest(name, [p.stem for p in found] or options) or "give the path of a record")
+    return found[0]
 
 
 def size(count: int) -> str:
