@@ -6,7 +6,7 @@ ARGS ?=
 TEST_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run smoke params test test-slow check format speed clean
+.PHONY: help setup run smoke params test test-slow check format speed prepare doctor campaign clean distclean
 
 help: ## list these commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -48,5 +48,17 @@ format: setup ## apply the formatter and the linter's fixes
 speed: setup ## tokens per second and memory of each method against a bare forward pass
 	@$(BIN)/python scripts/speed.py $(ARGS)
 
-clean: ## remove the environment and what runs left in runs/ (records in results/ stay)
-	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache
+prepare: setup ## fetch, tokenise and check the data of a run, before it starts
+	@$(BIN)/python -m gain_cl prepare $(ARGS)
+
+doctor: setup ## what this machine has, lacks, and what to do
+	@$(BIN)/python -m gain_cl doctor $(ARGS)
+
+campaign: setup ## every fault of docs/reliability.md at its full count (hours)
+	@$(BIN)/python scripts/campaign.py $(ARGS)
+
+clean: setup ## show what abandoned runs leave (ARGS=--cache: caches too), then ask
+	@$(BIN)/python -m gain_cl clean $(ARGS)
+
+distclean: ## remove the environment and what tools cached (runs/ and results/ stay)
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache
