@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.server
 import io
 import json
 import math
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
 import textwrap
+import threading
+import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
@@ -24,8 +30,8 @@ import pytest
 from rich.console import Console
 
 import synthetic
-from gain_cl import dashboard, record, track
-from gain_cl.errors import StorageError
+from gain_cl import dashboard, files, record, track
+from gain_cl.errors import PreemptedError, StorageError
 
 Patch = pytest.MonkeyPatch
 SMALL = {"a": 20.0, "b": 30.0, "x": 10.0}
@@ -52,12 +58,14 @@ def run(tmp_path: Path) -> record.Run:
 
 
 @contextmanager
-def tracking(folder: Path, clock: Clock, out: io.StringIO, tasks: bool = False, **keys: Any) -> Iterator[track.Tracker]:
+def tracking(
+    folder: Path, clock: Clock, out: io.StringIO, tasks: bool = False, position: dict[str, int] | None = None, **keys: Any
+) -> Iterator[track.Tracker]:
     """A tracker of a run of two domains and a control: 4 steps a stage, 9 cells."""
     config = synthetic.config(["a", "b"], ["x"], tokens=4096, tasks=["boolq@100"] if tasks else None, **keys)
     terminal = isinstance(out, Terminal)
     console = Console(file=out, width=110, force_terminal=terminal, color_system=None, legacy_windows=False)
-    with track.Tracker(config, "run-1", folder, steps_total=8, cells_total=9, console=console, clock=clock) as tracker:
+    with track.Tracker(config, "run-1", folder, steps_total=8, cells_total=9, position=position, console=console, clock=clock) as tracker:
         yield tracker
 
 
@@ -106,6 +114,22 @@ def follow(tracker: track.Tracker, run: record.Run, clock: Clock, finish: bool =
         tracker.finish(run)
 
 
+def step_row(stage: int, step: int) -> dict[str, Any]:
+    """One step of a run of two domains."""
+    row = {"stage": stage, "domain": "ab"[stage % 2 - 1], "step": step, "steps": 4, "lr": 1e-3, "grad_norm": 0.5, "tokens": 1024}
+    return {**row, "loss_nats": 3.0 - 0.1 * step - stage, "seconds": 2.5, "micro_batch": 8}
+
+
+def actions(run: record.Run, tracker: track.Tracker) -> Iterator[Callable[[], None]]:
+    """The 13 rows of a whole run that the dashboard shows, one call each."""
+    for stage in run.record.stages:
+        for k in range(1, 5) if stage.index else ():
+            yield partial(tracker.step, step_row(stage.index, k))
+            if k == 2:
+                yield partial(tracker.dev, {"stage": stage.index, "domain": stage.domain, "step": k, "loss_nats": 2.9})
+        yield partial(tracker.stage, stage)
+
+
 def metrics(folder: Path) -> list[dict[str, Any]]:
     """Every line of metrics.jsonl, read by a parser that knows no NaN."""
 
@@ -144,11 +168,56 @@ def test_numbers_that_are_not_finite_become_null_and_are_named(tmp_path: Path) -
     assert written["not_finite"] == {"loss_nats": "nan", "grad_norm": "inf", "more[0]": "-inf"}
 
 
-def test_each_process_starts_anew_in_one_file(tmp_path: Path) -> None:
+def test_a_run_that_begins_again_begins_its_file(tmp_path: Path) -> None:
     for _ in range(2):
-        with tracking(tmp_path, Clock(), io.StringIO()):
-            pass
-    assert [r["kind"] for r in metrics(tmp_path)] == ["start", "start"]
+        with tracking(tmp_path, Clock(), io.StringIO()) as tracker:
+            tracker.step(step_row(1, 1))
+    assert [r["kind"] for r in metrics(tmp_path)] == ["start", "step"]
+
+
+def test_rows_after_the_last_checkpoint_vanish(run: record.Run, tmp_path: Path) -> None:
+    position = None
+    for wanted in (4, 9, 11):  # rows; the last is in the middle of a stage, and each attempt does one step more than it saves
+        with tracking(tmp_path, Clock(), io.StringIO(), position=position) as tracker:
+            for action in list(actions(run, tracker))[position["rows"] if position else 0 : wanted]:
+                action()
+            position = tracker.position()
+            assert position == {"bytes": (tmp_path / "metrics.jsonl").stat().st_size, "rows": wanted}
+            tracker.step(step_row(9, 9))
+        with open(tmp_path / "metrics.jsonl", "a") as file:
+            file.write('{"kind": "st')  # and the next was torn
+    with tracking(tmp_path, Clock(), io.StringIO(), position=position) as tracker:
+        for action in list(actions(run, tracker))[11:]:
+            action()
+    rows = metrics(tmp_path)
+    with tracking(tmp_path / "once", Clock(), io.StringIO()) as tracker:
+        for action in actions(run, tracker):
+            action()
+    assert [r for r in rows if r["kind"] != "start"] == metrics(tmp_path / "once")[1:]
+    assert [r["kind"] for r in rows].count("start") == 4
+    assert [r["row"] for r in rows if "row" in r] == list(range(13))
+
+
+@pytest.mark.parametrize("damage", ["short", "torn", "shifted", "empty", "missing"])
+def test_a_file_that_somebody_cut(run: record.Run, tmp_path: Path, damage: str) -> None:
+    path, out = tmp_path / "metrics.jsonl", io.StringIO()
+    with tracking(tmp_path, Clock(), io.StringIO()) as tracker:
+        for action in list(actions(run, tracker))[:6]:
+            action()
+        position = tracker.position()
+    whole = path.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    left = {"short": b"".join(lines[:4]), "torn": whole[:-3], "shifted": whole[1:] + b"{}", "empty": b""}.get(damage)
+    path.unlink() if left is None else path.write_bytes(left)
+    with tracking(tmp_path, Clock(), out, position=position) as tracker:
+        tracker.step(step_row(2, 1))
+    after = path.read_bytes().splitlines(keepends=True)
+    kept = {"short": 4, "torn": len(lines) - 1, "shifted": len(lines), "empty": 0, "missing": 0}[damage]
+    assert after[1 if damage == "shifted" else 0 : kept] == lines[1 if damage == "shifted" else 0 : kept]
+    tail = [json.loads(x) for x in after[kept:]]
+    assert [r["kind"] for r in tail] == ["start", "note", "step"] and tail[-1]["row"] == 6
+    assert out.getvalue().count("note: metrics.jsonl was cut or changed") == 1
+    assert tracker.notes == []  # the record is complete without this file
 
 
 def test_lines_are_there_at_once(run: record.Run, tmp_path: Path) -> None:
@@ -239,6 +308,59 @@ def test_colour_forced_into_a_file_is_no_terminal(tmp_path: Path) -> None:
     assert "\x1b[?25l" not in out.getvalue()
 
 
+def test_going_on_says_where(run: record.Run, tmp_path: Path) -> None:
+    at = {
+        0: "stage 0 of 2 pretrained",
+        1: "stage 1 of 2 a, step 3 of 8",
+        2: "stage 2 of 2 b, step 3 of 8",
+        3: "stage 2 of 2 b, step 8 of 8",
+    }
+    assert synthetic.config(["a", "b"], ["x"], tokens=4096).train.stage_steps == 8
+    for finished, words in at.items():
+        out = io.StringIO()
+        with tracking(tmp_path, Clock(), out) as tracker:
+            tracker.resumed(run.record.stages[:finished], {0: 0, 1: 3, 2: 11, 3: 16}[finished])
+            tracker.stage(run.record.stages[min(finished, 2)])
+        assert out.getvalue().count(f"resumed at {words}\n") == 1
+        assert {r["kind"] for r in metrics(tmp_path)} == {"start", "eval", "task", "stage"} - ({"task"} if finished == 1 else set())
+        assert sum(r["kind"] == "stage" for r in metrics(tmp_path)) == 1  # none of what was done before
+    before, after = (s.domains["a"].perplexity for s in run.record.stages[:2])
+    with tracking(tmp_path, Clock(), out) as tracker:
+        tracker.resumed(run.record.stages[:1], 3)
+        tracker.stage(run.record.stages[1])
+    assert f"perplexity {before:.2f} -> {after:.2f}" in out.getvalue()
+
+
+def test_a_spike_is_told_and_kept(tmp_path: Path) -> None:
+    out = io.StringIO()
+    row = {"stage": 1, "domain": "a", "step": 40, "loss_nats": 3.207, "mean": 2.1, "sd": 0.05, "steps": 39}
+    with tracking(tmp_path, Clock(), out) as tracker:
+        tracker.phase("learn a", stage=1, of=2)
+        tracker.spike(row)
+    assert metrics(tmp_path)[-1] == {"kind": "spike", **row}
+    said = "loss spike at step 40: 3.21 against 2.10 +- 0.05 over the last 39 steps; nothing is skipped"
+    assert f"stage 1 of 2 a: {said}\n" in out.getvalue()
+
+
+def test_a_disk_that_fills_up_in_the_middle(tmp_path: Path) -> None:
+    """One error that says so, not a second one from closing the file; and what was written is whole lines and one torn."""
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    old = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        with pytest.raises(StorageError, match="cannot write") as caught, tracking(tmp_path, Clock(), io.StringIO()) as tracker:
+            position = tracker.position()
+            resource.setrlimit(resource.RLIMIT_FSIZE, (position["bytes"] + 30, hard))
+            tracker.step(step_row(1, 1))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, old)
+    assert caught.value.exit_code == 74
+    with tracking(tmp_path, Clock(), io.StringIO(), position=position) as tracker:
+        tracker.step(step_row(1, 1))
+    assert [r["kind"] for r in metrics(tmp_path)] == ["start", "start", "step"]
+
+
 # --- time left -------------------------------------------------------------------------------------------------------
 
 
@@ -292,6 +414,22 @@ def test_nothing_is_left_when_the_last_tasks_are_done(run: record.Run, tmp_path:
     assert left == ({0: 10.0, 2: 0.0} if stages == "ends" else {0: 20.0, 1: 10.0, 2: 0.0})
 
 
+def test_time_left_of_a_run_that_goes_on(run: record.Run, tmp_path: Path) -> None:
+    clock = Clock()
+    with tracking(tmp_path, clock, io.StringIO(), tasks=True, position={"bytes": 1, "rows": 7}) as tracker:
+        stages = [s.model_copy(update={"eval_seconds": 6.0, "task_seconds": 10.0 if s.tasks else 0.0}) for s in run.record.stages]
+        tracker.resumed(stages[:1], 1)
+        assert tracker.left() == (6 * 2 + 10, ["training"])  # 7 steps, but at which pace?
+        tracker.phase("learn a", stage=1, of=2)
+        clock.now += 3
+        tracker.step(step_row(1, 2))
+        assert tracker.left() == (6 * 2 + 10 + 6 * 3, [])
+    with tracking(tmp_path, Clock(), io.StringIO(), tasks=True) as tracker:
+        learned = record.TrainStats(steps=4, tokens=1, seconds=8.0, lr=1e-3, first_loss_nats=1, last_loss_nats=1, dev=[])
+        tracker.resumed([stages[0], stages[1].model_copy(update={"train": learned})], 6)
+        assert tracker.left() == (3 * 2 + 10 + 2 * 2, [])
+
+
 def test_time_left_without_tasks_does_not_wait_for_them(run: record.Run, tmp_path: Path) -> None:
     clock = Clock()
     with tracking(tmp_path, clock, io.StringIO()) as tracker:
@@ -330,7 +468,8 @@ class Broken(Exception):
 
 class FakeRun:
     def __init__(self, fake: FakeWandb) -> None:
-        self._fake, self.summary = fake, self
+        self._fake, self.summary, self.starting_step = fake, self, fake.starting_step
+        self.dir = f"{fake.calls[-1][2]['dir']}/wandb/{fake.place}/files"
 
     def __getattr__(self, name: str) -> Any:
         return lambda *a, **k: self._fake._call(f"run.{name}", *a, **k)
@@ -339,7 +478,7 @@ class FakeRun:
 class FakeWandb(ModuleType):
     """wandb in which one call raises; ``calls`` is what was asked of it."""
 
-    run = None
+    run, starting_step, place = None, 0, "offline-run-1-run-1"
 
     def __init__(self, fault: str = "", at: int = 1) -> None:
         super().__init__("wandb")
@@ -503,6 +642,9 @@ def test_what_wandb_is_given(home: Path, run: record.Run, tmp_path: Path, monkey
         "tags": ["t"],
         "project": "p",
     }
+    assert keys["resume"] is None  # the run begins: what wandb has of an earlier one is replaced
+    numbers = [c[2]["step"] for c in fake.calls if c[0] == "run.log"]
+    assert numbers == list(range(len(numbers)))
     assert keys["dir"] == str(tmp_path / "run") and keys["config"]["train"]["lr"] == 3e-3 and keys["config"]["run_id"] == "run-1"
     axes = [(c[1][0], c[2].get("step_metric")) for c in fake.calls if c[0] == "run.define_metric"]
     assert ("ppl/*", "stage") in axes and ("train/*", "train/global_step") in axes
@@ -519,6 +661,46 @@ def test_what_wandb_is_given(home: Path, run: record.Run, tmp_path: Path, monkey
     assert table["data"][1] == [1, "a", *run.matrix.iloc[1].tolist()]
     assert next(c[1][0] for c in fake.calls if c[0] == "Image") == str(tmp_path / "run" / "matrix.png")
     assert fake.calls[-1][0] == "run.finish" and fake.calls[-1][2] == {"exit_code": 0}
+
+
+def test_wandb_is_given_what_a_checkpoint_covers(home: Path, run: record.Run, tmp_path: Path, monkeypatch: Patch) -> None:
+    fake = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+
+    def given() -> list[int]:
+        return [c[2]["step"] for c in fake.calls if c[0] == "run.log"]
+
+    with tracking(tmp_path, Clock(), io.StringIO(), backend="wandb", mode="offline") as tracker:
+        todo = list(actions(run, tracker))
+        for action in todo[:5]:
+            action()
+        tracker.commit()
+        assert given() == []
+        position = tracker.position()
+        assert given() == []
+        todo[5]()
+        tracker.commit()
+        assert given() == [0, 1, 2, 3, 4]
+        tracker.commit()
+        assert given() == [0, 1, 2, 3, 4]
+    assert given() == [0, 1, 2, 3, 4]
+    (tmp_path / "wandb" / "offline-run-2-run-1").mkdir(parents=True)  # of a process that was killed
+    (tmp_path / "wandb" / "offline-run-1-run-1").mkdir()  # closed in order
+    (tmp_path / "wandb" / "offline-run-3-other").mkdir()
+    fake.starting_step = 3
+    fake.place = "run-4-run-1"
+    with tracking(tmp_path, Clock(), io.StringIO(), position=position, backend="wandb", mode="offline"):
+        assert given() == [0, 1, 2, 3, 4]  # mirror.json counts here
+    assert sorted(p.name for p in (tmp_path / "wandb").iterdir()) == ["offline-run-1-run-1", "offline-run-3-other"]
+    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+    with tracking(tmp_path, Clock(), io.StringIO(), position=position, backend="wandb", mode="online"):
+        assert given() == [0, 1, 2, 3, 4, 3, 4]  # and here what the server says, whatever was meant to be uploaded later
+    assert [c[2]["resume"] for c in fake.calls if c[0] == "init"] == [None, "allow", "allow"]
+    assert sorted(p.name for p in (tmp_path / "wandb").iterdir()) == ["offline-run-3-other"]
+    (tmp_path / "mirror.json").write_text("[")
+    with tracking(tmp_path, Clock(), out := io.StringIO(), position=position, backend="wandb", mode="offline"):
+        pass
+    assert out.getvalue().count("note: wandb: start failed (JSONDecodeError") == 1
 
 
 def synthetic_steps() -> list[int]:
@@ -589,6 +771,282 @@ def inspect(folder: Path) -> dict[str, list[Any]]:
     for x in map(json.loads, done.stdout.splitlines()):
         found.setdefault(x["type"], []).append(x.get(x["type"], x))
     return found
+
+
+def attempt(folder: Path, mode: str, die: str, run: record.Run) -> str:
+    """One process of a run that saves after rows 4, 8 and 12 of its 13. die: "position@8", "saved@8", "sent@8": killed at
+    that place; "stop@9": leaves in order after row 9; "": runs to its end. Returns what was printed."""
+    place, _, number = die.partition("@")
+
+    def reach(name: str, done: int) -> None:
+        if (name, str(done)) == (place, number):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    saved, out = folder / "checkpoint.json", io.StringIO()
+    position = json.loads(saved.read_text()) if saved.exists() else None
+    with (
+        contextlib.suppress(PreemptedError),
+        tracking(folder, Clock(), out, tasks=True, position=position, backend="wandb", mode=mode, init_timeout_seconds=15) as tracker,
+    ):
+        first = position["rows"] if position else 0
+        for done, action in enumerate(list(actions(run, tracker))[first:], start=first + 1):
+            action()
+            if (place, number) == ("stop", str(done)):
+                raise PreemptedError("asked to stop")
+            if done % 4 == 0:
+                position = tracker.position()
+                reach("position", done)
+                files.write_bytes(saved, json.dumps(position).encode())
+                reach("saved", done)
+                tracker.commit()
+                reach("sent", done)
+        tracker.finish(run)
+    return out.getvalue()
+
+
+ATTEMPT = """
+import sys, synthetic, test_track
+from pathlib import Path
+folder, mode, die = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
+run = synthetic.run(folder / "r.json", bases=test_track.SMALL, controls=["x"], count=4)
+print(test_track.attempt(folder, mode, die, run))
+"""
+
+
+def attempts(folder: Path, *chain: str, mode: str = "offline", **env: str) -> list[str]:
+    """The processes of one run, each dying as told; the last is to finish."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("WANDB_", "NETRC"))}
+    clean |= {"HOME": str(folder), "PYTHONPATH": str(Path(__file__).parent), **env}
+    folder.mkdir(exist_ok=True)
+    texts = []
+    for die in (*chain, ""):
+        point = {"GAIN_CL_FAILPOINT": die} if die.startswith("dashboard.") else {}
+        command = [sys.executable, "-c", ATTEMPT, str(folder), mode, "" if point else die]
+        done = subprocess.run(command, env=clean | point, capture_output=True, text=True, timeout=120)
+        ordered = not die or die.startswith("stop")
+        assert done.returncode == (0 if ordered else -signal.SIGKILL), (die, done.stderr)
+        assert done.stderr == ""
+        texts.append(done.stdout)
+    return texts
+
+
+def history(offline: Path) -> list[dict[str, Any]]:
+    """Rows of one offline folder by wandb's own tool."""
+    wandb = "import sys; from wandb.cli.cli import cli; sys.argv[0] = 'wandb'; cli()"
+    command = [sys.executable, "-c", wandb, "leet", "inspect", "--json", str(offline)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    return [x["history"]["item"] for x in map(json.loads, done.stdout.splitlines()) if x["type"] == "history"]
+
+
+def shown(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of wandb without its clocks, and without the picture and the table at the end."""
+    assert all("matrix" in json.dumps(r) for r in rows if r["_step"] == 13)
+    return [{k: v for k, v in r.items() if k not in ("_runtime", "_timestamp")} for r in rows if r["_step"] != 13]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What wandb shows of the run of ``attempt`` when nothing happens."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    attempts(folder)
+    (offline,) = (folder / "wandb").glob("offline-run-*")
+    rows = shown(history(offline))
+    assert [r["_step"] for r in rows] == list(range(13))
+    assert [r["train/global_step"] for r in rows if "train/loss_nats" in r] == [1, 2, 3, 4, 9, 10, 11, 12]
+    assert [r["stage"] for r in rows if "ppl/a" in r] == [0, 1, 2] and all("change_pct/a" in r for r in rows if "ppl/a" in r)
+    return rows
+
+
+CHAINS = [
+    ("position@4", "saved@4", "sent@8", "dashboard.closed@1"),
+    ("sent@4", "stop@9", "saved@12"),
+    ("stop@5", "stop@12", "dashboard.opened@1", "position@12"),
+]
+
+
+@pytest.mark.parametrize("chain", [CHAINS[0], *(pytest.param(c, marks=pytest.mark.slow) for c in CHAINS[1:])], ids=" ".join)
+def test_offline_each_row_is_shown_once_over_all_processes(
+    tmp_path: Path, undisturbed: list[dict[str, Any]], chain: tuple[str, ...]
+) -> None:
+    texts = attempts(tmp_path, *chain)
+    assert "note: wandb" not in "".join(texts)
+    folders = sorted((tmp_path / "wandb").glob("offline-run-*"))
+    rows = [row for folder in folders for row in history(folder)]
+    assert sorted(shown(rows), key=lambda r: r["_step"]) == undisturbed
+    assert len(rows) == 14 and [r["row"] for r in metrics(tmp_path) if "row" in r] == list(range(13))
+    state = json.loads((tmp_path / "mirror.json").read_text())
+    assert state == {"rows": 13, "folders": [f.name for f in folders]}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("twin", "chain"),
+    [
+        ("test_track.track._cut = lambda path, length: path.stat().st_size", ["position@8"]),  # what was taken back stays
+        (
+            "import types; dashboard.shutil = types.SimpleNamespace(rmtree=lambda path: None)",
+            ["dashboard.closed@1"],
+        ),  # a folder that does not count stays
+        ("send = dashboard.Mirror.send; dashboard.Mirror.send = lambda m, n: (send(m, n), m._remember())", ["sent@8"]),  # given is not kept
+        ("test_track.track.Tracker.position = lambda t: {'bytes': 10**9, 'rows': t._shown}", ["stop@9"]),
+    ],
+)
+def test_broken_twins_show_a_row_twice_or_never(tmp_path: Path, undisturbed: list[dict[str, Any]], twin: str, chain: list[str]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys.modules[__name__], "ATTEMPT", ATTEMPT.replace("folder,", f"from gain_cl import dashboard; {twin}\nfolder,", 1))
+        attempts(tmp_path, *chain)
+    rows = [row for folder in (tmp_path / "wandb").glob("offline-run-*") for row in history(folder)]
+    in_file = [r["row"] for r in metrics(tmp_path) if "row" in r]
+    assert (sorted(shown(rows), key=lambda r: r["_step"]), in_file) != (undisturbed, list(range(13)))
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """As much of a wandb server as a run needs, on loopback. fault: what it answers instead, once ``broken`` is set: an HTTP
+    status, "cut" (half an answer) or "hole" (none)."""
+
+    daemon_threads = True
+
+    def __init__(self, fault: int | str = 0, broken: bool = False) -> None:
+        super().__init__(("127.0.0.1", 0), Answer)
+        self.fault, self.broken, self.lines, self.known = fault, broken, {}, False  # type: ignore[var-annotated]
+        self.free = threading.Event()
+
+    def __enter__(self) -> Server:
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.free.set()
+        self.shutdown()
+        self.server_close()
+
+    @property
+    def env(self) -> dict[str, str]:
+        return {"WANDB_BASE_URL": f"http://127.0.0.1:{self.server_port}", "WANDB_API_KEY": "k" * 40}
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        return [json.loads(self.lines[i]) for i in sorted(self.lines)]
+
+    def answer(self, path: str, body: dict[str, Any]) -> dict[str, Any] | None:
+        """Rows are kept; files and artifacts are refused (None)."""
+        if path.endswith("/file_stream"):
+            part = body.get("files", {}).get("wandb-history.jsonl", {})
+            for i, line in enumerate(part.get("content", []), start=part.get("offset", 0)):
+                assert i not in self.lines
+                self.lines[i] = line
+            return {}
+        place = {"id": "p", "name": "gain_cl", "entity": {"id": "e", "name": "me"}}
+        tail = json.dumps([self.lines[i] for i in sorted(self.lines)][-1:])
+        bucket = {"id": "b", "name": "run-1", "displayName": "run-1", "historyLineCount": len(self.lines)}
+        bucket |= {"eventsLineCount": 0, "logLineCount": 0, "historyTail": tail, "eventsTail": "[]", "config": "{}"}
+        bucket |= {"summaryMetrics": "{}", "tags": [], "wandbConfig": '{"t": 1}'}
+        if "query RunResumeStatus" in body["query"]:
+            return {"model": {**place, "bucket": bucket if self.known else None}}
+        if "mutation UpsertBucket" in body["query"]:
+            self.known = True
+            return {"upsertBucket": {"bucket": {**bucket, "project": place}, "inserted": False}}
+        if "viewer" in body["query"]:
+            return {"viewer": {"id": "u", "username": "me", "entity": "me", "flags": "{}", "teams": {"edges": []}}}
+        return {"project": None} if "query ArtifactType" in body["query"] else None
+
+
+class Answer(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: Server
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def do_POST(self) -> None:
+        server, fault = self.server, self.server.fault if self.server.broken else 0
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])) or "{}")
+        if fault == "hole":
+            server.free.wait()
+        answer = {} if fault else server.answer(self.path, body)
+        if answer is None:
+            answer = {"errors": [{"message": "not taken here"}]}
+        elif "query" in body:
+            answer = {"data": answer}
+        data = json.dumps(answer).encode()
+        self.send_response(fault if isinstance(fault, int) and fault else 200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        with contextlib.suppress(OSError):  # it may have given up
+            self.wfile.write(data[: len(data) // 2] if fault == "cut" else data)
+        self.close_connection = bool(fault)
+
+
+@pytest.mark.parametrize(
+    "chain", [("saved@4", "sent@8"), pytest.param(("position@4", "stop@9", "sent@12"), marks=pytest.mark.slow)], ids=" ".join
+)
+def test_online_the_server_says_what_it_has(tmp_path: Path, undisturbed: list[dict[str, Any]], chain: tuple[str, ...]) -> None:
+    with Server() as server:
+        texts = attempts(tmp_path, *chain, mode="online", **server.env)
+        assert shown(server.rows) == undisturbed
+        assert list(range(13)) == sorted(server.lines)[:13]
+    assert "note: wandb" not in "".join(texts)
+    assert grep(tmp_path, b"k" * 40) == []
+
+
+FAULTY: list[int | str] = [401, 403, 404, 429, 500, "cut", "hole"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("since", ["start", "middle"])
+@pytest.mark.parametrize("fault", [*FAULTY, "refused", "killed"])
+def test_services_away(tmp_path: Path, run: record.Run, fault: int | str, since: str) -> None:
+    """From the start or from row 4 on: at most one line, at most a minute in all, and the same metrics.jsonl."""
+    if (fault, since) == ("killed", "start"):
+        pytest.skip("it is there only after the start")
+    with Server(fault, broken=since == "start") as server:
+        if (fault, since) == ("refused", "start"):
+            server.shutdown()
+            server.server_close()
+        env = {**server.env, "PYTHONPATH": str(Path(__file__).parent), "HOME": str(tmp_path), "PATH": os.environ["PATH"]}
+        command = [sys.executable, "-c", WATCHED, str(tmp_path), str(fault)]
+        with subprocess.Popen(command, env=env, text=True, stdin=-1, stdout=-1, stderr=-1) as process:
+            assert process.stdin is not None and process.stdout is not None
+            seconds = float(process.stdout.readline())
+            server.broken = True
+            if (fault, since) == ("refused", "middle"):
+                server.shutdown()
+                server.server_close()
+            begun = time.monotonic()
+            out, err = process.communicate("go\n", timeout=100)
+            seconds += time.monotonic() - begun
+    assert (process.returncode, err) == (0, "")
+    assert out.count("note: wandb") == 1
+    expected = tmp_path / "none"
+    with tracking(expected, Clock(), io.StringIO(), tasks=True) as tracker:
+        for action in actions(run, tracker):
+            action()
+        tracker.finish(run)
+    assert [r for r in metrics(tmp_path) if r["kind"] != "note"] == metrics(expected)
+    assert seconds < 60
+
+
+WATCHED = """
+import sys, os, io, signal, subprocess, time, synthetic, test_track
+from pathlib import Path
+folder, begun, out = Path(sys.argv[1]), time.monotonic(), io.StringIO()
+run = synthetic.run(folder / "r.json", bases=test_track.SMALL, controls=["x"], count=4)
+with test_track.tracking(folder, test_track.Clock(), out, tasks=True, backend="wandb", mode="online") as tracker:
+    for done, action in enumerate(list(test_track.actions(run, tracker)), start=1):
+        action()
+        if done % 4 == 0:
+            tracker.position()
+            tracker.commit()
+        if done == 4:
+            print(time.monotonic() - begun, flush=True)
+            sys.stdin.readline()
+            if sys.argv[2] == "killed":
+                for child in subprocess.run(["pgrep", "-P", str(os.getpid()), "-f", "wandb"], capture_output=True).stdout.split():
+                    os.kill(int(child), signal.SIGKILL)
+    tracker.finish(run)
+print(out.getvalue())
+"""
 
 
 def grep(folder: Path, *needles: bytes) -> list[str]:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from gain_cl.config import RunConfig
     from gain_cl.record import Run
 
-FINISH_SECONDS = 20
+FINISH_SECONDS = 15
 """Longest wait for the upload of what is left when the run ends; the rest stays on disk for ``wandb sync``."""
 
 SHOWN = ("step", "dev", "stage")
