@@ -342,6 +342,8 @@ def test_signals_ask_and_a_second_interrupt_quits() -> None:
         with pytest.raises(PreemptedError, match="stopped by SIGUSR1") as error:
             signals.poll()
         assert error.value.exit_code == 75
+        with signals.held():
+            signals.poll()
         os.kill(os.getpid(), signal.SIGINT)
         assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
     assert signals.asked() is None

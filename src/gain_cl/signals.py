@@ -17,6 +17,7 @@ from gain_cl.errors import PreemptedError
 _WATCHED = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name))  # Windows has no USR1
 _asked: str | None = None
 _listening = False
+_held = False
 
 
 @contextmanager
@@ -41,9 +42,20 @@ def asked() -> str | None:
     return _asked
 
 
+@contextmanager
+def held() -> Iterator[None]:
+    """For the block, ``poll`` lets it go on: something is half done that cannot be taken up again."""
+    global _held
+    _held = True
+    try:
+        yield
+    finally:
+        _held = False
+
+
 def poll() -> None:
     """Raise PreemptedError if a signal asked to stop. Call it where nothing is half done."""
-    if _asked is not None:
+    if _asked is not None and not _held:
         raise PreemptedError(f"stopped by {_asked}", "what is done is kept", "run the same command to go on")
 
 

@@ -273,7 +273,8 @@ def _execute(config: RunConfig, plan: Plan) -> record.Run:
                         tracker.spike(row | spike)
                     if config.train.dev_every and step % config.train.dev_every == 0:
                         on_dev = config.eval.model_copy(update={"split": "dev"})
-                        dev = evaluate.total(measure.score_domain(loaded, domain, on_dev, config.compute.eval_batch))
+                        with signals.held():  # the step is not saved yet
+                            dev = evaluate.total(measure.score_domain(loaded, domain, on_dev, config.compute.eval_batch))
                         progress.dev.append({"step": step, "nll_nats": dev.nll_nats, "tokens": dev.tokens})
                         tracker.dev({"stage": index, "domain": name, "step": step, "loss_nats": dev.loss_nats})
                     if step == size:
@@ -290,15 +291,15 @@ def _execute(config: RunConfig, plan: Plan) -> record.Run:
                 take(start.folder)
             for index, name in enumerate(trained, start=1):
                 if index in stages:
-                    continue
-                if index in inherited:
+                    pass
+                elif index in inherited:
                     take(inherited[index].folder)
                     resume.share_scores(inherited[index], folder / "cells")
                     stages[index] = score(index, name, inherited[index].record.train, inherited[index].folder)
                 else:
                     stages[index] = score(index, name, *learn(index, name))
-                if keep == "last" and index > 1:
-                    checkpoint.drop(stages[index - 1].folder, [resume.ADAPTER, resume.GUARD, resume.OPTIMIZER])
+                for older in range(1, index) if keep == "last" else ():
+                    checkpoint.drop(stages[older].folder, [resume.ADAPTER, resume.GUARD, resume.OPTIMIZER])
 
         run_of = {
             **provenance.environment(),
