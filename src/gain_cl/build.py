@@ -130,12 +130,18 @@ HYDRAS = re.compile(r"(hydra\._internal\.core_plugins|hydra_plugins)\.[\w.]+")
 def _own_parts(settings: Any) -> None:
     """In a multirun Hydra calls what its own section names, callbacks, launchers and log handlers, also where a preset
     set them: only its own parts may stand there. ConfigError."""
-    logs = any({"handlers", "formatters", "filters"} & set(settings[log] or {}) for log in ("hydra_logging", "job_logging"))
-    named = {part: settings[part].pop("_target_", "") for part in ("launcher", "sweeper") if isinstance(settings[part], dict)}
-    foreign = [v for v in named.values() if v and not HYDRAS.fullmatch(str(v))]
-    if settings["callbacks"] or logs or foreign or "_target_" in repr(settings) or settings["job"]["env_set"]:
+    plugins = [settings[part].pop("_target_", None) for part in ("launcher", "sweeper") if isinstance(settings[part], dict)]
+    foreign = [p for p in plugins if p is not None and not HYDRAS.fullmatch(str(p))]
+    logs = [log for log in ("hydra_logging", "job_logging") if {"handlers", "formatters", "filters"} & set(settings[log] or {})]
+    if foreign or logs or settings["callbacks"] or settings["job"]["env_set"] or "_target_" in _words(settings):
         what = "a preset sets what Hydra would call (callbacks, logging, env_set or _target_)"
         raise ConfigError(what, "hydra", "take its hydra section out")
+
+
+def _words(node: Any) -> set[str]:
+    """Every key of nested sections."""
+    inner = list(node.values()) if isinstance(node, dict) else node if isinstance(node, list) else []
+    return (set(node) if isinstance(node, dict) else set()).union(*map(_words, inner))
 
 
 def search_path(config_dirs: Paths) -> list[str]:

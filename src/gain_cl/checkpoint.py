@@ -199,7 +199,8 @@ def _facts(path: Path) -> dict[str, Any]:
 def _manifest(listed: Mapping[str, Mapping[str, Any]]) -> bytes:
     """Its own hash stands in it, and there is one way to write it: a changed bit anywhere shows."""
     text = json.dumps(listed, sort_keys=True, allow_nan=False)
-    return (json.dumps({"files": listed, "sha256": hashlib.sha256(text.encode()).hexdigest()}, sort_keys=True, indent=1) + "\n").encode()
+    both = {"files": listed, "sha256": hashlib.sha256(text.encode()).hexdigest()}
+    return (json.dumps(both, sort_keys=True, indent=1, allow_nan=False) + "\n").encode()
 
 
 def _refused(error: OSError, folder: Path, files: Mapping[str, Any]) -> StorageError:

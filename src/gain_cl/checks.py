@@ -99,12 +99,11 @@ def _layers(config: RunConfig, folder: Path, arch: Mapping[str, Any]) -> None:
         return
     if isinstance(config.adapter, Gain):
         models.playing(layers, family, list(config.adapter.roles), config.model.roles)
-    elif isinstance(config.adapter, Peft) and isinstance(wanted := config.adapter.config.get("target_modules"), list):
-        if not any(f".{n}".endswith(f".{w}") for n in layers for w in wanted):
-            there = sorted({n.rpartition(".")[2] for n in layers if re.search(r"\.\d+\.", n)})
-            raise ConfigError(
-                f"no module matches {', '.join(map(str, wanted))}", "adapter.config.target_modules", f"there is: {', '.join(there)}"
-            )
+    wanted = config.adapter.config.get("target_modules") if isinstance(config.adapter, Peft) else None
+    if isinstance(wanted, list) and not any(f".{n}".endswith(f".{w}") for n in layers for w in wanted):
+        there = sorted({n.rpartition(".")[2] for n in layers if re.search(r"\.\d+\.", n)})
+        what = f"no module matches {', '.join(map(str, wanted))}"
+        raise ConfigError(what, "adapter.config.target_modules", f"there is: {', '.join(there)}")
 
 
 def inputs(config: RunConfig) -> None:

@@ -11,11 +11,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 
-NAME = re.compile(r"^(?![.-])[A-Za-z0-9._-]{1,100}$")
-SHA1 = re.compile(r"^[0-9a-f]{40}$")
+NAME = re.compile(r"^(?![.-])[A-Za-z0-9._-]{1,100}\Z")
+SHA1 = re.compile(r"^[0-9a-f]{40}\Z")
 SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|KEY", re.IGNORECASE)
 """Environment variables whose values reach no file."""
-SHA256 = re.compile(r"^[0-9a-f]{64}$")
+SHA256 = re.compile(r"^[0-9a-f]{64}\Z")
 
 EXECUTION = ("compute", "track", "checkpoint", "resume", "allow_change", "output_dir", "results_dir", "force", "plugins", "lr_tuned_on")
 """Sections that say how a run is carried out, not what it computes: recorded, but not part of the run id."""
@@ -44,8 +44,8 @@ class PackageFile(Section):
 
     package: str  # NAME==VERSION
     members: str  # glob inside the archive; matched against the end of each member's path
-    sha256: str | None = Field(None, pattern=SHA256.pattern)  # of the archive; None when the wheel is per platform
-    members_sha256: str | None = Field(None, pattern=SHA256.pattern)  # of the one member, when the archive cannot be pinned
+    sha256: str | None = Field(None, pattern=r"^[0-9a-f]{64}$")  # of the archive; None when the wheel is per platform
+    members_sha256: str | None = Field(None, pattern=r"^[0-9a-f]{64}$")  # of the one member, when the archive cannot be pinned
 
 
 class PackageSource(Section):

@@ -73,7 +73,7 @@ def _acquire(folder: Path) -> int:
         os.close(handle)  # the owner before removed the name between our open and our lock
     try:
         os.truncate(handle, 0)
-        os.pwrite(handle, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode(), 0)
+        os.pwrite(handle, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}, allow_nan=False).encode(), 0)
     except OSError as error:
         os.close(handle)
         raise StorageError(f"cannot write: {error.strerror}", str(path), "free space or name another folder with output_dir=") from error

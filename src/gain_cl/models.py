@@ -148,7 +148,7 @@ def weight_shapes(folder: Path) -> dict[str, list[int]]:
         try:
             with open(file, "rb") as f:
                 size = int.from_bytes(f.read(8), "little")
-                head = json.loads(f.read(size)) if 0 < size < 100_000_000 else None
+                head = json.loads(f.read(size) if size < 100_000_000 else b"")
             tensors = {name: t for name, t in head.items() if name != "__metadata__"}
             whole = 8 + size + max((t["data_offsets"][1] for t in tensors.values()), default=0) == file.stat().st_size
             shapes |= {name: list(t["shape"]) for name, t in tensors.items()}
@@ -216,7 +216,7 @@ def _from_gguf(package: cfg.PackageFile) -> Path:
         model.save_pretrained(done)
         tokenizer.save_pretrained(done)
         hashes = {p.name: sources.file_sha256(p) for p in sorted(done.iterdir())}
-        (done / MANIFEST).write_text(json.dumps({"source": _gguf_source(package), "files": hashes}, indent=1))
+        (done / MANIFEST).write_text(json.dumps({"source": _gguf_source(package), "files": hashes}, indent=1, allow_nan=False))
         if _converted(folder) is None:  # nobody was faster
             shutil.rmtree(folder, ignore_errors=True)
             os.rename(done, folder)
@@ -250,7 +250,7 @@ def files(model: cfg.Model) -> dict[str, str]:
 
 
 def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(value, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 
 # --- with torch ------------------------------------------------------------------------------------------------------

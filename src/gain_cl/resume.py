@@ -40,12 +40,14 @@ class Stage:
 @dataclass(frozen=True)
 class Start:
     """stages: finished ones by index; folder: the verified checkpoint to go on from (None: the pretrained model) and state,
-    its state.json; warnings: what was passed over."""
+    its state.json; warnings: what was passed over; behind: folders of later states, which go before anything new is saved: they
+    would push new checkpoints out, or, once good again, speak of a metrics.jsonl that is gone."""
 
     stages: dict[int, Stage] = field(default_factory=dict)
     folder: Path | None = None
     state: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    behind: list[Path] = field(default_factory=list)
 
     @property
     def track(self) -> dict[str, int] | None:
@@ -84,8 +86,7 @@ def begin(config: RunConfig, folder: Path, run_id: str) -> Start:
         if missing := [i for i in range(1, reached) if i not in stages]:
             warnings.append(f"{path} cannot be used: stage {missing[0]} before it is damaged")
             continue
-        _remove_behind(folder, steps, reached)
-        return Start({i: s for i, s in stages.items() if i < reached}, path, state, warnings)
+        return Start({i: s for i, s in stages.items() if i < reached}, path, state, warnings, _behind(folder, steps, reached))
     if found:
         do = f"restore {found[-1][2].name}, or {ANEW}"
         raise DataError(f"no good checkpoint: {'; '.join(dict.fromkeys(warnings))}", str(folder), do)
@@ -94,14 +95,10 @@ def begin(config: RunConfig, folder: Path, run_id: str) -> Start:
     return Start({i: s for i, s in stages.items() if i == 0}, warnings=warnings)
 
 
-def _remove_behind(folder: Path, steps: int, reached: int) -> None:
-    """Remove what was passed over: it would push newer checkpoints out, or, once good again, speak of a metrics.jsonl that is gone."""
-    for path in checkpoint.steps(folder / "ckpt"):
-        if int(path.name.removeprefix("step-")) > steps:
-            checkpoint.remove(path)
-    for path in (folder / "stages").glob("[0-9]*-*"):
-        if int(path.name.split("-")[0]) >= reached:
-            checkpoint.remove(path)
+def _behind(folder: Path, steps: int, reached: int) -> list[Path]:
+    """Checkpoints of more than ``steps`` steps, and stages from ``reached`` on."""
+    later = [p for p in checkpoint.steps(folder / "ckpt") if int(p.name.removeprefix("step-")) > steps]
+    return later + [p for p in (folder / "stages").glob("[0-9]*-*") if int(p.name.split("-")[0]) >= reached]
 
 
 def _state(path: Path, run_id: str, steps: int, size: int) -> dict[str, Any]:

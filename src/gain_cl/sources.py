@@ -61,7 +61,7 @@ def file_sha256(path: Path, remember: bool = False) -> str:
         stat = real.stat()
         if not remember:
             return _sha256(str(real), stat.st_size, stat.st_mtime_ns)
-        note = cache_dir() / "hashes" / f"{hashlib.sha256(str(real).encode()).hexdigest()}.json"
+        note = cache_dir() / "hashes" / f"{hashlib.sha256(os.fsencode(real)).hexdigest()}.json"
         known = [stat.st_size, stat.st_mtime_ns]
         seen = _read_json(note)
         if isinstance(seen, dict) and seen.get("stat") == known and isinstance(seen.get("sha256"), str):
@@ -89,7 +89,7 @@ def folder_pin(path: Path, patterns: list[str]) -> str:
         raise DataError(f"no file matches {', '.join(patterns)}", str(path), "check the path")
     total = hashlib.sha256()
     for file in files:
-        total.update(f"{file.relative_to(path).as_posix()}\0{file_sha256(file, remember=True)}\n".encode())
+        total.update(os.fsencode(f"{file.relative_to(path).as_posix()}\0{file_sha256(file, remember=True)}\n"))
     return total.hexdigest()
 
 

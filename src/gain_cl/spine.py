@@ -13,7 +13,6 @@ import os
 import shutil
 import sys
 import time
-from collections import deque
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -85,10 +84,6 @@ def prepare(config: RunConfig) -> Plan:
     plan = _plan(config, provenance.run_id(config, pins), pins)
     if not plan.finished and not plan.folder.exists() and (interrupted := resume.adopt(config, pins)):
         plan = _plan(config, interrupted, pins)
-    if not plan.finished or config.force:
-        for domain in config.domains.values():
-            if domain.source.kind == "files":  # a bad line shows now, not after a model was loaded
-                deque(domains_.documents(domain), maxlen=0)
     return plan
 
 
@@ -104,6 +99,8 @@ def execute(config: RunConfig, plan: Plan) -> record.Run:
     with signals.listening():
         if plan.finished and not config.force and not plan.unswept:
             return show_again(plan)
+        if not plan.finished or config.force:
+            checks.inputs(config)  # what is wrong with data or model shows now, before anything is on disk
         with lock.owned(plan.folder):
             if plan.finished and not config.force:  # another process finished it while we waited, or was killed at the end
                 if not plan.interrupted:
@@ -174,6 +171,11 @@ def _execute(config: RunConfig, plan: Plan) -> record.Run:
             at = {"run_id": plan.run_id, "stage": index, "step": step, "fits": fits, "events": events}
             return {**at, "seconds": spent + time.time() - begun, "track": tracker.position()}
 
+        def supersede() -> None:
+            """Something new is about to be saved: what was passed over goes."""
+            while start.behind:
+                checkpoint.remove(start.behind.pop())
+
         def score(index: int, domain: str | None, stats: record.TrainStats | None, weights: Path | None) -> resume.Stage:
             """Score every domain, and the tasks when they are due; save the finished stage. weights: folder of its trained state."""
             tracker.phase(f"score after {domain}" if domain else "score pretrained", stage=index, of=last)
@@ -199,6 +201,7 @@ def _execute(config: RunConfig, plan: Plan) -> record.Run:
             tracker.stage(row)
             about = {**state(index, size if index else 0), "cells": {k: v for part in found for k, v in part.cells.items()}}
             rows = pd.concat([part.rows for part in found], ignore_index=True).assign(stage=index)
+            supersede()
             extra = [resume.GUARD, *([resume.OPTIMIZER] if config.train.optimizer == "carried" else [])]
             reach("stage.before")
             finished = resume.write_stage(folder / "stages" / f"{index:02d}-{domain or 'pretrained'}", row, rows, weights, about, extra)
@@ -237,6 +240,7 @@ def _execute(config: RunConfig, plan: Plan) -> record.Run:
                     files[resume.GUARD] = memory
                 if step < size or config.train.optimizer == "carried":
                     files[resume.OPTIMIZER] = train.optimizer_state(optimizer, adapter)
+                supersede()
                 about = {**state(index, step), "progress": asdict(progress)}
                 files["state.json"] = (json.dumps(about, indent=1, allow_nan=False) + "\n").encode()
                 path = folder / "ckpt" / f"step-{(index - 1) * size + step}"

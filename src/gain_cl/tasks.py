@@ -60,7 +60,7 @@ def _arrow(data: bytes) -> list[Doc]:
 def _requests(data: bytes) -> list[Doc]:
     """The items behind lines of prepared requests (one line per choice, some again for unconditional scoring)."""
     lines = (json.loads(line) for line in gzip.decompress(data).splitlines())
-    return list({json.dumps(r["doc"], sort_keys=True): r["doc"] for r in lines}.values())
+    return list({json.dumps(r["doc"], sort_keys=True, allow_nan=False): r["doc"] for r in lines}.values())
 
 
 def _boolq(data: bytes) -> list[Doc]:
@@ -338,7 +338,7 @@ def _items(task: Any, fewshot: int) -> list[Item]:
         if not isinstance(gold, int) or not 0 <= gold < len(choices) or len(choices) != len(plain) or len(choices) < 2:
             what = f"item without one right choice: {gold!r} of {len(choices)}"
             raise DataError(what, f"{task.task_name}, row {row}", "check the data set")
-        content = json.dumps([[r.args for r in plain], gold], ensure_ascii=False)
+        content = json.dumps([[r.args for r in plain], gold], ensure_ascii=False, allow_nan=False)
         name = hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()[:16]
         seen[name] = seen.get(name, 0) + 1
         requests = plain

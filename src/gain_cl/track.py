@@ -26,7 +26,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gain_cl import dashboard, terms
-from gain_cl.errors import StorageError
+from gain_cl.errors import StorageError, printable
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -329,7 +329,7 @@ class Tracker:
     def _say(self, text: str) -> None:
         """A line that stays, above the live view if there is one."""
         self._said = self._clock()
-        line = f"{terms.clock(self._said - self._begun):>7}  {text}"
+        line = f"{terms.clock(self._said - self._begun):>7}  {printable(text)}"
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def _line(self, text: str, rest: bool = False) -> None:

@@ -41,7 +41,7 @@ def pin(domain: Domain) -> dict[str, Any]:
         path = Path(source.path).expanduser()
         names = {p.name if p == path else p.relative_to(path).as_posix(): p for p in _files(path)}
         content = {name: sources.file_sha256(p, remember=True) for name, p in names.items()}
-        total = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        total = hashlib.sha256(json.dumps(content, sort_keys=True, allow_nan=False).encode()).hexdigest()
         return {"kind": "files", "text_version": TEXT_VERSION, "sha256": total, "field": source.field}
     return {"version": generate.VERSION, **source.model_dump()}
 
@@ -95,7 +95,7 @@ def collect(domain: Domain) -> list[tuple[str, str]]:
 
 def tokenised(domain: Domain) -> bool:
     """Whether some tokenizer's tokens of this very text are in the cache: its source may then be away."""
-    wanted = json.loads(json.dumps(pin(domain)))
+    wanted = json.loads(json.dumps(pin(domain), allow_nan=False))
     for file in (sources.cache_dir() / "tokens").glob("*/meta.json"):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             if json.loads(file.read_bytes())["identity"]["pin"] == wanted:
@@ -108,7 +108,7 @@ def foresee(domains: Mapping[str, Domain], train: Train, evaluation: Eval, contr
     is found by bytes and hashes, where ``check`` counts tokens. DataError."""
     pins: dict[str, str] = {}
     for name, domain in domains.items():
-        other = pins.setdefault(json.dumps(pin(domain), sort_keys=True), name)
+        other = pins.setdefault(json.dumps(pin(domain), sort_keys=True, allow_nan=False), name)
         if other != name:
             do = "give each its own: a control or a second domain must be other text"
             raise DataError(f"{other} and {name} are the same text", getattr(domain.source, "path", f"domain {name}"), do)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import glob
 import os
 from pathlib import Path
 from typing import Any, NoReturn
 
+from gain_cl import errors
 from gain_cl.errors import ConfigError
 
 
@@ -22,7 +24,7 @@ def find_record(name: str, results_dir: Path) -> Path:
     if Path(name).is_file() or name.endswith(".json") or "/" in name:
         return Path(name)
     folder = results_dir / "runs"
-    found = sorted(folder.glob(f"{name}*.json"))
+    found = sorted(folder.glob(f"{glob.escape(name)}*.json"))
     if (exact := folder / f"{name}.json") in found:
         return exact
     if len(found) != 1:
@@ -45,8 +47,8 @@ def size(count: int) -> str:
 
 
 def printable(text: object) -> str:
-    """A name that others chose, fit for a terminal: line breaks, escapes and broken characters are spelt out."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
+    """A name that others chose, on one line of a terminal."""
+    return errors.printable(str(text)).replace("\n", "\\n")
 
 
 def console() -> Any:

@@ -106,7 +106,8 @@ def main(argv: list[str]) -> int:
     case = Case(record.load(find_record(args.run, Path(args.results_dir))), args.output_dir)
     lines, failure = examine(case)
     if args.json:
-        print(json.dumps({"run_id": case.record.run_id, "checks": [asdict(line) for line in lines], "files": len(case.hashed)}, indent=1))
+        report = {"run_id": case.record.run_id, "checks": [asdict(line) for line in lines], "files": len(case.hashed)}
+        print(json.dumps(report, indent=1, allow_nan=False))
     else:
         _show(case, lines)
     if failure is not None:

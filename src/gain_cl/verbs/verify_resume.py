@@ -242,7 +242,7 @@ def _attempt(asked: Asked, place: Path, moment: Moment | None = None, tell: Call
     tell: is given what the process says last."""
     place.mkdir(exist_ok=True)
     folders = {"output_dir": place / "runs", "results_dir": place / "results"}
-    command = [*asked.command, *(f"{key}={json.dumps(str(path), ensure_ascii=False)}" for key, path in folders.items())]
+    command = [*asked.command, *(f"{key}={json.dumps(str(path), ensure_ascii=False, allow_nan=False)}" for key, path in folders.items())]
     before, begun = _starts(place), time.monotonic()
     startup, sent, said = None, None, 0
     with open(place / "log.txt", "ab") as log:
