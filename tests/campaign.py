@@ -104,6 +104,8 @@ class Warm:
         on its path), with arguments after a comma; several are parted by semicolons. after: (seconds since the fork,
         signal) to send. limits: RLIMIT_NAME -> bytes. argv: the whole command instead of run with overrides."""
         folder.mkdir(parents=True, exist_ok=True)
+        for name in (".out", ".err"):  # it may be killed before it opens them
+            (folder / name).write_text("")
         words = list(argv) if argv is not None else ["run", *base, *overrides, f"output_dir={folder}/runs", f"results_dir={folder}/results"]
         asked = {"argv": words, "env": env or {}, "patch": patch, "after": list(after), "limits": limits or {}, "folder": str(folder)}
         assert self._process.stdin is not None
