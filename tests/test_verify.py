@@ -582,3 +582,21 @@ def test_a_record_of_any_shape_is_no_traceback(run: Made) -> None:
 
 def test_provenance_names_what_draws() -> None:
     assert {"matplotlib", "pillow"} <= provenance.environment()["packages"].keys()
+
+
+def test_files_are_hashed_not_remembered(tmp_path: Path) -> None:
+    """A bit flips on the disk and time and size stay: what a run remembers of the file, verify does not believe."""
+    from gain_cl import sources
+
+    path = tmp_path / "weights"
+    path.write_bytes(b"0123")
+    times = (path.stat().st_atime_ns, path.stat().st_mtime_ns)
+    before = sources.file_sha256(path, remember=True)
+    path.write_bytes(b"0124")
+    os.utime(path, ns=times)
+    look = f"from gain_cl import sources; from pathlib import Path; print(sources.file_sha256(Path({str(path)!r}), remember=True))"
+    seen = [
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+        for code in (look, look.replace("; print", "; sources.trust_nothing(); print"))
+    ]
+    assert seen[0] == before != seen[1]

@@ -52,6 +52,15 @@ def _sha256(path: str, size: int, mtime_ns: int) -> str:
     return sha256(Path(path))
 
 
+_trusting = True
+
+
+def trust_nothing() -> None:
+    """From here on this process hashes each file itself, whatever was remembered of it: for verify."""
+    global _trusting
+    _trusting = False
+
+
 def file_sha256(path: Path, remember: bool = False) -> str:
     """SHA-256 of a file, computed once per (path, size, mtime_ns) in this process; remember: also across processes, in
     the cache (for model weights of many gigabytes). DataError when the file cannot be read."""
@@ -59,7 +68,7 @@ def file_sha256(path: Path, remember: bool = False) -> str:
     try:
         real = path.resolve(strict=True)
         stat = real.stat()
-        if not remember:
+        if not remember or not _trusting:
             return _sha256(str(real), stat.st_size, stat.st_mtime_ns)
         note = cache_dir() / "hashes" / f"{hashlib.sha256(os.fsencode(real)).hexdigest()}.json"
         known = [stat.st_size, stat.st_mtime_ns]
@@ -247,7 +256,7 @@ def snapshot(repo: str, revision: str | None, patterns: list[str], repo_type: Re
     than the hub states. StorageError: not cached and the hub cannot be reached.
     """
     sha = commit(repo, revision, repo_type)
-    folder = _snapshot_folder(repo, sha, repo_type)
+    folder = snapshot_folder(repo, sha, repo_type)
     listed = _listing(repo, sha, repo_type)
     if listed is None and not _gaps(folder, patterns):
         return folder
@@ -270,7 +279,7 @@ def snapshot(repo: str, revision: str | None, patterns: list[str], repo_type: Re
 def data_files(repo: str, revision: str | None, pattern: str, repo_type: RepoType = "dataset") -> Iterator[Path]:
     """Local paths of the files matching ``pattern``, in sorted order, each fetched only when it is asked for."""
     sha = commit(repo, revision, repo_type)
-    folder = _snapshot_folder(repo, sha, repo_type)
+    folder = snapshot_folder(repo, sha, repo_type)
     listed = _listing(repo, sha, repo_type)
     done: list[str] = []
     if listed is None and not _gaps(folder, [pattern]):
@@ -293,7 +302,7 @@ def at_hand(repo: str, revision: str | None, pattern: str, repo_type: RepoType =
     """Raise what ``data_files`` would as soon as it can be told: without the cache the hub is asked what it has, but
     nothing is fetched."""
     sha = commit(repo, revision, repo_type)
-    folder = _snapshot_folder(repo, sha, repo_type)
+    folder = snapshot_folder(repo, sha, repo_type)
     if not _gaps(folder, [pattern]):
         return
     listed = _listing(repo, sha, repo_type) or _ask_listing(repo, sha, repo_type, [pattern])
@@ -312,7 +321,7 @@ def _repo_folder(repo: str, repo_type: RepoType) -> str:
     return f"{repo_type}s--" + repo.replace("/", "--")
 
 
-def _snapshot_folder(repo: str, sha: str, repo_type: RepoType) -> Path:
+def snapshot_folder(repo: str, sha: str, repo_type: RepoType) -> Path:
     return _hub_cache() / _repo_folder(repo, repo_type) / "snapshots" / sha
 
 
@@ -390,7 +399,7 @@ def _ask_listing(repo: str, sha: str, repo_type: RepoType, patterns: list[str]) 
 
     command = _fetch_command(repo, sha, repo_type, patterns)
     if _offline():
-        gaps = ", ".join(_gaps(_snapshot_folder(repo, sha, repo_type), patterns)[:4]) or "further files"
+        gaps = ", ".join(_gaps(snapshot_folder(repo, sha, repo_type), patterns)[:4]) or "further files"
         what = f"{repo} is not wholly in the local hub cache and HF_HUB_OFFLINE is set"
         raise StorageError(what, f"missing: {gaps}", f"on a machine with network run: {command}")
     info = _call(lambda: HfApi().repo_info(repo, repo_type=repo_type, revision=sha, files_metadata=True, timeout=5), repo, sha, command)

@@ -103,6 +103,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--output-dir", help="output_dir of the run (default: as recorded)")
     parser.add_argument("--json", action="store_true", help="print the checks as JSON")
     args = parser.parse_args(argv)
+    sources.trust_nothing()
     case = Case(record.load(find_record(args.run, Path(args.results_dir))), args.output_dir)
     lines, failure = examine(case)
     if args.json:
@@ -595,7 +596,7 @@ def _hub(case: Case, repo: str, revision: str, kind: Literal["model", "dataset"]
     files); how many there are."""
     if not SHA1.fullmatch(revision):
         raise DataError(f"revision {revision!r} is no commit", str(case.run.path), AGAIN)
-    folder, count = sources._snapshot_folder(repo, revision, kind), 0
+    folder, count = sources.snapshot_folder(repo, revision, kind), 0
     for path in sorted(p for p in folder.rglob("*") if p.is_file()) if folder.is_dir() else []:
         blob = path.resolve()
         if SHA256.fullmatch(blob.name):
