@@ -35,7 +35,7 @@ test: setup ## the tests (under 15 minutes on 2 cores)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(TEST_ARGS)
 
 test-slow: setup ## the tests left out of make test: those that take long
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow $(TEST_ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m slow $(TEST_ARGS)
 
 check: setup ## lint, format and types
 	@$(BIN)/ruff check .
