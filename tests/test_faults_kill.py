@@ -81,8 +81,8 @@ def test_kills_at_io_boundaries(warm: Warm, root: Path, case: Case) -> None:
 
 
 @pytest.mark.slow
-def test_a_kill_between_the_manifest_and_the_files_it_no_longer_lists(warm: Warm, root: Path) -> None:
-    survived(kill_at_boundaries(warm, root, FULL, ["drop.between@1"]))
+def test_kills_around_the_removal_of_an_older_stage_s_state(warm: Warm, root: Path) -> None:
+    survived(kill_at_boundaries(warm, root, FULL, ["drop.between@1", "stage.after@4"]))
 
 
 @pytest.mark.slow
