@@ -235,7 +235,7 @@ def small(folder: Path, tasks: bool) -> record.Run:
     return synthetic.run(folder / "s" / "r.json", bases=bases, controls=["x"], count=4, with_items=tasks, notes=["a note"])
 
 
-@pytest.mark.parametrize("shard", range(SHARDS))
+@pytest.mark.parametrize("shard", [k if k < 2 else pytest.param(k, marks=pytest.mark.slow) for k in range(SHARDS)])
 def test_altered_records(shard: int, tmp_path: Path) -> None:
     size = MUTATIONS // SHARDS
     share = campaign(small(tmp_path, tasks=shard == 0).path, tmp_path, range(shard * size, (shard + 1) * size))

@@ -61,7 +61,11 @@ def the_record(folder: Path) -> record.RunRecord:
 # --- going on --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("extra", [[], ["train.optimizer=carried"], ["method=lora"], ["method=full"]], ids=lambda e: "".join(e) or "gain")
+SLOW = pytest.mark.slow
+KINDS = [[], pytest.param(["train.optimizer=carried"], marks=SLOW), pytest.param(["method=lora"], marks=SLOW), ["method=full"]]
+
+
+@pytest.mark.parametrize("extra", KINDS, ids=lambda e: "".join(e) or "gain")
 def test_killed_and_resumed(warm: Warm, undisturbed: Path, tmp_path: Path, extra: list[str]) -> None:
     if extra:
         fine(warm.run(tmp_path / "undisturbed", *extra))
@@ -184,7 +188,9 @@ def test_other_text_stops(warm: Warm, tmp_path: Path) -> None:
     assert "another data: data.domains.mine" in message
 
 
-@pytest.mark.parametrize(("key", "value"), [("device", "cuda"), ("tokenizer", "0" * 64), ("eval_batch", 3)])
+@pytest.mark.parametrize(
+    ("key", "value"), [("device", "cuda"), pytest.param("tokenizer", "0" * 64, marks=SLOW), pytest.param("eval_batch", 3, marks=SLOW)]
+)
 def test_other_facts_stop(warm: Warm, tmp_path: Path, key: str, value: Any) -> None:
     """As if the first attempt had been made elsewhere."""
     run = killed(warm, tmp_path)
@@ -222,7 +228,7 @@ def test_stage_0_is_shared_between_methods(warm: Warm, tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("runs/cells/*"))) == 8
 
 
-@pytest.mark.parametrize("extra", [[], ["train.optimizer=carried"]], ids=["fresh", "carried"])
+@pytest.mark.parametrize("extra", [[], pytest.param(["train.optimizer=carried"], marks=SLOW)], ids=["fresh", "carried"])
 def test_one_more_domain(warm: Warm, tmp_path: Path, extra: list[str]) -> None:
     """A finished run, extended, is the longer run byte for byte, and trains only what is new."""
     fine(warm.run(tmp_path / "at once", THREE, *extra))
@@ -238,6 +244,7 @@ def test_one_more_domain(warm: Warm, tmp_path: Path, extra: list[str]) -> None:
     assert trained == [3] * 4
 
 
+@pytest.mark.slow
 def test_no_other_beginning_is_taken(warm: Warm, tmp_path: Path) -> None:
     fine(warm.run(tmp_path, TWO))
     for other in (["train.lr=1e-3"], ["seed=1"], ["resume=never"]):

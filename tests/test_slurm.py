@@ -87,6 +87,7 @@ def test_preempted_then_finished(cluster: Cluster) -> None:
     assert cluster.trace("scontrol") == ["requeue 4711"]  # not again
 
 
+@pytest.mark.slow
 def test_a_real_run(cluster: Cluster) -> None:
     """Stopped in its first stage and started again by the same command: one record, one requeue."""
     cluster.program("python", f'export OMP_NUM_THREADS=1\nexec "{sys.executable}" "$@"\n')

@@ -75,6 +75,7 @@ def at_a_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(verify_resume, "_attempt", attempt)
 
 
+@pytest.mark.slow
 def test_a_broken_twin_is_not_exact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """An adapter that forgets one of its tensors when a state is loaded."""
     (tmp_path / "twin.py").write_text(TWIN)
