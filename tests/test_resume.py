@@ -203,6 +203,12 @@ def test_other_facts_stop(warm: Warm, tmp_path: Path, key: str, value: Any) -> N
     assert the_record(tmp_path).tainted[0].startswith(f"{key} was")
 
 
+def test_a_damaged_run_json_stops(warm: Warm, tmp_path: Path) -> None:
+    run = killed(warm, tmp_path)
+    (run / "run.json").write_bytes((run / "run.json").read_bytes()[:100])
+    assert "run.json is missing or damaged" in refused(warm.run(tmp_path), 65)
+
+
 def test_other_threads_are_told(warm: Warm, tmp_path: Path) -> None:
     run = killed(warm, tmp_path)
     about = json.loads((run / "run.json").read_text())

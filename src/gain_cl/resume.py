@@ -215,6 +215,8 @@ def settle(
     know; DataError names the first field that differs and is not in allow_change."""
     environment, path = provenance.environment(), folder / "run.json"
     known = None if first else _read(path)
+    if known is None and not first:
+        raise DataError("run.json is missing or damaged: what the run began with is not known", str(folder), f"restore it, or {ANEW}")
     if known is None:
         (folder / "attempts.jsonl").unlink(missing_ok=True)
         known = {"run_id": run_id, "settings": config.scientific(), "pins": pins, "facts": now, "environment": {**environment, **here}}
