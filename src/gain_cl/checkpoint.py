@@ -12,6 +12,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,21 +62,26 @@ def save(folder: Path, files: Mapping[str, bytes | Path | Mapping[str, Tensor]])
 def verify(folder: Path) -> dict[str, dict[str, Any]]:
     """Size and SHA-256 of every file, after comparing them; DataError names the first file that is not what was written."""
     listed = manifest(folder)
-    for name, facts in listed.items():
-        path = folder / name
-        try:
-            size = path.stat().st_size
-            if size != facts["bytes"]:
-                raise DataError(f"{name} has {size} bytes instead of {facts['bytes']}", str(path), "it was changed after it was written")
-            found = sha256(path)
-        except FileNotFoundError:
-            raise DataError(f"{name} is missing", str(folder), "it was removed after it was written") from None
-        except OSError as error:
-            raise StorageError(f"cannot read: {error.strerror or error}", str(path), "check the disk") from error
-        if found != facts["sha256"]:
-            what = f"{name} has SHA-256 {found[:12]}... instead of {facts['sha256'][:12]}..."
-            raise DataError(what, str(path), "it was changed after it was written")
+    with ThreadPoolExecutor() as pool:  # hashing lets other threads run
+        for found in [pool.submit(_compare, folder, name, facts) for name, facts in listed.items()]:
+            found.result()
     return listed
+
+
+def _compare(folder: Path, name: str, facts: dict[str, Any]) -> None:
+    path = folder / name
+    try:
+        size = path.stat().st_size
+        if size != facts["bytes"]:
+            raise DataError(f"{name} has {size} bytes instead of {facts['bytes']}", str(path), "it was changed after it was written")
+        found = sha256(path)
+    except FileNotFoundError:
+        raise DataError(f"{name} is missing", str(folder), "it was removed after it was written") from None
+    except OSError as error:
+        raise StorageError(f"cannot read: {error.strerror or error}", str(path), "check the disk") from error
+    if found != facts["sha256"]:
+        what = f"{name} has SHA-256 {found[:12]}... instead of {facts['sha256'][:12]}..."
+        raise DataError(what, str(path), "it was changed after it was written")
 
 
 def manifest(folder: Path) -> dict[str, dict[str, Any]]:
