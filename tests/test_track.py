@@ -1016,7 +1016,9 @@ def test_services_away(tmp_path: Path, run: record.Run, fault: int | str, since:
             begun = time.monotonic()
             out, err = process.communicate("go\n", timeout=100)
             seconds += time.monotonic() - begun
-    assert (process.returncode, err) == (0, "")
+    # wandb's own service may crash in Go when its server goes (seen: 0.31, uploader.go); the run does not.
+    assert process.returncode == 0, err
+    assert err == "" or (err.startswith("panic: ") and "wandb/core" in err), err
     assert out.count("note: wandb") == 1
     expected = tmp_path / "none"
     with tracking(expected, Clock(), io.StringIO(), tasks=True) as tracker:
