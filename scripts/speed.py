@@ -20,7 +20,7 @@ def worker(method: str, overrides: list[str]) -> None:
     """One step a line of input; prints seconds, and at the end the peak memory in bytes."""
     import torch
 
-    from gain_cl import adapters, build, domains, models, provenance, train
+    from gain_cl import adapters, build, domains, forward, models, provenance, train
     from gain_cl.evaluate import evaluating
     from gain_cl.guards.base import Guard
 
@@ -35,7 +35,7 @@ def worker(method: str, overrides: list[str]) -> None:
             for i in range(10**6):
                 batch = train.batch_at(blocks, i, config.train.sequences)
                 with evaluating(loaded.model):
-                    train.loss_sum(loaded, batch.tokens_ST).item()
+                    forward.loss_sum(loaded, batch.tokens_ST).item()
                 yield
     else:
         adapter = adapters.build(config.adapter)

@@ -86,4 +86,9 @@ class ListBlocks:
         self.documents = np.zeros_like(tokens) if documents is None else documents
 
     def __getitem__(self, i: int) -> Any:
-        return self.tokens[i % len(self.tokens)], self.documents[i % len(self.tokens)]
+        import numpy as np
+
+        from gain_cl.domains import Block
+
+        tokens = self.tokens[i % len(self.tokens)]
+        return Block(tokens, self.documents[i % len(self.tokens)], np.ones(tokens.shape, dtype=bool))

@@ -80,7 +80,7 @@ def not_finite(where: str, value: str, at: str) -> None:
         "loss": ("gain_cl.train.loss_sum", loss),
         "gradient": ("gain_cl.train.loss_sum", gradient),
         "gain": ("gain_cl.train.loss_sum", gain),
-        "hidden": ("gain_cl.train.sum_cross_entropy", hidden),
+        "hidden": ("gain_cl.forward.sum_cross_entropy", hidden),
         "score": ("gain_cl.evaluate.token_nll", score),
     }
     _watch()
@@ -195,7 +195,7 @@ def out_of_memory(where: str, kind: str, *at: str) -> None:
         return total
 
     places: dict[str, tuple[str, Callable[..., Any]]] = {
-        "forward": ("gain_cl.train.sum_cross_entropy", fail),
+        "forward": ("gain_cl.forward.sum_cross_entropy", fail),
         "backward": ("gain_cl.train.loss_sum", backward),
         "score": ("gain_cl.evaluate.token_nll", fail),
     }

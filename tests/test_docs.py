@@ -41,7 +41,7 @@ def test_the_commands_of_extending_run(documented: Path, capsys: pytest.CaptureF
     made = record.load(capsys.readouterr().out.splitlines()[-1].removeprefix("record: ")).record
     assert made.method == "bias_shift" and made.trainable_parameters == 2 * 64
     assert made.stages[-1].domains["smoke_c"].nll_nats < made.stages[0].domains["smoke_c"].nll_nats
-    assert cli.main(["export", "runs/debug/runs/" + made.run_id + ".json", "--to", "merged"]) == 0
+    assert cli.main(["export", "runs/debug/runs/" + made.run_id + ".json", "to=merged", "dir=merged"]) == 0
     gap = float(re.findall(r"fp32: (\S+),", capsys.readouterr().out)[0])
     assert gap < 1e-5
 
@@ -62,8 +62,8 @@ def test_a_domain_as_in_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_readme_names_every_preset() -> None:
     for group in ("model", "method"):
         text = README[README.index(f"**{group.capitalize()}s**") :]
-        named = set(re.findall(r"`([\w.]+)`", text[: text.index("\n\n**" if group == "model" else "\n\n**Domains")]))
-        assert set(presets.names(group)) - {"custom", "tiny"} <= named
+        named = set(re.findall(r"`([\w.]+)`", text[: text.index("\n\n**Methods" if group == "model" else "\n\n**Domains")]))
+        assert set(presets.names(group)) - {"custom", "tiny", "given"} <= named
 
 
 def test_readme_shows_a_record_that_is_there() -> None:

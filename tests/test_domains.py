@@ -602,10 +602,10 @@ def test_every_epoch_is_another_permutation_of_the_same_blocks() -> None:
     orders = []
     for epoch in range(3):
         part = [blocks[7 * epoch + i] for i in range(7)]
-        orders.append([cuts.index(tuple(tokens)) for tokens, _ in part])
+        orders.append([cuts.index(tuple(tokens)) for tokens, _, _ in part])
         assert sorted(orders[-1]) == list(range(7))
-        for k, (tokens, owners) in zip(orders[-1], part, strict=True):
-            assert tokens.dtype == owners.dtype == np.int64
+        for k, (tokens, owners, scored) in zip(orders[-1], part, strict=True):
+            assert tokens.dtype == owners.dtype == np.int64 and scored.all()
             assert (owners == owner[8 * k : 8 * k + 8]).all()
     assert orders[0] != orders[1] != orders[2]
 
@@ -703,6 +703,7 @@ def arrays(ids: list[bytes], tokens: int) -> dict[str, np.ndarray]:
     return {
         **found,
         "ends": np.ones(offsets[-1], np.uint32),
+        "prompts": np.zeros(len(ids), np.uint32),
         "words": np.ones(len(ids), np.uint32),
         "word_offsets": np.arange(len(ids) + 1),
     }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,15 +11,13 @@ import torch
 from conftest import ListBlocks, tiny
 from gain_cl import config, evaluate, train
 from gain_cl.adapters.gain import GainAdapter
+from gain_cl.domains import Doc
 from gain_cl.guards.base import Guard
 
 
 def documents(lengths: list[int], seed: int = 0) -> list:
     rng = np.random.default_rng(seed)
-    return [
-        SimpleNamespace(id=f"{i:016x}", tokens=rng.integers(1, 257, n).astype(np.uint32), ends=np.arange(1, n + 1) * 2)
-        for i, n in enumerate(lengths)
-    ]
+    return [Doc(f"{i:016x}", rng.integers(1, 257, n).astype(np.uint32), np.arange(1, n + 1) * 2) for i, n in enumerate(lengths)]
 
 
 @pytest.mark.parametrize("stride", [None, 5, 16])
@@ -58,7 +55,7 @@ def test_equals_lm_evals_rolling_log_likelihood(family: str) -> None:
     docs = []
     for i, text in enumerate(texts):
         ids = loaded.tokenizer(text, add_special_tokens=False)["input_ids"]
-        docs.append(SimpleNamespace(id=str(i), tokens=np.array(ids), ends=np.arange(1, len(ids) + 1)))
+        docs.append(Doc(str(i), np.array(ids), np.arange(1, len(ids) + 1)))
     context = 48
     ours = evaluate.score(loaded, docs, None, context, batch=3)
     lm = HFLM(

@@ -26,7 +26,13 @@ def domain(name: str, **texts: list[str]) -> Domain:
         ids += [f"{FIRST[split]}{i:015x}".encode() for i in range(len(texts.get(split, [])))]
         words += [word_hashes(text) for text in texts.get(split, [])]
     offsets = np.arange(len(ids) + 1)
-    arrays = {"ids": np.array(ids), "offsets": offsets, "tokens": np.ones(len(ids)), "ends": np.ones(len(ids))}
+    arrays = {
+        "ids": np.array(ids),
+        "offsets": offsets,
+        "tokens": np.ones(len(ids)),
+        "ends": np.ones(len(ids)),
+        "prompts": np.zeros(len(ids)),
+    }
     lengths = np.cumsum([0, *map(len, words)])
     return Domain(name, SPLIT, "h", {**arrays, "words": np.concatenate(words), "word_offsets": lengths})
 

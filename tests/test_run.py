@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 import gain_cl
 from conftest import tiny
-from gain_cl import build, cli, config, export, measure, models, provenance, record, spine
+from gain_cl import build, cli, config, models, provenance, record, spine
 from gain_cl.errors import ConfigError, DataError, InUseError
 
 SMALL = ["debug=smoke", "compute.threads=1"]
@@ -250,42 +250,6 @@ def test_unwritable_results_are_one_line(tmp_path: Path, capsys: pytest.CaptureF
     (tmp_path / "file").write_text("")
     assert cli.main(["run", *SMALL, f"output_dir={tmp_path}/file/runs", f"results_dir={tmp_path}/results"]) == 74
     assert capsys.readouterr().err.startswith("gain_cl: error: cannot write")
-
-
-@pytest.mark.parametrize("method", ["gain_ffn", "lora", "full"])
-def test_export_is_the_model_that_was_scored(method: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A plain transformers load of the exported folder scores the last stage as the run did."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from gain_cl import domains, evaluate
-
-    made = go(tmp_path, f"method={method}")
-    assert cli.main(["export", str(made.path), "--to", str(tmp_path / "merged"), "--output-dir", str(tmp_path / "runs")]) == 0
-    assert "largest relative difference of a logit" in capsys.readouterr().out
-    settings = build.compose([*SMALL, f"method={method}"], [], [])
-    loaded = models.load(settings.model, torch.device("cpu"))
-    loaded.model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-    assert AutoTokenizer.from_pretrained(tmp_path / "merged").get_vocab() == loaded.tokenizer.get_vocab()
-    domain = domains.prepare(settings.domains["smoke_a"], loaded.tokenizer, loaded.tokenizer_hash)
-    rows = measure.score_domain(loaded, domain, settings.eval, 16)
-    assert evaluate.total(rows).nll_nats == pytest.approx(made.record.stages[-1].domains["smoke_a"].nll_nats, rel=1e-5)
-
-
-def test_export_refuses(first: record.Run, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"stage 9 is not among 1\.\.3"):
-        export.merged(first.record, tmp_path / "x", 9)
-    with pytest.raises(DataError, match="trained state of this stage is not there"):
-        export.merged(first.record, tmp_path / "x", output_dir=str(tmp_path))
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full/file").write_text("")
-    with pytest.raises(ConfigError, match="not empty"):
-        export.merged(first.record, tmp_path / "full")
-
-
-def test_earlier_stage_of_full_is_gone_and_said(tmp_path: Path) -> None:
-    made = go(tmp_path, "method=full")
-    with pytest.raises(DataError, match="not there"):
-        export.merged(made.record, tmp_path / "x", 1)
 
 
 def test_a_model_folder_of_ones_own(tmp_path: Path) -> None:

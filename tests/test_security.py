@@ -46,8 +46,8 @@ NEEDLES = [form for w in WORDS for form in (w, base64.b64encode(w)[:-4], quote(w
 
 PLUGIN = """
 from gain_cl import adapters
-from gain_cl.adapters.gain import GainAdapter
-class Broken(GainAdapter):
+from gain_cl.adapters.full import FullAdapter
+class Broken(FullAdapter):
     def absorb(self):
         pass
     def attach(self, loaded):
@@ -96,11 +96,13 @@ def test_secrets_reach_nothing(home: Path) -> None:
     assert list((home / "runs").glob("*/wandb/offline-run-*/*.wandb")), "wandb wrote something"
     (made,) = (home / "results/runs").glob("*.json")
     said += gain_cl(home, "show", str(made), code=0, **CANARIES)
-    said += gain_cl(home, "export", str(made), "--to", "out", code=0, **CANARIES)
+    said += gain_cl(home, "export", str(made), "to=merged", "dir=out", code=0, **CANARIES)
     said += gain_cl(home, "run", "--cfg", "job", *RUN, code=0, **CANARIES)
     loud = {**CANARIES, "GAIN_CL_DEBUG": "1"}
     said += gain_cl(home, "run", *RUN, "train.lrr=1", code=64, **loud)
-    crashed = gain_cl(home, "run", *RUN, "--plugin", "plug.py", "seed=1", "adapter.kind=broken", "~adapter.side", code=1, **loud)
+    crashed = gain_cl(
+        home, "run", *RUN, "--plugin", "plug.py", "seed=1", "method=full", "adapter.kind=broken", "~adapter.select", code=1, **loud
+    )
     assert b"it crashed" in crashed
     hub = ["model.path=org/name", f"model.revision={'a' * 40}"]
     unreached = gain_cl(home, "run", *RUN, *hub, code=74, **loud)
@@ -452,5 +454,5 @@ def test_export_of_a_record_from_elsewhere(stage: int | None, tmp_path: Path) ->
     """Its configuration is validated before anything is loaded; its weights are looked for under its own run id."""
     run = synthetic.run(tmp_path / "r.json", bases={"a": 20.0, "x": 30.0}, controls=["x"], count=4)
     with pytest.raises(GainError, match="the trained state of this stage is not there"):
-        export.merged(run.record, tmp_path / "out", stage, str(tmp_path))
+        export.export(run.record, "merged", tmp_path / "out", stage, str(tmp_path))
     assert not (tmp_path / "out").exists()

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from conftest import ListBlocks, tiny
-from gain_cl import adapters, config, models, train
+from gain_cl import adapters, config, forward, models, train
 from gain_cl.errors import DataError
 from gain_cl.guards.base import Batch, Guard
 
@@ -62,7 +62,7 @@ def test_gradient_is_of_the_mean_over_all_tokens_of_the_step() -> None:
     gradients = []
     for size in (4, 1):
         for start in range(0, 4, size):
-            (train.loss_sum(loaded, tokens[start : start + size]) / tokens.size).backward()
+            (forward.loss_sum(loaded, tokens[start : start + size]) / tokens.size).backward()
         gradients.append(torch.cat([p.grad.clone() for p in adapter.parameters().values()]))
         for p in adapter.parameters().values():
             p.grad = None
@@ -94,7 +94,7 @@ def test_first_token_is_predicted_from_the_prefix() -> None:
     ids = torch.tensor([[loaded.prefix_id, 5, 9, 2, 7]])
     with torch.no_grad():
         expected = 4 * loaded.model(ids, labels=ids).loss.item()
-    assert train.loss_sum(loaded, tokens).item() == pytest.approx(expected, rel=1e-5)
+    assert forward.loss_sum(loaded, tokens).item() == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -108,15 +108,17 @@ def test_masked_packing_equals_separate_documents(family: str, dtype: str) -> No
     packed = np.concatenate([a, b])[None]
     owners = np.array([[0] * 9 + [1] * 7])
     with torch.no_grad():
-        together = train.loss_sum(loaded, packed, owners).item()
-        joined = train.loss_sum(loaded, packed).item()
+        together = forward.loss_sum(loaded, packed, owners).item()
+        joined = forward.loss_sum(loaded, packed).item()
         # b starts from what precedes it in the stream (in a real stream, the separator), not from the prefix
         ids = torch.tensor([[a[-1], *b[:-1]]])
         hidden = loaded.body(input_ids=ids).last_hidden_state[0]
         logits = loaded.head(hidden).float()
         if loaded.softcap:
             logits = loaded.softcap * torch.tanh(logits / loaded.softcap)
-        alone = train.loss_sum(loaded, a[None]).item() + torch.nn.functional.cross_entropy(logits, torch.tensor(b), reduction="sum").item()
+        alone = (
+            forward.loss_sum(loaded, a[None]).item() + torch.nn.functional.cross_entropy(logits, torch.tensor(b), reduction="sum").item()
+        )
     assert together == pytest.approx(alone, rel=1e-5 if dtype == "float32" else 1e-2)
     assert joined != pytest.approx(alone, rel=1e-6)
 
@@ -163,7 +165,7 @@ def test_guard_mixes_and_penalises() -> None:
 
         def mix(self, batch: Batch, stage: int, step: int) -> Batch:
             self.steps.append((stage, step))
-            return Batch(np.full_like(batch.tokens_ST, 7), batch.documents_ST)
+            return batch._replace(tokens_ST=np.full_like(batch.tokens_ST, 7))
 
     guard = Recorder()
     mixed, _ = fit(guard=guard)

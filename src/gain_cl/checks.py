@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gain_cl import presets
-from gain_cl.config import SECRET_NAME, SHA1, Gain, HubSource, PackageSource, Peft, RunConfig
+from gain_cl.config import ADAPTERS, GUARDS, JOINT, SECRET_NAME, SHA1, Full, Given, HubSource, PackageSource, Peft, RunConfig
 from gain_cl.errors import ConfigError, DataError
 from gain_cl.explain import suggest
 
@@ -34,7 +34,10 @@ def check(config: RunConfig, plain: Mapping[str, Any], origin: Origin) -> None:
     _booleans(plain, config.model_dump(), "", origin)
     _secrets(plain, origin)
     _keywords(config, origin)
+    _combination(config, origin)
     _model(config, origin)
+    _begin(config)
+    _quantised(config, origin)
     _device(config.compute.device, config.model.dtype, origin)
     for name, domain in config.domains.items():
         if isinstance(domain.source, HubSource):
@@ -60,7 +63,7 @@ def limits(config: RunConfig, arch: Mapping[str, Any], origin: Origin = str) -> 
     width = next((int(arch[k]) for k in ("hidden_size", "n_embd", "d_model") if isinstance(arch.get(k), int)), None)
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
         raise ConfigError(f"adapter.config.r={rank!r}: a rank is a positive whole number", origin("adapter.config.r"), "use 16, say")
-    if width is not None and rank > width:
+    if width is not None and rank > width and config.adapter.peft_type not in SHARED:
         raise ConfigError(f"adapter.config.r={rank} exceeds the width of {name}", origin("adapter.config.r"), f"use {width} or less")
 
 
@@ -97,8 +100,8 @@ def _layers(config: RunConfig, folder: Path, arch: Mapping[str, Any]) -> None:
     layers = [n.removesuffix(".weight") for n, shape in models.weight_shapes(folder).items() if n.endswith(".weight") and len(shape) == 2]
     if not layers or (family not in models.ROLES and config.model.roles):  # its files may name layers otherwise than the loaded model
         return
-    if isinstance(config.adapter, Gain):
-        models.playing(layers, family, list(config.adapter.roles), config.model.roles)
+    if roles := getattr(config.adapter, "roles", None):
+        models.playing(layers, family, list(roles), config.model.roles)
     wanted = config.adapter.config.get("target_modules") if isinstance(config.adapter, Peft) else None
     if isinstance(wanted, list) and not any(f".{n}".endswith(f".{w}") for n in layers for w in wanted):
         there = sorted({n.rpartition(".")[2] for n in layers if re.search(r"\.\d+\.", n)})
@@ -117,6 +120,7 @@ def inputs(config: RunConfig) -> None:
     if (folder := models.at_hand(config.model)) is not None:
         _layers(config, folder, models.read_config(folder))
         limits(config, models.read_config(folder))
+    _begin(config, fetch=True)
     for domain in config.domains.values():
         if isinstance(domain.source, HubSource | PackageSource) and not domains.tokenised(domain):
             if isinstance(domain.source, HubSource):
@@ -124,6 +128,40 @@ def inputs(config: RunConfig) -> None:
             else:
                 sources.archive(domain.source.files)
     domains.foresee(config.domains, config.train, config.eval, config.sequence.controls)
+
+
+def _begin(config: RunConfig, fetch: bool = False) -> None:
+    """The adapter to begin from, against the method. fetch: also one on the hub."""
+    from gain_cl import models
+    from gain_cl.adapters import portable
+
+    pin = portable.pin(config.adapter)
+    if pin is None or ("hub" in pin and not fetch):
+        return
+    folder = portable.at_hand(config.adapter)
+    assert folder is not None
+    path = Path(config.model.path).expanduser() if config.model.path else None
+    arch = models.read_config(path) if path is not None and path.is_dir() else config.model.arch or {}
+    portable.check(config.adapter, folder, arch.get("model_type"), config.model.roles)
+
+
+def _quantised(config: RunConfig, origin: Origin) -> None:
+    """What model.load_in needs, and what cannot be done with packed weights."""
+    how, key = config.model.load_in, "model.load_in"
+    if how is None:
+        return
+    if config.model.path is None and config.model.package is None:
+        raise ConfigError(f"{key}={how}: {config.model.name} has random weights, there is nothing to quantise", origin(key), "leave it out")
+    if isinstance(config.adapter, Full):
+        raise ConfigError(f"{key}={how}: quantised weights cannot be trained themselves", origin(key), "use gains or an adapter of PEFT's")
+    if config.guard.kind == "l2_base":
+        raise ConfigError(f"{key}={how} with guard l2_base: it needs the weights, which are packed", origin(key), "use guard=kl_base")
+    device = config.compute.device
+    if device in ("cpu", "mps") or version("torch").endswith("+cpu") or not _compute_capabilities():
+        here = f"compute.device={device}" if device in ("cpu", "mps") else "none is found here"
+        raise ConfigError(f"{key}={how} needs a CUDA GPU, {here}", origin(key), "leave it out")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError(f"{key}={how} needs bitsandbytes", origin(key), "pip install 'gain_cl[quant]'")
 
 
 def _cached_config(path: str, revision: str) -> dict[str, Any] | None:
@@ -186,8 +224,8 @@ def _keywords(config: RunConfig, origin: Origin) -> None:
     if isinstance(config.adapter, Peft):
         _peft_keywords(config.adapter, origin)
     for key, settings, registered, built_in in (
-        ("adapter", config.adapter, adapters.registered(), ("gain", "full", "peft")),
-        ("guard", config.guard, guards.registered(), ("none",)),
+        ("adapter", config.adapter, adapters.registered(), ADAPTERS),
+        ("guard", config.guard, guards.registered(), GUARDS),
     ):
         kind, given = settings.kind, settings.model_extra or {}
         if kind in built_in:
@@ -211,6 +249,125 @@ def _keywords(config: RunConfig, origin: Origin) -> None:
                 raise ConfigError(f"{key}.{word} is missing", f"{key} {kind}", f"give ++{key}.{word}=VALUE")
 
 
+RESTARTS = ("LORA", "IA3", "VERA", "HIRA")
+"""PEFT types of which several can be active at once, one trained and the others frozen, to the same function, and be absorbed."""
+
+
+BESIDE = ("bias", "modules_to_save", "trainable_token_indices", "target_parameters", "lora_bias")
+"""Keys of PEFT's configurations that let more train than the adapter's own matrices."""
+
+
+def _combination(config: RunConfig, origin: Origin) -> None:
+    """Settings that are fine one by one and make no sense together: each refusal says why."""
+    adapter, guard, restart = config.adapter, config.guard.kind, config.handover == "restart"
+    lora = isinstance(adapter, Peft) and adapter.peft_type == "LORA" and not adapter.config.get("use_dora")
+    beside = [k for k in BESIDE if adapter.config.get(k) not in (None, False, "none", [])] if isinstance(adapter, Peft) else []
+    refusals: list[tuple[bool, str, str, str]] = [
+        (
+            restart and guard == "ewc",
+            "handover=restart with guard ewc: its penalty is about parameters of the stage before, which restart replaces",
+            "handover",
+            "use handover=continue",
+        ),
+        (
+            restart and config.train.optimizer == "carried",
+            "handover=restart with train.optimizer=carried: the moments are of parameters that no longer train",
+            "handover",
+            "use train.optimizer=fresh",
+        ),
+        (
+            restart and isinstance(adapter, Full),
+            "handover=restart: full fine-tuning has no adapter to freeze, the weights themselves move",
+            "handover",
+            "use handover=continue",
+        ),
+        (
+            restart and isinstance(adapter, Peft) and (adapter.peft_type not in RESTARTS or bool(adapter.config.get("use_dora"))),
+            f"handover=restart: of PEFT's types only {', '.join(RESTARTS)} (and no DoRA) can keep the old beside a new one",
+            "handover",
+            "use handover=continue",
+        ),
+        (
+            guard == "orthogonal" and not (lora and (restart or len(config.stages) == 1)),
+            "guard orthogonal keeps the LoRA of a stage orthogonal to those of the stages before",
+            "guard.kind",
+            "use it with adapter.peft_type=LORA and handover=restart",
+        ),
+        (
+            config.regime != "sequential" and guard in ("ewc", "replay", "orthogonal"),
+            f"regime={config.regime} with guard {guard}: there is no stage before to keep",
+            "guard.kind",
+            "use guard=none",
+        ),
+        (
+            config.regime != "sequential" and (restart or config.train.optimizer == "carried"),
+            f"regime={config.regime}: nothing is handed over from stage to stage",
+            "regime",
+            "use handover=continue and train.optimizer=fresh",
+        ),
+        (
+            guard == "l2_base" and isinstance(adapter, Peft) and (adapter.peft_type not in SHIFTS or bool(adapter.config.get("use_dora"))),
+            f"guard l2_base needs the change of the weights, which is known for {', '.join(SHIFTS)} of PEFT's types (and not for DoRA)",
+            "guard.kind",
+            "use guard=kl_base",
+        ),
+        (
+            bool(beside) and (restart or guard in ("kl_base", "l2_base")),
+            f"adapter.config.{beside[0] if beside else ''} trains more than the adapter, which handover=restart and guards that compare "
+            "with the pretrained model do not see",
+            "adapter.config",
+            "leave it out",
+        ),
+        (
+            isinstance(adapter, Given) and (guard != "none" or restart or config.regime != "sequential"),
+            "checkpoints that were trained elsewhere take no guard, handover or regime",
+            "guard.kind",
+            "leave them out",
+        ),
+        (
+            isinstance(adapter, Given) and len(adapter.checkpoints) != len(config.stages),
+            f"{len(adapter.checkpoints) if isinstance(adapter, Given) else 0} checkpoints for {len(config.stages)} domains",
+            "sequence.domains",
+            "name the domain that each checkpoint learned, in order: domain=[a,b]",
+        ),
+        (
+            JOINT in config.sequence.domains,
+            "a domain is called joint, which is the name of the stage of joint training",
+            "sequence.domains",
+            "give it another name",
+        ),
+    ]
+    for wrong, what, key, do in refusals:
+        if wrong:
+            raise ConfigError(what, origin(key), do)
+
+
+SHIFTS = ("LORA", "IA3", "VERA", "HIRA")
+"""PEFT types whose change of the weights is a differentiable function of their parameters here."""
+
+SHARED = ("VERA", "PVERA")
+"""PEFT types whose rank is that of fixed matrices all layers share: it may exceed the width."""
+
+_BEFORE = "it puts trained vectors before the input"
+NO_WEIGHTS = {
+    "PROMPT_TUNING": _BEFORE,
+    "MULTITASK_PROMPT_TUNING": _BEFORE,
+    "P_TUNING": _BEFORE,
+    "CPT": _BEFORE,
+    "PREFIX_TUNING": "it puts trained keys and values before those of the input",
+    "CARTRIDGE": "it puts trained keys and values before those of the input",
+    "ADAPTION_PROMPT": "it attends to trained vectors beside the input",
+    "TRAINABLE_TOKENS": "it trains rows of the embedding, and of the output head where the two are one",
+    "XLORA": "it mixes adapters by the input",
+    "POLY": "it mixes adapters by the task, which the input would have to name",
+    "LILY": "it mixes adapters by the input",
+    "SHADOW": "it runs a second network beside the model",
+    "BEFT": "it trains biases, which the layers of most families have no place for",
+    "ADALORA": "it must be told of each training step and changes its rank on the way",
+}
+"""PEFT type -> why it is no change of the weights that can be saved, put back and absorbed here."""
+
+
 def _peft_keywords(adapter: Peft, origin: Origin) -> None:
     """PEFT's types and keys, read from its source: importing it takes torch and seconds, and would come after stage 0."""
     found = importlib.util.find_spec("peft")
@@ -218,17 +375,25 @@ def _peft_keywords(adapter: Peft, origin: Origin) -> None:
         return
     tuners = Path(found.origin).parent / "tuners"
     types = {p.parent.name.upper() for p in tuners.glob("*/config.py")}
-    if adapter.peft_type not in types:
-        raise ConfigError(f"PEFT has no type {adapter.peft_type!r}", origin("adapter.peft_type"), suggest(adapter.peft_type, types))
-    with contextlib.suppress(KeyError, SyntaxError, OSError, StopIteration):  # laid out otherwise: PEFT itself refuses, later
-        keys = _peft_keys(tuners, adapter.peft_type.lower())
+    if (kind := adapter.peft_type) not in types:
+        raise ConfigError(f"PEFT has no type {kind!r}", origin("adapter.peft_type"), suggest(kind, types))
+    if kind in NO_WEIGHTS:
+        what = f"PEFT's {kind} cannot be absorbed into the weights: {NO_WEIGHTS[kind]}"
+        raise ConfigError(what, origin("adapter.peft_type"), "use a type that changes weights, such as LORA or IA3")
+    layers = [k for k in ("target_modules", "feedforward_modules") if adapter.config.get(k) is not None]
+    if adapter.roles is not None and layers:
+        what = f"both adapter.roles and adapter.config.{layers[0]} name the layers"
+        raise ConfigError(what, origin("adapter.roles"), f"add adapter.config.{layers[0]}=null, or leave the roles out")
+    with contextlib.suppress(KeyError, SyntaxError, OSError, AttributeError):  # laid out otherwise: PEFT itself refuses, later
+        keys = _peft_keys(tuners, kind.lower())
         for word in (w for w in adapter.config if w not in keys):
-            raise ConfigError(f"PEFT's {adapter.peft_type} has no key {word!r}", origin(f"adapter.config.{word}"), suggest(word, keys))
+            raise ConfigError(f"PEFT's {kind} has no key {word!r}", origin(f"adapter.config.{word}"), suggest(word, keys))
 
 
 def _peft_keys(tuners: Path, kind: str) -> set[str]:
     """Fields of a PEFT configuration class and its bases."""
-    files = [tuners / kind / "config.py", tuners.parent / "config.py", tuners / "lora" / "config.py", tuners / "lycoris_utils.py"]
+    bases = [tuners / name / "config.py" for name in ("lora", "prompt_tuning")]
+    files = [tuners / kind / "config.py", tuners.parent / "config.py", *bases, tuners / "lycoris_utils.py"]
     classes: dict[str, ast.ClassDef] = {}
     for file in files:
         classes |= {n.name: n for n in ast.parse(file.read_text()).body if isinstance(n, ast.ClassDef)} | classes

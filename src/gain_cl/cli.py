@@ -21,7 +21,7 @@ from gain_cl.errors import USAGE, ConfigError, GainError, PreemptedError, Storag
 from gain_cl.verbs import Parser, find_record
 
 INTERRUPTED = 130
-VERBS = ("prepare", "verify", "verify-resume", "doctor", "clean")
+VERBS = ("export", "recombine", "interpolate", "prepare", "verify", "verify-resume", "doctor", "clean")
 """Those with a module of their own in verbs/."""
 
 USAGE_TEXT = """\
@@ -29,8 +29,12 @@ usage: python -m gain_cl VERB ... (also: gain-cl VERB ...)
 
   run     adapt a model to a sequence of domains and write its forgetting matrix; run --help lists presets and keys
   show    print a finished run again: show RECORD.json, or show RUN_ID
-  export  fold a run's trained state into its weights: an ordinary transformers checkpoint
+  export  what a run has learned for use elsewhere: an adapter in PEFT's format, or an ordinary transformers checkpoint
   params  trainable parameters of every model and method
+
+  recombine      multiply the gains of a run's stages anew, with stages left out, weighted or reordered: no training
+  score          matrix and statistics of checkpoints and adapters that were trained elsewhere, in order
+  interpolate    score the models between the pretrained one and a run's: no training
 
   prepare        fetch, tokenise and check the data of a run, before it starts
   verify         recompute every number of a finished run from its raw values and hash its files again
@@ -75,8 +79,8 @@ def _other(name: str, argv: list[str]) -> int:
 def _verb(verb: str) -> Callable[[list[str]], int]:
     verbs: dict[str, Callable[[list[str]], int]] = {
         "run": _run,
+        "score": _score,
         "show": _show,
-        "export": _export,
         "params": _params,
         **{name: functools.partial(_other, name) for name in VERBS},
         "--help": _help,
@@ -88,7 +92,7 @@ def _verb(verb: str) -> Callable[[list[str]], int]:
         if verb:
             from gain_cl.explain import suggest
 
-            raise ConfigError(f"unknown verb {verb!r}", "command line", suggest(verb, ["run", "show", "export", "params", *VERBS]))
+            raise ConfigError(f"unknown verb {verb!r}", "command line", suggest(verb, ["run", "score", "show", "params", *VERBS]))
         return lambda _: _help([]) or USAGE
     return verbs[verb]
 
@@ -223,7 +227,15 @@ def _hydra(argv: list[str], job: Callable[[list[str]], None] | None = None) -> i
     return 0
 
 
-# --- show, params ----------------------------------------------------------------------------------------------------
+# --- score, show, params ----------------------------------------------------------------------------------------------------
+
+
+def _score(argv: list[str]) -> int:
+    from gain_cl import signals
+    from gain_cl.verbs import score
+
+    with signals.listening():
+        return _carry_out(score.compose(argv))
 
 
 def _show(argv: list[str]) -> int:
@@ -236,28 +248,6 @@ def _show(argv: list[str]) -> int:
     path = find_record(args.run, Path(args.results_dir))
     show.render(record.load(path))
     print(f"record: {path}")
-    return 0
-
-
-def _export(argv: list[str]) -> int:
-    parser = Parser(
-        "export",
-        usage="python -m gain_cl export RECORD.json|RUN_ID --to DIR [--stage K] [--results-dir DIR] [--output-dir DIR]",
-        description="Write the model after a stage as an ordinary transformers checkpoint: base weights times trained state, in fp32.",
-    )
-    parser.add_argument("run", help="path of a record, or a run id (its beginning is enough)")
-    parser.add_argument("--to", required=True, help="folder to write, which must be new or empty")
-    parser.add_argument("--stage", type=int, help="stage whose state is folded in (default: the last)")
-    parser.add_argument("--results-dir", default="results", help="where runs/RUN_ID.json are (default: %(default)s)")
-    parser.add_argument("--output-dir", help="output_dir of the run (default: as recorded)")
-    args = parser.parse_args(argv)
-    from gain_cl import build, export, record
-
-    made = record.load(find_record(args.run, Path(args.results_dir))).record
-    build.load_plugins(made.config["plugins"])
-    gap = export.merged(made, Path(args.to), args.stage, args.output_dir)
-    print(f"folded against unfolded, fp32: {gap:.1e}, the largest relative difference of a logit")
-    print(f"checkpoint: {args.to}")
     return 0
 
 

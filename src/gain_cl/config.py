@@ -32,6 +32,10 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
+JOINT = "joint"
+"""Name of the stage that trains on all domains mixed."""
+
+
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
@@ -55,20 +59,59 @@ class PackageSource(Section):
     max_bytes: int | None = Field(None, gt=0)  # of text, taken in hash order of the documents
 
 
-class HubSource(Section):
+class RowSource(Section):
+    """Rows with fields. With prompt and completion each is instruction data: the completion alone is trained on and scored."""
+
+    prompt: str | None = None  # field
+    completion: str | None = None  # field
+    chat_template: str | None = None  # model: the tokenizer's own; FILE.jinja; None: the two joined by a line end
+
+    @model_validator(mode="after")
+    def _pair(self) -> RowSource:
+        if (self.prompt is None) != (self.completion is None):
+            there, other = ("prompt", "completion") if self.completion is None else ("completion", "prompt")
+            raise ValueError(f"source.{there} is given without source.{other}; give both fields, or none for plain text")
+        if self.prompt is not None and self.prompt == self.completion:
+            raise ValueError(f"source.prompt and source.completion are the same field, {self.prompt!r}; name two")
+        if self.chat_template is None:
+            return self
+        if self.chat_template != "model" and not self.chat_template.endswith(".jinja"):
+            raise ValueError(f"source.chat_template={self.chat_template!r} is no template; use model (the tokenizer's own) or FILE.jinja")
+        if self.prompt is None:
+            raise ValueError("source.chat_template is for instruction data; give source.prompt and source.completion with it")
+        return self
+
+
+class HubSource(RowSource):
     kind: Literal["hub"]
     path: str  # org/name
     revision: str | None = None  # 40-hex commit
     files: str  # glob of data files in the repository
-    fields: list[str]  # joined by blank lines; dots descend into structs; lists are joined
+    fields: list[str] = []  # of plain text, joined by blank lines; dots descend into structs; lists are joined
     max_bytes: int = Field(gt=0)  # UTF-8 bytes of text read from the stream before it stops
 
+    @model_validator(mode="after")
+    def _text(self) -> HubSource:
+        if bool(self.fields) == (self.prompt is not None):
+            raise ValueError(
+                "source.fields is given beside source.prompt and source.completion; give one or the other"
+                if self.fields
+                else "no field is named; give source.fields, or source.prompt and source.completion"
+            )
+        return self
 
-class FilesSource(Section):
+
+class FilesSource(RowSource):
     kind: Literal["files"]
     path: str  # .txt .jsonl .parquet file, or a folder of them
     field: str = "text"  # text field of jsonl and parquet
     max_document_bytes: int = Field(10_000_000, gt=0)
+
+    @model_validator(mode="after")
+    def _text(self) -> FilesSource:
+        if self.prompt is not None and self.field != "text":
+            raise ValueError("source.field is given beside source.prompt and source.completion; give one or the other")
+        return self
 
 
 class GeneratedSource(Section):
@@ -111,6 +154,7 @@ class Model(Section):
     arch: dict[str, Any] | None = None  # transformers config keys incl. model_type: counts on the meta device; no path: random weights
     init_seed: int = 0  # of random weights
     dtype: Literal["float32", "bfloat16", "float16"]
+    load_in: Literal["4bit", "8bit"] | None = None  # quantise the linear layers when loading (bitsandbytes, a CUDA GPU)
     attention: Literal["eager", "sdpa", "flash_attention_2"] = "sdpa"
     prefix_token_id: int | None = None  # the one token before every scored text; None: bos, else eos
     separator_token_id: int | None = None  # between packed training documents; None: eos
@@ -118,27 +162,78 @@ class Model(Section):
     roles: dict[str, str] | None = None  # role -> suffix of module names, for a family that models.ROLES does not know
 
 
+Role = Literal["attn_out", "ffn_down"]
+
+
 class Gain(Section):
     kind: Literal["gain"]
-    roles: list[Literal["attn_out", "ffn_down"]] = Field(min_length=1)
+    roles: list[Role] = Field(min_length=1)
     side: Literal["input", "output"] = "input"
+    basis: Literal["own", "random"] = "own"  # random: gains in a fixed random orthogonal basis
+    basis_seed: int = Field(0, ge=0, lt=2**31)  # of the random basis
+    init_from: str | None = None  # an IA3 adapter of PEFT to begin from: a folder, or ORG/NAME@COMMIT
+
+
+class MultiplicativeLora(Section):
+    kind: Literal["multiplicative_lora"]
+    roles: list[Role] = Field(min_length=1)
+    rank: int = Field(gt=0)
+    alpha: float = Field(gt=0, allow_inf_nan=False)  # the product is scaled by alpha / rank
 
 
 class Full(Section):
     kind: Literal["full"]
+    select: Literal["all", "norms"] = "all"  # norms: weights (and biases) of the normalisation layers alone
 
 
 class Peft(Section):
     kind: Literal["peft"]
     peft_type: str  # LORA, IA3, ... : a name of peft.PeftType
     config: dict[str, Any]  # keyword arguments of that type's PEFT config class
+    roles: list[Role] | None = None  # in place of config.target_modules: the layers that play these roles
+    init_from: str | None = None  # a saved adapter of PEFT, of this type and config, to begin from: a folder, or ORG/NAME@COMMIT
 
 
-class Guard(BaseModel):
-    """Which guard, with its own keywords (checked against the guard's constructor)."""
+class Given(Section):
+    """Nothing trains: checkpoints made elsewhere, one a stage. What the verb ``score`` composes."""
 
-    model_config = ConfigDict(extra="allow", frozen=True)
-    kind: Name = "none"
+    kind: Literal["given"]
+    checkpoints: list[str] = Field(min_length=1)  # folders, or ORG/NAME@COMMIT: PEFT adapters or whole models
+
+
+class NoGuard(Section):
+    kind: Literal["none"] = "none"
+
+
+class Ewc(Section):
+    kind: Literal["ewc"]
+    strength: float = Field(ge=0, allow_inf_nan=False)  # lambda
+    sequences: int = Field(gt=0)  # for the Fisher information of a stage
+    gamma: float = Field(1.0, ge=0, le=1)  # share of the earlier Fisher information that is kept
+
+
+class Replay(Section):
+    kind: Literal["replay"]
+    fraction: float = Field(gt=0, lt=1)  # of the sequences of a step
+
+
+class SelfReplay(Section):
+    kind: Literal["self_replay"]
+    fraction: float = Field(gt=0, lt=1)  # of the sequences of a step
+    samples: int = Field(gt=0)  # sequences drawn from the pretrained model
+    temperature: float = Field(1.0, gt=0, allow_inf_nan=False)
+
+
+class Strength(Section):
+    """Guards with one number."""
+
+    kind: Literal["kl_base", "l2_base", "orthogonal"]
+    strength: float = Field(ge=0, allow_inf_nan=False)
+
+
+class Ema(Section):
+    kind: Literal["ema"]
+    decay: float = Field(gt=0, lt=1)  # a step
 
 
 class PluginAdapter(BaseModel):
@@ -148,10 +243,43 @@ class PluginAdapter(BaseModel):
     kind: Name
 
 
-_BUILT_IN = {"gain", "full", "peft"}
+class PluginGuard(BaseModel):
+    """A guard registered by a plugin; its keywords are checked against its constructor."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    kind: Name
+
+
+ADAPTERS = ("gain", "multiplicative_lora", "full", "peft", "given")
+GUARDS = ("none", "ewc", "replay", "self_replay", "kl_base", "l2_base", "orthogonal", "ema")
+"""Kinds that gain_cl brings; any other is a plugin's."""
+
+
+def _kind(known: tuple[str, ...]) -> Discriminator:
+    """The tag of a section by its kind: itself, or plugin."""
+    return Discriminator(lambda v: k if (k := v.get("kind") if isinstance(v, dict) else v.kind) in known else "plugin")
+
+
 Adapter = Annotated[
-    Annotated[Gain, Tag("gain")] | Annotated[Full, Tag("full")] | Annotated[Peft, Tag("peft")] | Annotated[PluginAdapter, Tag("plugin")],
-    Discriminator(lambda v: k if (k := v.get("kind") if isinstance(v, dict) else v.kind) in _BUILT_IN else "plugin"),
+    Annotated[Gain, Tag("gain")]
+    | Annotated[MultiplicativeLora, Tag("multiplicative_lora")]
+    | Annotated[Full, Tag("full")]
+    | Annotated[Peft, Tag("peft")]
+    | Annotated[Given, Tag("given")]
+    | Annotated[PluginAdapter, Tag("plugin")],
+    _kind(ADAPTERS),
+]
+Guard = Annotated[
+    Annotated[NoGuard, Tag("none")]
+    | Annotated[Ewc, Tag("ewc")]
+    | Annotated[Replay, Tag("replay")]
+    | Annotated[SelfReplay, Tag("self_replay")]
+    | Annotated[Strength, Tag("kl_base")]
+    | Annotated[Strength, Tag("l2_base")]
+    | Annotated[Strength, Tag("orthogonal")]
+    | Annotated[Ema, Tag("ema")]
+    | Annotated[PluginGuard, Tag("plugin")],
+    _kind(GUARDS),
 ]
 
 
@@ -277,11 +405,17 @@ Change = Literal["numerics", "model", "data", "tokenizer", "dtype", "device", "e
 """What may not differ between the attempts of one run, unless ``allow_change`` names it."""
 
 
+Regime = Literal["sequential", "joint", "individual"]
+"""One domain after another; all domains mixed in one stage; each domain alone, from the pretrained model."""
+
+
 class RunConfig(Section):
     model: Model
     method: Name
     adapter: Adapter
     guard: Guard
+    handover: Literal["continue", "restart"] = "continue"  # restart: a stage freezes what was learned and trains a new adapter
+    regime: Regime = "sequential"
     lr_tuned_on: str | None = None  # model whose dev split chose train.lr
     sequence: Sequence
     domains: dict[str, Domain]  # every domain and control of the sequence, by name
@@ -309,6 +443,18 @@ class RunConfig(Section):
         if self.train.warmup and round(self.train.warmup * self.train.stage_steps) >= self.train.stage_steps:
             raise ValueError(f"train.warmup={self.train.warmup} leaves no step after it; lower it or train longer")
         return self
+
+    @property
+    def stages(self) -> list[str]:
+        """Names of the trained stages in order: their domains; the one stage of joint training is called joint."""
+        return [JOINT] if self.regime == "joint" else self.sequence.trained
+
+    @property
+    def stage(self) -> Train:
+        """Training settings of one stage: joint training spends the budget of all domains in one."""
+        times = len(self.sequence.domains) if self.regime == "joint" else 1
+        tokens, steps = self.train.tokens, self.train.steps
+        return self.train.model_copy(update={"tokens": tokens and times * tokens, "steps": steps and times * steps})
 
     def scientific(self) -> dict[str, Any]:
         """What the run id is a hash of: every setting that changes a result."""

@@ -216,7 +216,7 @@ class Mirror:
 
     def _global_step(self, row: dict[str, Any]) -> int:
         """Steps since the start of the run: a function of the position, so that a resumed run continues its curve."""
-        return (int(row["stage"]) - 1) * self._config.train.stage_steps + int(row["step"])
+        return (int(row["stage"]) - 1) * self._config.stage.stage_steps + int(row["step"])
 
     def finish(self, run: Run, picture: Path) -> None:
         if self._run is None:
@@ -227,7 +227,7 @@ class Mirror:
             r = run.record
             summary: dict[str, Any] = {"trainable_parameters": r.trainable_parameters, "peak_memory_bytes": r.peak_memory_bytes}
             summary |= {"tainted": "; ".join(r.tainted)} if r.tainted else {}
-            losses = matrix.LossMatrix.from_documents(run.documents, r.trained, r.controls)
+            losses = matrix.LossMatrix.from_documents(run.documents, r.trained, r.controls, r.regime)
             for name, estimate in matrix.summary(losses).items():
                 pct = estimate.map(terms.change)
                 summary |= {f"{name}_nats": estimate.value, f"{name}_pct": pct.value}

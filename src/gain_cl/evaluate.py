@@ -3,7 +3,9 @@
 The protocol (its name is in every record): the first W tokens of each document, one prefix token before the first so
 that every token is scored, windows of at most ``context`` inputs; each window scores ``stride`` new tokens given up to
 ``context`` inputs before them, the last one fewer. With stride = context these are the windows of lm-eval's rolling
-log-likelihood. Documents are never packed or joined. What is returned are sums per document; ratios come later.
+log-likelihood. Of instruction data the W tokens are the completion's first, given the prompt, which is cut on the left
+where both exceed ``context`` (a stride below it leaves room for the prompt of a long completion). Documents are never
+packed or joined. What is returned are sums per document; ratios come later.
 """
 
 from __future__ import annotations
@@ -42,11 +44,11 @@ def protocol(settings: Eval, prefix_id: int) -> str:
     return f"ppl-{settings.split}-{window}x{settings.documents}-prefix{prefix_id}-ctx{settings.context}{stride}"
 
 
-def windows(tokens: np.ndarray, prefix_id: int, context: int, stride: int, owner: int = 0) -> list[Window]:
-    """Cut one document so that every token is scored exactly once."""
+def windows(tokens: np.ndarray, prefix_id: int, context: int, stride: int, owner: int = 0, prompt: int = 0) -> list[Window]:
+    """Cut one document so that every token after the first ``prompt`` ones is scored exactly once."""
     stream = np.concatenate([[prefix_id], tokens]).astype(np.int64)  # stream[i] predicts stream[i + 1]
     cuts = []
-    for start in range(0, len(tokens), stride):
+    for start in range(prompt, len(tokens), stride):
         end = min(start + stride, len(tokens))
         cuts.append(Window(owner, stream[max(0, end - context) : end], stream[start + 1 : end + 1]))
     return cuts
@@ -68,9 +70,13 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
 def score(
     loaded: Loaded, documents: list[Doc], window: int | None, context: int, stride: int | None = None, batch: int = 16
 ) -> pd.DataFrame:
-    """One row per document: document (id), nll_nats (float64), tokens, bytes (UTF-8 bytes of the scored text)."""
-    texts = [d.tokens[:window] for d in documents]
-    cuts = [w for i, tokens in enumerate(texts) for w in windows(tokens, loaded.prefix_id, context, stride or context, i)]
+    """One row per document: document (id), nll_nats (float64), tokens, bytes (UTF-8), of the scored text alone."""
+    texts = [d.tokens[: d.prompt + window if window else None] for d in documents]
+    cuts = [
+        w
+        for i, (d, tokens) in enumerate(zip(documents, texts, strict=True))
+        for w in windows(tokens, loaded.prefix_id, context, stride or context, i, d.prompt)
+    ]
     cuts.sort(key=lambda w: -len(w.inputs))  # longest first: little padding, and memory runs out at once if at all
     nll = np.zeros(len(texts), dtype=np.float64)
     scored = np.zeros(len(texts), dtype=np.int64)
@@ -88,7 +94,7 @@ def score(
             owner = np.repeat([w.owner for w in part], [len(w.targets) for w in part])
             np.add.at(nll, owner, losses)
             np.add.at(scored, owner, 1)
-    assert (scored == [len(t) for t in texts]).all()
+    assert (scored == [len(t) - d.prompt for d, t in zip(documents, texts, strict=True)]).all()
     if not np.isfinite(nll).all():  # pandas' sums would skip it, and a NaN would become a good score
         broken = documents[int(np.flatnonzero(~np.isfinite(nll))[0])].id
         raise DataError(f"the loss of {(~np.isfinite(nll)).sum()} documents is not finite", f"first document {broken}", "lower train.lr")

@@ -89,3 +89,52 @@ def sum_cross_entropy(
     """Sum over tokens of -ln p, a scalar with gradients to hidden, and to weight and bias when they require them."""
     total: Tensor = _SumCrossEntropy.apply(hidden_ND, weight_VD, bias_V, targets_N, softcap)
     return total
+
+
+class _SumDivergence(torch.autograd.Function):
+    """As _SumCrossEntropy, for KL(base || tuned): its gradient in the tuned logits is the difference of the probabilities."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, base: tuple[Tensor, Tensor, Tensor | None], softcap: float | None
+    ) -> Tensor:
+        total = torch.zeros((), dtype=torch.float64 if hidden.device.type != "mps" else torch.float32, device=hidden.device)
+        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and ctx.needs_input_grad[2] else None
+        step = _chunk(weight)
+        for start in range(0, len(hidden), step):
+            rows = slice(start, start + step)
+            h = hidden[rows]
+            logits = _logits(h, weight, bias, softcap)
+            log_p = F.log_softmax(logits, dim=-1)
+            log_base = F.log_softmax(_logits(base[0][rows], base[1], base[2], softcap), dim=-1)
+            total += (log_base.exp() * (log_base - log_p)).sum()
+            g = log_p.exp_() - log_base.exp_()
+            if softcap:
+                g *= 1 - (logits / softcap).square()
+            if grad_bias is not None:
+                grad_bias += g.sum(0)
+            g = g.to(h.dtype)
+            if grad_hidden is not None:
+                grad_hidden[rows] = g @ weight
+            if grad_weight is not None:
+                grad_weight += (g.T @ h).float()
+        ctx.grads = (grad_hidden, grad_weight, grad_bias)
+        ctx.dtypes = (weight.dtype, bias.dtype if bias is not None else None)
+        return total.float()
+
+    backward = _SumCrossEntropy.backward
+
+
+def sum_divergence(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    base: tuple[Tensor, Tensor, Tensor | None],
+    softcap: float | None = None,
+) -> Tensor:
+    """Sum over tokens of KL(base || tuned) in nats, a scalar with gradients to hidden, weight and bias. base: hidden states,
+    weight and bias of the model it is measured from, without gradients."""
+    total: Tensor = _SumDivergence.apply(hidden_ND, weight_VD, bias_V, base, softcap)
+    return total

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -37,22 +38,36 @@ class LossMatrix:
     """L[t, d] with the documents behind it.
 
     nll_nats[d]: (stages + 1, documents of d), sum of -ln p of each document after each stage; tokens[d]: (documents of
-    d,) scored tokens, the same after every stage. trained: domains in training order; controls: never trained.
+    d,) scored tokens, the same after every stage. trained: domains in training order; controls: never trained. regime: joint
+    has one stage, which trains all of them; individual has a stage for each, begun from the pretrained model.
     """
 
-    def __init__(self, nll_nats: dict[str, np.ndarray], tokens: dict[str, np.ndarray], trained: list[str], controls: list[str]) -> None:
-        self.trained, self.controls = list(trained), list(controls)
+    def __init__(
+        self,
+        nll_nats: dict[str, np.ndarray],
+        tokens: dict[str, np.ndarray],
+        trained: list[str],
+        controls: list[str],
+        regime: Literal["sequential", "joint", "individual"] = "sequential",
+    ) -> None:
+        self.trained, self.controls, self.regime = list(trained), list(controls), regime
         self.domains = self.trained + self.controls
         self.nll_nats = {d: np.asarray(nll_nats[d], dtype=np.float64) for d in self.domains}
         self.tokens = {d: np.asarray(tokens[d], dtype=np.float64) for d in self.domains}
-        self.stages = len(self.trained)
+        self.stages = 1 if regime == "joint" else len(self.trained)
         for d in self.domains:
             if self.nll_nats[d].shape != (self.stages + 1, len(self.tokens[d])):
                 raise ValueError(f"{d}: {self.nll_nats[d].shape} values for {self.stages + 1} stages x {len(self.tokens[d])} documents")
         self.loss = np.stack([self.nll_nats[d].sum(1) / self.tokens[d].sum() for d in self.domains], axis=1)
 
     @classmethod
-    def from_documents(cls, documents: pd.DataFrame, trained: list[str], controls: list[str]) -> LossMatrix:
+    def from_documents(
+        cls,
+        documents: pd.DataFrame,
+        trained: list[str],
+        controls: list[str],
+        regime: Literal["sequential", "joint", "individual"] = "sequential",
+    ) -> LossMatrix:
         """From the document table of a record (record.DOCUMENT_COLUMNS); ValueError on a missing or unpaired cell."""
         nll, tokens = {}, {}
         for d in [*trained, *controls]:
@@ -60,13 +75,13 @@ class LossMatrix:
             if rows.split.nunique() > 1:
                 raise ValueError(f"{d}: documents of several splits: {', '.join(sorted(rows.split.unique()))}")
             table = rows.pivot(index="stage", columns="document", values="nll_nats")
-            if list(table.index) != list(range(len(trained) + 1)) or table.isna().to_numpy().any():
+            if list(table.index) != list(range(2 if regime == "joint" else len(trained) + 1)) or table.isna().to_numpy().any():
                 raise ValueError(f"{d}: not every document is scored after every stage")
             counts = rows.pivot(index="stage", columns="document", values="tokens")
             if not (counts.nunique() == 1).all():
                 raise ValueError(f"{d}: the scored tokens of a document differ between stages")
             nll[d], tokens[d] = table.to_numpy(), counts.iloc[0].to_numpy()
-        return cls(nll, tokens, trained, controls)
+        return cls(nll, tokens, trained, controls, regime)
 
     def estimate(self, coefficients: np.ndarray, confidence: float = 0.95) -> Estimate:
         """sum C * L with a t-interval over documents.
@@ -119,13 +134,19 @@ Coefficients = np.ndarray | None  # (stages + 1, domains), or None where the sum
 
 def learned(m: LossMatrix) -> Coefficients:
     """Learned: mean over trained domains of L[k, k] - L[0, k]; negative is good. For each domain the sum of its zero-shot
-    part and its own step; of the means, learned = own_step + (T - 1) / T * zero_shot, which leaves out the first domain."""
-    stages = list(range(1, m.stages + 1))
-    return m._mean(stages, [0] * m.stages, m.trained)
+    part and its own step; of the means, learned = own_step + (T - 1) / T * zero_shot, which leaves out the first domain. Joint
+    training learns every domain in stage 1."""
+    stages = [1] * len(m.trained) if m.regime == "joint" else list(range(1, m.stages + 1))
+    return m._mean(stages, [0] * len(m.trained), m.trained)
 
 
 def own_step(m: LossMatrix) -> Coefficients:
-    """Own step (plasticity): mean over trained domains of L[k, k] - L[k-1, k]: what the domain's own stage changed."""
+    """Own step (plasticity): mean over trained domains of L[k, k] - L[k-1, k]: what the domain's own stage changed. Alone, a
+    domain is learned from the pretrained model: its own step is what it learned."""
+    if m.regime == "joint":
+        return None
+    if m.regime == "individual":
+        return learned(m)
     stages = list(range(1, m.stages + 1))
     return m._mean(stages, [k - 1 for k in stages], m.trained)
 
@@ -133,7 +154,7 @@ def own_step(m: LossMatrix) -> Coefficients:
 def zero_shot(m: LossMatrix) -> Coefficients:
     """Zero-shot part: mean over domains k >= 2 of L[k-1, k] - L[0, k]: what stages on other domains changed before a
     domain's own (the negative of zero-shot forward transfer; GEM's FWT, 1706.08840, with the pretrained model as b)."""
-    if m.stages < 2:
+    if m.stages < 2 or m.regime != "sequential":
         return None
     stages = list(range(2, m.stages + 1))
     return m._mean([k - 1 for k in stages], [0] * len(stages), m.trained[1:])
@@ -142,7 +163,7 @@ def zero_shot(m: LossMatrix) -> Coefficients:
 def backward(m: LossMatrix) -> Coefficients:
     """Backward change: mean over all but the last domain of L[T, k] - L[k, k]; positive is forgetting. The negative of
     BWT (GEM, 1706.08840, eq. 3) on R = -L."""
-    if m.stages < 2:
+    if m.stages < 2 or m.regime != "sequential":
         return None
     earlier = m.trained[:-1]
     return m._mean([m.stages] * len(earlier), list(range(1, m.stages)), earlier)
@@ -161,13 +182,18 @@ def backward_net(m: LossMatrix) -> Coefficients:
 
 def from_base(m: LossMatrix) -> Coefficients:
     """Change from base: mean over trained domains of L[T, k] - L[0, k]."""
-    return m._mean([m.stages] * m.stages, [0] * m.stages, m.trained)
+    if m.regime == "individual":
+        return None
+    return m._mean([m.stages] * len(m.trained), [0] * len(m.trained), m.trained)
 
 
 def controls_from_base(m: LossMatrix) -> Coefficients:
-    """Controls: mean over control domains of L[T, c] - L[0, c]."""
+    """Controls: mean over control domains of L[T, c] - L[0, c]; of domains learned alone, the mean over their models too."""
     if not m.controls:
         return None
+    if m.regime == "individual":
+        ends = range(1, m.stages + 1)
+        return sum((m._mean([k] * len(m.controls), [0] * len(m.controls), m.controls) for k in ends), np.zeros_like(m.loss)) / m.stages
     return m._mean([m.stages] * len(m.controls), [0] * len(m.controls), m.controls)
 
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import pandas as pd
 
@@ -21,10 +21,17 @@ if TYPE_CHECKING:
     from gain_cl.domains import Domain
     from gain_cl.models import Loaded
     from gain_cl.tasks import TaskSet
-    from gain_cl.track import Tracker
 
 Told = tuple[pd.DataFrame, dict[str, Any]]
 """Rows of a cell, and facts about them."""
+
+
+class Teller(Protocol):
+    """Who is told how far the work is: track.Tracker, or a verb's progress bar."""
+
+    def phase(self, text: str, stage: int, of: int) -> None: ...
+
+    def progress(self, done: int, of: int, unit: str, what: str = "") -> None: ...
 
 
 @dataclass(frozen=True)
@@ -50,7 +57,7 @@ def score_domain(loaded: Loaded, domain: Domain, settings: Eval, batch: int) -> 
 
 
 def domains(
-    loaded: Loaded, corpora: Mapping[str, Domain], settings: Eval, batch: int, identity: dict[str, Any], folder: Path, tracker: Tracker
+    loaded: Loaded, corpora: Mapping[str, Domain], settings: Eval, batch: int, identity: dict[str, Any], folder: Path, tracker: Teller
 ) -> Scores:
     """Score every corpus. identity: all that a score depends on besides the text and the protocol; folder: of the cells."""
     from gain_cl import evaluate
@@ -68,7 +75,7 @@ def domains(
     return Scores(scores, {}, pd.concat(parts, ignore_index=True), known)
 
 
-def tasks(loaded: Loaded, taskset: TaskSet, pins: dict[str, Any], identity: dict[str, Any], folder: Path, tracker: Tracker) -> Scores:
+def tasks(loaded: Loaded, taskset: TaskSet, pins: dict[str, Any], identity: dict[str, Any], folder: Path, tracker: Teller) -> Scores:
     """Score every task. pins: what identifies the items of each."""
 
     def progress(done: int, of: int) -> None:

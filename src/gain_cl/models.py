@@ -41,6 +41,7 @@ SMALL_FILES = [
     "config.json",
     "generation_config.json",
     "tokenizer*",
+    "chat_template*",
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab*",
@@ -141,10 +142,10 @@ def has_end_token(folder: Path) -> bool:
     return not plain or any(d.get("eos_token") for d in named.values())
 
 
-def weight_shapes(folder: Path) -> dict[str, list[int]]:
-    """Name -> shape of every tensor of model*.safetensors, from the heads of the files. DataError for a damaged file."""
+def weight_shapes(folder: Path, files: str = "model*.safetensors") -> dict[str, list[int]]:
+    """Name -> shape of every tensor of the files, from their heads. DataError for a damaged file."""
     shapes: dict[str, list[int]] = {}
-    for file in sorted(folder.glob("model*.safetensors")):
+    for file in sorted(folder.glob(files)):
         try:
             with open(file, "rb") as f:
                 size = int.from_bytes(f.read(8), "little")
@@ -253,6 +254,11 @@ def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a model folder brings a tokenizer of its own."""
+    return (folder / "tokenizer.json").exists()
+
+
 # --- with torch ------------------------------------------------------------------------------------------------------
 
 
@@ -338,6 +344,27 @@ def load_tokenizer(model: cfg.Model) -> tuple[PreTrainedTokenizerBase, str]:
     return tokenizer, hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
 
 
+def tokenizer_hash(folder: Path) -> str:
+    """SHA-256 of the definition of a folder's tokenizer, as ``load_tokenizer`` gives it."""
+    from transformers import AutoTokenizer
+
+    _quiet()
+    return hashlib.sha256(AutoTokenizer.from_pretrained(folder).backend_tokenizer.to_str().encode()).hexdigest()
+
+
+def parameters_of(folder: Path, dtype: str) -> dict[str, Tensor]:
+    """The weights of a model folder by the names they have in the loaded model, on the CPU."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    _quiet()
+    try:
+        net = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), use_safetensors=True)
+    except (ValueError, ImportError, OSError) as error:
+        raise DataError(f"transformers cannot load it: {str(error).splitlines()[0]}", str(folder), "check the folder") from error
+    return {name: p.detach() for name, p in net.named_parameters()}
+
+
 def vocabulary(model: cfg.Model) -> int:
     """Rows of the input embedding as the model's configuration states them, without its weights."""
     from transformers import AutoConfig
@@ -366,7 +393,7 @@ def special_tokens(model: cfg.Model, tokenizer: PreTrainedTokenizerBase, rows: i
 
 
 def load(model: cfg.Model, device: torch.device) -> Loaded:
-    """Load weights and tokenizer; every parameter frozen, eval mode, no KV cache."""
+    """Load weights and tokenizer; every parameter frozen, eval mode, no KV cache. model.load_in: linear layers quantised."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -383,14 +410,17 @@ def load(model: cfg.Model, device: torch.device) -> Loaded:
                 raise _cannot(model, error) from error
     else:
         try:
-            net = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=model.attention, use_safetensors=True)
+            net = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype, attn_implementation=model.attention, use_safetensors=True, **_quantised(model, device)
+            )
         except (ValueError, ImportError, OSError) as error:
             raise _cannot(model, error) from error
     tokenizer, tokenizer_hash = load_tokenizer(model)
     net.requires_grad_(False)
     net.eval()
     net.config.use_cache = False
-    net.to(device)
+    if model.load_in is None:
+        net.to(device)
     rows = net.get_input_embeddings().weight.shape[0]
     prefix, separator = special_tokens(model, tokenizer, rows)
     context = context_length(net.config.to_dict()) or 1024
@@ -406,6 +436,27 @@ def load(model: cfg.Model, device: torch.device) -> Loaded:
     )
     _check_head(loaded)
     return loaded
+
+
+def _quantised(model: cfg.Model, device: torch.device) -> dict[str, Any]:
+    """What from_pretrained is told for model.load_in (bitsandbytes): 4bit is QLoRA's NF4 with double quantisation
+    (arXiv 2305.14314), computing in model.dtype; 8bit is LLM.int8 (arXiv 2208.07339)."""
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    if model.load_in is None:
+        return {}
+    settings = (
+        BitsAndBytesConfig(load_in_8bit=True)
+        if model.load_in == "8bit"
+        else BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=getattr(torch, model.dtype),
+        )
+    )
+    return {"quantization_config": settings, "device_map": {"": device}}
 
 
 def meta(model: cfg.Model) -> PreTrainedModel:
@@ -428,7 +479,7 @@ def meta(model: cfg.Model) -> PreTrainedModel:
 def targets(model: nn.Module, roles: list[str], names: dict[str, str] | None = None) -> dict[str, nn.Module]:
     """The layers that play the roles, by module name, in model order; see ``playing``."""
     family = getattr(getattr(model, "config", None), "model_type", "unknown")
-    layers = {n: m for n, m in model.named_modules() if getattr(m, "weight", None) is not None and m.weight.dim() == 2}
+    layers = {n: m for n, m in model.named_modules() if getattr(m, "weight", None) is not None and m.weight.dim() == 2}  # packed ones too
     return {n: layers[n] for n in playing(layers, family, roles, names)}
 
 
@@ -460,12 +511,25 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
 
 
 def input_width(layer: nn.Module) -> int:
-    """Width of a linear layer's input; Conv1D stores its weight as (in, out)."""
-    return int(cast("Tensor", layer.weight).shape[0 if is_conv1d(layer) else 1])
+    """Width of a linear layer's input; Conv1D stores its weight as (in, out), a quantised layer packed."""
+    return int(cast("Tensor", layer.weight).shape[0]) if is_conv1d(layer) else int(cast("int", layer.in_features))
 
 
 def output_width(layer: nn.Module) -> int:
-    return int(cast("Tensor", layer.weight).shape[1 if is_conv1d(layer) else 0])
+    return int(cast("Tensor", layer.weight).shape[1]) if is_conv1d(layer) else int(cast("int", layer.out_features))
+
+
+def is_quantised(layer: nn.Module) -> bool:
+    """bitsandbytes' Linear4bit or Linear8bitLt: the weight is packed and can be computed with, not written to."""
+    return type(layer).__name__ in ("Linear4bit", "Linear8bitLt")
+
+
+def can_merge(layers: dict[str, nn.Module]) -> None:
+    """ConfigError when a layer's weight is quantised: a change below its step would be lost."""
+    if name := next((n for n, layer in layers.items() if is_quantised(layer)), None):
+        raise ConfigError(
+            f"{name} is quantised: nothing can be merged into it", "model.load_in", "merge into the model without model.load_in"
+        )
 
 
 def is_conv1d(layer: nn.Module) -> bool:

@@ -37,6 +37,10 @@ def identity(settings: dict[str, Any], pins: dict[str, Any], numerics: int) -> s
     settings = copy.deepcopy(settings)
     if "folder" in pins["model"]:  # its content is pinned: where it lies and how the path is spelt change nothing
         del settings["model"]["path"]
+    if "files" in pins.get("init_from", {}):
+        del settings["adapter"]["init_from"]
+    if "checkpoints" in pins:
+        del settings["adapter"]["checkpoints"]
     for domain in settings["domains"].values():
         if domain["source"]["kind"] == "files":
             del domain["source"]["path"]

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from gain_cl.config import NAME
+from gain_cl.config import JOINT, NAME, Regime
 from gain_cl.errors import DataError, StorageError
 from gain_cl.files import sha256, write_all
 
@@ -97,7 +97,8 @@ class RunRecord(Part):
     method: str
     sequence: str
     seed: int
-    trained: list[str]  # domains in training order: stage k trains trained[k-1]
+    regime: Regime = "sequential"
+    trained: list[str]  # domains in training order: stage k trains trained[k-1] (joint: stage 1 trains them all)
     controls: list[str]
     protocol: str  # name of the perplexity protocol, e.g. ppl-test-first128x32-prefix0-ctx1024
     config: dict[str, Any]  # every setting, resolved; secrets never enter it
@@ -238,8 +239,8 @@ def _check(r: RunRecord) -> None:
             raise ValueError(f"{name!r} is no name")
     if not r.trained or len(set(names)) < len(names):
         raise ValueError("trained and controls must be different domains, at least one trained")
-    if [(s.index, s.domain) for s in r.stages] != list(enumerate([None, *r.trained])):
-        raise ValueError("its stages are not the pretrained model and then each trained domain")
+    if [(s.index, s.domain) for s in r.stages] != list(enumerate([None, *([JOINT] if r.regime == "joint" else r.trained)])):
+        raise ValueError("its stages are not the pretrained model and then what it trains")
     if r.schema_version != SCHEMA:
         raise ValueError(f"schema_version is {r.schema_version}, this program reads {SCHEMA}")
     if min(r.trainable_parameters, r.total_parameters, r.peak_memory_bytes) < 0:

@@ -67,7 +67,7 @@ def begin(config: RunConfig, folder: Path, run_id: str) -> Start:
     _same_settings(config, folder)
     warnings: list[str] = []
     stages = dict(_finished(root, run_id, warnings))
-    size, found = config.train.stage_steps, []
+    size, found = config.stage.stage_steps, []
     for path in checkpoint.steps(folder / "ckpt"):
         found.append((int(path.name.removeprefix("step-")), 0, path))
     for path in sorted(root.glob("[0-9]*-*")):
@@ -296,6 +296,8 @@ def inherit(config: RunConfig, folder: Path, pins: dict[str, Any], now: dict[str
         run = _read(other)
         if other.parent == folder or run is None:
             continue
+        if run["settings"].get("regime") != config.regime or config.regime == "joint":
+            continue
         theirs = run["settings"]["sequence"]["trained"]
         common = min(len(theirs), len(trained))
         mine = _learning(config.scientific(), pins, trained[:common])
@@ -318,11 +320,11 @@ def inherit(config: RunConfig, folder: Path, pins: dict[str, Any], now: dict[str
 
 def _learning(settings: dict[str, Any], pins: dict[str, Any], trained: list[str]) -> dict[str, Any]:
     """All that the weights after these stages depend on."""
-    kept = {k: settings[k] for k in ("model", "adapter", "guard", "train", "seed")}
+    kept = {k: settings.get(k) for k in ("model", "adapter", "guard", "train", "seed", "handover", "regime")}
     kept["domains"] = [[name, settings["domains"].get(name), pins["domains"].get(name)] for name in trained]
     if settings["train"]["dev_every"]:
         kept["eval"] = settings["eval"]  # of the dev losses in its record
-    return {**kept, "pins": {k: pins[k] for k in ("model", "plugins")}}
+    return {**kept, "pins": {k: pins.get(k) for k in ("model", "plugins", "init_from")}}
 
 
 def _unlike(before: dict[str, Any], now: dict[str, Any], trained: list[str]) -> dict[str, str]:

@@ -46,7 +46,8 @@ def render(run: Run, files: dict[str, Path] | None = None, console: Console | No
     r = run.record
     say = _Printer(console)
     losses = _checked(run)
-    say(f"{r.model}, {r.method}, {r.sequence}, seed {r.seed}: {r.run_id}", style="bold")
+    how = "" if r.regime == "sequential" else f", {r.regime}"
+    say(f"{r.model}, {r.method}, {r.sequence}{how}, seed {r.seed}: {r.run_id}", style="bold")
     if r.tainted:
         say(f"TAINTED: {'; '.join(r.tainted)} (changed between attempts of this run, by allow_change)", style="bold")
     say()
@@ -91,7 +92,7 @@ def _checked(run: Run) -> LossMatrix:
     """The matrix from the documents. DataError: a cell is missing, or the record holds other sums than its documents."""
     again = "restore the files or run again with force=true"
     try:
-        found = LossMatrix.from_documents(run.documents, run.record.trained, run.record.controls)
+        found = LossMatrix.from_documents(run.documents, run.record.trained, run.record.controls, run.record.regime)
     except ValueError as error:
         raise DataError(str(error), str(run.path), again) from error
     if not np.allclose(found.loss, run.record.losses(), rtol=1e-9, atol=0.0):
@@ -142,7 +143,7 @@ def _matrix(run: Run, console: Console) -> None:
         return first + sum(max(len(titles[j] + stars[j]), widest[j]) + 2 for j in columns) + bar
 
     titles, everything = names, list(range(len(names)))
-    notes = ["* learned in this stage"]
+    notes = ["* learned in this stage"] if r.regime != "joint" else ["stage 1 learned all domains together"]
     if r.controls:
         notes.append("right of the bar: controls, never trained")
     if console.color_system:
@@ -199,9 +200,10 @@ def _changes(losses: np.ndarray, r: RunRecord) -> list[tuple[str, list[str]]]:
     last = len(losses) - 1
     for j in range(losses.shape[1]):
         k = j + 1
-        own.append(terms.percent(losses[k, j] - losses[k - 1, j]) if j < len(r.trained) else "")
-        back.append(terms.percent(losses[last, j] - losses[k, j]) if j < len(r.trained) - 1 else "")
-        base.append(terms.percent(losses[last, j] - losses[0, j]))
+        staged = r.regime != "joint" and j < len(r.trained)
+        own.append(terms.percent(losses[k, j] - losses[0 if r.regime == "individual" else k - 1, j]) if staged else "")
+        back.append(terms.percent(losses[last, j] - losses[k, j]) if r.regime == "sequential" and j < len(r.trained) - 1 else "")
+        base.append(terms.percent(losses[last, j] - losses[0, j]) if r.regime != "individual" else "")
     rows = [("own step %", own), ("backward %", back), ("from base %", base)]
     return [row for row in rows if any(row[1])]
 

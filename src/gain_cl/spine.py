@@ -24,7 +24,8 @@ import pandas as pd
 
 from gain_cl import adapters, checkpoint, checks, errors, guards, lock, measure, models, overlap, provenance, record, resume, signals, tasks
 from gain_cl import domains as domains_
-from gain_cl.config import RunConfig
+from gain_cl.adapters import portable
+from gain_cl.config import JOINT, Given, RunConfig
 from gain_cl.errors import DataError
 from gain_cl.failpoints import reach
 from gain_cl.files import tidy, write_bytes
@@ -32,9 +33,9 @@ from gain_cl.files import tidy, write_bytes
 if TYPE_CHECKING:
     import torch
 
-    from gain_cl.domains import Domain
+    from gain_cl.domains import Domain, Stream
+    from gain_cl.measure import Teller
     from gain_cl.models import Loaded
-    from gain_cl.track import Tracker
 
 
 @dataclass(frozen=True)
@@ -75,12 +76,16 @@ class Plan:
 
 def prepare(config: RunConfig) -> Plan:
     """Pin model, data and tasks and derive the run id. Torch-free; reads local files, downloads nothing."""
-    pins = {
+    pins: dict[str, Any] = {
         "model": models.pin(config.model),
         "domains": {name: domains_.pin(domain) for name, domain in config.domains.items()},
         "tasks": tasks.pin(config.tasks),
         "plugins": {"adapter": adapters.pin(config.adapter.kind), "guard": guards.pin(config.guard.kind)},
     }
+    if (begin := portable.pin(config.adapter)) is not None:
+        pins["init_from"] = begin
+    if isinstance(config.adapter, Given):
+        pins["checkpoints"] = [portable.checkpoint_pin(c) for c in config.adapter.checkpoints]
     plan = _plan(config, provenance.run_id(config, pins), pins)
     if not plan.finished and not plan.folder.exists() and (interrupted := resume.adopt(config, pins)):
         plan = _plan(config, interrupted, pins)
@@ -135,13 +140,13 @@ def _execute(config: RunConfig, plan: Plan) -> record.Run:
     if config.resume == "never" or (config.force and not plan.interrupted):
         resume.clear(folder)
     start = resume.begin(config, folder, plan.run_id)
-    trained, names = config.sequence.trained, [*config.sequence.trained, *config.sequence.controls]
-    last, size = len(trained), config.train.stage_steps
+    names = [*config.sequence.trained, *config.sequence.controls]
+    last, size = len(config.stages), config.stage.stage_steps
     cells = (last + 1) * len(names)
     with track.Tracker(config, plan.run_id, folder, steps_total=last * size, cells_total=cells, position=start.track) as tracker:
         for text in start.warnings:
             tracker.note(text)
-        inputs = _load(config, plan.pins, tracker)
+        inputs = load(config, plan.pins, tracker)
         import torch
 
         from gain_cl import evaluate, train
@@ -183,7 +188,10 @@ def _execute(config: RunConfig, plan: Plan) -> record.Run:
             if weights is not None:
                 identity["adapter"] = config.scientific()["adapter"]
                 identity["weights"] = checkpoint.manifest(weights)[resume.ADAPTER]["sha256"]
-            known = folder.parent / "cells" if index == 0 and not config.force else folder / "cells"
+            elif index:
+                identity["weights"] = plan.pins["checkpoints"][index - 1]
+            shared = weights is None and not config.force  # others may score these very weights
+            known = folder.parent / "cells" if shared else folder / "cells"
             batch = config.compute.eval_batch
             found = [measure.domains(loaded, inputs.domains, config.eval, batch, identity, known, tracker)]
             if inputs.taskset is not None and tasks.due(config.tasks.stages, index, last):
@@ -217,17 +225,22 @@ def _execute(config: RunConfig, plan: Plan) -> record.Run:
             torch.manual_seed(train.seed_of("init", config.seed))
             adapter = adapters.build(config.adapter)
             adapter.attach(loaded)
+            portable.begin(config.adapter, adapter, loaded)
             guard = guards.build(config.guard)
             guard.attach(loaded, adapter, train.seed_of("guard", config.seed))
             if config.compute.gradient_checkpointing:
                 models.checkpoint_activations(loaded.model)
-            optimizer = train.optimizer(adapter, config.train)
+            optimizer: Any = train.optimizer(adapter, config.train) if adapter.trains else None
+            initial = adapter.state() if config.regime == "individual" else {}
+            streams = _streams(config, inputs)
             keep = config.checkpoint.keep_stages or ("all" if adapter.keep_stages else "last")
 
             def take(saved: Path) -> None:
                 """Put a saved state into adapter, guard and optimiser."""
+                nonlocal optimizer
                 adapter.load_state(checkpoint.read_tensors(saved, resume.ADAPTER))
                 guard.load_state(checkpoint.read_tensors(saved, resume.GUARD))
+                optimizer = train.optimizer(adapter, config.train)  # an adapter that restarted has other parameters
                 train.load_optimizer_state(optimizer, adapter, checkpoint.read_tensors(saved, resume.OPTIMIZER))
 
             def save(index: int, step: int, progress: train.Progress) -> Path:
@@ -256,17 +269,24 @@ def _execute(config: RunConfig, plan: Plan) -> record.Run:
                 tracker.phase(f"learn {name}", stage=index, of=last)
                 inside = start.state.get("stage") == index and "progress" in start.state
                 progress = train.Progress(**start.state["progress"]) if inside else train.Progress()
-                if config.train.optimizer == "fresh" and not inside:
-                    optimizer = train.optimizer(adapter, config.train)
-                domain, path = inputs.domains[name], start.folder
-                blocks = domain.train_blocks(config.seed, config.train.block, loaded.separator_id)
+                if not inside:
+                    if config.regime == "individual":
+                        adapter.load_state(initial)
+                    if config.handover == "restart" and index > 1:
+                        torch.manual_seed(train.seed_of("init", config.seed, index))
+                        adapter.restart()
+                    if config.train.optimizer == "fresh":
+                        optimizer = train.optimizer(adapter, config.train)
+                blocks, path = streams[index - 1], start.folder
+                guard.before_stage(index, streams[: index - 1], size * config.train.sequences)
+                place = 1 if config.regime == "individual" else index  # as if it were the only stage
                 micro = min(config.compute.micro_batch or config.train.sequences, fits or config.train.sequences)
                 due = checkpoint.Due(config.checkpoint.every_minutes, config.checkpoint.every_steps)
                 steps = train.stage(
-                    loaded, adapter, guard, blocks, config.train, optimizer,
-                    index=index, seed=config.seed, micro_batch=micro, start=progress.steps,
+                    loaded, adapter, guard, blocks, config.stage, optimizer,
+                    index=index, seed=config.seed, place=place, micro_batch=micro, start=progress.steps,
                 )  # fmt: skip
-                for row in _located(steps, index, name, domain):
+                for row in _located(steps, index, name, blocks):
                     step = row["step"]
                     tracker.step(row | {"steps": size})
                     if row["micro_batch"] < micro:
@@ -278,7 +298,9 @@ def _execute(config: RunConfig, plan: Plan) -> record.Run:
                     if config.train.dev_every and step % config.train.dev_every == 0:
                         on_dev = config.eval.model_copy(update={"split": "dev"})
                         with signals.held():  # the step is not saved yet
-                            dev = evaluate.total(measure.score_domain(loaded, domain, on_dev, config.compute.eval_batch))
+                            mixed = config.sequence.trained if config.regime == "joint" else [name]
+                            scores = [measure.score_domain(loaded, inputs.domains[d], on_dev, config.compute.eval_batch) for d in mixed]
+                            dev = evaluate.total(pd.concat(scores))
                         progress.dev.append({"step": step, "nll_nats": dev.nll_nats, "tokens": dev.tokens})
                         tracker.dev({"stage": index, "domain": name, "step": step, "loss_nats": dev.loss_nats})
                     if step == size:
@@ -293,9 +315,13 @@ def _execute(config: RunConfig, plan: Plan) -> record.Run:
 
             if start.folder is not None:
                 take(start.folder)
-            for index, name in enumerate(trained, start=1):
+            for index, name in enumerate(config.stages, start=1):
                 if index in stages:
                     pass
+                elif not adapter.trains:
+                    tracker.phase(f"load what learned {name}", stage=index, of=last)
+                    adapter.take(index)
+                    stages[index] = score(index, name, None, None)
                 elif index in inherited:
                     take(inherited[index].folder)
                     resume.share_scores(inherited[index], folder / "cells")
@@ -319,7 +345,8 @@ def _execute(config: RunConfig, plan: Plan) -> record.Run:
             method=config.method,
             sequence=config.sequence.name,
             seed=config.seed,
-            trained=trained,
+            regime=config.regime,
+            trained=config.sequence.trained,
             controls=config.sequence.controls,
             protocol=evaluate.protocol(config.eval, loaded.prefix_id),
             config=config.model_dump(mode="json"),
@@ -369,9 +396,9 @@ class _Inputs:
         return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else provenance.peak_memory()
 
 
-def _load(config: RunConfig, pins: dict[str, Any], tracker: Tracker) -> _Inputs:
+def load(config: RunConfig, pins: dict[str, Any], tracker: Teller) -> _Inputs:
     """Model, domains and tasks, checked."""
-    last, names = len(config.sequence.trained), [*config.sequence.trained, *config.sequence.controls]
+    last, names = len(config.stages), [*config.sequence.trained, *config.sequence.controls]
     tracker.phase("import torch and transformers", stage=0, of=last)
     if config.compute.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it once, when torch starts it
@@ -382,6 +409,7 @@ def _load(config: RunConfig, pins: dict[str, Any], tracker: Tracker) -> _Inputs:
     torch.use_deterministic_algorithms(config.compute.deterministic)
     signals.poll()
     tracker.phase(f"load {config.model.name}", stage=0, of=last)
+    portable.fits(config.adapter)
     loaded = models.load(config.model, device)
     checks.limits(config, loaded.model.config.to_dict())
     tracker.phase("prepare domains", stage=0, of=last)
@@ -389,7 +417,9 @@ def _load(config: RunConfig, pins: dict[str, Any], tracker: Tracker) -> _Inputs:
     for i, name in enumerate(names):
         signals.poll()
         tracker.progress(i, len(names), "domains", name)
-        domains[name] = domains_.prepare(config.domains[name], loaded.tokenizer, loaded.tokenizer_hash, pins["domains"][name])
+        domains[name] = domains_.prepare(
+            config.domains[name], loaded.tokenizer, loaded.tokenizer_hash, pins["domains"][name], loaded.prefix_id
+        )
     notes = domains_.check(domains, config.train, config.eval, loaded.vocabulary, config.sequence.controls)
     taskset = tasks.TaskSet(config.tasks, loaded.tokenizer) if config.tasks.names else None
     tracker.phase("compare training text with what is scored", stage=0, of=last)
@@ -434,15 +464,21 @@ def _fixed(config: RunConfig, plan: Plan, inputs: _Inputs) -> dict[str, Any]:
     return {**facts, "tokenizer": inputs.loaded.tokenizer_hash, "device": inputs.device.type}
 
 
-def _located(steps: Iterator[dict[str, Any]], index: int, name: str, domain: Domain) -> Iterator[dict[str, Any]]:
+def _streams(config: RunConfig, inputs: _Inputs) -> list[Stream]:
+    """The training text of each stage."""
+    separator = inputs.loaded.separator_id
+    streams: list[Stream] = [inputs.domains[d].train_blocks(config.seed, config.train.block, separator) for d in config.sequence.trained]
+    return [domains_.Mixture(JOINT, streams, config.seed)] if config.regime == "joint" else streams
+
+
+def _located(steps: Iterator[dict[str, Any]], index: int, name: str, blocks: Stream) -> Iterator[dict[str, Any]]:
     """Rows of training with their stage; an error is told with the ids of the documents of its batch."""
     try:
         for row in steps:
             yield {"stage": index, "domain": name, **row}
     except DataError as error:
         if "documents" in error.facts:
-            ids = domain.ids("train")
-            error.facts |= {"stage": index, "domain": name, "documents": [ids[i] for i in error.facts["documents"]]}
+            error.facts |= {"stage": index, "domain": name, "documents": [blocks.ids[i] for i in error.facts["documents"]]}
         raise
 
 

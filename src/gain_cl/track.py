@@ -81,7 +81,7 @@ class Tracker:
         self.notes: list[str] = []  # what note() was given, each once
         self._config, self._run_id, self._folder, self._clock = config, run_id, folder, clock
         self._console = console or Console()
-        self._trained = config.sequence.trained
+        self._trained = config.stages
         self._paces = {"steps": Pace(steps_total), "cells": Pace(cells_total), "items": Pace(None if config.tasks.names else 0)}
         self._position = position or {"bytes": 0, "rows": 0}  # of the last checkpoint, written or being written
         self._shown = self._position["rows"]  # rows for the dashboard so far, in the whole run
@@ -142,7 +142,7 @@ class Tracker:
         pace.seconds += sum(t.seconds for t in trained)
         if pace.total is not None:
             pace.total -= steps - sum(t.steps for t in trained)  # done as well, at a pace that nobody wrote down
-        last, per_stage = len(self._trained), self._config.train.stage_steps
+        last, per_stage = len(self._trained), self._config.stage.stage_steps
         self._stage = min(len(stages), last)
         at = f", step {steps - (self._stage - 1) * per_stage} of {per_stage}" if self._stage else ""
         self._say(f"resumed at {self._where}{at}")
@@ -308,10 +308,11 @@ class Tracker:
             values = sorted(now.values())
             parts.append(f"perplexity {terms.perplexity(values[0])} to {terms.perplexity(values[-1])} over {len(values)} domains")
         elif self._rows and row.domain in now and row.domain in self._rows[-1].domains:
-            before, after = self._rows[-1].domains[row.domain].loss_nats, now[row.domain]
+            alone = self._config.regime == "individual"
+            before, after = self._rows[0 if alone else -1].domains[row.domain].loss_nats, now[row.domain]
             parts.append(f"perplexity {terms.perplexity(before)} -> {terms.perplexity(after)} ({terms.percent(after - before)}%)")
             earlier = [d for d in self._trained[: row.index - 1] if d in now and d in self._rows[-1].domains]
-            if earlier:
+            if earlier and not alone:
                 drift = sum(now[d] - self._rows[-1].domains[d].loss_nats for d in earlier) / len(earlier)
                 parts.append(f"earlier domains {terms.percent(drift)}% meanwhile")
         parts += [f"{task} accuracy {t.correct / t.items:.3f}" for task, t in row.tasks.items() if t.items]

@@ -17,14 +17,14 @@ import numpy as np
 import torch
 
 from gain_cl.errors import DataError, StorageError
+from gain_cl.forward import loss_sum
 from gain_cl.guards.base import Batch
-from gain_cl.loss import sum_cross_entropy
 from gain_cl.record import TrainStats
 
 if TYPE_CHECKING:
     from gain_cl.adapters.base import Adapter
     from gain_cl.config import Train
-    from gain_cl.domains import Blocks
+    from gain_cl.domains import Stream
     from gain_cl.guards.base import Guard
     from gain_cl.models import Loaded
 
@@ -68,10 +68,10 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, adapter: Adapter, sta
         optimizer.state[p] = {key: value if value.ndim == 0 else value.to(p.device) for key, value in own.items()}
 
 
-def batch_at(blocks: Blocks, step: int, sequences: int) -> Batch:
+def batch_at(blocks: Stream, step: int, sequences: int) -> Batch:
     """The sequences of one step: a pure function of the step."""
     rows = [blocks[step * sequences + i] for i in range(sequences)]
-    return Batch(np.stack([r[0] for r in rows]), np.stack([r[1] for r in rows]))
+    return Batch(*(np.stack(part) for part in zip(*rows, strict=True)))
 
 
 def seed_of(*parts: int | str) -> int:
@@ -119,17 +119,19 @@ def stage(
     loaded: Loaded,
     adapter: Adapter,
     guard: Guard,
-    blocks: Blocks,
+    blocks: Stream,
     settings: Train,
     optimizer: torch.optim.Optimizer,
     *,
     index: int,
     seed: int,
+    place: int | None = None,
     micro_batch: int | None = None,
     start: int = 0,
 ) -> Iterator[dict[str, Any]]:
     """Train on one domain from step ``start`` on, yielding one row per optimiser step: step (from 1), loss_nats (per token),
     grad_norm (before clipping), lr, tokens, seconds, micro_batch (sequences of a forward pass).
+    place: the stage's number for what is drawn at random, where it is not its index.
 
     Raises DataError before the update when the loss or the gradient is not finite. When memory runs out, the step is
     repeated with half the micro-batch, which then stays; StorageError when one sequence is too much.
@@ -141,8 +143,8 @@ def stage(
     try:
         for step in range(start, settings.stage_steps):
             started = time.perf_counter()
-            batch = guard.mix(batch_at(blocks, step, settings.sequences), index, step)
-            while (loss := _gradient(loaded, guard, batch, settings, size, seed_of("dropout", seed, index, step))) is None:
+            batch = guard.mix(batch_at(blocks, step, settings.sequences), place or index, step)
+            while (loss := _gradient(loaded, guard, batch, settings, size, seed_of("dropout", seed, place or index, step))) is None:
                 for p in parameters:
                     p.grad = None
                 _free(loaded.device)
@@ -164,6 +166,7 @@ def stage(
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             adapter.after_step()
+            guard.after_step()
             yield {
                 "step": step + 1,
                 "loss_nats": loss,
@@ -181,7 +184,7 @@ def _not_finite(loss: float, norm: float, batch: Batch, index: int, step: int, s
     what = "loss" if not math.isfinite(loss) else "gradient"
     do = "lower train.lr; the parameters are untouched, failure.json names the batch"
     error = DataError(f"the {what} is not finite", f"stage {index}, step {step + 1}", do)
-    blocks, owners = [step * sequences + i for i in range(sequences)], sorted({int(d) for d in batch.documents_ST.flat})
+    blocks, owners = [step * sequences + i for i in range(sequences)], sorted({int(d) for d in batch.documents_ST.flat if d >= 0})
     error.facts = {"step": step + 1, "loss_nats": str(loss), "grad_norm": str(norm), "blocks": blocks, "documents": owners}
     return error
 
@@ -189,11 +192,12 @@ def _not_finite(loss: float, norm: float, batch: Batch, index: int, step: int, s
 def _gradient(loaded: Loaded, guard: Guard, batch: Batch, settings: Train, size: int, seed: int) -> float | None:
     """Nats per token of a step, its gradient added up in the parameters; None when memory ran out."""
     torch.manual_seed(seed)  # dropout is a function of the step: resume needs no random state
-    count, loss = batch.tokens_ST.size, 0.0
+    count, loss = max(1, int(batch.scored_ST.sum())), 0.0
     try:
         for start in range(0, len(batch.tokens_ST), size):
             rows = slice(start, start + size)
-            part = loss_sum(loaded, batch.tokens_ST[rows], batch.documents_ST[rows] if settings.pack == "mask" else None) / count
+            documents = batch.documents_ST[rows] if settings.pack == "mask" else None
+            part = loss_sum(loaded, batch.tokens_ST[rows], documents, batch.scored_ST[rows], guard.token_penalty) / count
             part.backward()  # divided by the tokens of the whole step, so micro-batches of any size add up to its gradient
             loss += part.item()
         penalty = guard.penalty()
@@ -214,31 +218,3 @@ def out_of_memory(error: BaseException) -> bool:
 def _free(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.empty_cache()
-
-
-def loss_sum(loaded: Loaded, tokens_BT: np.ndarray, documents_BT: np.ndarray | None = None) -> torch.Tensor:
-    """Sum of -ln p over all tokens, each sequence starting after the prefix token, as in evaluation.
-
-    documents_BT: a token attends only within its own document, and positions restart there; None: to all before it.
-    """
-    inputs_BT = np.concatenate([np.full((len(tokens_BT), 1), loaded.prefix_id), tokens_BT[:, :-1]], axis=1)
-    extra: dict[str, torch.Tensor] = {}
-    if documents_BT is not None:
-        same_BTT = documents_BT[:, :, None] == documents_BT[:, None, :]
-        seen_BTT = torch.from_numpy(np.tril(same_BTT)).to(loaded.device)
-        floor = torch.finfo(loaded.model.dtype).min
-        extra["attention_mask"] = torch.zeros(seen_BTT.shape, dtype=loaded.model.dtype, device=loaded.device).masked_fill(~seen_BTT, floor)[
-            :, None
-        ]
-        extra["position_ids"] = torch.from_numpy(_positions(documents_BT)).to(loaded.device)
-    hidden_BTD = loaded.body(input_ids=torch.from_numpy(inputs_BT).to(loaded.device), use_cache=False, **extra).last_hidden_state
-    targets_N = torch.from_numpy(tokens_BT.reshape(-1)).to(loaded.device)
-    return sum_cross_entropy(hidden_BTD.flatten(0, 1), *loaded.output, targets_N, loaded.softcap)
-
-
-def _positions(documents_BT: np.ndarray) -> np.ndarray:
-    """0, 1, 2, ... from the start of each document's part of a sequence."""
-    starts = np.ones_like(documents_BT, dtype=bool)
-    starts[:, 1:] = documents_BT[:, 1:] != documents_BT[:, :-1]
-    index = np.broadcast_to(np.arange(documents_BT.shape[1]), documents_BT.shape)
-    return index - np.maximum.accumulate(np.where(starts, index, 0), axis=1)

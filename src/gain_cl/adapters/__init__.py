@@ -7,6 +7,7 @@ import inspect
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gain_cl.config import ADAPTERS
 from gain_cl.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -33,23 +34,25 @@ def pin(kind: str) -> str | None:
     return hashlib.sha256(Path(inspect.getfile(_PLUGINS[kind])).read_bytes()).hexdigest()
 
 
-def build(settings: config.Gain | config.Full | config.Peft | config.PluginAdapter) -> Adapter:
+def build(settings: config.Adapter) -> Adapter:
     """The one place that maps a name to a class."""
-    keywords = settings.model_dump(exclude={"kind"})
-    if settings.kind == "gain":
-        from gain_cl.adapters.gain import GainAdapter
+    keywords = settings.model_dump(exclude={"kind"} if settings.kind not in ADAPTERS else {"kind", "init_from"})
+    if settings.kind in _PLUGINS:
+        return _PLUGINS[settings.kind](**keywords)
+    if settings.kind in ("gain", "multiplicative_lora"):
+        from gain_cl.adapters.gain import GainAdapter, MultiplicativeLoraAdapter
 
-        return GainAdapter(**keywords)
+        return (GainAdapter if settings.kind == "gain" else MultiplicativeLoraAdapter)(**keywords)
     if settings.kind == "full":
         from gain_cl.adapters.full import FullAdapter
 
-        return FullAdapter()
+        return FullAdapter(**keywords)
     if settings.kind == "peft":
         from gain_cl.adapters.peft import PeftAdapter
 
         return PeftAdapter(**keywords)
-    if settings.kind not in _PLUGINS:
-        raise ConfigError(
-            f"unknown adapter {settings.kind!r}", "adapter.kind", f"use one of: {', '.join(['gain', 'full', 'peft', *_PLUGINS])}"
-        )
-    return _PLUGINS[settings.kind](**keywords)
+    if settings.kind == "given":
+        from gain_cl.adapters.given import GivenAdapter
+
+        return GivenAdapter(**keywords)
+    raise ConfigError(f"unknown adapter {settings.kind!r}", "adapter.kind", f"use one of: {', '.join([*ADAPTERS, *_PLUGINS])}")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from gain_cl.errors import DataError
+from gain_cl.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from gain_cl.models import Loaded
@@ -22,6 +23,8 @@ class Adapter(ABC):
     """
 
     keep_stages = True  # whether the trained state after every stage is small enough to keep, or only the last
+
+    trains = True  # whether stages are learned; otherwise ``take`` puts on what was learned elsewhere
 
     @abstractmethod
     def attach(self, loaded: Loaded) -> None:
@@ -38,6 +41,34 @@ class Adapter(ABC):
     def after_step(self) -> None:
         """Called after every optimiser step; most adapters have nothing to do."""
         return
+
+    def take(self, stage: int) -> None:
+        """Make the model that of a stage (from 1), of adapters that do not train."""
+        raise NotImplementedError
+
+    def restart(self) -> None:
+        """Freeze what is learned so far and begin anew on top of it (handover=restart): the function stays, ``parameters`` are
+        new and the identity, ``state`` holds both. The global RNG is seeded by the caller."""
+        raise self._cannot("handover=restart", "use handover=continue")
+
+    def keep_base(self) -> None:
+        """Called once, before training, by who will ask for ``disabled`` or ``shift``."""
+        return
+
+    def disabled(self) -> AbstractContextManager[None]:
+        """While it lasts the model computes what it did before ``attach``."""
+        raise self._cannot("a comparison with the pretrained model", "use another guard")
+
+    def shift(self) -> Tensor:
+        """||W - W_base||_F^2 of the effective weights, summed over the layers, with gradients to ``parameters``."""
+        raise self._cannot("the distance of its effective weights from the base", "use another guard")
+
+    def lora_inputs(self) -> dict[str, list[Tensor]]:
+        """A (r, in) of each LoRA of a layer, by the layer's name, the oldest first; the last one trains."""
+        raise self._cannot("LoRA matrices", "use adapter.peft_type=LORA")
+
+    def _cannot(self, what: str, do: str) -> ConfigError:
+        return ConfigError(f"{type(self).__name__} has no {what}", "adapter", do)
 
     def state(self) -> dict[str, Tensor]:
         """A copy of the trained state on the CPU: everything needed, with the base weights, to rebuild the model."""

@@ -1,11 +1,13 @@
-"""Full fine-tuning: every weight moves."""
+"""Full fine-tuning: every weight moves, or those of the normalisation layers alone."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gain_cl.adapters.base import Adapter
 
@@ -15,14 +17,24 @@ if TYPE_CHECKING:
 
 class FullAdapter(Adapter):
     """The optimiser works on fp32 master weights; the model computes in its own dtype, so that it starts as the base
-    bit for bit and is measured on the same path. For an fp32 model masters and weights are the same tensors."""
+    bit for bit and is measured on the same path. For an fp32 model masters and weights are the same tensors.
 
-    keep_stages = False
+    select: all, or norms (layers whose class is a ...Norm).
+    """
+
+    def __init__(self, select: Literal["all", "norms"] = "all") -> None:
+        self.select = select
+        self.keep_stages = select == "norms"
 
     def attach(self, loaded: Loaded) -> None:
         self.masters: dict[str, nn.Parameter] = {}
         self.weights: dict[str, nn.Parameter] = {}
+        self.base: dict[str, Tensor] = {}
+        loaded.model.requires_grad_(False)
+        norms = {id(p) for m in loaded.model.modules() if "norm" in type(m).__name__.lower() for p in m.parameters(recurse=False)}
         for name, weight in loaded.model.named_parameters():
+            if self.select == "norms" and id(weight) not in norms:
+                continue
             weight.requires_grad_(True)
             if weight.dtype == torch.float32:
                 self.masters[name] = weight
@@ -38,6 +50,24 @@ class FullAdapter(Adapter):
     def after_step(self) -> None:
         for name, weight in self.weights.items():
             weight.copy_(self.masters[name])
+
+    def keep_base(self) -> None:
+        self.base = {name: p.detach().clone() for name, p in self.masters.items()}
+
+    @contextlib.contextmanager
+    def disabled(self) -> Iterator[None]:
+        tuned = {name: self.weights.get(name, master) for name, master in self.masters.items()}
+        before = {name: weight.data for name, weight in tuned.items()}
+        for name, weight in tuned.items():
+            weight.data = self.base[name].to(weight.dtype)  # a swap, not a copy: what autograd saved stays as it was
+        try:
+            yield
+        finally:
+            for name, weight in tuned.items():
+                weight.data = before[name]
+
+    def shift(self) -> Tensor:
+        return torch.stack([(p - self.base[name]).square().sum() for name, p in self.masters.items()]).sum()
 
     def absorb(self) -> None:
         for weight in (*self.masters.values(), *self.weights.values()):

@@ -7,13 +7,20 @@ ffn_down: gain_ffn). Which side of W the paper means is ambiguous in print (docs
 - side=output: diag(s) W; the layer's output is scaled. Deviation: where the layer has a bias (GPT-2), it is scaled with
   the rest, y -> s * (W x + b), as PEFT's (IA)^3 does, so that the gain stays one diagonal on the activation.
 
+Controls of the same shape: gains in a fixed random orthogonal basis Q, W Q diag(s) Q^T (RotatedGain), which are as many
+but not diagonal in the model's own basis; and multiplicative LoRA, W (I + B A) (LowRankFactor), which preserves the column
+span of W as gains do, but is not diagonal.
+
 The parameter is delta = S - 1, in fp32: S itself in bf16 could not move from 1 by less than 0.4%, and weight decay
 would pull S to 0. Scaling the activation costs one elementwise product; scaling W would cost a matrix and its gradient.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,54 +35,186 @@ Side = Literal["input", "output"]
 
 
 class _Scale(torch.autograd.Function):
-    """x * (1 + delta). The gradient of delta is summed over blocks of rows that fit a CPU's cache: autograd would first make
-    a second product of x's size."""
+    """x * s. The gradient of s is summed over blocks of rows that fit a CPU's cache: autograd would first make a second product
+    of x's size."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, delta: Tensor) -> Tensor:
-        ctx.save_for_backward(x, delta)
-        return (x * (1 + delta)).to(x.dtype)  # bf16 * fp32 promotes to fp32: rounded once, after the product
+    def forward(ctx: Any, x: Tensor, s: Tensor) -> Tensor:
+        ctx.save_for_backward(x, s)
+        return (x * s).to(x.dtype)  # bf16 * fp32 promotes to fp32: rounded once, after the product
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor]:
-        x, delta = ctx.saved_tensors
+        x, s = ctx.saved_tensors
         grad = grads[0]
         rows = 128 if x.device.type == "cpu" else x.numel()
-        parts = zip(x.reshape(-1, len(delta)).split(rows), grad.reshape(-1, len(delta)).split(rows), strict=True)
-        grad_delta = sum(((a.float() * b).sum(0) for a, b in parts), torch.zeros_like(delta))
-        return (grad * (1 + delta)).to(x.dtype) if ctx.needs_input_grad[0] else None, grad_delta
+        parts = zip(x.reshape(-1, len(s)).split(rows), grad.reshape(-1, len(s)).split(rows), strict=True)
+        grad_s = sum(((a.float() * b).sum(0) for a, b in parts), torch.zeros_like(s))
+        return (grad * s).to(x.dtype) if ctx.needs_input_grad[0] else None, grad_s
 
 
-class DiagonalGain(nn.Module):
-    """s = 1 + delta, delta (width,) fp32 and zero at the start. forward: x (..., width) -> s * x in x's dtype."""
+class Factor(nn.Module):
+    """A square matrix M that multiplies a weight; the identity at the start. Weights and activations are rows: (..., width)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x M^T: M applied to each vector of x, in x's dtype."""
+        raise NotImplementedError
+
+    def transposed(self, x: Tensor) -> Tensor:
+        """x M."""
+        raise NotImplementedError
+
+    def restart(self) -> None:
+        """Keep M as it is, frozen, and begin with the identity on top of it."""
+        raise NotImplementedError
+
+    def change(self, rows: Tensor) -> Tensor:
+        """||rows M - rows||_F^2."""
+        return (self.transposed(rows) - rows).square().sum()
+
+
+class DiagonalGain(Factor):
+    """M = diag(s), s = past * (1 + delta); delta (width,) fp32 and zero at the start, past: what earlier stages left frozen."""
+
+    past: Tensor | None
 
     def __init__(self, width: int, device: torch.device) -> None:
         super().__init__()
         self.delta = nn.Parameter(torch.zeros(width, dtype=torch.float32, device=device))
+        self.register_buffer("past", None)
+
+    def s(self) -> Tensor:
+        """(width,) fp32."""
+        return 1 + self.delta if self.past is None else self.past * (1 + self.delta)
 
     def forward(self, x: Tensor) -> Tensor:
-        scaled: Tensor = _Scale.apply(x, self.delta)
+        scaled: Tensor = _Scale.apply(x, self.s())
         return scaled
+
+    def transposed(self, x: Tensor) -> Tensor:
+        return self(x)
+
+    @torch.no_grad()
+    def restart(self) -> None:
+        self.past = self.s().detach().clone()
+        self.delta.zero_()
+
+    def change(self, rows: Tensor) -> Tensor:
+        return ((self.s() - 1).square() * rows.square().sum(0)).sum()
+
+
+class RotatedGain(DiagonalGain):
+    """M = Q diag(s) Q^T with Q (width, width) fp32, orthogonal and fixed."""
+
+    def __init__(self, width: int, device: torch.device, basis: Tensor) -> None:
+        super().__init__(width, device)
+        self.register_buffer("basis", basis, persistent=False)
+        self.basis: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        turned = x.float() @ self.basis
+        return (x + (turned * (self.s() - 1)) @ self.basis.T).to(x.dtype)  # exactly x where s is 1
+
+    def change(self, rows: Tensor) -> Tensor:
+        return Factor.change(self, rows)
+
+
+class LowRankFactor(Factor):
+    """M = past (I + alpha / r B A), A (r, width) as LoRA's (uniform, Kaiming), B (width, r) zero at the start; fp32."""
+
+    def __init__(self, width: int, device: torch.device, rank: int, alpha: float) -> None:
+        super().__init__()
+        self.scale = alpha / rank
+        self.a = nn.Parameter(torch.empty(rank, width, dtype=torch.float32, device=device))
+        self.b = nn.Parameter(torch.zeros(width, rank, dtype=torch.float32, device=device))
+        self._draw()
+        self.frozen = 0
+
+    def _draw(self) -> None:
+        if self.a.device.type != "meta":
+            nn.init.kaiming_uniform_(self.a, a=math.sqrt(5))
+
+    def pairs(self) -> list[tuple[Tensor, Tensor]]:
+        """(A, B) of each factor, the oldest first."""
+        return [(getattr(self, f"past_a{i}"), getattr(self, f"past_b{i}")) for i in range(self.frozen)] + [(self.a, self.b)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.float()
+        for a, b in reversed(self.pairs()):  # the newest is nearest to x
+            y = y + self.scale * (y @ a.T) @ b.T
+        return y.to(x.dtype)
+
+    def transposed(self, x: Tensor) -> Tensor:
+        y = x.float()
+        for a, b in self.pairs():
+            y = y + self.scale * (y @ b) @ a
+        return y.to(x.dtype)
+
+    @torch.no_grad()
+    def restart(self) -> None:
+        self.register_buffer(f"past_a{self.frozen}", self.a.detach().clone())
+        self.register_buffer(f"past_b{self.frozen}", self.b.detach().clone())
+        self.frozen += 1
+        self._draw()
+        self.b.zero_()
 
 
 class Gains:
-    """Diagonal gains on some layers of a model. The layers keep their class, name and weights: gains act by hooks."""
+    """Factors on some layers of a model. The layers keep their class, name and weights: the factors act by hooks.
 
-    def __init__(self, layers: dict[str, nn.Module], side: Side) -> None:
-        self.layers, self.side = layers, side
-        self.gains: dict[str, DiagonalGain] = {}
+    make: width, device -> Factor; None: diagonal gains.
+    """
+
+    def __init__(self, layers: dict[str, nn.Module], side: Side, make: Callable[[int, torch.device], Factor] | None = None) -> None:
+        self.layers, self.side, self.active = layers, side, True
+        self.gains: dict[str, Any] = {}
         self._hooks: list[Any] = []
         for name, layer in layers.items():
             width = models.input_width(layer) if side == "input" else models.output_width(layer)
-            gain = self.gains[name] = DiagonalGain(width, layer.weight.device)  # type: ignore[arg-type]
+            gain = self.gains[name] = (make or DiagonalGain)(width, layer.weight.device)  # type: ignore[arg-type]
             if side == "input":
-                self._hooks.append(layer.register_forward_pre_hook(lambda _, args, gain=gain: (gain(args[0]), *args[1:])))
+                self._hooks.append(layer.register_forward_pre_hook(lambda _, args, gain=gain: (self._apply(gain, args[0]), *args[1:])))
             else:
-                self._hooks.append(layer.register_forward_hook(lambda _, args, output, gain=gain: gain(output)))
+                self._hooks.append(layer.register_forward_hook(lambda _, args, output, gain=gain: self._apply(gain, output)))
+
+    def _apply(self, gain: Factor, x: Tensor) -> Tensor:
+        found: Tensor = gain(x) if self.active else x
+        return found
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """delta = S - 1 of each layer, by module name."""
-        return {name: gain.delta for name, gain in self.gains.items()}
+        """delta = S - 1 of each layer, by module name; of other factors NAME.PARAMETER."""
+        own = {name: gain.named_parameters() for name, gain in self.gains.items()}
+        return {name if key == "delta" else f"{name}.{key}": p for name, found in own.items() for key, p in found}
+
+    def frozen(self) -> dict[str, Tensor]:
+        """What earlier stages left (handover=restart), as NAME.BUFFER."""
+        kept = {name: gain.state_dict() for name, gain in self.gains.items()}
+        return {f"{name}.{key}": t for name, found in kept.items() for key, t in found.items() if key.startswith("past")}
+
+    def restart(self) -> None:
+        """Freeze every factor as it is and begin with the identity on top."""
+        for gain in self.gains.values():
+            gain.restart()
+
+    @contextlib.contextmanager
+    def disabled(self) -> Iterator[None]:
+        """While it lasts the model is the base."""
+        self.active = False
+        try:
+            yield
+        finally:
+            self.active = True
+
+    def change(self) -> Tensor:
+        """||W_new - W||_F^2 over the layers (and of their biases, on the output side)."""
+        terms = []
+        for name, layer in self.layers.items():
+            gain, (weight, bias) = self.gains[name], _tensors(layer)
+            weight_OI = (weight.T if models.is_conv1d(layer) else weight).float()
+            terms.append(gain.change(weight_OI if self.side == "input" else weight_OI.T))
+            if self.side == "output" and bias is not None:
+                terms.append(gain.change(bias.float()[None]))
+        return torch.stack(terms).sum()
 
     def remove(self) -> None:
         """Take the gains off: the model is the base again."""
@@ -85,19 +224,26 @@ class Gains:
 
     @torch.no_grad()
     def absorb(self) -> None:
-        """Fold S into the weights: the product in fp32, rounded once to the weight's dtype; then remove the gains.
+        """Fold each factor into the weights: the product in fp32, rounded once to the weight's dtype; then remove the gains.
 
-        Input side: columns of an (out, in) weight; output side: rows, and the bias. Conv1D stores (in, out).
+        Input side: W M of an (out, in) weight; output side: M W, and M b. Conv1D stores (in, out). ConfigError when the
+        weights are quantised.
         """
+        models.can_merge(self.layers)
         for name, layer in self.layers.items():
-            s = 1 + self.gains[name].delta
-            along_rows = (self.side == "output") != models.is_conv1d(layer)
-            weight: Tensor = layer.weight  # type: ignore[assignment]
-            weight.copy_((weight.float() * (s[:, None] if along_rows else s[None, :])).to(weight.dtype))
-            if self.side == "output" and getattr(layer, "bias", None) is not None:
-                bias: Tensor = layer.bias  # type: ignore[assignment]
-                bias.copy_((bias.float() * s).to(bias.dtype))
+            gain, (weight, bias) = self.gains[name], _tensors(layer)
+            turned = models.is_conv1d(layer)
+            weight_OI = (weight.T if turned else weight).float()
+            new_OI = gain.transposed(weight_OI) if self.side == "input" else gain(weight_OI.T).T
+            weight.copy_((new_OI.T if turned else new_OI).to(weight.dtype))
+            if self.side == "output" and bias is not None:
+                bias.copy_(gain(bias.float()).to(bias.dtype))
         self.remove()
+
+
+def _tensors(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of a linear layer."""
+    return cast("Tensor", layer.weight), cast("Tensor | None", getattr(layer, "bias", None))
 
 
 def attach_gains(
@@ -105,26 +251,86 @@ def attach_gains(
     roles: list[str] | tuple[str, ...] = ("attn_out", "ffn_down"),
     side: Side = "input",
     names: dict[str, str] | None = None,
+    make: Callable[[int, torch.device], Factor] | None = None,
 ) -> Gains:
     """Put identity gains on any transformers causal LM: freezes the model and returns the handle that trains.
 
     names: role -> suffix of module names, for a family gain_cl does not know. Raises ConfigError listing the candidates.
     """
     model.requires_grad_(False)
-    return Gains(models.targets(model, list(roles), names), side)
+    return Gains(models.targets(model, list(roles), names), side, make)
 
 
-class GainAdapter(Adapter):
-    """roles: attn_out, ffn_down; side: input or output."""
+def random_basis(width: int, seed: int, device: torch.device) -> Tensor:
+    """(width, width) fp32, orthogonal, uniform over rotations (Haar): Q of a Gaussian matrix's QR, with R's diagonal made
+    positive (Mezzadri 2007, math-ph/0609050). In float64, rounded once."""
+    if device.type == "meta":
+        return torch.empty(width, width, device=device)
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + width)
+    q, r = torch.linalg.qr(torch.randn(width, width, generator=generator, dtype=torch.float64))
+    return (q * r.diagonal().sign()).float().to(device)
 
-    def __init__(self, roles: list[str], side: Side = "input") -> None:
-        self.roles, self.side = roles, side
 
-    def attach(self, loaded: Loaded) -> None:
-        self.gains = attach_gains(loaded.model, self.roles, self.side, loaded.roles)
+class _Multiplier(Adapter):
+    """An adapter made of factors."""
+
+    gains: Gains
 
     def parameters(self) -> dict[str, nn.Parameter]:
         return self.gains.parameters()
 
     def absorb(self) -> None:
         self.gains.absorb()
+
+    def restart(self) -> None:
+        self.gains.restart()
+
+    def disabled(self) -> contextlib.AbstractContextManager[None]:
+        return self.gains.disabled()
+
+    def shift(self) -> Tensor:
+        return self.gains.change()
+
+    def state(self) -> dict[str, Tensor]:
+        frozen = {name: t.detach().to("cpu", copy=True) for name, t in self.gains.frozen().items()}
+        return {**super().state(), **frozen}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        while self.gains.frozen().keys() < state.keys() - self.parameters().keys():
+            before = len(self.gains.frozen())
+            self.restart()
+            if len(self.gains.frozen()) == before:
+                break  # it is of another kind: told below
+        frozen = self.gains.frozen()
+        super().load_state({name: t for name, t in state.items() if name not in frozen})
+        with torch.no_grad():
+            for name, t in frozen.items():
+                t.copy_(state[name])
+
+
+class GainAdapter(_Multiplier):
+    """roles: attn_out, ffn_down; side: input or output; basis: own, or random (one Q for all layers of a width)."""
+
+    def __init__(self, roles: list[str], side: Side = "input", basis: str = "own", basis_seed: int = 0) -> None:
+        self.roles, self.side, self.basis, self.basis_seed = roles, side, basis, basis_seed
+
+    def attach(self, loaded: Loaded) -> None:
+        bases: dict[int, Tensor] = {}
+
+        def turned(width: int, device: torch.device) -> Factor:
+            if width not in bases:
+                bases[width] = random_basis(width, self.basis_seed, device)
+            return RotatedGain(width, device, bases[width])
+
+        self.gains = attach_gains(loaded.model, self.roles, self.side, loaded.roles, turned if self.basis == "random" else None)
+
+
+class MultiplicativeLoraAdapter(_Multiplier):
+    """W (I + alpha / rank B A) on the layers of these roles."""
+
+    def __init__(self, roles: list[str], rank: int, alpha: float) -> None:
+        self.roles, self.rank, self.alpha = roles, rank, alpha
+
+    def attach(self, loaded: Loaded) -> None:
+        make = lambda width, device: LowRankFactor(width, device, self.rank, self.alpha)  # noqa: E731
+        self.gains = attach_gains(loaded.model, self.roles, "input", loaded.roles, make)

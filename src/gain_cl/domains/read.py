@@ -1,4 +1,4 @@
-"""documents(domain): the clean texts of a domain; pin(domain): what identifies them. Torch-free."""
+"""documents(domain): the clean documents of a domain; pin(domain): what identifies them. Torch-free."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from gain_cl import sources
 from gain_cl.config import SHA1, Domain, Eval, FilesSource, GeneratedSource, HubSource, PackageSource, Train
 from gain_cl.domains import generate
 from gain_cl.domains.recipes import MIN_CHARACTERS, RECIPES
-from gain_cl.domains.text import decode, require_text, text_hash, tidy
+from gain_cl.domains.text import Document, Pair, decode, document_hash, plain, require_text, tidy
 from gain_cl.errors import ConfigError, DataError
 
 TEXT_VERSION = 1  # of the rules below that shape text of hub and files domains: raise it when their text changes
@@ -36,18 +36,44 @@ def pin(domain: Domain) -> dict[str, Any]:
     if isinstance(source, HubSource):
         if source.revision is None or not SHA1.fullmatch(source.revision):
             sources.commit(source.path, source.revision, "dataset")  # raises, naming the commit when one can tell
-        return {"text_version": TEXT_VERSION, **source.model_dump()}
+        settings = source.model_dump(exclude={"chat_template"})
+        if source.prompt is None:  # the keys of plain text, as ever
+            del settings["prompt"], settings["completion"]
+        return {"text_version": TEXT_VERSION, **settings, **_pinned_template(domain)}
     if isinstance(source, FilesSource):
         path = Path(source.path).expanduser()
         names = {p.name if p == path else p.relative_to(path).as_posix(): p for p in _files(path)}
         content = {name: sources.file_sha256(p, remember=True) for name, p in names.items()}
         total = hashlib.sha256(json.dumps(content, sort_keys=True, allow_nan=False).encode()).hexdigest()
-        return {"kind": "files", "text_version": TEXT_VERSION, "sha256": total, "field": source.field}
+        fields = {"field": source.field} if source.prompt is None else {"prompt": source.prompt, "completion": source.completion}
+        return {"kind": "files", "text_version": TEXT_VERSION, "sha256": total, **fields, **_pinned_template(domain)}
     return {"version": generate.VERSION, **source.model_dump()}
 
 
-def documents(domain: Domain) -> Iterator[str]:
-    """Every clean document of a domain, exact duplicates included; package and hub documents have 200+ characters.
+def _pinned_template(domain: Domain) -> dict[str, Any]:
+    """What identifies the chat template: its text; "model" when it is the tokenizer's own, whose text is part of the tokens' hash."""
+    source = domain.source
+    if not isinstance(source, HubSource | FilesSource) or source.chat_template is None:
+        return {}
+    return {"chat_template": template_file(domain) or source.chat_template}
+
+
+def template_file(domain: Domain) -> str | None:
+    """The text of the FILE.jinja that source.chat_template names; None when it names none. DataError when it cannot be read."""
+    named = getattr(domain.source, "chat_template", None)
+    if named is None or named == "model":
+        return None
+    try:
+        text = decode(Path(named).expanduser().read_bytes(), named)
+    except OSError as error:
+        raise DataError(f"cannot read the chat template: {error.strerror}", named, "check domain.source.chat_template") from None
+    if not text.strip():
+        raise DataError("the chat template is empty", named, "check domain.source.chat_template")
+    return text
+
+
+def documents(domain: Domain) -> Iterator[Document]:
+    """Every clean document of a domain, exact duplicates included; plain text of packages and the hub has 200+ characters.
 
     One-line errors: DataError (file, and line or byte), ConfigError, StorageError (a download failed).
     """
@@ -70,20 +96,20 @@ def documents(domain: Domain) -> Iterator[str]:
         yield from generate.generate(source.seed, source.documents)
 
 
-def collect(domain: Domain) -> list[tuple[str, str]]:
-    """(hash, text) of the documents of a domain, sorted by hash, exact duplicates dropped, cut to max_bytes of a package.
+def collect(domain: Domain) -> list[tuple[str, Document]]:
+    """(hash, document) of the documents of a domain, sorted by hash, exact duplicates dropped, cut to max_bytes of a package.
 
     The cut takes documents in the order of a second hash: the first one decides the split, so cutting by it would leave
     test documents only.
     """
-    texts: dict[str, str] = {}
+    texts: dict[str, Document] = {}
     for text in documents(domain):
-        texts.setdefault(text_hash(text), text)
+        texts.setdefault(document_hash(text), text)
     limit = domain.source.max_bytes if isinstance(domain.source, PackageSource) else None
     if limit is not None:
         kept, total = {}, 0
         for key in sorted(texts, key=lambda k: hashlib.sha256(f"take:{k}".encode()).digest()):
-            total += len(texts[key].encode())
+            total += len(plain(texts[key]).encode())
             if total > limit:
                 break
             kept[key] = texts[key]
@@ -119,7 +145,8 @@ def foresee(domains: Mapping[str, Domain], train: Train, evaluation: Eval, contr
             do = f"lower eval.documents, raise split.{kind} or give more documents"
             raise DataError(f"{have} {kind} documents, eval.documents={evaluation.documents}", f"domain {name}", do)
         most = sum(split["train"].values()) + 2 * len(split["train"])  # a byte a token, a leading space and a separator a document
-        if name not in controls and most < train.block:
+        templated = getattr(domains[name].source, "chat_template", None) is not None  # adds tokens: how many is not known yet
+        if name not in controls and most < train.block and not templated:
             what = f"{most} training tokens at most are less than one block of {train.block}"
             raise DataError(what, f"domain {name}", "give more text or a smaller train.block")
     for a, b in ((a, b) for a in parts if a not in controls for b in parts):
@@ -132,10 +159,10 @@ def _split_sizes(domain: Domain) -> dict[str, dict[str, int]]:
     """Split -> hash -> UTF-8 bytes of its documents; the split is decided as base.Domain does."""
     found: dict[str, dict[str, int]] = {"test": {}, "dev": {}, "train": {}}
     for text in documents(domain):
-        key = text_hash(text)
+        key = document_hash(text)
         share = int(key[:16], 16) / 2**64
         kind = "test" if share < domain.split.test else "dev" if share < domain.split.test + domain.split.dev else "train"
-        found[kind][key] = len(text.encode())
+        found[kind][key] = len(plain(text).encode())
     return found
 
 
@@ -161,24 +188,27 @@ def _files(path: Path) -> list[Path]:
     return inside
 
 
-def _local(source: FilesSource) -> Iterator[str]:
+def _local(source: FilesSource) -> Iterator[Document]:
     path = Path(source.path).expanduser()
     blank = True
     for file in _files(path):
         for text in _one_file(file, source, single=file == path):
-            if text.strip():
+            if plain(text).strip():
                 blank = False
                 yield text
     if blank:
         raise DataError("there is no text in it: empty, or blank documents only", str(path), "check the file")
 
 
-def _one_file(file: Path, source: FilesSource, single: bool) -> Iterator[str]:
+def _one_file(file: Path, source: FilesSource, single: bool) -> Iterator[Document]:
     suffix = file.suffix.lower()
+    fields = [source.field] if source.prompt is None or source.completion is None else [source.prompt, source.completion]
     if suffix == ".parquet":
-        for where, row in _parquet_rows(file, [source.field]):
-            yield require_text(row[source.field], where, source.max_document_bytes)
+        for where, row in _parquet_rows(file, fields):
+            yield _of_row(row, source, where)
         return
+    if suffix == ".txt" and len(fields) == 2:
+        raise DataError("a .txt file has no fields for prompt and completion", str(file), "use .jsonl or .parquet")
     try:
         if suffix == ".txt":
             text = tidy_lines(decode(file.read_bytes(), str(file)))
@@ -187,11 +217,28 @@ def _one_file(file: Path, source: FilesSource, single: bool) -> Iterator[str]:
         else:
             with open(file, "rb") as lines:
                 for where, row in _json_rows(lines, str(file)):
-                    if source.field not in row:
-                        raise DataError(f"no field {source.field!r}", where, f"fields: {', '.join(map(str, row))}; set source.field")
-                    yield require_text(row[source.field], where, source.max_document_bytes)
+                    if absent := [f for f in fields if f not in row]:
+                        do = "set source.field" if len(fields) == 1 else "set source.prompt and source.completion"
+                        raise DataError(f"no field {absent[0]!r}", where, f"fields: {', '.join(map(str, row))}; {do}")
+                    yield _of_row(row, source, where)
     except OSError as error:
         raise DataError(f"cannot read: {error.strerror}", str(file), "check the path and its permissions") from None
+
+
+def _of_row(row: dict[str, Any], source: FilesSource, where: str) -> Document:
+    if source.prompt is None or source.completion is None:
+        return require_text(row[source.field], where, source.max_document_bytes)
+    return _pair(row[source.prompt], row[source.completion], where, source.max_document_bytes)
+
+
+def _pair(prompt: object, completion: object, where: str, limit: int | None = None) -> Pair:
+    """A row of instruction data as it stands; limit: of the bytes of both. DataError when one is blank or no text."""
+    for value, what in ((prompt, "prompt"), (completion, "completion")):
+        if not require_text(value, where, what=what).strip():
+            raise DataError(f"the {what} is empty", where, "remove the row or fix the data")
+    pair = Pair(str(prompt), str(completion))
+    require_text(pair.prompt + pair.completion, where, limit)
+    return pair
 
 
 def tidy_lines(text: str) -> str:
@@ -260,16 +307,31 @@ def _parquet_rows(file: Path, columns: list[str]) -> Iterator[tuple[str, dict[st
 # --- hub data sets -----------------------------------------------------------------------------------------------------
 
 
-def _hub(source: HubSource) -> Iterator[str]:
-    """Texts in the order of the files until max_bytes are read; only as many files are fetched as that takes."""
+def _hub(source: HubSource) -> Iterator[Document]:
+    """Documents in the order of the files until max_bytes are read; only as many files are fetched as that takes.
+
+    Rows without enough text are left out: of instruction data, those with a blank prompt or completion.
+    """
     total = 0
+    names = source.fields if source.prompt is None or source.completion is None else [source.prompt, source.completion]
     for file in sources.data_files(source.path, source.revision, source.files):
-        for where, row in _hub_rows(file, [field.split(".")[0] for field in source.fields]):
-            text = tidy("\n\n".join(part for field in source.fields for part in _descend(row, field, where)))
-            if len(text) < MIN_CHARACTERS:
-                continue
-            total += len(require_text(text, where).encode())
-            yield text
+        for where, row in _hub_rows(file, [field.split(".")[0] for field in names]):
+            parts = [_descend(row, field, where) for field in names]
+            document: Document
+            if source.prompt is None:
+                document = tidy("\n\n".join(part for texts in parts for part in texts))
+                if len(document) < MIN_CHARACTERS:
+                    continue
+            else:
+                for field, texts in zip(names, parts, strict=True):
+                    if len(texts) > 1:
+                        raise DataError(f"field {field!r} is a list of {len(texts)} texts", where, "name a field with one")
+                if not all(texts and texts[0].strip() for texts in parts):
+                    continue
+                (prompt,), (completion,) = parts
+                document = _pair(prompt, completion, where)
+            total += len(require_text(plain(document), where).encode())
+            yield document
             if total >= source.max_bytes:
                 return
 
@@ -308,7 +370,7 @@ def _descend(row: Any, field: str, where: str) -> list[str]:
             row = [r.get(key) if isinstance(r, dict) else None for r in row]
         elif not isinstance(row, dict) or key not in row:
             have = f"fields: {', '.join(map(str, row))}" if isinstance(row, dict) else f"it is a {type(row).__name__}"
-            raise DataError(f"no field {field!r}", where, f"{have}; set source.fields")
+            raise DataError(f"no field {field!r}", where, f"{have}; name one of them")
         else:
             row = row[key]
     parts = row if isinstance(row, list) else [row]

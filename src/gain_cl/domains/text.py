@@ -6,8 +6,25 @@ import hashlib
 import html
 import re
 import unicodedata
+from typing import NamedTuple
 
 from gain_cl.errors import DataError
+
+
+class Pair(NamedTuple):
+    """A document of instruction data, of which the completion alone is trained on and scored."""
+
+    prompt: str
+    completion: str
+
+    @property
+    def text(self) -> str:
+        """Both, joined as ``joint`` says."""
+        return self.prompt + joint(self) + self.completion
+
+
+Document = str | Pair
+
 
 _SPACES = re.compile(r"\s+")
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\ufeff\ufffd]")
@@ -29,10 +46,20 @@ def decode(data: bytes, where: str) -> str:
     return text
 
 
-def require_text(text: object, where: str, limit: int | None = None) -> str:
+def joint(pair: Pair) -> str:
+    """What stands between prompt and completion without a chat template: a line end, unless white space is there already."""
+    return "" if pair.prompt[-1:].isspace() or pair.completion[:1].isspace() else "\n"
+
+
+def plain(document: Document) -> str:
+    """The text of a document, prompt and completion as one."""
+    return document if isinstance(document, str) else document.text
+
+
+def require_text(text: object, where: str, limit: int | None = None, what: str = "text") -> str:
     """``text`` itself when it can be encoded and is not over ``limit`` UTF-8 bytes; DataError otherwise."""
     if not isinstance(text, str):
-        raise DataError(f"the text is a {type(text).__name__}, not a string", where, "name another field or fix the data")
+        raise DataError(f"the {what} is a {type(text).__name__}, not a string", where, "name another field or fix the data")
     try:
         size = len(text.encode())
     except UnicodeEncodeError as error:
@@ -50,6 +77,13 @@ def text_hash(text: str) -> str:
     """
     normal = _SPACES.sub(" ", unicodedata.normalize("NFKC", text).casefold()).strip()
     return hashlib.sha256(normal.encode()).hexdigest()
+
+
+def document_hash(document: Document) -> str:
+    """The text_hash of plain text; of a pair the SHA-256 (hex) of those of prompt and completion, whatever template shows them."""
+    if isinstance(document, str):
+        return text_hash(document)
+    return hashlib.sha256(f"{text_hash(document.prompt)}:{text_hash(document.completion)}".encode()).hexdigest()
 
 
 def tidy(text: str, blank_lines: int = 1) -> str:

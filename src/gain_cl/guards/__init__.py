@@ -7,6 +7,7 @@ import inspect
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gain_cl.config import GUARDS
 from gain_cl.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -36,10 +37,20 @@ def pin(kind: str) -> str | None:
 def build(settings: config.Guard) -> Guard:
     """The one place that maps a name to a class."""
     keywords = settings.model_dump(exclude={"kind"})
-    if settings.kind == "none":
-        from gain_cl.guards.base import Guard
+    if settings.kind in _PLUGINS:
+        return _PLUGINS[settings.kind](**keywords)
+    if settings.kind not in GUARDS:
+        raise ConfigError(f"unknown guard {settings.kind!r}", "guard.kind", f"use one of: {', '.join([*GUARDS, *_PLUGINS])}")
+    from gain_cl.guards import base, ewc, near_base, replay
 
-        return Guard(**keywords)
-    if settings.kind not in _PLUGINS:
-        raise ConfigError(f"unknown guard {settings.kind!r}", "guard.kind", f"use one of: {', '.join(['none', *_PLUGINS])}")
-    return _PLUGINS[settings.kind](**keywords)
+    kinds: dict[str, type[Guard]] = {
+        "none": base.Guard,
+        "ewc": ewc.EwcGuard,
+        "replay": replay.ReplayGuard,
+        "self_replay": replay.SelfReplayGuard,
+        "kl_base": near_base.KlBaseGuard,
+        "l2_base": near_base.L2BaseGuard,
+        "orthogonal": near_base.OrthogonalGuard,
+        "ema": near_base.EmaGuard,
+    }
+    return kinds[settings.kind](**keywords)

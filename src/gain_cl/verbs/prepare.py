@@ -59,12 +59,12 @@ def examine(config: RunConfig) -> Report:
     checks.limits(config, models.read_config(folder) if folder is not None else config.model.arch or {})
     tokenizer, tokenizer_hash = models.load_tokenizer(config.model)
     rows = models.vocabulary(config.model)
-    models.special_tokens(config.model, tokenizer, rows)
+    prefix_id, _ = models.special_tokens(config.model, tokenizer, rows)
     domains: dict[str, Domain] = {}
     for number, name in enumerate(names, start=1):
         signals.poll()
         _say(f"{name}: text and tokens ({number} of {len(names)})")
-        domains[name] = domains_.prepare(config.domains[name], tokenizer, tokenizer_hash, plan.pins["domains"][name])
+        domains[name] = domains_.prepare(config.domains[name], tokenizer, tokenizer_hash, plan.pins["domains"][name], prefix_id)
     warnings = domains_.check(domains, config.train, config.eval, rows, config.sequence.controls)
     _say("near duplicates of scored documents in training text")
     near = overlap.near_duplicates(domains, trained)
@@ -93,6 +93,7 @@ def _domain(config: RunConfig, domain: Domain, pin: dict[str, Any]) -> Report:
         "trained": trained,
         "documents": {split: domain.n_documents(split) for split in SPLITS},
         "tokens": {split: domain.n_tokens(split) for split in SPLITS},
+        "prompt_tokens": {split: domain.n_prompt_tokens(split) for split in SPLITS},
         "bytes": {split: domain.n_bytes(split) for split in SPLITS},
         "split_sha256": {split: domain.split_hash(split) for split in SPLITS},
         "learned_share": config.train.stage_steps * config.train.batch_tokens / domain.n_tokens("train") if trained else 0.0,
@@ -156,6 +157,10 @@ def render(report: Report) -> None:
             for name, d in domains.items()
         ],
     )
+    for name, d in domains.items():
+        if of := sum(d["prompt_tokens"].values()):
+            share = of / sum(d["tokens"].values())
+            say(f"  {name}: instruction data, {share:.0%} of the tokens are prompts, read and not scored; MB are completions")
     say("Sources", "bold")
     table(
         ["domain", "tokens' hash", "source as pinned", "licence"],

@@ -23,7 +23,7 @@ from pydantic import ValidationError
 
 from gain_cl import checkpoint, items, lock, matrix, models, provenance, record, resume, sources, tasks
 from gain_cl import domains as domains_
-from gain_cl.config import EXECUTION, SHA1, SHA256, PackageFile, RunConfig
+from gain_cl.config import ADAPTERS, EXECUTION, SHA1, SHA256, PackageFile, RunConfig
 from gain_cl.domains import Domain
 from gain_cl.domains.base import FORMAT
 from gain_cl.errors import DataError, GainError, StorageError
@@ -157,12 +157,21 @@ def the_record(case: Case) -> str:
 def settings(case: Case) -> str:
     """What the record says beside its configuration is what the configuration says."""
     r, c = case.record, case.config
-    stated = {"model": r.model, "method": r.method, "sequence": r.sequence, "seed": r.seed, "trained": r.trained, "controls": r.controls}
+    stated = {
+        "model": r.model,
+        "method": r.method,
+        "sequence": r.sequence,
+        "seed": r.seed,
+        "regime": r.regime,
+        "trained": r.trained,
+        "controls": r.controls,
+    }
     meant = {
         "model": c.model.name,
         "method": c.method,
         "sequence": c.sequence.name,
         "seed": c.seed,
+        "regime": c.regime,
         "trained": c.sequence.trained,
         "controls": c.sequence.controls,
     }
@@ -181,7 +190,7 @@ def settings(case: Case) -> str:
 def run_id(case: Case) -> str:
     """The hash over settings, pins and numerics again. A tainted run keeps the id of its first attempt, which run.json tells."""
     r, numerics = case.record, case.record.provenance["numerics"]
-    pins = {key: r.pins[key] for key in ("model", "domains", "tasks", "plugins")}
+    pins = {k: pin for k, pin in r.pins.items() if k in ("model", "domains", "tasks", "plugins", "init_from", "checkpoints")}
     stem, _, stated = r.run_id.rpartition("-")
     if stem != f"{'-'.join([r.model, r.method, r.sequence])[:70]}-s{r.seed}":
         raise DataError(f"{r.run_id} does not name its model, method, sequence and seed", str(case.run.path), AGAIN)
@@ -309,7 +318,7 @@ def summaries(case: Case) -> str:
     """Every summary from the documents equals its coefficients times the record's losses, and the two sums that hold among
     summaries (matrix.learned, matrix.from_base)."""
     r, losses = case.record, case.record.losses()
-    m = matrix.LossMatrix.from_documents(case.run.documents, r.trained, r.controls)
+    m = matrix.LossMatrix.from_documents(case.run.documents, r.trained, r.controls, r.regime)
     found = {name: e.value for name, e in matrix.summary(m).items()}
     scale = SAME * 10 * float(np.abs(losses).max())
     for metric in matrix.METRICS:
@@ -317,7 +326,8 @@ def summaries(case: Case) -> str:
             what = f"{metric.__name__} is {float((c * losses).sum())!r} by the record, {found[metric.__name__]!r} by its documents"
             raise DataError(what, str(case.run.path), AGAIN)
     last = len(r.trained)
-    for whole, parts in (("learned", ("own_step", "zero_shot")), ("from_base", ("learned", "backward"))):
+    sums = (("learned", ("own_step", "zero_shot")), ("from_base", ("learned", "backward")))
+    for whole, parts in sums if r.regime == "sequential" else ():
         one, two = found[parts[0]], found.get(parts[1], 0.0)
         if abs(found[whole] - one - (last - 1) / last * two) > scale:
             raise DataError(f"{whole} is not {parts[0]} + {last - 1}/{last} of {parts[1]}", "matrix.py", "report it")
@@ -328,20 +338,22 @@ def training(case: Case) -> str:
     """Steps, tokens and rate of every stage are those of the settings."""
     c, where = case.config, str(case.run.path)
     for stage in case.record.stages:
-        if (stage.train is None) != (stage.index == 0):
+        if (stage.train is None) != (stage.index == 0 or c.adapter.kind == "given"):
             raise DataError(f"stage {stage.index} {'was' if stage.train else 'was not'} trained", where, AGAIN)
         if stage.train is None:
             continue
         replayed = c.guard.kind != "none"  # a guard may add tokens to a step
         tokens = stage.train.steps * c.train.batch_tokens
-        if stage.train.steps != c.train.stage_steps or stage.train.lr != c.train.lr:
+        if stage.train.steps != c.stage.stage_steps or stage.train.lr != c.train.lr:
             what = f"stage {stage.index} took {stage.train.steps} steps at {stage.train.lr:g}"
-            raise DataError(f"{what}, settings say {c.train.stage_steps} at {c.train.lr:g}", where, AGAIN)
+            raise DataError(f"{what}, settings say {c.stage.stage_steps} at {c.train.lr:g}", where, AGAIN)
         if stage.train.tokens < tokens or (stage.train.tokens > tokens and not replayed):
             what = f"stage {stage.index} saw {stage.train.tokens} tokens, its steps make {tokens}"
             raise DataError(what, where, AGAIN)
-    last = len(case.record.trained)
-    return f"{last} stages of {c.train.stage_steps} steps of {c.train.batch_tokens} tokens"
+    last = len(case.record.stages) - 1
+    if c.adapter.kind == "given":
+        return f"{last} stages were trained elsewhere"
+    return f"{last} stages of {c.stage.stage_steps} steps of {c.train.batch_tokens} tokens"
 
 
 def attempts(case: Case) -> str:
@@ -435,6 +447,8 @@ def trained_state(case: Case) -> str:
     from safetensors import safe_open
 
     root, kept = case.beside("stages"), []
+    if case.config.adapter.kind == "given":
+        return "trained elsewhere"
     for stage in case.record.stages[1:]:
         path = root / f"{stage.index:02d}-{stage.domain}" / resume.ADAPTER
         if not path.exists():
@@ -446,11 +460,12 @@ def trained_state(case: Case) -> str:
                 count += math.prod(part.get_shape())
                 if part.get_dtype() in ("F64", "F32", "F16") and not np.isfinite(file.get_tensor(name)).all():
                     raise DataError(f"{name} is not finite", str(path), AGAIN)
-        if count != case.record.trainable_parameters and case.config.adapter.kind in ("gain", "full", "peft"):
+        restarted = case.config.handover == "restart" and stage.index > 1  # then it holds what is frozen besides
+        if count != case.record.trainable_parameters and case.config.adapter.kind in ADAPTERS and not restarted:
             what = f"{count:,} trained numbers, the record says {case.record.trainable_parameters:,} parameters"
             raise DataError(what, str(path), AGAIN)
         kept.append(stage.index)
-    last = len(case.record.trained)
+    last = len(case.record.stages) - 1
     if kept not in (list(range(1, last + 1)), [last]):
         raise DataError(f"the trained state of stage {max(set(range(1, last + 1)) - set(kept))} is missing", str(root), AGAIN)
     return f"{case.record.trainable_parameters:,} parameters, finite, after {len(kept)} of {last} stages"
@@ -492,8 +507,8 @@ def tokens(case: Case) -> str:
         if domain.hash != r.pins["tokens"][name]:
             raise DataError(f"the tokens of {name} have hash {domain.hash[:12]}..., pinned is {r.pins['tokens'][name][:12]}...", "", AGAIN)
         documents = domain.split_documents(evaluation.split)[: evaluation.documents]
-        counts = [min(len(d.tokens), evaluation.window or len(d.tokens)) for d in documents]
-        ends = [int(d.ends[count - 1]) for d, count in zip(documents, counts, strict=True)]
+        counts = [min(len(d.tokens) - d.prompt, evaluation.window or len(d.tokens)) for d in documents]
+        ends = [int(d.ends[d.prompt + count - 1]) for d, count in zip(documents, counts, strict=True)]
         meant = list(zip([d.id for d in documents], counts, ends, strict=True))
         for stage, part in case.run.documents[case.run.documents["domain"] == name].groupby("stage"):
             if list(zip(part["document"], part["tokens"], part["bytes"], strict=True)) != meant:
@@ -513,7 +528,8 @@ def _cached(case: Case, name: str) -> Domain | None:
             identity = meta["identity"]
         except (OSError, ValueError, KeyError, TypeError):
             continue  # a run tokenises again
-        if identity != {"format": FORMAT, "pin": r.pins["domains"][name], "tokenizer": r.pins["tokenizer"]}:
+        meant = {"format": FORMAT, "pin": r.pins["domains"][name], "tokenizer": r.pins["tokenizer"]}
+        if {k: v for k, v in identity.items() if k != "chat"} != meant:
             continue
         for array, pinned in meta["sha256"].items():
             case.is_pinned(meta_path.with_name(f"{array}.npy"), pinned)

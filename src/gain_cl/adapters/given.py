@@ -1,0 +1,88 @@
+"""Checkpoints trained elsewhere, in the place of training: stage k is the k-th of them. For ``python -m gain_cl score``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from gain_cl import models, sources
+from gain_cl.adapters import portable
+from gain_cl.adapters.base import Adapter
+from gain_cl.errors import DataError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from gain_cl.models import Loaded
+
+
+class GivenAdapter(Adapter):
+    """checkpoints: folders or ORG/NAME@COMMIT, each a PEFT adapter or a whole model of the base's architecture and tokenizer."""
+
+    trains = False
+
+    def __init__(self, checkpoints: list[str]) -> None:
+        self.checkpoints = checkpoints
+        self.peft: Any = None
+        self.base: dict[str, Tensor] | None = None
+
+    def attach(self, loaded: Loaded) -> None:
+        self.loaded = loaded
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        return {}
+
+    def absorb(self) -> None:
+        raise self._cannot("state of its own to fold", "the checkpoints are there already")
+
+    def take(self, stage: int) -> None:
+        """Make the model that of a stage (from 1). DataError when the checkpoint is of another model."""
+        where = portable.place(self.checkpoints[stage - 1], portable.CHECKPOINT)
+        if isinstance(where, tuple):
+            repository, commit = where
+            adapter = sources.snapshot(repository, commit, [portable.CONFIG, portable.WEIGHTS])
+            whole = not (adapter / portable.CONFIG).exists()
+            where = sources.snapshot(repository, commit, models.SMALL_FILES + models.WEIGHTS) if whole else adapter
+        self._release()
+        if (where / portable.CONFIG).exists():
+            self._adapter(where)
+        else:
+            self._weights(where)
+
+    def _release(self) -> None:
+        """The base again."""
+        if self.peft is not None:
+            self.peft.unload()
+            self.peft = None
+        if self.base is not None:
+            _copy(self.base, self.loaded.model)
+
+    def _adapter(self, folder: Path) -> None:
+        from gain_cl.adapters.peft import attach_saved
+
+        portable.inspect(folder)
+        self.peft = attach_saved(self.loaded.model, folder)
+
+    def _weights(self, folder: Path) -> None:
+        models.inspect(folder)
+        model = self.loaded.model
+        if models.has_tokenizer(folder) and models.tokenizer_hash(folder) != self.loaded.tokenizer_hash:
+            what = "its tokenizer is not the base model's: losses per token would not compare"
+            raise DataError(what, str(folder), "score it in a run of its own: model.path= that folder")
+        if self.base is None:
+            self.base = {name: p.detach().clone() for name, p in model.named_parameters()}
+        found = models.parameters_of(folder, str(model.dtype).removeprefix("torch."))
+        differing = sorted(found.keys() ^ self.base.keys()) or sorted(n for n, t in found.items() if t.shape != self.base[n].shape)
+        if differing:
+            raise DataError(f"it is another model: {differing[0]} differs", str(folder), "name its base with model=")
+        if bad := next((n for n, t in found.items() if not torch.isfinite(t).all()), None):
+            raise DataError(f"{bad} is not finite", str(folder), "it cannot be scored")
+        _copy(found, model)
+
+
+@torch.no_grad()
+def _copy(tensors: dict[str, Tensor], model: nn.Module) -> None:
+    for name, p in model.named_parameters():
+        p.copy_(tensors[name])

@@ -1,0 +1,110 @@
+"""Guards that hold the model near the pretrained one, and each stage's update away from those before: no data is stored."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from gain_cl.guards.base import Guard
+from gain_cl.loss import sum_divergence
+
+if TYPE_CHECKING:
+    from gain_cl.adapters.base import Adapter
+    from gain_cl.domains import Stream
+    from gain_cl.models import Loaded
+
+
+class KlBaseGuard(Guard):
+    """Adds strength * KL(pretrained || tuned) per token on the batch's own text: learning without forgetting (Li and Hoiem 2016,
+    1606.09282) at temperature 1 over the whole vocabulary. Costs one more forward pass."""
+
+    def __init__(self, strength: float) -> None:
+        self.strength = strength
+
+    def attach(self, loaded: Loaded, adapter: Adapter, seed: int) -> None:
+        self.loaded, self.adapter = loaded, adapter
+        adapter.keep_base()
+
+    def token_penalty(self, inputs: dict[str, Any], rows_N: Tensor, hidden_ND: Tensor) -> Tensor | None:
+        loaded = self.loaded
+        modes = {m: m.training for m in loaded.model.modules()}
+        with torch.no_grad(), self.adapter.disabled():
+            loaded.model.eval()  # the pretrained model has no dropout to learn from
+            hidden = loaded.body(**inputs).last_hidden_state.flatten(0, 1)[rows_N.to(loaded.device)]
+            weight, bias = loaded.output
+            base = (hidden, weight.detach(), bias if bias is None else bias.detach())
+        for m, mode in modes.items():
+            m.training = mode
+        return self.strength * sum_divergence(hidden_ND, *loaded.output, base, loaded.softcap)
+
+
+class L2BaseGuard(Guard):
+    """Adds (strength / 2) * ||W - W_pretrained||_F^2 over the effective weights: L2-SP (Li et al. 2018, 1802.01483), in the
+    weights, not in an adapter's parameters, so that one strength means one thing for every adapter."""
+
+    def __init__(self, strength: float) -> None:
+        self.strength = strength
+
+    def attach(self, loaded: Loaded, adapter: Adapter, seed: int) -> None:
+        self.adapter = adapter
+        adapter.keep_base()
+
+    def penalty(self) -> Tensor | None:
+        return self.strength / 2 * self.adapter.shift()
+
+
+class OrthogonalGuard(Guard):
+    """O-LoRA (Wang et al. 2023, 2310.14152): a new LoRA for each stage, its input subspace held orthogonal to the earlier ones':
+    adds strength * sum over earlier stages i and layers of ||A_i A_t^T||_F^2 (eq. 8). Needs handover=restart."""
+
+    def __init__(self, strength: float) -> None:
+        self.strength = strength
+
+    def attach(self, loaded: Loaded, adapter: Adapter, seed: int) -> None:
+        adapter.lora_inputs()  # refuses what has none
+        self.adapter = adapter
+
+    def penalty(self) -> Tensor | None:
+        pairs = [(old, matrices[-1]) for matrices in self.adapter.lora_inputs().values() for old in matrices[:-1]]
+        return self.strength * torch.stack([(old @ new.T).square().sum() for old, new in pairs]).sum() if pairs else None
+
+
+class EmaGuard(Guard):
+    """After each stage the trained state becomes the exponential moving average of its values since the stage began:
+    average <- decay * average + (1 - decay) * value, a step. The next stage goes on from the average."""
+
+    def __init__(self, decay: float) -> None:
+        self.decay = decay
+        self.average: dict[str, Tensor] = {}
+
+    def attach(self, loaded: Loaded, adapter: Adapter, seed: int) -> None:
+        self.adapter = adapter
+
+    def _parameters(self) -> dict[str, nn.Parameter]:
+        return self.adapter.parameters()
+
+    def mix(self, batch: Any, stage: int, step: int) -> Any:
+        if step == 0:
+            self.average = {name: p.detach().clone() for name, p in self._parameters().items()}
+        return batch
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        for name, p in self._parameters().items():
+            self.average[name].lerp_(p, 1 - self.decay)
+
+    @torch.no_grad()
+    def after_stage(self, stage: int, domain: str, blocks: Stream) -> None:
+        for name, p in self._parameters().items():
+            p.copy_(self.average[name])
+        self.adapter.after_step()
+        self.average = {}
+
+    def state(self) -> dict[str, Tensor]:
+        return {name: t.to("cpu", copy=True) for name, t in self.average.items()}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        device = next(iter(self._parameters().values())).device
+        self.average = {name: t.to(device) for name, t in state.items()}

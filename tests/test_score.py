@@ -1,0 +1,89 @@
+"""Checkpoints that were trained elsewhere are measured as a run's own stages are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gain_cl import api, cli, record
+from gain_cl.errors import ConfigError
+from gain_cl.verbs.score import compose
+
+THREE = "domain=[smoke_a,smoke_b,smoke_c]"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("score")
+
+
+@pytest.fixture(scope="module")
+def made(folder: Path) -> record.Run:
+    """A run whose stages are exported: adapters of the first and last, the whole model of the second."""
+    run = api.run("debug=smoke", "method=lora", "train.lr=1e-2", THREE, *places(folder))
+    for stage, to in ((1, "peft"), (2, "merged"), (3, "peft")):
+        assert cli.main(["export", str(run.path), f"stage={stage}", f"to={to}", f"dir={folder}/{to}{stage}"]) == 0
+    return run
+
+
+def places(folder: Path) -> list[str]:
+    return [f"output_dir={folder}/runs", f"results_dir={folder}/results"]
+
+
+def scored(folder: Path, *words: str) -> record.Run:
+    before = set((folder / "results/runs").glob("given*.json")) | set((folder / "results/runs").glob("*given*.json"))
+    assert cli.main(["score", *words, "debug=smoke", *places(folder)]) == 0
+    (path,) = set((folder / "results/runs").glob("*given*.json")) - before
+    return record.load(path)
+
+
+def test_adapters_and_whole_models_score_as_the_stages_they_are(folder: Path, made: record.Run) -> None:
+    run = scored(folder, f"{folder}/peft1", f"{folder}/merged2", f"{folder}/peft3", THREE)
+    np.testing.assert_allclose(run.record.losses(), made.record.losses(), rtol=0, atol=2e-6)
+    assert run.record.losses()[0].tolist() == made.record.losses()[0].tolist()
+    assert np.abs(np.diff(run.record.losses(), axis=0)).min() > 1e-4
+    assert [s.train for s in run.record.stages] == [None] * 4 and run.record.trainable_parameters == 0
+    assert cli.main(["verify", str(run.path)]) == 0
+    assert cli.main(["show", str(run.path)]) == 0
+
+
+def test_the_id_is_of_the_content_not_of_the_path(folder: Path, made: record.Run, capsys: pytest.CaptureFixture[str]) -> None:
+    import shutil
+
+    from gain_cl import spine
+
+    if not (folder / "elsewhere").exists():
+        shutil.copytree(folder / "peft1", folder / "elsewhere")
+    one, two, other = (
+        spine.prepare(compose([str(folder / f), "debug=smoke", "domain=[smoke_a]", *places(folder)])).run_id
+        for f in ("peft1", "elsewhere", "peft3")
+    )
+    assert one == two != other
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "no checkpoint is named"),
+        (["PEFT1", "method=lora", "domain=[smoke_a]"], "nothing is trained"),
+        (["PEFT1", THREE], "1 checkpoints for 3 domains"),
+        (["nowhere", "domain=[smoke_a]"], "neither a folder nor ORG/NAME@COMMIT"),
+        (["PEFT1", "guard=replay", "domain=[smoke_a]"], "take no guard"),
+    ],
+)
+def test_mistakes(folder: Path, made: record.Run, words: list[str], message: str) -> None:
+    from gain_cl import spine
+
+    words = [w.replace("PEFT1", str(folder / "peft1")) for w in words]
+    with pytest.raises(ConfigError, match=message):
+        spine.prepare(compose([*words, "debug=smoke", *places(folder)]))
+
+
+def test_another_architecture_is_told(folder: Path, made: record.Run, capsys: pytest.CaptureFixture[str]) -> None:
+    code = cli.main(
+        ["score", str(folder / "merged2"), "domain=[smoke_a]", "debug=smoke", "model.arch.num_hidden_layers=3", *places(folder)]
+    )
+    assert code == 65
+    assert "it is another model" in capsys.readouterr().err
