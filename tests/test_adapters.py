@@ -184,7 +184,7 @@ def test_state_rebuilds_the_model(loaded: models.Loaded, method: str, family: st
 def test_restart_keeps_the_function_and_trains_the_new_part(loaded: models.Loaded, method: str, family: str, dtype: str) -> None:
     adapter = attach(loaded, method)
     if not restarts(method):
-        with pytest.raises(ConfigError, match="has no handover=restart"):
+        with pytest.raises(ConfigError, match="does not offer handover=restart"):
             adapter.restart()
         return
     for stage in (1, 2):

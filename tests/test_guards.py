@@ -321,7 +321,7 @@ def test_orthogonal_is_the_sum_of_squared_products() -> None:
     assert guard.penalty().item() == pytest.approx(expected, rel=1e-4)  # type: ignore[union-attr]
     stack.matrices = [c]  # type: ignore[attr-defined]
     assert guard.penalty() is None
-    with pytest.raises(ConfigError, match="has no LoRA matrices"):
+    with pytest.raises(ConfigError, match="does not offer LoRA matrices"):
         guard.attach(None, attached(GAIN)[1], 0)  # type: ignore[arg-type]
 
 

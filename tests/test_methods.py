@@ -203,7 +203,7 @@ def test_lora_that_is_more_than_a_product_neither_restarts_nor_shifts() -> None:
         loaded = tiny("gpt2")
         adapter = adapters.build(peft_adapter("LORA", r=4, target_modules=LAYERS, **keys))
         adapter.attach(loaded)
-        with pytest.raises(ConfigError, match="PEFT's LORA with these settings has no handover=restart"):
+        with pytest.raises(ConfigError, match="PEFT's LORA with these settings does not offer handover=restart"):
             adapter.restart()
     with pytest.raises(ConfigError, match=r"bias trains beside LORA.*bias: none"):
         adapter.keep_base()

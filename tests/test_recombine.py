@@ -126,7 +126,7 @@ def test_half_of_the_change_of_gains_is_gains_of_half_the_size(folder: Path, cap
     found = ask(capsys, "interpolate", str(made.path), "--alpha", "0.5")
     bench = Bench(made, None)
     bench.open(rows=1)
-    adapter = bench.attach()
+    adapter = bench.attach(bench.loaded)
     adapter.load_state({name: 0.5 * t for name, t in bench.state(3).items()})
     rows = [measure.score_domain(bench.loaded, d, bench.config.eval, 16) for d in bench.inputs.domains.values()]
     bench.close()

@@ -127,7 +127,7 @@ def inputs(config: RunConfig) -> None:
                 sources.at_hand(domain.source.path, domain.source.revision, domain.source.files)
             else:
                 sources.archive(domain.source.files)
-    domains.foresee(config.domains, config.train, config.eval, config.sequence.controls)
+    domains.foresee(config.domains, config.train, config.eval, config.only_scored)
 
 
 def _begin(config: RunConfig, fetch: bool = False) -> None:
@@ -268,6 +268,18 @@ def _combination(config: RunConfig, origin: Origin) -> None:
             "handover=restart with guard ewc: its penalty is about parameters of the stage before, which restart replaces",
             "handover",
             "use handover=continue",
+        ),
+        (
+            guard == "ewc" and config.train.pack == "mask",
+            "guard ewc with train.pack=mask: its Fisher information would be of sequences whose documents see each other",
+            "train.pack",
+            "use train.pack=stream",
+        ),
+        (
+            guard == "self_replay" and getattr(adapter, "init_from", None) is not None,
+            "guard self_replay with adapter.init_from: it samples from the model as training begins, which is not the pretrained one",
+            "guard.kind",
+            "use another guard",
         ),
         (
             restart and config.train.optimizer == "carried",

@@ -456,9 +456,16 @@ class RunConfig(Section):
         tokens, steps = self.train.tokens, self.train.steps
         return self.train.model_copy(update={"tokens": tokens and times * tokens, "steps": steps and times * steps})
 
+    @property
+    def only_scored(self) -> list[str]:
+        """Domains of which no text is trained on here: the controls; all of them where the training was done elsewhere."""
+        return list(self.domains) if isinstance(self.adapter, Given) else list(self.sequence.controls)
+
     def scientific(self) -> dict[str, Any]:
         """What the run id is a hash of: every setting that changes a result."""
         settings = self.model_dump(mode="json", exclude=set(EXECUTION))
+        if isinstance(self.adapter, Given):
+            del settings["train"]  # nothing is trained here
         for about in (settings["model"], *settings["domains"].values()):
             about.pop("licence", None), about.pop("note")  # words about the model or data, not the thing itself
         order = settings["sequence"]

@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from gain_cl import signals
+from gain_cl import models, signals
 from gain_cl.errors import DataError
 from gain_cl.loss import token_nll
 from gain_cl.record import DomainScore
@@ -57,14 +57,8 @@ def windows(tokens: np.ndarray, prefix_id: int, context: int, stride: int, owner
 @contextmanager
 def evaluating(model: torch.nn.Module) -> Iterator[None]:
     """Eval mode without gradients; the mode of every module is restored, no random number is drawn."""
-    modes = {m: m.training for m in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for m, mode in modes.items():
-            m.training = mode
+    with models.eval_mode(model), torch.no_grad():
+        yield
 
 
 def score(

@@ -84,7 +84,7 @@ def export(
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError("the folder is not empty", str(folder), "name another one with dir=")
     config = _config(record)
-    _possible(config, to)
+    possible(config, to)
     saved = Path(output_dir or config.output_dir) / record.run_id / "stages" / f"{stage:02d}-{record.stages[stage].domain}"
     if not (saved / ADAPTER).exists():
         do = "name its output_dir with --output-dir, or run again with force=true"
@@ -137,7 +137,7 @@ def _config(record: RunRecord) -> RunConfig:
         raise DataError(f"config.{where}: {first['msg']}", record.run_id, "export it with the gain_cl that wrote the record") from None
 
 
-def _possible(config: RunConfig, to: str) -> None:
+def possible(config: RunConfig, to: str) -> None:
     """What is known without torch to have no such form."""
     adapter = config.adapter
     if to == "merged" and config.model.load_in is not None:
@@ -208,7 +208,7 @@ def _measured(
                 _save(other, to)
             found.append(MergeError(lower, _nats(above), _nats(_score(config, other, texts)), why))
         except (GainError, RuntimeError) as error:  # not every device computes in every dtype, and float16 overflows
-            if wanted or "out of memory" in str(error):
+            if wanted:
                 raise
             found.append(MergeError(lower, why=str(error).splitlines()[0]))
     return gap, found, unmerged.tokens if unmerged else 0
@@ -220,7 +220,10 @@ def _texts(record: RunRecord, config: RunConfig, loaded: Loaded) -> tuple[list[D
 
     pins = record.pins.get("domains", {})
     try:
-        return [domains.prepare(config.domains[n], loaded.tokenizer, loaded.tokenizer_hash, pins.get(n)) for n in record.trained], ""
+        return [
+            domains.prepare(config.domains[n], loaded.tokenizer, loaded.tokenizer_hash, pins.get(n), loaded.prefix_id)
+            for n in record.trained
+        ], ""
     except GainError as error:
         return [], error.what
 

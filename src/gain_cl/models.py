@@ -6,13 +6,14 @@ given architecture. ROLES says which layers of a family play which part; everyth
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -502,6 +503,18 @@ def playing(layers: Iterable[str], family: str, roles: list[str], names: dict[st
         if not any(f".{n}".endswith(f".{table[role]}") for n in layers):
             raise ConfigError(f"no module matches {role}={table[role]!r}", "model.roles", f"there is: {', '.join(there)}")
     return [n for n in layers if f".{n}".endswith(tuple(f".{table[r]}" for r in roles))]
+
+
+@contextlib.contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Without dropout while it lasts; the mode of every module is restored."""
+    modes = {m: m.training for m in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for m, mode in modes.items():
+            m.training = mode
 
 
 def checkpoint_activations(model: PreTrainedModel) -> None:

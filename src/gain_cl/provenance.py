@@ -34,6 +34,13 @@ def run_id(config: RunConfig, pins: dict[str, Any]) -> str:
 
 def identity(settings: dict[str, Any], pins: dict[str, Any], numerics: int) -> str:
     """HASH of a run id. settings: ``RunConfig.scientific``."""
+    settings = without_places(settings, pins)
+    text = json.dumps({"settings": settings, "pins": pins, "numerics": numerics}, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:10]
+
+
+def without_places(settings: dict[str, Any], pins: dict[str, Any]) -> dict[str, Any]:
+    """Settings but for the paths of what the pins identify by its content: where it lies changes nothing."""
     settings = copy.deepcopy(settings)
     if "folder" in pins["model"]:  # its content is pinned: where it lies and how the path is spelt change nothing
         del settings["model"]["path"]
@@ -44,8 +51,7 @@ def identity(settings: dict[str, Any], pins: dict[str, Any], numerics: int) -> s
     for domain in settings["domains"].values():
         if domain["source"]["kind"] == "files":
             del domain["source"]["path"]
-    text = json.dumps({"settings": settings, "pins": pins, "numerics": numerics}, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()[:10]
+    return settings
 
 
 def environment() -> dict[str, Any]:
@@ -65,7 +71,11 @@ def environment() -> dict[str, Any]:
 
 def machine() -> dict[str, Any]:
     """What the bits of a number may depend on besides settings and weights: the processor and the libraries that compute."""
-    return {"processor": _processor(), "platform": platform.machine(), **{n: _installed(n) for n in ("torch", "transformers", "lm-eval")}}
+    return {
+        "processor": _processor(),
+        "platform": platform.machine(),
+        **{n: _installed(n) for n in ("torch", "transformers", "peft", "lm-eval", "bitsandbytes")},
+    }
 
 
 def version() -> str:

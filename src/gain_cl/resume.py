@@ -19,7 +19,7 @@ from typing import Any
 import pandas as pd
 
 from gain_cl import cells, checkpoint, lock, provenance, record
-from gain_cl.config import RunConfig
+from gain_cl.config import Given, RunConfig
 from gain_cl.errors import ConfigError, DataError
 from gain_cl.files import write_bytes
 
@@ -157,7 +157,7 @@ def facts(config: RunConfig, pins: dict[str, Any]) -> dict[str, Any]:
     """What may not differ between attempts, as far as it is known before torch is imported; keys as in config.Change."""
     return {
         "numerics": {"version": provenance.NUMERICS, "plugins": pins["plugins"]},
-        "model": {"pin": pins["model"]},
+        "model": {"pin": pins["model"], **{k: pins[k] for k in ("init_from", "checkpoints") if k in pins}},
         "data": {"domains": pins["domains"], "tasks": pins["tasks"]},
         "dtype": config.model.dtype,
         "eval_batch": config.compute.eval_batch,
@@ -251,7 +251,10 @@ def attempts(folder: Path) -> list[dict[str, Any]]:
 def _same_settings(config: RunConfig, folder: Path) -> None:
     """A run folder of another configuration: somebody renamed it."""
     run = _read(folder / "run.json")
-    if run is not None and (found := _difference(_comparable(run["settings"]), _comparable(config.scientific()), "")):
+    if run is None:
+        return
+    before, now = (provenance.without_places(settings, run["pins"]) for settings in (run["settings"], config.scientific()))
+    if found := _difference(_comparable(before), _comparable(now), ""):
         raise DataError(f"the run folder is of another configuration: {found.lstrip('.')}", str(folder), "move it away")
 
 
@@ -291,6 +294,8 @@ def inherit(config: RunConfig, folder: Path, pins: dict[str, Any], now: dict[str
     scored again where it differs."""
     best: dict[int, Stage] = {}
     notes: list[str] = []
+    if isinstance(config.adapter, Given):
+        return best, notes
     trained = config.sequence.trained
     for other in sorted(Path(config.output_dir).glob("*/run.json")):
         run = _read(other)
@@ -320,9 +325,10 @@ def inherit(config: RunConfig, folder: Path, pins: dict[str, Any], now: dict[str
 
 def _learning(settings: dict[str, Any], pins: dict[str, Any], trained: list[str]) -> dict[str, Any]:
     """All that the weights after these stages depend on."""
+    settings = provenance.without_places(settings, pins)
     kept = {k: settings.get(k) for k in ("model", "adapter", "guard", "train", "seed", "handover", "regime")}
     kept["domains"] = [[name, settings["domains"].get(name), pins["domains"].get(name)] for name in trained]
-    if settings["train"]["dev_every"]:
+    if (settings.get("train") or {}).get("dev_every"):
         kept["eval"] = settings["eval"]  # of the dev losses in its record
     return {**kept, "pins": {k: pins.get(k) for k in ("model", "plugins", "init_from")}}
 

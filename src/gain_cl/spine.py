@@ -26,7 +26,7 @@ from gain_cl import adapters, checkpoint, checks, errors, guards, lock, measure,
 from gain_cl import domains as domains_
 from gain_cl.adapters import portable
 from gain_cl.config import JOINT, Given, RunConfig
-from gain_cl.errors import DataError
+from gain_cl.errors import ConfigError, DataError
 from gain_cl.failpoints import reach
 from gain_cl.files import tidy, write_bytes
 
@@ -226,13 +226,17 @@ def _execute(config: RunConfig, plan: Plan) -> record.Run:
             adapter = adapters.build(config.adapter)
             adapter.attach(loaded)
             portable.begin(config.adapter, adapter, loaded)
+            if adapter.trains and not adapter.parameters():
+                raise ConfigError(f"method {config.method} trains nothing on this model", "adapter", "choose another method")
+            if config.handover == "restart" and last > 1 and not adapter.restarts():
+                raise ConfigError(f"the adapter of method {config.method} cannot restart", "handover", "use handover=continue")
             guard = guards.build(config.guard)
             guard.attach(loaded, adapter, train.seed_of("guard", config.seed))
             if config.compute.gradient_checkpointing:
                 models.checkpoint_activations(loaded.model)
             optimizer: Any = train.optimizer(adapter, config.train) if adapter.trains else None
             initial = adapter.state() if config.regime == "individual" else {}
-            streams = _streams(config, inputs)
+            streams = _streams(config, inputs) if adapter.trains else []
             keep = config.checkpoint.keep_stages or ("all" if adapter.keep_stages else "last")
 
             def take(saved: Path) -> None:
@@ -362,7 +366,7 @@ def _execute(config: RunConfig, plan: Plan) -> record.Run:
             peak_memory_bytes=inputs.peak_memory(),
             stages=[stage.record for stage in in_order],
             items_sha256="",
-            notes=[*notes, *events],
+            notes=[*notes, *events, *adapter.remarks(loaded.model.dtype)],
             tainted=list(dict.fromkeys(what for attempt in run_of["attempts"] for what in attempt["changed"])),
         )
         rows = pd.concat([stage.rows for stage in in_order], ignore_index=True)
@@ -420,7 +424,7 @@ def load(config: RunConfig, pins: dict[str, Any], tracker: Teller) -> _Inputs:
         domains[name] = domains_.prepare(
             config.domains[name], loaded.tokenizer, loaded.tokenizer_hash, pins["domains"][name], loaded.prefix_id
         )
-    notes = domains_.check(domains, config.train, config.eval, loaded.vocabulary, config.sequence.controls)
+    notes = domains_.check(domains, config.train, config.eval, loaded.vocabulary, config.only_scored)
     taskset = tasks.TaskSet(config.tasks, loaded.tokenizer) if config.tasks.names else None
     tracker.phase("compare training text with what is scored", stage=0, of=last)
     near = overlap.near_duplicates(domains, config.sequence.trained, config.eval)

@@ -46,6 +46,10 @@ class Adapter(ABC):
         """Make the model that of a stage (from 1), of adapters that do not train."""
         raise NotImplementedError
 
+    def restarts(self) -> bool:
+        """Whether ``restart`` is possible, once attached."""
+        return type(self).restart is not Adapter.restart
+
     def restart(self) -> None:
         """Freeze what is learned so far and begin anew on top of it (handover=restart): the function stays, ``parameters`` are
         new and the identity, ``state`` holds both. The global RNG is seeded by the caller."""
@@ -59,6 +63,10 @@ class Adapter(ABC):
         """While it lasts the model computes what it did before ``attach``."""
         raise self._cannot("a comparison with the pretrained model", "use another guard")
 
+    def remarks(self, dtype: torch.dtype) -> list[str]:
+        """What a reader of the numbers must know of the trained state, in a model of this dtype."""
+        return []
+
     def shift(self) -> Tensor:
         """||W - W_base||_F^2 of the effective weights, summed over the layers, with gradients to ``parameters``."""
         raise self._cannot("the distance of its effective weights from the base", "use another guard")
@@ -68,7 +76,7 @@ class Adapter(ABC):
         raise self._cannot("LoRA matrices", "use adapter.peft_type=LORA")
 
     def _cannot(self, what: str, do: str) -> ConfigError:
-        return ConfigError(f"{type(self).__name__} has no {what}", "adapter", do)
+        return ConfigError(f"{type(self).__name__} does not offer {what}", "adapter", do)
 
     def state(self) -> dict[str, Tensor]:
         """A copy of the trained state on the CPU: everything needed, with the base weights, to rebuild the model."""

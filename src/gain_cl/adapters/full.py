@@ -52,14 +52,14 @@ class FullAdapter(Adapter):
             weight.copy_(self.masters[name])
 
     def keep_base(self) -> None:
-        self.base = {name: p.detach().clone() for name, p in self.masters.items()}
+        self.base = {name: self.weights.get(name, p).detach().clone() for name, p in self.masters.items()}
 
     @contextlib.contextmanager
     def disabled(self) -> Iterator[None]:
         tuned = {name: self.weights.get(name, master) for name, master in self.masters.items()}
         before = {name: weight.data for name, weight in tuned.items()}
         for name, weight in tuned.items():
-            weight.data = self.base[name].to(weight.dtype)  # a swap, not a copy: what autograd saved stays as it was
+            weight.data = self.base[name]  # a swap, not a copy: what autograd saved stays as it was
         try:
             yield
         finally:
@@ -67,7 +67,7 @@ class FullAdapter(Adapter):
                 weight.data = before[name]
 
     def shift(self) -> Tensor:
-        return torch.stack([(p - self.base[name]).square().sum() for name, p in self.masters.items()]).sum()
+        return torch.stack([(p - self.base[name].float()).square().sum() for name, p in self.masters.items()]).sum()
 
     def absorb(self) -> None:
         for weight in (*self.masters.values(), *self.weights.values()):

@@ -26,10 +26,11 @@ class GivenAdapter(Adapter):
     def __init__(self, checkpoints: list[str]) -> None:
         self.checkpoints = checkpoints
         self.peft: Any = None
-        self.base: dict[str, Tensor] | None = None
 
     def attach(self, loaded: Loaded) -> None:
         self.loaded = loaded
+        # PEFT's unload leaves what an adapter wrote into the base itself: biases, some initial values
+        self.base = {name: p.detach().to("cpu", copy=True) for name, p in loaded.model.named_parameters()}
 
     def parameters(self) -> dict[str, nn.Parameter]:
         return {}
@@ -56,8 +57,7 @@ class GivenAdapter(Adapter):
         if self.peft is not None:
             self.peft.unload()
             self.peft = None
-        if self.base is not None:
-            _copy(self.base, self.loaded.model)
+        _copy(self.base, self.loaded.model)
 
     def _adapter(self, folder: Path) -> None:
         from gain_cl.adapters.peft import attach_saved
@@ -71,8 +71,6 @@ class GivenAdapter(Adapter):
         if models.has_tokenizer(folder) and models.tokenizer_hash(folder) != self.loaded.tokenizer_hash:
             what = "its tokenizer is not the base model's: losses per token would not compare"
             raise DataError(what, str(folder), "score it in a run of its own: model.path= that folder")
-        if self.base is None:
-            self.base = {name: p.detach().clone() for name, p in model.named_parameters()}
         found = models.parameters_of(folder, str(model.dtype).removeprefix("torch."))
         differing = sorted(found.keys() ^ self.base.keys()) or sorted(n for n, t in found.items() if t.shape != self.base[n].shape)
         if differing:

@@ -112,8 +112,11 @@ class PeftAdapter(Adapter):
         """PEFT's name of the adapter that a restart would add; the first is called default."""
         return f"restart{len(self.peft.peft_config)}"
 
+    def restarts(self) -> bool:
+        return self.peft_type in ("LORA", "IA3", "VERA", "HIRA") and not self._variant() and not self._beside()
+
     def restart(self) -> None:
-        if self.peft_type not in ("LORA", "IA3", "VERA", "HIRA") or self._variant() or self._beside():
+        if not self.restarts():
             raise self._cannot("handover=restart", "use handover=continue")
         old, name = self.parameters(), self._next()
         with _refusals(self.where):
@@ -207,7 +210,11 @@ class PeftAdapter(Adapter):
     def _variant(self) -> bool:
         """Whether LoRA is more than W + B A of a linear layer: DoRA and others of PEFT's variants, biases of B, embeddings."""
         return self.peft_type == "LORA" and any(
-            m.lora_variant or any(m.lora_bias.values()) or m.lora_embedding_A or type(m).__name__ != "Linear" for m in self._layers()
+            m.lora_variant
+            or any(m.lora_bias.values())
+            or m.lora_embedding_A
+            or type(m).__name__ not in ("Linear", "Linear4bit", "Linear8bitLt")
+            for m in self._layers()
         )
 
     def _beside(self) -> list[str]:
@@ -219,7 +226,7 @@ class PeftAdapter(Adapter):
         return [n for n, p in self.parameters().items() if id(p) not in own or (copies and "modules_to_save" in n)]
 
     def _cannot(self, what: str, do: str) -> ConfigError:
-        return ConfigError(f"PEFT's {self.peft_type} with these settings has no {what}", "adapter", do)
+        return ConfigError(f"PEFT's {self.peft_type} with these settings does not offer {what}", "adapter", do)
 
 
 @contextlib.contextmanager

@@ -250,7 +250,8 @@ def files(adapter: Adapter, loaded: Loaded, base: str, revision: str | None) -> 
     config.inference_mode, config.base_model_name_or_path, config.revision = True, base, revision
     with tempfile.TemporaryDirectory() as temporary:
         config.save_pretrained(temporary)
-        plain = _plain(json.loads((Path(temporary) / CONFIG).read_bytes()))  # its sets have no order
+        plain = json.loads((Path(temporary) / CONFIG).read_bytes())
+        plain = {k: _plain(v) if k.endswith("_modules") else v for k, v in plain.items()}  # sets, which have no order
     text = (json.dumps(plain, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
     whole = {name: t.detach().cpu().contiguous().clone() for name, t in sorted(tensors.items())}
     return {CONFIG: text, WEIGHTS: save(whole, metadata={"format": "pt"})}

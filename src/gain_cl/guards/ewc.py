@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gain_cl import models
 from gain_cl.forward import loss_sum
 from gain_cl.guards.base import Guard
 
@@ -58,17 +59,12 @@ class EwcGuard(Guard):
 def fisher(loaded: Loaded, parameters: dict[str, torch.nn.Parameter], blocks: list[tuple[np.ndarray, ...]]) -> dict[str, Tensor]:
     """Diagonal empirical Fisher information: the mean over the sequences of the squared gradient of a sequence's summed token
     NLL. One sequence at a time, for the square of a batch's mean gradient is something else; without dropout."""
-    modes = {m: m.training for m in loaded.model.modules()}
-    loaded.model.eval()
     total = {name: torch.zeros_like(p) for name, p in parameters.items()}
-    try:
+    with models.eval_mode(loaded.model):
         for tokens_T, _, scored_T in blocks:
             loss_sum(loaded, tokens_T[None], None, scored_T[None]).backward()
             for name, p in parameters.items():
                 if p.grad is not None:
                     total[name] += p.grad.square() / len(blocks)
                     p.grad = None
-    finally:
-        for m, mode in modes.items():
-            m.training = mode
     return total

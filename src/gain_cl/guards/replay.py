@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from gain_cl import models
 from gain_cl.guards.base import Batch, Guard
 
 if TYPE_CHECKING:
     from gain_cl.adapters.base import Adapter
     from gain_cl.domains import Stream
-    from gain_cl.models import Loaded
 
 
 def draw(*parts: int | str) -> float:
@@ -23,16 +23,22 @@ def draw(*parts: int | str) -> float:
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") / 2**64
 
 
+def replaced(fraction: float, size: int, seed: int, stage: int, step: int) -> range:
+    """The rows of a step of ``size`` sequences that make way: the last ones; a fraction of a sequence is a whole one now and then."""
+    wanted = fraction * size
+    return range(size - math.floor(wanted) - (draw(seed, stage, step) < wanted % 1), size)
+
+
 class ReplayGuard(Guard):
-    """Replaces ``fraction`` of the sequences of a step, on average, by sequences that an earlier stage trained on: the domain is
-    drawn uniformly, then the sequence. Compute stays equal. Experience replay as in Chaudhry et al. 2019 (1902.10486), with all
-    that was trained on as memory."""
+    """Replaces ``fraction`` of the sequences of a step, on average, by sequences of the text that earlier stages were given: the
+    domain is drawn uniformly, then the sequence, never one beyond a stage's budget. Compute stays equal. Experience replay as
+    in Chaudhry et al. 2019 (1902.10486), with all of that text as memory."""
 
     def __init__(self, fraction: float) -> None:
         self.fraction = fraction
         self.past: Sequence[Stream] = ()
 
-    def attach(self, loaded: Loaded, adapter: Adapter, seed: int) -> None:
+    def attach(self, loaded: models.Loaded, adapter: Adapter, seed: int) -> None:
         self.seed = seed
 
     def before_stage(self, stage: int, past: Sequence[Stream], sequences: int) -> None:
@@ -41,11 +47,8 @@ class ReplayGuard(Guard):
     def mix(self, batch: Batch, stage: int, step: int) -> Batch:
         if not self.past:
             return batch
-        size = len(batch.tokens_ST)
-        wanted = self.fraction * size
-        count = math.floor(wanted) + (draw(self.seed, stage, step) < wanted % 1)  # a fraction of a sequence: now and then a whole one
         tokens, documents, scored = (part.copy() for part in batch)
-        for row in range(size - count, size):
+        for row in replaced(self.fraction, len(tokens), self.seed, stage, step):
             stream = self.past[int(draw(self.seed, stage, step, row, "domain") * len(self.past))]
             block = stream[int(draw(self.seed, stage, step, row, "sequence") * self.sequences)]
             tokens[row], scored[row] = block.tokens_T, block.scored_T
@@ -64,17 +67,15 @@ class SelfReplayGuard(Guard):
         self.fraction, self.samples, self.temperature = fraction, samples, temperature
         self.tokens_NT: Tensor | None = None
 
-    def attach(self, loaded: Loaded, adapter: Adapter, seed: int) -> None:
+    def attach(self, loaded: models.Loaded, adapter: Adapter, seed: int) -> None:
         self.loaded, self.seed = loaded, seed
 
     def mix(self, batch: Batch, stage: int, step: int) -> Batch:
         size, length = batch.tokens_ST.shape
         if self.tokens_NT is None:  # the very first step: nothing has moved yet
             self.tokens_NT = sample(self.loaded, self.samples, length, self.temperature, self.seed)
-        wanted = self.fraction * size
-        count = math.floor(wanted) + (draw(self.seed, stage, step) < wanted % 1)
         tokens, documents, scored = (part.copy() for part in batch)
-        for row in range(size - count, size):
+        for row in replaced(self.fraction, size, self.seed, stage, step):
             chosen = int(draw(self.seed, stage, step, row, "sample") * self.samples)
             tokens[row], documents[row], scored[row] = self.tokens_NT[chosen].numpy(), -1, True
         return Batch(tokens, documents, scored)
@@ -86,23 +87,25 @@ class SelfReplayGuard(Guard):
         self.tokens_NT = state.get("tokens")
 
 
+SAMPLED_AT_ONCE = 16
+"""Sequences whose keys and values are in memory together."""
+
+
 @torch.no_grad()
-def sample(loaded: Loaded, count: int, length: int, temperature: float, seed: int) -> Tensor:
+def sample(loaded: models.Loaded, count: int, length: int, temperature: float, seed: int) -> Tensor:
     """(count, length) int64 token ids drawn from the model, each sequence after the prefix token. An end token ends nothing: the
     model goes on, as in packed training text."""
     generator = torch.Generator().manual_seed(seed)
-    modes = {m: m.training for m in loaded.model.modules()}
-    loaded.model.eval()
-    ids_N1 = torch.full((count, 1), loaded.prefix_id, device=loaded.device)
-    found, past = [], None
-    try:
-        for _ in range(length):
-            out = loaded.model(input_ids=ids_N1, past_key_values=past, use_cache=True)
-            past = out.past_key_values
-            p_NV = torch.softmax(out.logits[:, -1].float().cpu() / temperature, dim=-1)
-            ids_N1 = torch.multinomial(p_NV, 1, generator=generator).to(loaded.device)
-            found.append(ids_N1.cpu())
-    finally:
-        for m, mode in modes.items():
-            m.training = mode
-    return torch.cat(found, dim=1)
+    rows = []
+    with models.eval_mode(loaded.model):
+        for first in range(0, count, SAMPLED_AT_ONCE):
+            ids_N1 = torch.full((min(SAMPLED_AT_ONCE, count - first), 1), loaded.prefix_id, device=loaded.device)
+            found, past = [], None
+            for _ in range(length):
+                out = loaded.model(input_ids=ids_N1, past_key_values=past, use_cache=True)
+                past = out.past_key_values
+                p_NV = torch.softmax(out.logits[:, -1].float().cpu() / temperature, dim=-1)
+                ids_N1 = torch.multinomial(p_NV, 1, generator=generator).to(loaded.device)
+                found.append(ids_N1.cpu())
+            rows.append(torch.cat(found, dim=1))
+    return torch.cat(rows)

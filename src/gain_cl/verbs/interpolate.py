@@ -45,20 +45,23 @@ def main(argv: list[str]) -> int:
 def _front(bench: rescore.Bench, alphas: list[float], stage: int) -> dict[str, Any]:
     import torch
 
+    from gain_cl import models
+
     state = bench.state(stage)
     bench.open(rows=len(alphas))
-    model = bench.loaded.model
-    base = {name: p.detach().clone() for name, p in model.named_parameters()}
-    adapter = bench.attach()
+    whole = models.load(bench.config.model.model_copy(update={"dtype": "float32"}), bench.loaded.device)
+    base = {name: p.detach().clone() for name, p in whole.model.named_parameters()}
+    adapter = bench.attach(whole)
     adapter.load_state(state)
     adapter.absorb()
-    changes = {name: p.detach().float() - base[name].float() for name, p in model.named_parameters() if not torch.equal(p, base[name])}
+    changes = {name: p.detach() - base[name] for name, p in whole.model.named_parameters() if not torch.equal(p, base[name])}
+    model = bench.loaded.model
     rows = []
     for alpha in alphas:
         with torch.no_grad():
             for name, p in model.named_parameters():
                 if name in changes:
-                    p.copy_((base[name].float() + alpha * changes[name]).to(p.dtype))
+                    p.copy_(base[name] + alpha * changes[name])
         rows.append(bench.score_D(state, alpha=alpha, folded=True))
     pretrained = bench.record.losses()[0]
     learned, controls = slice(0, len(bench.record.trained)), slice(len(bench.record.trained), None)

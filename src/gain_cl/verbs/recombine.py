@@ -55,6 +55,15 @@ def _weights(args: Any, bench: rescore.Bench) -> dict[str, float]:
     config, stages = bench.config, bench.record.trained
     if not isinstance(config.adapter, Gain):
         raise ConfigError(f"method {config.method} has no gains, which alone multiply", bench.record.run_id, "use it on a gain_... run")
+    if bench.record.config["adapter"].get("init_from"):
+        what = "the run began from another adapter, which would count as part of its first stage"
+        raise ConfigError(what, bench.record.run_id, "recombine a run without adapter.init_from")
+    if args.to is not None:
+        from gain_cl import export
+
+        export.possible(config, "peft")
+        if (folder := Path(args.to)).exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise ConfigError("the folder is not empty", str(folder), "name another one with --to")
     if bench.record.regime != "sequential":
         raise ConfigError(f"the run is {bench.record.regime}: it has no stages one after the other", bench.record.run_id, "")
     weights = dict.fromkeys(stages, 1.0)
@@ -64,7 +73,9 @@ def _weights(args: Any, bench: rescore.Bench) -> dict[str, float]:
         name, equals, value = part.partition("=")
         if not equals:
             raise ConfigError(f"{part!r} has no value", "--scale", "write --scale DOMAIN=0.5")
-        weights[_known(name, stages, "--scale")] = rescore.number(value, "--scale")
+        if weights[_known(name, stages, "--scale")] == 0:
+            raise ConfigError(f"{name} is dropped and scaled", "--scale", "name it once")
+        weights[name] = rescore.number(value, "--scale")
     if args.order:
         order = [_known(name, stages, "--order") for name in args.order.split(",")]
         if sorted(order) != sorted(name for name, w in weights.items() if w):
@@ -111,7 +122,7 @@ def product(parts: list[dict[str, Tensor]], powers: list[float]) -> dict[str, Te
 def _recombine(bench: rescore.Bench, weights: dict[str, float], contributors: list[str], to: str | None) -> dict[str, Any]:
     parts = factors([bench.state(k) for k in range(1, len(weights) + 1)])
     bench.open(rows=1 + len(contributors))
-    adapter = bench.attach()
+    adapter = bench.attach(bench.loaded)
 
     def score_D(powers: dict[str, float]) -> np.ndarray:
         delta = product(parts, list(powers.values()))

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from gain_cl import build, measure, record, resume, spine, terms
-from gain_cl.config import RunConfig
+from gain_cl.config import Given, RunConfig
 from gain_cl.errors import ConfigError, DataError, printable
 from gain_cl.verbs import Parser, console, find_record
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from gain_cl.adapters.base import Adapter
+    from gain_cl.models import Loaded
 
 
 class Bench:
@@ -29,8 +30,12 @@ class Bench:
 
     def __init__(self, run: record.Run, output_dir: str | None) -> None:
         self.record = run.record
-        settings = {**run.record.config, **({"output_dir": output_dir} if output_dir else {})}
-        self.config = RunConfig.model_validate(settings)
+        config = RunConfig.model_validate({**run.record.config, **({"output_dir": output_dir} if output_dir else {})})
+        if isinstance(config.adapter, Given):
+            raise ConfigError("its stages were trained elsewhere", run.record.run_id, "it has no trained state of its own")
+        if getattr(config.adapter, "init_from", None) is not None:  # the saved states hold what they began from
+            config = config.model_copy(update={"adapter": config.adapter.model_copy(update={"init_from": None})})
+        self.config = config
         build.load_plugins(self.config.plugins)
         self.folder = Path(self.config.output_dir) / run.record.run_id
         self.names = [*run.record.trained, *run.record.controls]
@@ -38,9 +43,9 @@ class Bench:
     def open(self, rows: int) -> None:
         """Load model and domains; rows: how many times the domains will be scored. DataError when they are not the run's."""
         pins = spine.prepare(self.config.model_copy(update={"resume": "never"})).pins
-        for part, recorded in ((p, self.record.pins.get(p)) for p in ("model", "domains")):
+        for part, recorded in ((p, self.record.pins.get(p)) for p in ("model", "domains", "plugins")):
             if pins[part] != recorded:
-                raise DataError(f"the {part} are not those of the run", self.record.run_id, "restore what the run read")
+                raise DataError(f"{part}: not what the run read", self.record.run_id, "restore what the run read")
         self._bar = Progress(
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=_stderr(), transient=True
         )
@@ -74,8 +79,8 @@ class Bench:
             raise DataError("the trained state of this stage was not kept", str(saved), "run again with checkpoint.keep_stages=all")
         return checkpoint.read_tensors(saved, resume.ADAPTER)
 
-    def attach(self) -> Adapter:
-        """The run's adapter, on the model."""
+    def attach(self, loaded: Loaded) -> Adapter:
+        """The run's adapter, on a model."""
         import torch
 
         from gain_cl import adapters, train
@@ -83,19 +88,18 @@ class Bench:
         adapter = adapters.build(self.config.adapter)
         with torch.random.fork_rng():
             torch.manual_seed(train.seed_of("init", self.config.seed))
-            adapter.attach(self.loaded)
+            adapter.attach(loaded)
         return adapter
 
     def score_D(self, weights: dict[str, Tensor], **what: Any) -> np.ndarray:
         """Nats per token of every domain by the model as it is now. weights, what: all that makes it differ from the base."""
-        from gain_cl import measure as measure_
-
         digest = hashlib.sha256()
         for name in sorted(weights):
-            digest.update(name.encode() + weights[name].detach().cpu().contiguous().numpy().tobytes())
-        identity = {**self.inputs.identity, "adapter": self.config.scientific()["adapter"], "weights": digest.hexdigest(), **what}
+            digest.update(f"{name} {tuple(weights[name].shape)}\n".encode() + weights[name].detach().cpu().contiguous().numpy().tobytes())
+        identity = {**self.inputs.identity, "weights": digest.hexdigest(), **what}
+        identity |= {"adapter": self.config.scientific()["adapter"], "plugins": self.record.pins["plugins"], "seed": self.config.seed}
         cells, batch = self.folder.parent / "cells", self.config.compute.eval_batch
-        found: measure.Scores = measure_.domains(self.loaded, self.inputs.domains, self.config.eval, batch, identity, cells, self)
+        found: measure.Scores = measure.domains(self.loaded, self.inputs.domains, self.config.eval, batch, identity, cells, self)
         self._rows += 1
         return np.array([found.domains[d].loss_nats for d in self.names])
 
