@@ -403,3 +403,23 @@ def test_a_mixture_gives_each_stream_the_blocks_it_would_have_had_alone() -> Non
         assert {mixed.ids[int(b.documents_T[0])][0] for b in found[i : i + 3]} == {"a", "b", "c"}
     assert len({tuple(mixed.ids[int(b.documents_T[0])][0] for b in found[i : i + 3]) for i in range(0, 30, 3)}) > 1
     assert isinstance(mixed[0], Block) and copy.copy(mixed).ids == mixed.ids
+
+
+def test_out_of_memory_in_the_base_pass_leaves_dropout_on() -> None:
+    """The step is taken again with half the sequences; the mode of the model is what it was."""
+    loaded, adapter = attached(GAIN, "gpt2")
+    guard = KlBaseGuard(1.0)
+    guard.attach(loaded, adapter, 0)
+    loaded.model.train()
+    real, calls = loaded.model.transformer.forward, Counter[str]()
+
+    def once(*a: object, **k: object) -> object:
+        calls["passes"] += 1
+        if calls["passes"] == 2:  # the first is the tuned model's
+            raise torch.OutOfMemoryError("planted")
+        return real(*a, **k)
+
+    loaded.model.transformer.forward = once
+    with pytest.raises(torch.OutOfMemoryError):
+        forward.loss_sum(loaded, batch().tokens_ST, token_penalty=guard.token_penalty)
+    assert loaded.model.training and adapter.gains.active

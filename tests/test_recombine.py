@@ -139,3 +139,22 @@ def test_a_state_that_was_not_kept_is_told(folder: Path, capsys: pytest.CaptureF
     assert cli.main(["interpolate", str(made.path), "--stage", "1"]) == 65
     assert "was not kept" in capsys.readouterr().err
     assert cli.main(["interpolate", str(made.path), "--stage", "9"]) == 64
+
+
+def test_the_front_of_a_bf16_run_is_computed_in_fp32(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A change below bf16's resolution is nothing at alpha 1, and 64 times of it is much: rounding comes last."""
+    settings = ["debug=smoke", "model.dtype=bfloat16", "train.lr=1e-4", "domain=[smoke_a]"]
+    made = api.run(*settings, f"output_dir={folder}/runs", f"results_dir={folder}/results")
+    found = ask(capsys, "interpolate", str(made.path), "--alpha", "0,64")
+    base, far = (np.array(row["loss_nats"]) for row in found["front"])
+    assert np.abs(far - base).max() > 1e-3
+    assert any("do nothing" in note for note in made.record.notes)
+
+
+def test_a_run_that_began_from_an_adapter_is_refused(folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    made = run(folder, "domain=[smoke_a]")
+    assert cli.main(["export", str(made.path), "to=peft", f"dir={tmp_path}/a"]) == 0
+    on = run(folder, "domain=[smoke_b]", f"adapter.init_from={tmp_path}/a")
+    assert cli.main(["recombine", str(on.path)]) == 64
+    assert "began from another adapter" in capsys.readouterr().err
+    assert cli.main(["recombine", str(made.path), "--to", str(tmp_path / "a")]) == 64

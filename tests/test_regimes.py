@@ -100,3 +100,10 @@ def test_joint_is_the_name_of_a_stage(tmp_path: Path) -> None:
 def test_verify_finds_nothing(tmp_path: Path, extra: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     made = run(tmp_path, "method=gain_ffn", *extra)
     assert cli.main(["verify", str(made.path), "--output-dir", str(tmp_path / "runs")]) == 0, capsys.readouterr()
+
+
+def test_norms_without_weights_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arch = "{model_type: olmo, vocab_size: 257, hidden_size: 32, intermediate_size: 48, num_hidden_layers: 1, num_attention_heads: 4}"
+    words = ["run", *SMOKE, "method=ln_only", f"model.arch={arch}", "domain=[smoke_a]", "train.block=32", "train.batch_tokens=64"]
+    assert cli.main([*words, f"output_dir={tmp_path}/runs", f"results_dir={tmp_path}/results"]) == 64
+    assert "method ln_only trains nothing on this model" in capsys.readouterr().err

@@ -87,3 +87,44 @@ def test_another_architecture_is_told(folder: Path, made: record.Run, capsys: py
     )
     assert code == 65
     assert "it is another model" in capsys.readouterr().err
+
+
+def test_a_checkpoint_scores_the_same_whatever_was_scored_before(tmp_path: Path) -> None:
+    """PEFT's unload leaves trained biases in the base: the next checkpoint must not see them."""
+    import peft
+    import torch
+
+    from conftest import tiny
+    from gain_cl.adapters.given import GivenAdapter
+
+    for name, bias in (("a", "all"), ("b", "none")):
+        model = peft.get_peft_model(tiny("gpt2").model, peft.LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True, bias=bias))
+        with torch.no_grad():
+            for p in model.parameters():
+                if p.requires_grad:
+                    p.add_(0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
+        model.save_pretrained(tmp_path / name)
+
+    def logits(*order: str) -> torch.Tensor:
+        loaded = tiny("gpt2")
+        adapter = GivenAdapter([str(tmp_path / n) for n in order])
+        adapter.attach(loaded)
+        for stage in range(1, len(order) + 1):
+            adapter.take(stage)
+        with torch.no_grad():
+            return loaded.model(torch.arange(1, 9)[None]).logits
+
+    assert torch.equal(logits("a", "b"), logits("b"))
+    assert not torch.allclose(logits("b", "a"), logits("b"), atol=1e-2)
+
+
+def test_an_interrupted_score_goes_on_wherever_its_checkpoints_lie(folder: Path, made: record.Run, tmp_path: Path) -> None:
+    import os
+    import subprocess
+    import sys
+
+    words = [f"{folder}/peft1", f"{folder}/peft3", "domain=[smoke_a,smoke_b]", "debug=smoke", "eval.documents=4", *places(tmp_path)]
+    env = {**os.environ, "GAIN_CL_FAILPOINT": "stage.after@2"}
+    assert subprocess.run([sys.executable, "-m", "gain_cl", "score", *words], env=env, capture_output=True).returncode == -9
+    words[0] = os.path.relpath(words[0])
+    assert cli.main(["score", *words]) == 0
