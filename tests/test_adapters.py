@@ -36,16 +36,16 @@ NAMES = sorted(ADAPTERS, key=lambda m: (len(m), m))
 ALL = {m: ADAPTERS[m] for i, m in enumerate(NAMES) if ADAPTERS[m] not in [ADAPTERS[n] for n in NAMES[:i]]}
 """Each adapter that ships, under the shortest name of a method that has it (ewc: full fine-tuning)."""
 
+MAIN = ("gpt2", "llama", "qwen2", "gpt_neox")
 CASES = [
-    pytest.param(
-        f, d, m, marks=[] if f in ("gpt2", "llama", "qwen2", "gpt_neox") and (d == "float32" or f == "llama") else pytest.mark.slow
-    )
+    pytest.param(f, d, m, marks=[] if f in MAIN and (d == "float32" or f == "llama") else pytest.mark.slow)
     for f in FAMILIES
     for d in ("float32", "bfloat16")
     for m in ALL
+    if d == "float32" or f in MAIN
 ]
 contract = pytest.mark.parametrize(("family", "dtype", "method"), CASES)
-FAMILY = [pytest.param(f, marks=[] if f in ("gpt2", "llama", "qwen2", "gpt_neox") else pytest.mark.slow) for f in FAMILIES]
+FAMILY = [pytest.param(f, marks=[] if f in MAIN else pytest.mark.slow) for f in FAMILIES]
 
 REFUSED = {
     ("oft", "gpt2"): "OFT on gpt2",

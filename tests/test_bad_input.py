@@ -79,7 +79,7 @@ CONFIG = [
     Bad(
         "unknown model", ["model=gpt3", *SMALL], 64, ["unknown model 'gpt3' (model=gpt3)", "did you mean gpt2?", "there is: custom, gpt2,"]
     ),
-    Bad("unknown method", ["method=lorra", *SMALL], 64, ["unknown method 'lorra'", "did you mean lora?", "there is: full, "]),
+    Bad("unknown method", ["method=lorra", *SMALL], 64, ["unknown method 'lorra'", "did you mean lora?", "there is: dora, "]),
     Bad("unknown domain", ["domain=[lwa]", "tasks=none"], 64, ["unknown domain 'lwa'", "did you mean law?", "there is: billsum,"]),
     Bad("unknown task", ["sequence=smoke", "tasks.names=[bolq]"], 64, ["unknown task 'bolq' (tasks.names)", "mean boolq?", "hellaswag"]),
     Bad("lr text", ["train.lr=fast", *SMALL], 64, ["train.lr='fast' should be a valid number", "(command line)", "correct the value"]),

@@ -145,6 +145,7 @@ def test_caches_only_when_asked() -> None:
     assert everything(Path("runs/cells")) == set()
 
 
+@pytest.mark.slow
 def test_what_a_real_run_leaves_is_known(places: Path) -> None:
     """Its caches go by name, a finished run keeps everything, and what is left can still be shown."""
     command = [sys.executable, "-m", "gain_cl"]

@@ -47,7 +47,7 @@ BAD = [
     ("domain=[lwa]", "unknown domain 'lwa'", "did you mean law?"),
     ("tasks=bolq", "unknown tasks 'bolq'", "did you mean boolq?"),
     ("tasks.names=[bolq@10]", "unknown task 'bolq'", "did you mean boolq?"),
-    ("guard=ewcc", "unknown guard 'ewcc'", "there is: none"),
+    ("guard=ewcc", "unknown guard 'ewcc'", "there is: ema, ewc"),
     ("adapter.kind=gian", "unknown adapter 'gian'", "did you mean gain?"),
     ("method=lora adapter.peft_type=LORRA", "PEFT has no type 'LORRA'", "did you mean LORA?"),
     ("method=lora ++adapter.config.lora_alfa=1", "no key 'lora_alfa'", "did you mean lora_alpha?"),

@@ -144,9 +144,9 @@ def not_finite(bench: Bench, where: str, value: str, step: int, *twin: str) -> T
     name, documents = bench.documents[stage]
     blocks = list(range((within - 1) * SEQUENCES, within * SEQUENCES))
     owners = [part for block in blocks for part in documents[block]]
-    newest = next(iter(checkpoint.steps(next(folder.glob("runs/*")) / "ckpt")), None)
+    newest = next(iter(checkpoint.steps(next(folder.glob("runs/*/run.json")).parent / "ckpt")), None)
     state = newest and (newest / "adapter.safetensors").read_bytes()
-    same = next(bench.undisturbed.glob("runs/*")) / "ckpt" / f"step-{step - 1}" / "adapter.safetensors"
+    same = next(bench.undisturbed.glob("runs/*/run.json")).parent / "ckpt" / f"step-{step - 1}" / "adapter.safetensors"
     facts = one_line(result, 65) | {
         "no_record": not list(folder.glob("results/runs/*")),
         "parameters_untouched": (folder / "parameters").exists() and (folder / "parameters").read_text() == "untouched",

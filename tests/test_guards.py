@@ -368,15 +368,15 @@ SLOW = pytest.mark.slow
 KINDS = [
     ["method=ewc"],
     pytest.param(["method=lora_replay"], marks=SLOW),
-    ["method=gain_ffn", "guard=self_replay", "guard.samples=4"],
+    pytest.param(["method=gain_ffn", "guard=self_replay", "guard.samples=4"], marks=SLOW),
     pytest.param(["method=lora_kl"], marks=SLOW),
     pytest.param(["method=gain_ffn", "guard=l2_base", "guard.strength=1"], marks=SLOW),
     pytest.param(["method=gain_ffn", "guard=ema"], marks=SLOW),
-    ["method=o_lora"],
+    pytest.param(["method=o_lora"], marks=SLOW),
     ["method=gain_ffn", "handover=restart"],
     pytest.param(["method=multiplicative_lora", "handover=restart"], marks=SLOW),
     ["method=individual"],
-    ["method=joint"],
+    pytest.param(["method=joint"], marks=SLOW),
 ]
 
 

@@ -108,7 +108,7 @@ OTHER_START = {"C3A", "FOURIERFT", "UNILORA", "VBLORA"}
 """Types that, at PEFT's defaults, do not begin as the pretrained model."""
 
 
-@pytest.mark.parametrize("peft_type", sorted(set(real_classes()) - set(checks.NO_WEIGHTS)))
+@pytest.mark.parametrize("peft_type", sorted(set(real_classes()) - set(checks.NO_WEIGHTS) - {"BOFT"}))  # which builds a C++ extension
 @pytest.mark.filterwarnings("ignore")
 def test_any_other_type_keeps_the_contract_or_is_refused(peft_type: str) -> None:
     ids, before = torch.arange(1, 25).reshape(2, 12), tiny("llama")

@@ -167,6 +167,7 @@ def test_other_numerics_stop_or_taint(warm: Warm, tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("results/runs/*.json"))) == 2
 
 
+@pytest.mark.slow
 def test_other_dtype_stops_and_a_new_run_is_possible(warm: Warm, tmp_path: Path) -> None:
     killed(warm, tmp_path)
     assert "another dtype: dtype was float32, is bfloat16" in refused(warm.run(tmp_path, "model.dtype=bfloat16"), 65)
@@ -260,6 +261,7 @@ def test_no_other_beginning_is_taken(warm: Warm, tmp_path: Path) -> None:
         assert not record.load(path).record.provenance["inherited"]
 
 
+@pytest.mark.slow
 def test_full_fine_tuning_keeps_its_last_stage(warm: Warm, tmp_path: Path) -> None:
     fine(warm.run(tmp_path, "method=full"))
     (run,) = (p.parent for p in tmp_path.glob("runs/*/run.json"))

@@ -153,6 +153,7 @@ def test_no_secret_reaches_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert not [name for name, value in canaries.items() if value.encode() in written]
 
 
+@pytest.mark.slow
 def test_execution_settings_are_not_in_the_run_id() -> None:
     """The tested list: every section is scientific unless named here."""
     execution = {

@@ -118,6 +118,7 @@ def test_a_checkpoint_scores_the_same_whatever_was_scored_before(tmp_path: Path)
     assert not torch.allclose(logits("b", "a"), logits("b"), atol=1e-2)
 
 
+@pytest.mark.slow
 def test_an_interrupted_score_goes_on_wherever_its_checkpoints_lie(folder: Path, made: record.Run, tmp_path: Path) -> None:
     import os
     import subprocess

@@ -198,7 +198,7 @@ class Given(Section):
     """Nothing trains: checkpoints made elsewhere, one a stage. What the verb ``score`` composes."""
 
     kind: Literal["given"]
-    checkpoints: list[str] = Field(min_length=1)  # folders, or ORG/NAME@COMMIT: PEFT adapters or whole models
+    checkpoints: list[str]  # folders, or ORG/NAME@COMMIT: PEFT adapters or whole models
 
 
 class NoGuard(Section):
