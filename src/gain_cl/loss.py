@@ -6,6 +6,7 @@ Axes: N tokens, D model width, V vocabulary. A 152k vocabulary x 2048 tokens in 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -36,51 +37,91 @@ def token_nll(hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targe
     return torch.cat(parts)
 
 
-class _SumCrossEntropy(torch.autograd.Function):
-    """The gradient is taken chunk by chunk in the forward pass, so logits are made once and never kept."""
+def _sum_chunks(
+    ctx: Any,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    part: Callable[[slice, Tensor], tuple[Tensor, Tensor]],
+) -> Tensor:
+    """Sum over chunks of rows of a function of the logits. part: rows, their logits -> the function's sum over these rows, and
+    its gradient in the logits (which may take their place in memory).
 
+    The gradients of hidden, weight and bias are taken chunk by chunk in the forward pass and kept in ctx, so that logits are
+    made once and never kept.
+    """
+    total = torch.zeros((), dtype=torch.float64 if hidden.device.type != "mps" else torch.float32, device=hidden.device)
+    grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+    grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+    grad_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and ctx.needs_input_grad[2] else None
+    step = _chunk(weight)
+    for start in range(0, len(hidden), step):
+        rows = slice(start, start + step)
+        h = hidden[rows]
+        logits = _logits(h, weight, bias, softcap)
+        slope = 1 - (logits / softcap).square() if softcap else None
+        value, g = part(rows, logits)
+        total += value
+        if slope is not None:
+            g *= slope
+        if grad_bias is not None:
+            grad_bias += g.sum(0)
+        g = g.to(h.dtype)
+        if grad_hidden is not None:
+            grad_hidden[rows] = g @ weight
+        if grad_weight is not None:
+            grad_weight += (g.T @ h).float()
+    ctx.grads = (grad_hidden, grad_weight, grad_bias)
+    ctx.dtypes = (weight.dtype, bias.dtype if bias is not None else None)
+    return total.float()
+
+
+def _scaled(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    """The kept gradients times that of the sum."""
+    scale = grads[0]
+    hidden, weight, bias = ctx.grads
+    return (
+        hidden * scale.to(hidden.dtype) if hidden is not None else None,
+        (weight * scale).to(ctx.dtypes[0]) if weight is not None else None,
+        (bias * scale).to(ctx.dtypes[1]) if bias is not None else None,
+        None,
+        None,
+    )
+
+
+class _SumCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, softcap: float | None) -> Tensor:
-        total = torch.zeros((), dtype=torch.float64 if hidden.device.type != "mps" else torch.float32, device=hidden.device)
-        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and ctx.needs_input_grad[2] else None
-        step = _chunk(weight)
-        for start in range(0, len(targets), step):
-            rows = slice(start, start + step)
-            h, t = hidden[rows], targets[rows]
-            logits = _logits(h, weight, bias, softcap)
+        def part(rows: slice, logits: Tensor) -> tuple[Tensor, Tensor]:
+            t = targets[rows]
             lse = torch.logsumexp(logits, dim=-1, keepdim=True)
-            total += (lse.squeeze(-1) - logits.gather(1, t[:, None]).squeeze(1)).sum()
-            if grad_hidden is None and grad_weight is None:
-                continue
-            slope = 1 - (logits / softcap).square() if softcap else None
+            value = (lse.squeeze(-1) - logits.gather(1, t[:, None]).squeeze(1)).sum()
+            if not any(ctx.needs_input_grad):
+                return value, logits
             g = logits.sub_(lse).exp_()
             g[torch.arange(len(t), device=t.device), t] -= 1
-            if slope is not None:
-                g *= slope
-            if grad_bias is not None:
-                grad_bias += g.sum(0)
-            g = g.to(h.dtype)
-            if grad_hidden is not None:
-                grad_hidden[rows] = g @ weight
-            if grad_weight is not None:
-                grad_weight += (g.T @ h).float()
-        ctx.grads = (grad_hidden, grad_weight, grad_bias)
-        ctx.dtypes = (weight.dtype, bias.dtype if bias is not None else None)
-        return total.float()
+            return value, g
 
+        return _sum_chunks(ctx, hidden, weight, bias, softcap, part)
+
+    backward = staticmethod(_scaled)
+
+
+class _SumDivergence(torch.autograd.Function):
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        scale = grads[0]
-        hidden, weight, bias = ctx.grads
-        return (
-            hidden * scale.to(hidden.dtype) if hidden is not None else None,
-            (weight * scale).to(ctx.dtypes[0]) if weight is not None else None,
-            (bias * scale).to(ctx.dtypes[1]) if bias is not None else None,
-            None,
-            None,
-        )
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, base: tuple[Tensor, Tensor, Tensor | None], softcap: float | None
+    ) -> Tensor:
+        def part(rows: slice, logits: Tensor) -> tuple[Tensor, Tensor]:
+            log_p = F.log_softmax(logits, dim=-1)
+            log_base = F.log_softmax(_logits(base[0][rows], base[1], base[2], softcap), dim=-1)
+            value = (log_base.exp() * (log_base - log_p)).sum()
+            return value, log_p.exp_() - log_base.exp_()  # the difference of the probabilities
+
+        return _sum_chunks(ctx, hidden, weight, bias, softcap, part)
+
+    backward = staticmethod(_scaled)
 
 
 def sum_cross_entropy(
@@ -89,42 +130,6 @@ def sum_cross_entropy(
     """Sum over tokens of -ln p, a scalar with gradients to hidden, and to weight and bias when they require them."""
     total: Tensor = _SumCrossEntropy.apply(hidden_ND, weight_VD, bias_V, targets_N, softcap)
     return total
-
-
-class _SumDivergence(torch.autograd.Function):
-    """As _SumCrossEntropy, for KL(base || tuned): its gradient in the tuned logits is the difference of the probabilities."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, base: tuple[Tensor, Tensor, Tensor | None], softcap: float | None
-    ) -> Tensor:
-        total = torch.zeros((), dtype=torch.float64 if hidden.device.type != "mps" else torch.float32, device=hidden.device)
-        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and ctx.needs_input_grad[2] else None
-        step = _chunk(weight)
-        for start in range(0, len(hidden), step):
-            rows = slice(start, start + step)
-            h = hidden[rows]
-            logits = _logits(h, weight, bias, softcap)
-            log_p = F.log_softmax(logits, dim=-1)
-            log_base = F.log_softmax(_logits(base[0][rows], base[1], base[2], softcap), dim=-1)
-            total += (log_base.exp() * (log_base - log_p)).sum()
-            g = log_p.exp_() - log_base.exp_()
-            if softcap:
-                g *= 1 - (logits / softcap).square()
-            if grad_bias is not None:
-                grad_bias += g.sum(0)
-            g = g.to(h.dtype)
-            if grad_hidden is not None:
-                grad_hidden[rows] = g @ weight
-            if grad_weight is not None:
-                grad_weight += (g.T @ h).float()
-        ctx.grads = (grad_hidden, grad_weight, grad_bias)
-        ctx.dtypes = (weight.dtype, bias.dtype if bias is not None else None)
-        return total.float()
-
-    backward = _SumCrossEntropy.backward
 
 
 def sum_divergence(
