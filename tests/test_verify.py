@@ -100,7 +100,7 @@ def test_by_run_id_as_json(run: Made, capsys: pytest.CaptureFixture[str]) -> Non
     assert {c["state"] for c in told["checks"]} == {"ok", "not there"} and len(told["checks"]) == len(verify.CHECKS)
 
 
-def test_an_old_record_without_its_run_folder(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_record_without_its_run_folder(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GAIN_CL_CACHE", str(tmp_path))
     assert cli.main(["verify", str(EXAMPLE), "--json", "--output-dir", str(tmp_path)]) == 0
     states = {c["check"]: c["state"] for c in json.loads(capsys.readouterr().out)["checks"]}
@@ -115,6 +115,7 @@ def test_an_old_record_without_its_run_folder(capsys: pytest.CaptureFixture[str]
         "same items",
         "summaries",
         "training",
+        "attempts",
     ]
     assert [name for name, state in states.items() if state == "ok"] == recomputed
     assert set(states.values()) == {"ok", "not there"}
