@@ -14,7 +14,7 @@ from pydantic import TypeAdapter
 from torch import nn
 
 from conftest import FAMILIES, ListBlocks, tiny
-from gain_cl import adapters, checks, config, evaluate, forward, models, presets, train
+from gain_cl import adapters, config, evaluate, forward, models, presets, train
 from gain_cl.adapters.gain import DiagonalGain, Gains, attach_gains
 from gain_cl.errors import ConfigError, DataError
 from gain_cl.files import sha256
@@ -254,8 +254,8 @@ def test_shift_is_the_distance_of_the_absorbed_weights(loaded: models.Loaded, me
 
 def test_checks_know_what_adapters_can() -> None:
     """The tables of checks.py, which are read before torch is imported, say what the adapters do."""
-    assert {a.peft_type for m, a in ALL.items() if isinstance(a, config.Peft) and restarts(m)} == set(checks.RESTARTS)
-    assert {a.peft_type for m, a in ALL.items() if isinstance(a, config.Peft) and m not in ("dora", "oft")} == set(checks.SHIFTS)
+    assert {a.peft_type for m, a in ALL.items() if isinstance(a, config.Peft) and restarts(m)} == set(config.KNOWN_CHANGE)
+    assert {a.peft_type for m, a in ALL.items() if isinstance(a, config.Peft) and m not in ("dora", "oft")} == set(config.KNOWN_CHANGE)
 
 
 def test_counts_are_the_widths() -> None:

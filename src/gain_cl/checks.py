@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gain_cl import presets
-from gain_cl.config import ADAPTERS, GUARDS, JOINT, SECRET_NAME, SHA1, Full, Given, HubSource, PackageSource, Peft, RunConfig
+from gain_cl.config import ADAPTERS, GUARDS, JOINT, KNOWN_CHANGE, SECRET_NAME, SHA1, Full, Given, HubSource, PackageSource, Peft, RunConfig
 from gain_cl.errors import ConfigError, DataError
 from gain_cl.explain import suggest
 
@@ -249,10 +249,6 @@ def _keywords(config: RunConfig, origin: Origin) -> None:
                 raise ConfigError(f"{key}.{word} is missing", f"{key} {kind}", f"give ++{key}.{word}=VALUE")
 
 
-RESTARTS = ("LORA", "IA3", "VERA", "HIRA")
-"""PEFT types of which several can be active at once, one trained and the others frozen, to the same function, and be absorbed."""
-
-
 BESIDE = ("bias", "modules_to_save", "trainable_token_indices", "target_parameters", "lora_bias")
 """Keys of PEFT's configurations that let more train than the adapter's own matrices."""
 
@@ -261,6 +257,7 @@ def _combination(config: RunConfig, origin: Origin) -> None:
     """Settings that are fine one by one and make no sense together: each refusal says why."""
     adapter, guard, restart = config.adapter, config.guard.kind, config.handover == "restart"
     lora = isinstance(adapter, Peft) and adapter.peft_type == "LORA" and not adapter.config.get("use_dora")
+    unknown_change = isinstance(adapter, Peft) and (adapter.peft_type not in KNOWN_CHANGE or bool(adapter.config.get("use_dora")))
     beside = [k for k in BESIDE if adapter.config.get(k) not in (None, False, "none", [])] if isinstance(adapter, Peft) else []
     refusals: list[tuple[bool, str, str, str]] = [
         (
@@ -294,8 +291,8 @@ def _combination(config: RunConfig, origin: Origin) -> None:
             "use handover=continue",
         ),
         (
-            restart and isinstance(adapter, Peft) and (adapter.peft_type not in RESTARTS or bool(adapter.config.get("use_dora"))),
-            f"handover=restart: of PEFT's types only {', '.join(RESTARTS)} (and no DoRA) can keep the old beside a new one",
+            restart and unknown_change,
+            f"handover=restart: of PEFT's types only {', '.join(KNOWN_CHANGE)} (and no DoRA) can keep the old beside a new one",
             "handover",
             "use handover=continue",
         ),
@@ -318,8 +315,8 @@ def _combination(config: RunConfig, origin: Origin) -> None:
             "use handover=continue and train.optimizer=fresh",
         ),
         (
-            guard == "l2_base" and isinstance(adapter, Peft) and (adapter.peft_type not in SHIFTS or bool(adapter.config.get("use_dora"))),
-            f"guard l2_base needs the change of the weights, which is known for {', '.join(SHIFTS)} of PEFT's types (and not for DoRA)",
+            guard == "l2_base" and unknown_change,
+            f"guard l2_base needs the change of the weights, which is known for {', '.join(KNOWN_CHANGE)} of PEFT's types (no DoRA)",
             "guard.kind",
             "use guard=kl_base",
         ),
@@ -353,9 +350,6 @@ def _combination(config: RunConfig, origin: Origin) -> None:
         if wrong:
             raise ConfigError(what, origin(key), do)
 
-
-SHIFTS = ("LORA", "IA3", "VERA", "HIRA")
-"""PEFT types whose change of the weights is a differentiable function of their parameters here."""
 
 SHARED = ("VERA", "PVERA")
 """PEFT types whose rank is that of fixed matrices all layers share: it may exceed the width."""

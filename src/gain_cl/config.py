@@ -201,6 +201,11 @@ class Given(Section):
     checkpoints: list[str]  # folders, or ORG/NAME@COMMIT: PEFT adapters or whole models
 
 
+KNOWN_CHANGE = ("LORA", "IA3", "VERA", "HIRA")
+"""PEFT types whose change of the weights is a known function of their parameters: several can be active at once, one trained and the
+others frozen, and be absorbed together (handover=restart); its size can be penalised (guard l2_base). Not LoRA's variants (DoRA)."""
+
+
 class NoGuard(Section):
     kind: Literal["none"] = "none"
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from gain_cl import models
 from gain_cl.adapters.base import Adapter
+from gain_cl.config import KNOWN_CHANGE
 from gain_cl.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -113,7 +114,7 @@ class PeftAdapter(Adapter):
         return f"restart{len(self.peft.peft_config)}"
 
     def restarts(self) -> bool:
-        return self.peft_type in ("LORA", "IA3", "VERA", "HIRA") and not self._variant() and not self._beside()
+        return self.peft_type in KNOWN_CHANGE and not self._variant() and not self._beside()
 
     def restart(self) -> None:
         if not self.restarts():
