@@ -263,7 +263,7 @@ def twin_batch_dropped() -> None:
 
     def gradient(loaded: Any, guard: Any, batch: Any, settings: Any, size: int, seed: int) -> float | None:
         if size < settings.sequences:
-            batch = type(batch)(batch.tokens_ST[:size], batch.documents_ST[:size])
+            batch = type(batch)(*(part[:size] for part in batch))
         return real(loaded, guard, batch, settings, size, seed)
 
     train._gradient = gradient

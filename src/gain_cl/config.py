@@ -247,6 +247,12 @@ class PluginAdapter(BaseModel):
     model_config = ConfigDict(extra="allow", frozen=True)
     kind: Name
 
+    @model_validator(mode="before")
+    @classmethod
+    def _begun_from_nothing(cls, given: Any) -> Any:
+        """The presets' ``init_from: null`` asks nothing of a plugin that takes their place."""
+        return {k: v for k, v in given.items() if (k, v) != ("init_from", None)} if isinstance(given, dict) else given
+
 
 class PluginGuard(BaseModel):
     """A guard registered by a plugin; its keywords are checked against its constructor."""
