@@ -340,7 +340,7 @@ class Train(Section):
     weight_decay: float = Field(0.0, ge=0, allow_inf_nan=False)
     clip: float | None = Field(1.0, gt=0)  # global gradient norm; None: no clipping
     optimizer: Literal["fresh", "carried"] = "fresh"  # AdamW moments at a new stage
-    dev_every: int | None = Field(None, gt=0)  # steps between dev perplexities of the current domain
+    dev_every: int | None = Field(None, gt=0)  # steps between dev perplexities of the current domain and of the controls
 
     @model_validator(mode="after")
     def _check(self) -> Train:

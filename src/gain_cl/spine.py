@@ -25,7 +25,7 @@ import pandas as pd
 from gain_cl import adapters, checkpoint, checks, errors, guards, lock, measure, models, overlap, provenance, record, resume, signals, tasks
 from gain_cl import domains as domains_
 from gain_cl.adapters import portable
-from gain_cl.config import JOINT, Given, RunConfig
+from gain_cl.config import JOINT, Eval, Given, RunConfig
 from gain_cl.errors import ConfigError, DataError
 from gain_cl.failpoints import reach
 from gain_cl.files import tidy, write_bytes
@@ -301,12 +301,14 @@ def _execute(config: RunConfig, plan: Plan) -> record.Run:
                         tracker.spike(row | spike)
                     if config.train.dev_every and step % config.train.dev_every == 0:
                         on_dev = config.eval.model_copy(update={"split": "dev"})
+                        mixed = config.sequence.trained if config.regime == "joint" else [name]
+                        asked = {"": mixed, "controls_": config.sequence.controls}
                         with signals.held():  # the step is not saved yet
-                            mixed = config.sequence.trained if config.regime == "joint" else [name]
-                            scores = [measure.score_domain(loaded, inputs.domains[d], on_dev, config.compute.eval_batch) for d in mixed]
-                            dev = evaluate.total(pd.concat(scores))
-                        progress.dev.append({"step": step, "nll_nats": dev.nll_nats, "tokens": dev.tokens})
-                        tracker.dev({"stage": index, "domain": name, "step": step, "loss_nats": dev.loss_nats})
+                            dev = {prefix: _total(config, inputs, on_dev, names) for prefix, names in asked.items() if names}
+                        sums = {f"{p}{key}": getattr(found, key) for p, found in dev.items() for key in ("nll_nats", "tokens")}
+                        progress.dev.append({"step": step, **sums})
+                        losses = {f"{p}loss_nats": found.loss_nats for p, found in dev.items()}
+                        tracker.dev({"stage": index, "domain": name, "step": step, **losses})
                     if step == size:
                         guard.after_stage(index, name, blocks)
                     if step == size or due.now(step) or signals.asked():
@@ -473,6 +475,14 @@ def _streams(config: RunConfig, inputs: _Inputs) -> list[Stream]:
     separator = inputs.loaded.separator_id
     streams: list[Stream] = [inputs.domains[d].train_blocks(config.seed, config.train.block, separator) for d in config.sequence.trained]
     return [domains_.Mixture(JOINT, streams, config.seed)] if config.regime == "joint" else streams
+
+
+def _total(config: RunConfig, inputs: _Inputs, settings: Eval, names: list[str]) -> record.DomainScore:
+    """The sums over the documents of several domains."""
+    from gain_cl import evaluate
+
+    scores = [measure.score_domain(inputs.loaded, inputs.domains[d], settings, config.compute.eval_batch) for d in names]
+    return evaluate.total(pd.concat(scores))
 
 
 def _located(steps: Iterator[dict[str, Any]], index: int, name: str, blocks: Stream) -> Iterator[dict[str, Any]]:

@@ -209,9 +209,11 @@ class Tracker:
         self._line(f"{self._where}: step {row['step']}/{row['steps']}{self._numbers}", rest=True)
 
     def dev(self, row: dict[str, Any]) -> None:
-        """Dev loss of the current domain within its stage: stage, domain, step, loss_nats. Its time counts as training."""
+        """Dev loss of the current domain, and of the controls, within its stage: stage, domain, step, loss_nats, controls_loss_nats.
+        Its time counts as training."""
         self._write("dev", row)
-        self._line(f"{self._where}: step {row['step']}, dev loss {_number(row.get('loss_nats'))}")
+        controls = f", controls {_number(row['controls_loss_nats'])}" if "controls_loss_nats" in row else ""
+        self._line(f"{self._where}: step {row['step']}, dev loss {_number(row.get('loss_nats'))}{controls}")
 
     def spike(self, row: dict[str, Any]) -> None:
         """A loss far above those before it: stage, domain, step, loss_nats, and mean, sd and number (``steps``) of those."""

@@ -7,9 +7,12 @@ law, a chapter.
 
 from __future__ import annotations
 
+import csv
 import gzip
+import io
 import json
 import re
+import zipfile
 from bz2 import decompress as bunzip2
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -192,6 +195,19 @@ def _field(value: Any) -> str:
     return "; ".join(parts)
 
 
+def neutral(members: Members) -> Iterator[str]:
+    """News of 2016-17 and speeches of the House of Commons, zipped CSV tables; rows in which lost characters became "?" are left out."""
+    for name, data in members:
+        if not re.search(r"/(NewsArticles|parlspeech[^/]*)\.zip$", name):
+            continue
+        with zipfile.ZipFile(io.BytesIO(data)) as packed:
+            table = packed.read(packed.infolist()[0]).decode("utf-8", errors="replace")
+        for row in csv.DictReader(io.StringIO(table)):
+            text = f"{row['title']}\n\n{row['text']}" if "title" in row else row["text"]
+            if "\ufffd" not in text and not re.search(r'[a-z"]\?[A-Za-z]|\?\?', text):
+                yield tidy(text)
+
+
 def encyclopedia(members: Members) -> Iterator[str]:
     """Articles of a MediaWiki dump (bzip2 XML), without redirects."""
     for _, data in members:
@@ -214,4 +230,5 @@ RECIPES: dict[str, tuple[Recipe, int]] = {
     "scripture": (scripture, 1),
     "geography": (geography, 1),
     "encyclopedia": (encyclopedia, 2),
+    "neutral": (neutral, 1),
 }
