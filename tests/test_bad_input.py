@@ -417,6 +417,18 @@ def test_one_line(bad: Bad, tmp_path: Path) -> None:
     refused(here, ["run", *bad.argv], bad.code, bad.says, **{**bad.env, **((bad.setup(here) if bad.setup else None) or {})})
 
 
+SEEN_BEFORE_TORCH = ["missing file", "bad JSONL line", "train and validation the same file", "validation too small", "weights cut off"]
+
+
+@pytest.mark.parametrize("bad", [b for b in CATALOGUE if b.entry in SEEN_BEFORE_TORCH], ids=lambda b: b.entry)
+def test_prepare_says_the_same(bad: Bad, tmp_path: Path) -> None:
+    here = tmp_path / "here"
+    here.mkdir()
+    assert bad.setup is not None
+    bad.setup(here)
+    refused(here, ["prepare", *bad.argv], bad.code, bad.says)
+
+
 @pytest.mark.parametrize("kind", ["model", "dataset"])
 def test_gated_without_a_token(kind: str, tmp_path: Path) -> None:
     """The hub says no: the line says how to get access."""

@@ -111,6 +111,14 @@ def test_finished_run_keeps_all_but_checkpoints() -> None:
     assert everything(Path("results")) == {"runs", f"runs/{ID}.json", f"runs/{ID}.items.parquet"}
 
 
+def test_checkpoints_of_a_later_attempt_stay() -> None:
+    """Of a run with force=true that was preempted: its record still stands, and what it saved is not lost at once."""
+    run_folder(days=2)
+    write(f"results/runs/{ID}.json", days=3)
+    assert planned() == {}
+    assert planned(days=1) == {f"runs/{ID}/ckpt": "checkpoints of a finished run"}
+
+
 def test_leftovers_older_than_a_day() -> None:
     folder = run_folder(days=2)
     old = [

@@ -27,7 +27,7 @@ def documented(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for code in blocks(text, "python"):
         Path(code.splitlines()[0].split()[1].rstrip(":")).write_text(code)
     Path("mine/method").mkdir(parents=True)
-    Path("mine/method/bias_shift.yaml").write_text(blocks(text, "yaml")[0])
+    Path("mine/method/layer_gain.yaml").write_text(blocks(text, "yaml")[0])
     return tmp_path
 
 
@@ -36,14 +36,24 @@ def test_the_commands_of_extending_run(documented: Path, capsys: pytest.CaptureF
     assert len(commands) == 2
     for command in commands:
         assert cli.main([*command.split()[3:], "compute.threads=1"]) == 0, capsys.readouterr().err
-    line = "run debug=smoke --plugin bias_shift.py --config-dir mine method=bias_shift compute.threads=1"
+    line = "run debug=smoke --plugin layer_gain.py --config-dir mine method=layer_gain compute.threads=1"
     assert cli.main(line.split()) == 0
-    made = record.load(capsys.readouterr().out.splitlines()[-1].removeprefix("record: ")).record
-    assert made.method == "bias_shift" and made.trainable_parameters == 2 * 64
+    path = Path(capsys.readouterr().out.splitlines()[-1].removeprefix("record: "))
+    made = record.load(path).record
+    assert made.method == "layer_gain" and made.trainable_parameters == 2
     assert made.stages[-1].domains["smoke_c"].nll_nats < made.stages[0].domains["smoke_c"].nll_nats
-    assert cli.main(["export", "runs/debug/runs/" + made.run_id + ".json", "to=merged", "dir=merged"]) == 0
-    gap = float(re.findall(r"fp32: (\S+),", capsys.readouterr().out)[0])
-    assert gap < 1e-5
+    assert cli.main(["export", str(path), "to=merged", "dir=merged"]) == 0
+    assert float(re.findall(r"fp32: (\S+),", capsys.readouterr().out)[0]) < 1e-5
+    line = "score merged domain=[smoke_c] sequence.controls=[] debug=smoke compute.threads=1"  # as transformers loads it
+    assert cli.main(line.split()) == 0
+    again = record.load(capsys.readouterr().out.splitlines()[-1].removeprefix("record: ")).record
+    assert again.stages[1].domains["smoke_c"].nll_nats == pytest.approx(made.stages[-1].domains["smoke_c"].nll_nats, rel=1e-6)
+    assert again.stages[1].domains["smoke_c"].nll_nats != again.stages[0].domains["smoke_c"].nll_nats
+
+
+def test_the_plugins_of_extending_are_short() -> None:
+    sizes = [len(code.strip().splitlines()) for code in blocks((ROOT / "docs/extending.md").read_text(), "python")]
+    assert len(sizes) == 2 and max(sizes) <= 30, sizes
 
 
 def test_a_domain_as_in_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,7 +26,12 @@ SMALL = ["debug=smoke", "compute.threads=1", "train.steps=2", "eval.documents=2"
 
 GAIN = {"kind": "gain", "roles": ["attn_out", "ffn_down"]}
 LORA = {"kind": "peft", "peft_type": "LORA"}
-TARGETS = {"llama": ["q_proj", "v_proj", "down_proj"], "gpt2": ["c_attn", "mlp.c_proj"]}
+TARGETS = {
+    "llama": ["q_proj", "v_proj", "down_proj"],
+    "gpt2": ["c_attn", "mlp.c_proj"],
+    "qwen2": ["q_proj", "v_proj", "down_proj"],
+    "gpt_neox": ["query_key_value", "dense_4h_to_h"],
+}
 
 
 def settings(method: str, family: str = "llama") -> Any:
@@ -41,6 +46,8 @@ def settings(method: str, family: str = "llama") -> Any:
         "rslora": {**LORA, "config": {"r": 4, "lora_alpha": 8, "use_rslora": True, **rest}},
         "dora": {**LORA, "config": {"r": 4, "lora_alpha": 8, "use_dora": True, **rest}},
         "ia3": {"kind": "peft", "peft_type": "IA3", "config": {**rest, "feedforward_modules": TARGETS[family][-1:]}},
+        "hira": {"kind": "peft", "peft_type": "HIRA", "config": {"r": 4, **rest}},
+        "vera": {"kind": "peft", "peft_type": "VERA", "config": {"r": 8, **rest}},
         "full": {"kind": "full"},
         "ln_only": {"kind": "full", "select": "norms"},
         "gain_random_basis": {**GAIN, "basis": "random"},
@@ -116,7 +123,7 @@ def outside(python: Path, script: str, *args: object, cwd: Path) -> str:
     return done.stdout
 
 
-METHODS = ["gain_attn", "gain_ffn", "gain_ffn_output", "lora", "ia3", "multiplicative_lora"]
+METHODS = ["gain_attn", "gain_ffn", "gain_ffn_output", "lora", "dora", "ia3", "hira", "vera", "multiplicative_lora"]
 
 VANILLA = """
 import importlib.util, json, sys
@@ -140,14 +147,14 @@ save_file(out, sys.argv[2])
 """
 
 
-PAIRS = [(family, method) for family in ("llama", "gpt2") for method in METHODS]
+PAIRS = [(family, method) for family in TARGETS for method in METHODS]
 
 
 @pytest.mark.slow
 def test_vanilla_libraries_without_gain_cl(clean: Path, tmp_path: Path) -> None:
     """PeftModel.from_pretrained, merge_and_unload, and the merged folder in transformers: the logits of gain_cl's model."""
     jobs, ours = [], {}
-    bases = {family: save_base(family, tmp_path / family) for family in ("llama", "gpt2")}
+    bases = {family: save_base(family, tmp_path / family) for family in TARGETS}
     for family, method in PAIRS:
         loaded, adapter = trained(method, family)
         folder = put(adapter, loaded, tmp_path / f"{family}-{method}")
@@ -311,6 +318,27 @@ def first(tmp_path_factory: pytest.TempPathFactory, _cache: Any) -> record.Run:
     )
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["gain_ffn", "lora"])
+def test_what_the_verb_writes_is_what_the_run_scored(method: str, clean: Path, tmp_path: Path) -> None:
+    """From the command line to libraries without gain_cl: the loss of the run's own scored documents, and both forms alike."""
+    base = save_base("gpt2", tmp_path / "tiny-gpt2")
+    made = go(tmp_path, f"model.path={base}", *SHORT, f"method={method}", "train.lr=3e-2", "domain=[smoke_a,smoke_b]")
+    for to in ("peft", "merged"):
+        assert write(made, f"to={to}", f"dir={tmp_path / to}") == 0
+    job = [str(base), str(tmp_path / "peft"), str(tmp_path / "merged")]
+    outside(clean, VANILLA, json.dumps([job]), tmp_path / "out.safetensors", cwd=tmp_path)
+    theirs = load_file(tmp_path / "out.safetensors")[job[1]]
+    torch.testing.assert_close(theirs, theirs[:1].expand_as(theirs), rtol=1e-5, atol=2e-6)
+    loaded = models.load(config.RunConfig.model_validate(made.record.config).model, torch.device("cpu"))
+    assert (logits(loaded.model) - theirs[0]).abs().max() > 1e-3
+    from transformers import AutoModelForCausalLM
+
+    loaded.model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert torch.allclose(logits(loaded.model)[0], theirs[2], rtol=0, atol=1e-7)
+    assert _loss(made, loaded) == pytest.approx(made.record.stages[-1].domains["smoke_a"].nll_nats, rel=1e-5)
+
+
 def _loss(made: record.Run, loaded: Any) -> float:
     """nats, of smoke_a as the run scores it."""
     from gain_cl import domains, evaluate
@@ -335,6 +363,49 @@ def test_merged_is_the_model_that_was_scored(method: str, tmp_path: Path, capsys
     loaded.model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert AutoTokenizer.from_pretrained(tmp_path / "merged").get_vocab() == loaded.tokenizer.get_vocab()
     assert _loss(made, loaded) == pytest.approx(made.record.stages[-1].domains["smoke_a"].nll_nats, rel=1e-5)
+
+
+PLUGIN = """
+import torch
+from torch import nn
+from gain_cl import adapters, models
+from gain_cl.adapters.base import Adapter
+
+class Shift(Adapter):
+    def __init__(self, fold: bool) -> None:
+        self.fold = fold
+    def attach(self, loaded) -> None:
+        self.layers = models.targets(loaded.model, ["attn_out"], loaded.roles)
+        self.shifts = {n: nn.Parameter(torch.zeros(models.output_width(m))) for n, m in self.layers.items()}
+        self.hooks = [m.register_forward_hook(lambda _, x, out, n=n: out + self.shifts[n]) for n, m in self.layers.items()]
+    def parameters(self):
+        return self.shifts
+    def absorb(self) -> None:
+        for name, layer in self.layers.items():
+            if self.fold:
+                layer.bias = nn.Parameter(self.shifts[name].detach().clone(), requires_grad=False)
+        for hook in self.hooks:
+            hook.remove()
+
+adapters.register("shift", Shift)
+"""
+
+
+@pytest.mark.parametrize(
+    ("fold", "message"),
+    [("true", "self_attn.o_proj.bias is not a parameter of both the folded model and a LlamaForCausalLM"), ("false", "another model")],
+)
+def test_a_checkpoint_that_would_be_another_model_is_not_written(
+    fold: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """transformers builds the model from its configuration, without the bias; and an absorb may forget what was learned."""
+    (tmp_path / "shift.py").write_text(PLUGIN)
+    words = ["++adapter.kind=shift", f"++adapter.fold={fold}", "~adapter.select", "train.lr=1", "domain=[smoke_a]", "method=full"]
+    places = [f"output_dir={tmp_path}/runs", f"results_dir={tmp_path}/results", "--plugin", f"{tmp_path}/shift.py"]
+    assert cli.main(["run", *SMALL, *words, *places]) == 0, capsys.readouterr().err
+    path = capsys.readouterr().out.splitlines()[-1].removeprefix("record: ")
+    assert cli.main(["export", path, "to=merged", f"dir={tmp_path}/merged"]) == 64
+    assert message in capsys.readouterr().err and not (tmp_path / "merged").exists()
 
 
 def test_merged_is_rounded_once(first: record.Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import math
 import signal
 from collections import Counter
@@ -17,7 +18,7 @@ from torch.nn import functional as F
 
 from campaign import Warm, evidence, leftovers
 from conftest import ListBlocks, tiny
-from gain_cl import adapters, build, config, forward, guards, loss, models, presets, train
+from gain_cl import adapters, api, build, config, forward, guards, loss, models, presets, spine, train
 from gain_cl.domains import Block, Doc, Mixture
 from gain_cl.domains.base import Blocks
 from gain_cl.errors import ConfigError
@@ -25,6 +26,7 @@ from gain_cl.guards.base import Batch, Guard
 from gain_cl.guards.ewc import EwcGuard, fisher
 from gain_cl.guards.near_base import EmaGuard, KlBaseGuard, L2BaseGuard, OrthogonalGuard
 from gain_cl.guards.replay import ReplayGuard, SelfReplayGuard, sample
+from gain_cl.verbs.rescore import Bench
 
 GAIN = config.Gain(kind="gain", roles=["attn_out", "ffn_down"])
 FULL = config.Full(kind="full")
@@ -182,6 +184,55 @@ def test_replayed_sequences_are_ones_that_were_trained_on() -> None:
     again.before_stage(3, [stream_of("a"), stream_of("b")], 12)
     late = train.batch_at(own, 1234, 2)
     assert np.array_equal(again.mix(late, 3, 1234).tokens_ST, guard.mix(late, 3, 1234).tokens_ST)
+
+
+def test_the_replayed_stream_is_the_one_worked_out_by_hand() -> None:
+    """By sha256sum of "(7, 3, STEP, 3, 'domain')" and so on: a quarter of four rows is the last one, of two every other step's."""
+    own, past = stream_of("c"), [stream_of("a"), stream_of("b")]
+    guard = ReplayGuard(0.25)
+    guard.attach(None, None, 7)  # type: ignore[arg-type]
+    guard.before_stage(3, past, 12)
+    for step, (domain, block) in enumerate([(0, 4), (1, 10), (1, 9), (0, 3), (0, 3), (0, 5)]):
+        before = train.batch_at(own, step, 4)
+        mixed = guard.mix(before, 3, step)
+        assert np.array_equal(mixed.tokens_ST[:3], before.tokens_ST[:3])
+        assert np.array_equal(mixed.tokens_ST[3], past[domain][block].tokens_T)
+        assert np.array_equal(mixed.documents_ST[3], -1 - past[domain][block].documents_T)
+    pairs = [(train.batch_at(own, step, 2), guard.mix(train.batch_at(own, step, 2), 3, step)) for step in range(8)]
+    assert [not np.array_equal(a.tokens_ST[1], b.tokens_ST[1]) for a, b in pairs] == [False, True, True, True, True, False, True, True]
+    assert all(np.array_equal(a.tokens_ST[0], b.tokens_ST[0]) for a, b in pairs)
+
+
+def test_a_run_with_replay_trains_on_exactly_that_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What reaches the loss in every step of three stages, against the domains' own streams and the hashes."""
+    seen: list[np.ndarray] = []
+    real = train._gradient
+
+    def spy(loaded: models.Loaded, guard: Guard, batch: Batch, *rest: object) -> float | None:
+        seen.append(batch.tokens_ST)
+        return real(loaded, guard, batch, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(train, "_gradient", spy)
+    made = api.run(
+        "debug=smoke", "method=gain_ffn_replay", "eval.documents=2", f"output_dir={tmp_path}/runs", f"results_dir={tmp_path}/results"
+    )
+    bench = Bench(made, None)
+    bench.open(rows=1)
+    bench.close()
+    streams = spine._streams(bench.config, bench.inputs)
+    seed = train.seed_of("guard", 0)
+
+    def share(*parts: int | str) -> float:
+        return int(hashlib.sha256(repr(parts).encode()).hexdigest()[:16], 16) / 16**16
+
+    assert len(seen) == 12
+    for place, tokens in enumerate(seen):
+        stage, step = place // 4 + 1, place % 4
+        expected = [streams[stage - 1][4 * step + i].tokens_T for i in range(4)]
+        if stage > 1:
+            past = streams[int(share(seed, stage, step, 3, "domain") * (stage - 1))]
+            expected[3] = past[int(share(seed, stage, step, 3, "sequence") * 16)].tokens_T
+        assert np.array_equal(tokens, np.stack(expected))
 
 
 def test_self_replay_is_text_of_the_pretrained_model() -> None:

@@ -30,15 +30,20 @@ def peft_adapter(peft_type: str, roles: list[str] | None = None, **keys: Any) ->
     return config.Peft(kind="peft", peft_type=peft_type, config=keys, roles=roles)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("method", ["lora", "ia3", "dora", "oft"])
-def test_losses_equal_a_plain_peft_loop(method: str) -> None:
+@pytest.mark.parametrize(
+    ("method", "family"),
+    [*((m, "llama") for m in ("lora", "ia3", "dora", "oft")), *((m, f) for m in ("lora", "ia3") for f in ("gpt2", "qwen2", "gpt_neox"))],
+)
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to")
+def test_losses_equal_a_plain_peft_loop(method: str, family: str) -> None:
     """get_peft_model, AdamW and cross entropy on the same batches: the losses of ten steps agree."""
     import peft
 
     row = yaml.safe_load((presets.configs_dir() / "method" / f"{method}.yaml").read_text())["adapter"]
     tokens = np.random.default_rng(0).integers(1, 257, (20, 16))
 
-    loaded = tiny("llama")
+    keys = dict.fromkeys(("resid_pdrop", "attn_pdrop", "embd_pdrop"), 0.0) if family == "gpt2" else {}
+    loaded = tiny(family, **keys)
     torch.manual_seed(5)
     adapter = adapters.build(peft_adapter(row["peft_type"], **row["config"]))
     adapter.attach(loaded)
@@ -47,7 +52,7 @@ def test_losses_equal_a_plain_peft_loop(method: str) -> None:
     steps = train.stage(loaded, adapter, Guard(), ListBlocks(tokens), setup, optimizer, index=1, seed=0)  # type: ignore[arg-type]
     ours = [step["loss_nats"] for step in steps]
 
-    other = tiny("llama")
+    other = tiny(family, **keys)
     torch.manual_seed(5)
     kind = {"LORA": peft.LoraConfig, "IA3": peft.IA3Config, "OFT": peft.OFTConfig}[row["peft_type"]]
     model = peft.get_peft_model(other.model, kind(task_type="CAUSAL_LM", **row["config"]))
@@ -193,6 +198,38 @@ def test_initial_values_that_change_the_pretrained_weights_are_refused(init: str
         adapters.build(peft_adapter("LORA", r=4, target_modules=LAYERS, init_lora_weights=init)).attach(tiny("llama"))
 
 
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"target_modules": ["q_proj"], "lora_bias": True}, "biases of layers that have none"),
+        ({"target_modules": ["embed_tokens"]}, "the output head's too"),
+        ({"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}, "the output head's too"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_what_could_not_be_folded_afterwards_is_refused_beforehand(keys: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        adapters.build(peft_adapter("LORA", r=4, **keys)).attach(tiny("llama", tie_word_embeddings=True))
+
+
+def test_osf_trains_nothing_on_gpt2() -> None:
+    """It decomposes nn.Linear alone, and says nothing of a Conv1D."""
+    for keys in ({}, {"target_modules": ["c_attn"]}):
+        with pytest.raises(ConfigError, match=r"OSF trains nothing \(adapter OSF on gpt2\)"):
+            adapters.build(peft_adapter("OSF", **keys)).attach(tiny("gpt2"))
+
+
+def test_any_other_type_from_the_command_line() -> None:
+    """As docs/methods.md has it: the keys of the preset's own type go first."""
+    from gain_cl import build
+
+    text = (ROOT / "docs/methods.md").read_text()
+    (words,) = re.findall(r"`(method=lora adapter\.peft_type=[^`]+)`", text)
+    adapter = build.compose(["debug=smoke", *words.split()]).adapter
+    assert isinstance(adapter, config.Peft) and adapter.peft_type == "LOHA"
+    adapters.build(adapter).attach(tiny("llama"))
+
+
 def test_an_adapter_that_does_not_start_as_the_model_is_refused() -> None:
     with pytest.raises(ConfigError, match="LORA does not start as the pretrained model"):
         adapters.build(peft_adapter("LORA", r=4, target_modules=LAYERS, init_lora_weights=False)).attach(tiny("llama"))
@@ -212,6 +249,23 @@ def test_lora_that_is_more_than_a_product_neither_restarts_nor_shifts() -> None:
 def test_every_method_has_its_section() -> None:
     headings = re.findall(r"^### `(\w+)`", (ROOT / "docs/methods.md").read_text(), flags=re.M)
     assert sorted(headings) == presets.names("method")
+
+
+def test_the_counts_in_the_documentation_are_those_of_params(capsys: pytest.CaptureFixture[str]) -> None:
+    """Every method of `python -m gain_cl params model=smollm2`, none of which it may stumble over."""
+    import json
+
+    from gain_cl import cli
+
+    assert cli.main(["params", "model=smollm2", "--json"]) == 0
+    counted = json.loads(capsys.readouterr().out)["smollm2"]["methods"]
+    sections = re.split(r"^### `", (ROOT / "docs/methods.md").read_text(), flags=re.M)[1:]
+    told = {s.split("`")[0]: [int(n.replace(",", "")) for n in re.findall(r"\[([\d,]+)\]", s.split("\n## ")[0])] for s in sections}
+    assert counted == {method: (numbers or [0])[0] for method, numbers in told.items()}
+    rates = {s.split("`")[0]: re.findall(r"[Rr]ate,? (\d(?:\.\d)?e-\d)", s.split("\n## ")[0]) for s in sections}
+    for method, found in rates.items():
+        row = yaml.safe_load((presets.configs_dir() / "method" / f"{method}.yaml").read_text())
+        assert [float(r) for r in found] in ([], [row["train"]["lr"]]), method
 
 
 def test_rsloras_scale() -> None:

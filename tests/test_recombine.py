@@ -32,7 +32,10 @@ def ask(capsys: pytest.CaptureFixture[str], *argv: str) -> dict[str, Any]:
     return dict(json.loads(capsys.readouterr().out))
 
 
-@pytest.mark.parametrize("extra", [[], ["handover=restart"], ["method=gain_ffn_output"]], ids="".join)
+RESTARTED_BF16 = ["method=gain_random_basis", "handover=restart", "model.dtype=bfloat16"]  # a last bit of S shows after rounding
+
+
+@pytest.mark.parametrize("extra", [[], ["handover=restart"], ["method=gain_ffn_output"], RESTARTED_BF16], ids="".join)
 def test_nothing_dropped_is_the_run_and_the_last_dropped_is_the_stage_before(
     folder: Path, capsys: pytest.CaptureFixture[str], extra: list[str]
 ) -> None:
@@ -99,6 +102,11 @@ def test_gains_of_stages_are_ratios_of_cumulative_ones() -> None:
 def test_mistakes(folder: Path, capsys: pytest.CaptureFixture[str], argv: list[str], message: str) -> None:
     assert cli.main(["recombine", str(run(folder).path), *argv]) == 64
     assert message in capsys.readouterr().err
+
+
+def test_a_run_without_stages_in_a_row_has_no_factors(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["recombine", str(run(folder, "regime=individual").path)]) == 64
+    assert capsys.readouterr().err.strip().endswith("; use it on a sequential run")
 
 
 def test_only_gains_multiply(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import signal
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import pytest
 
 from campaign import SMOKE, Result, Warm, evidence, leftovers, steps
 from gain_cl import build, cells, checkpoint, lock, record, resume, signals, spine
+from gain_cl.domains.text import text_hash
 from gain_cl.errors import DataError, InUseError, PreemptedError
 from gain_cl.files import sha256
 
@@ -175,18 +178,79 @@ def test_other_dtype_stops_and_a_new_run_is_possible(warm: Warm, tmp_path: Path)
     assert "resumed at" in fine(warm.run(tmp_path))
 
 
-def test_other_text_stops(warm: Warm, tmp_path: Path) -> None:
-    text = tmp_path / "text"
-    text.mkdir()
+def doc(i: int, word: str) -> str:
+    return f"document {i}: " + " ".join(f"{word}{i * k % 97}" for k in range(200))
+
+
+def own_text(folder: Path) -> list[str]:
+    """Overrides of a run on a domain of 60 files, folder/text/N.txt."""
+    (folder / "text").mkdir()
     for i in range(60):
-        (text / f"{i}.txt").write_text(f"document {i}: " + " ".join(f"word{i * k % 97}" for k in range(200)))
-    (tmp_path / "presets/domain").mkdir(parents=True)
-    (tmp_path / "presets/domain/mine.yaml").write_text(f"source:\n  kind: files\n  path: {text}\n")
-    mine = ["domain=[mine,smoke_b]", "eval.documents=4", f"--config-dir={tmp_path}/presets"]
+        (folder / f"text/{i}.txt").write_text(doc(i, "word"))
+    (folder / "presets/domain").mkdir(parents=True)
+    (folder / "presets/domain/mine.yaml").write_text(f"source:\n  kind: files\n  path: {folder}/text\n")
+    return ["domain=[mine,smoke_b]", "eval.documents=4", f"--config-dir={folder}/presets"]
+
+
+def in_training(text: str) -> bool:
+    return int(text_hash(text)[:16], 16) / 2**64 >= 0.5  # test and dev are below
+
+
+def change_training_text(folder: Path) -> None:
+    """One document of the training split becomes another."""
+    old = next(i for i in range(60) if in_training(doc(i, "word")))
+    (folder / f"text/{old}.txt").write_text(next(t for t in (doc(old, f"w{n}") for n in range(60)) if in_training(t)))
+
+
+def test_other_text_stops_or_taints(warm: Warm, tmp_path: Path) -> None:
+    mine = own_text(tmp_path)
     killed(warm, tmp_path / "run", *mine)
-    (text / "0.txt").write_text("another text " * 60)
+    change_training_text(tmp_path)
     message = refused(warm.run(tmp_path / "run", *mine), 65)
-    assert "another data: data.domains.mine" in message
+    assert "another data: data.domains.mine" in message and "allow_change=[data]" in message
+    assert "resumed at" in fine(warm.run(tmp_path / "run", *mine, "allow_change=[data]"))
+    assert the_record(tmp_path / "run").tainted[0].startswith("data.domains.mine.sha256 was ")
+    assert "TAINTED: data" in fine(warm.run(tmp_path / "run", *mine, "allow_change=[data]"))  # it ended with these data: shown again
+
+
+def test_other_scored_text_is_never_gone_on_with(warm: Warm, tmp_path: Path) -> None:
+    """Rows of a matrix are of the same documents, whatever is allowed."""
+    mine = own_text(tmp_path)
+    run = killed(warm, tmp_path / "run", *mine)
+    for i in range(60):
+        (tmp_path / f"text/{i}.txt").write_text(doc(i, "other"))
+    message = refused(warm.run(tmp_path / "run", *mine, "allow_change=[data]"), 65)
+    assert "the documents that are scored changed too, mine was " in message and run.name in message and "resume=never" in message
+    assert not list(tmp_path.glob("run/results/runs/*"))
+    fine(warm.run(tmp_path / "run", *mine, "allow_change=[data]", "resume=never"))  # a run of its own, under its own id
+    assert the_record(tmp_path / "run").run_id != run.name and not the_record(tmp_path / "run").tainted
+
+
+def test_a_finished_run_is_not_the_answer_for_other_data(warm: Warm, tmp_path: Path) -> None:
+    """allow_change lets an interrupted run go on; it does not make the numbers of other data those of these."""
+    mine = own_text(tmp_path)
+    fine(warm.run(tmp_path / "run", *mine))
+    change_training_text(tmp_path)
+    fine(warm.run(tmp_path / "run", *mine, "allow_change=[data]"))
+    records = [record.load(p).record for p in tmp_path.glob("run/results/runs/*.json")]
+    assert len(records) == 2 and not any(r.tainted for r in records)
+    assert len({r.pins["domains"]["mine"]["sha256"] for r in records}) == 2
+
+
+def test_a_tainted_run_is_no_beginning(warm: Warm, tmp_path: Path) -> None:
+    """Its stages may be of other data than it began with: the longer run trains them itself."""
+    mine = own_text(tmp_path)
+    killed(warm, tmp_path / "run", *mine)
+    change_training_text(tmp_path)
+    fine(warm.run(tmp_path / "run", *mine, "allow_change=[data]"))
+    for i in range(60):
+        (tmp_path / f"text/{i}.txt").write_text(doc(i, "word"))
+    longer = ["domain=[mine,smoke_b,smoke_c]", *mine[1:]]
+    assert "is tainted: training them again" in fine(warm.run(tmp_path / "run", *longer))
+    fine(warm.run(tmp_path / "at once", *longer))
+    made = {len(r.trained): r for r in (record.load(p).record for p in tmp_path.glob("run/results/runs/*.json"))}
+    assert made[2].tainted and not made[3].tainted and not made[3].provenance["inherited"]
+    assert [s.domains for s in made[3].stages] == [s.domains for s in the_record(tmp_path / "at once").stages]
 
 
 @pytest.mark.parametrize(
@@ -208,6 +272,64 @@ def test_a_damaged_run_json_stops(warm: Warm, tmp_path: Path) -> None:
     run = killed(warm, tmp_path)
     (run / "run.json").write_bytes((run / "run.json").read_bytes()[:100])
     assert "run.json is missing or damaged" in refused(warm.run(tmp_path), 65)
+
+
+def test_damaged_attempts_stop(warm: Warm, tmp_path: Path) -> None:
+    """They tell what tainted the run: a line that is lost would hide it."""
+    run = killed(warm, tmp_path)
+    (run / "attempts.jsonl").write_text((run / "attempts.jsonl").read_text()[5:])
+    assert "attempts.jsonl is damaged" in refused(warm.run(tmp_path), 65)
+
+
+def test_the_run_json_of_others_is_read_with_care(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of another version of gain_cl, or of another hand: no run of the folder fails on it."""
+    monkeypatch.chdir(tmp_path)
+    config = build.compose([*SMOKE, TWO])
+    plan, more = spine.prepare(config), build.compose([*SMOKE, THREE])
+    facts = resume.facts(config, plan.pins)
+    facts["data"]["tokens"] = {name: name for name in more.domains}
+    whole = {"run_id": "x", "settings": config.scientific(), "pins": plan.pins, "facts": facts, "environment": {}}
+    pins = spine.prepare(more).pins
+    path = tmp_path / "runs/other/run.json"
+    path.parent.mkdir(parents=True)
+    draw, wrong = random.Random(0), [None, 3, "x", [], {}, [1], {"a": 1}, True]
+    path.write_text(json.dumps(whole))
+    assert resume._common(whole, more, pins, facts) == ["smoke_a", "smoke_b"]  # else nothing below is looked at
+    places = list(inside(whole))
+    for _ in range(1000):
+        changed = json.loads(json.dumps(whole))
+        node, place = changed, draw.choice(places)
+        for key in place[:-1]:
+            node = node[key]
+        if draw.random() < 0.3:
+            del node[place[-1]]
+        else:
+            node[place[-1]] = draw.choice(wrong)
+        path.write_text(json.dumps(changed))
+        for ask in (
+            lambda: resume.adopt(config, plan.pins),
+            lambda: resume.inherit(more, tmp_path / "runs/new", pins, facts),
+            lambda: resume._same_settings(config, path.parent),
+        ):
+            with suppress(DataError):
+                ask()
+
+
+def inside(node: Any, place: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The places of all values in JSON data."""
+    if place:
+        yield place
+    for key, value in node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ():
+        yield from inside(value, (*place, key))
+
+
+def test_states_of_another_version_are_passed_over(tmp_path: Path) -> None:
+    checkpoint.save(tmp_path / "ckpt/step-2", {"state.json": b"{}"})
+    with pytest.raises(DataError, match=r"state\.json is not of this version"):
+        resume._state(tmp_path / "ckpt/step-2", "x", 2, 4)
+    checkpoint.save(tmp_path / "stages/01-a", {"stage.json": b'{"record": {"index": 1}}'})
+    with pytest.raises(DataError, match=r"stage\.json is not of this version"):
+        resume.read_stage(tmp_path / "stages/01-a")
 
 
 def test_other_threads_are_told(warm: Warm, tmp_path: Path) -> None:
@@ -249,6 +371,24 @@ def test_one_more_domain(warm: Warm, tmp_path: Path, extra: list[str]) -> None:
     metrics = tmp_path / "extended/runs" / made.run_id / "metrics.jsonl"
     trained = [row["stage"] for row in map(json.loads, metrics.read_text().splitlines()) if row["kind"] == "step"]
     assert trained == [3] * 4
+
+
+def test_how_the_beginning_was_made_otherwise_is_told(warm: Warm, tmp_path: Path) -> None:
+    fine(warm.run(tmp_path, TWO))
+    (path,) = tmp_path.glob("runs/*/run.json")
+    about = json.loads(path.read_text())
+    about["environment"]["packages"]["torch"] = "1.0"
+    path.write_text(json.dumps(about))
+    out = fine(warm.run(tmp_path, THREE))
+    assert f"stages up to 2 are those of {about['run_id']}, where packages.torch was 1.0, is " in out
+
+
+def test_another_last_domain(warm: Warm, tmp_path: Path) -> None:
+    """What two sequences begin with is trained once, although each goes on otherwise."""
+    fine(warm.run(tmp_path, TWO))
+    fine(warm.run(tmp_path, "domain=[smoke_a,smoke_c]"))
+    made = {r.trained[-1]: r for r in (record.load(p).record for p in tmp_path.glob("results/runs/*.json"))}
+    assert list(made["smoke_c"].provenance["inherited"]) == ["1"] and not made["smoke_b"].provenance["inherited"]
 
 
 @pytest.mark.slow

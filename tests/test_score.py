@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from gain_cl import api, cli, record
-from gain_cl.errors import ConfigError
+from gain_cl.errors import ConfigError, DataError
 from gain_cl.verbs.score import compose
 
 THREE = "domain=[smoke_a,smoke_b,smoke_c]"
@@ -129,3 +130,87 @@ def test_an_interrupted_score_goes_on_wherever_its_checkpoints_lie(folder: Path,
     assert subprocess.run([sys.executable, "-m", "gain_cl", "score", *words], env=env, capture_output=True).returncode == -9
     words[0] = os.path.relpath(words[0])
     assert cli.main(["score", *words]) == 0
+
+
+def _peft(folder: Path, config: Any, family: str = "llama", **keys: Any) -> Path:
+    """An adapter that PEFT itself has made and saved, far from the identity."""
+    import peft
+    import torch
+
+    from conftest import tiny
+
+    model = peft.get_peft_model(tiny(family, **keys).model, config)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(0.2 * torch.randn(p.shape, generator=generator))
+    model.save_pretrained(folder)
+    return folder
+
+
+def _take(folder: Path, **keys: Any) -> Any:
+    from conftest import tiny
+    from gain_cl.adapters.given import GivenAdapter
+
+    loaded = tiny("llama", **keys)
+    adapter = GivenAdapter([str(folder)])
+    adapter.attach(loaded)
+    adapter.take(1)
+    return loaded
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_adapter_of_another_model_is_told(tmp_path: Path) -> None:
+    """PEFT passes over the tensors that have no place, and leaves untouched what none is for."""
+    import peft
+    from safetensors.torch import load_file, save_file
+
+    lora = peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj", "down_proj"])
+    deep = _peft(tmp_path / "deep", lora, num_hidden_layers=3)
+    _take(deep, num_hidden_layers=3)
+    with pytest.raises(DataError, match=r"4 of its tensors have no place in it, first .*layers\.2"):
+        _take(deep)
+    with pytest.raises(DataError, match=r"missing adapter keys.*layers\.3"):
+        _take(deep, num_hidden_layers=4)
+    file = deep / "adapter_model.safetensors"
+    tensors = load_file(file)
+    save_file({n.removeprefix("base_model.model."): t for n, t in tensors.items()}, file, metadata={"format": "pt"})
+    with pytest.raises(DataError, match="it is not of this model"):
+        _take(deep, num_hidden_layers=3)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_adapter_that_our_loss_would_not_see_is_refused(tmp_path: Path) -> None:
+    """Trained vectors before the input act in PEFT's wrapper, a LoRA of the head beside its weight: the base would be scored."""
+    import peft
+
+    prefix = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    with pytest.raises(ConfigError, match="vectors before the input"):
+        _take(_peft(tmp_path / "prefix", prefix))
+    head = peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj", "lm_head"])
+    with pytest.raises(ConfigError, match="changes the output head"):
+        _take(_peft(tmp_path / "head", head))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("beside", ["lm_head", "embed_tokens", "norm"])
+def test_whole_layers_saved_with_an_adapter_count(tmp_path: Path, beside: str) -> None:
+    """Our loss of the adapter equals cross entropy of PEFT's own model."""
+    import peft
+    import torch
+
+    from conftest import tiny
+    from gain_cl import forward
+
+    lora = peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"], modules_to_save=[beside])
+    folder = _peft(tmp_path / "a", lora)
+    tokens = np.arange(1, 25).reshape(2, 12)
+    loaded, base = _take(folder), tiny("llama")
+    with torch.no_grad():
+        ours = forward.loss_sum(loaded, tokens).item()
+        other = peft.PeftModel.from_pretrained(tiny("llama").model, folder)
+        inputs = torch.cat([torch.full((2, 1), loaded.prefix_id), torch.from_numpy(tokens[:, :-1])], dim=1)
+        logits = other(input_ids=inputs).logits.flatten(0, 1)
+        theirs = torch.nn.functional.cross_entropy(logits, torch.from_numpy(tokens.reshape(-1)), reduction="sum").item()
+        assert ours == pytest.approx(theirs, rel=1e-6) != pytest.approx(forward.loss_sum(base, tokens).item(), rel=1e-4)

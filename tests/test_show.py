@@ -121,6 +121,17 @@ def test_summary_in_percent_and_nats(run: record.Run) -> None:
     assert "over test documents and task items of this one run" in text
 
 
+def test_forgetting_by_stages_since_learned(run: record.Run, tmp_path: Path) -> None:
+    m = matrix.LossMatrix.from_documents(run.documents, run.record.trained, run.record.controls)
+    text = printed(run).split("by stages since a domain was learned")[1]
+    rows = [x.replace(" to ", " ").split() for x in text.splitlines()[3:10]]
+    for age, row in enumerate(rows, start=1):
+        e = m.estimate(matrix.forgetting_by_age(m)[age])
+        assert (int(row[0]), int(row[4]), int(row[5])) == (age, 8 - age, 32 * (8 - age))
+        assert [float(x) for x in row[1:4]] == pytest.approx([100 * math.expm1(x) for x in (e.value, e.low, e.high)], abs=0.051)
+    assert "stages since" not in printed(small(tmp_path))  # of two stages it is the backward change
+
+
 def test_bits_per_byte(run: record.Run, tmp_path: Path) -> None:
     """Mean over trained domains of sum NLL / (ln 2 * bytes): synthetic documents have 4 bytes a token."""
     d = run.documents[~run.documents.domain.isin(list(synthetic.CONTROLS))]

@@ -82,7 +82,7 @@ def test_a_run_verifies(run: Made, capsys: pytest.CaptureFixture[str]) -> None:
     assert run.verify() == 0
     out, err = capsys.readouterr()
     assert not err and "FAILED" not in out
-    assert out.splitlines()[-1] == "verified: 15 checks, 44 files hashed"
+    assert out.splitlines()[-1] == "verified: 16 checks, 45 files hashed"
     absent = {name: line.finding for name, line in run.lines().items() if line.state == "not there"}
     assert absent == {
         "task counts": "the run has no tasks",
@@ -96,7 +96,7 @@ def test_by_run_id_as_json(run: Made, capsys: pytest.CaptureFixture[str]) -> Non
     line = ["verify", run.record.stem[:-3], "--results-dir", f"{run.folder}/results", "--output-dir", f"{run.folder}/runs", "--json"]
     assert cli.main(line) == 0
     told = json.loads(capsys.readouterr().out)
-    assert told["run_id"] == run.record.stem and told["files"] == 44
+    assert told["run_id"] == run.record.stem and told["files"] == 45
     assert {c["state"] for c in told["checks"]} == {"ok", "not there"} and len(told["checks"]) == len(verify.CHECKS)
 
 
@@ -227,6 +227,12 @@ def other_cache(m: Made) -> None:
     meta.write_text(json.dumps({**json.loads(meta.read_bytes()), "hash": "0" * 64}))
 
 
+def begun(m: Made, change: Callable[[dict[str, Any]], None]) -> None:
+    first = json.loads((m.run / "run.json").read_bytes())
+    change(first)
+    (m.run / "run.json").write_text(json.dumps(first))
+
+
 def taint(r: dict[str, Any]) -> None:
     r["provenance"]["attempts"][0]["changed"] = ["model.pin was A, is B"]
 
@@ -285,7 +291,7 @@ PLANTED: dict[str, tuple[str, Plant]] = {
     "a stage too many": ("stages: 04-smoke_d is no stage", lambda m: shutil.copytree(m.stages / "02-smoke_b", m.stages / "04-smoke_d")),
     "a stage too few": ("stages: 02-smoke_b is missing", lambda m: shutil.rmtree(m.stages / "02-smoke_b")),
     "stage.json": ("stages: stage.json tells other scores of stage 2", told_otherwise),
-    "stage.json without its record": ("stages: malformed", lambda m: m.reseal("02-smoke_b", stage_json=b"{}")),
+    "stage.json without its record": ("stages: stage.json is not of this", lambda m: m.reseal("02-smoke_b", stage_json=b"{}")),
     "scores of a stage": ("stages: scores.parquet holds other documents of stage 2", other_scores),
     "a trained state that is not finite": ("trained state:", lambda m: tensors(m, lambda s: next(iter(s.values())).__setitem__(0, np.nan))),
     "a smaller trained state": (
@@ -307,10 +313,15 @@ PLANTED: dict[str, tuple[str, Plant]] = {
         "metrics: it tells other scores of stage 0",
         lambda m: steps(m, lambda lines, i: lines.__setitem__(1, lines[1].replace('"nll_nats": 2', '"nll_nats": 3'))),
     ),
+    "run.json of other settings": ("beginning: the id is not that", lambda m: begun(m, lambda first: first["settings"].update(seed=4))),
+    "run.json of other data": (
+        "beginning: tokens are not those of the record",
+        lambda m: begun(m, lambda first: first["facts"]["data"]["tokens"].update(smoke_b="0" * 64)),
+    ),
     "a bit of the tokens": ("tokens: SHA-256 is", lambda m: flipped(token_array(m, "tokens.npy"))),
     "other tokens in the cache": ("tokens: the tokens of smoke_a have hash 000000000000", other_cache),
     "a pin of tokens": (
-        "tokens: the tokens of smoke_a have hash",
+        "beginning: tokens are not those of the record",
         lambda m: m.edit(lambda r: r["pins"]["tokens"].update(smoke_a="f" * 64)),
     ),
 }

@@ -21,6 +21,7 @@ from gain_cl.verbs import verify_resume
 from gain_cl.verbs.verify_resume import Asked, Ended, Moment, Pace
 
 TINY = ["debug=smoke", "domain=[smoke_a]", "sequence.controls=[]", "train.steps=8", "eval.documents=4", "compute.threads=1"]
+LONGER = [word.replace("train.steps=8", "train.steps=60") for word in TINY]
 
 TWIN = """
 from gain_cl import adapters
@@ -46,7 +47,7 @@ def test_resume_is_exact_here(tmp_path: Path) -> None:
     line = [sys.executable, "-m", "gain_cl", "verify-resume", "--kills", "1", *TINY, f"output_dir={tmp_path}/runs"]
     done = subprocess.run(line, capture_output=True, text=True, env={**os.environ, "COLUMNS": "150"})
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1].startswith("resume is exact here: 1 kills, 8 files, ")
+    assert done.stdout.splitlines()[-1].startswith("resume is exact here: 1 kills (1 with a checkpoint to go on from), 8 files, ")
     assert "adapter.safetensors" in done.stdout and "NO" not in done.stdout
     assert done.stderr.startswith("seed ") and "about " in done.stderr and "kill 1: " in done.stderr
     assert {p.name for p in tmp_path.iterdir()} == {"cache"}  # nothing is left
@@ -61,26 +62,11 @@ def test_many_kills(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert ("slowest to save and stop" in out) == (name == "TERM")
 
 
-def at_a_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An attempt that is to be killed dies when its second checkpoint is on disk."""
-    real = verify_resume._attempt
-
-    def attempt(asked: Asked, place: Path, moment: Moment | None = None, tell: Any = None) -> Ended:
-        with pytest.MonkeyPatch.context() as patch:
-            if moment is not None:
-                patch.setenv("GAIN_CL_FAILPOINT", "commit@2")
-            ended = real(asked, place)
-        return Ended(ended.code, ended.seconds, ended.startup, None if moment is None else 0.0)
-
-    monkeypatch.setattr(verify_resume, "_attempt", attempt)
-
-
 @pytest.mark.slow
-def test_a_broken_twin_is_not_exact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """An adapter that forgets one of its tensors when a state is loaded."""
+def test_a_broken_twin_is_not_exact(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An adapter that forgets one of its tensors when a state is loaded: one kill is enough, for it comes behind a checkpoint."""
     (tmp_path / "twin.py").write_text(TWIN)
-    at_a_checkpoint(monkeypatch)
-    line = ["verify-resume", "--kills", "1", "--seed", "7", "--plugin", "twin.py", *TINY, "adapter.kind=forgetful"]
+    line = ["verify-resume", "--kills", "1", "--seed", "7", "--plugin", "twin.py", *LONGER, "adapter.kind=forgetful"]
     assert cli.main(line) == 65
     out, err = capsys.readouterr()
     assert "exact" not in out and "NO" in out
@@ -126,6 +112,31 @@ def test_moments_fall_into_start_up_and_into_the_work() -> None:
     early, late = [m.seconds for m in moments if m.early], [m.seconds for m in moments if not m.early]
     assert 70 < len(early) < 130
     assert min(early) < 1 and 9 < max(early) <= 10 and min(late) < 0.2 and 1.8 < max(late) <= 2
+
+
+def test_the_first_kill_comes_behind_a_checkpoint() -> None:
+    """The rest of a short run is start-up and drawing: moments in time alone would seldom hit what resume is about."""
+    draw, pace = random.Random(0), Pace(10.0, 2.0, saves=(2, 4, 6), between=0.5)
+    first = [verify_resume._moment(draw, pace, first=True) for _ in range(100)]
+    assert {m.save for m in first} == {2, 4} and all(0 <= m.seconds <= 0.5 for m in first)
+    later = [verify_resume._moment(draw, pace) for _ in range(400)]
+    assert 160 < sum(m.save is not None for m in later) < 240 and 70 < sum(m.early for m in later) < 130
+    assert verify_resume._saves(build.compose([*TINY, "checkpoint.every_steps=3"])) == (3, 6, 8)
+    assert verify_resume._saves(build.compose(["debug=smoke", "train.steps=5"])) == (2, 4, 5, 7, 9, 10, 12, 14, 15)
+
+
+def test_an_attempt_is_killed_behind_its_checkpoint(tmp_path: Path) -> None:
+    code = "import os, time; [(time.sleep(0.1), os.makedirs(f'place/runs/x/ckpt/step-{n}')) for n in range(2, 40, 2)]"
+    ended = verify_resume._attempt(sleeper(tmp_path, code), tmp_path / "place", Moment(False, 0.0, save=4))
+    assert ended.code == -signal.SIGTERM and ended.training is not None
+    assert verify_resume._saved(tmp_path / "place") in (4, 6)
+
+
+def test_no_kill_behind_a_checkpoint_is_no_verdict(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(verify_resume, "_moment", lambda *_: Moment(True, 0.0))
+    assert cli.main(["verify-resume", "--kills", "1", *TINY]) == 65
+    out, err = capsys.readouterr()
+    assert "exact" not in out and "no kill came between a checkpoint and the end" in err.splitlines()[-1]
 
 
 def sleeper(folder: Path, code: str) -> Asked:

@@ -21,7 +21,10 @@ from gain_cl.errors import USAGE, ConfigError, GainError, PreemptedError, Storag
 from gain_cl.verbs import Parser, find_record
 
 INTERRUPTED = 130
-VERBS = ("export", "recombine", "interpolate", "prepare", "verify", "verify-resume", "doctor", "clean")
+VERBS = (
+    "status", "compare", "power", "diagnose",
+    "export", "recombine", "interpolate", "prepare", "verify", "verify-resume", "doctor", "clean",
+)  # fmt: skip
 """Those with a module of their own in verbs/."""
 
 USAGE_TEXT = """\
@@ -31,6 +34,11 @@ usage: python -m gain_cl VERB ... (also: gain-cl VERB ...)
   show    print a finished run again: show RECORD.json, or show RUN_ID
   export  what a run has learned for use elsewhere: an adapter in PEFT's format, or an ordinary transformers checkpoint
   params  trainable parameters of every model and method
+
+  status    which runs of an experiment (experiments/NAME.yaml) are done, and the commands of those that are not
+  compare   runs, or an experiment: intervals, fronts, equal skill, and a verdict per declared endpoint
+  power     what an experiment can detect and what it will cost, before it runs
+  diagnose  what a run did to the weights: norms, directions, intruders, gains, divergence from the pretrained model
 
   recombine      multiply the gains of a run's stages anew, with stages left out, weighted or reordered: no training
   score          matrix and statistics of checkpoints and adapters that were trained elsewhere, in order

@@ -52,6 +52,13 @@ class PackageFile(Section):
     members_sha256: str | None = Field(None, pattern=r"^[0-9a-f]{64}$")  # of the one member, when the archive cannot be pinned
 
 
+class Delta(Section):
+    """A low-rank change of a model's weights, added in fp32 when it is first loaded: scripts/delta.py writes such files."""
+
+    file: str  # safetensors: MODULE.lora_A (r, in) and MODULE.lora_B (out, r); a path, or a name beside the shipped model presets
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+
 class PackageSource(Section):
     kind: Literal["package"]
     recipe: Name  # a function in domains/recipes.py: archive members -> documents
@@ -151,6 +158,7 @@ class Model(Section):
     path: str | None = None  # hub id (org/name) or local folder
     revision: str | None = None  # 40-hex commit of a hub id
     package: PackageFile | None = None  # a GGUF file inside a package
+    delta: Delta | None = None  # what is added to its weights
     arch: dict[str, Any] | None = None  # transformers config keys incl. model_type: counts on the meta device; no path: random weights
     init_seed: int = 0  # of random weights
     dtype: Literal["float32", "bfloat16", "float16"]
@@ -160,6 +168,12 @@ class Model(Section):
     separator_token_id: int | None = None  # between packed training documents; None: eos
     note: str = ""  # what a reader of its numbers must know
     roles: dict[str, str] | None = None  # role -> suffix of module names, for a family that models.ROLES does not know
+
+    @model_validator(mode="after")
+    def _check(self) -> Model:
+        if self.delta is not None and (self.package is None or self.path is not None):
+            raise ValueError("model.delta is for a model from a package; merge it into a folder of your own and give model.path")
+        return self
 
 
 Role = Literal["attn_out", "ffn_down"]
@@ -479,6 +493,8 @@ class RunConfig(Section):
             del settings["train"]  # nothing is trained here
         for about in (settings["model"], *settings["domains"].values()):
             about.pop("licence", None), about.pop("note")  # words about the model or data, not the thing itself
+        if (delta := settings["model"].pop("delta")) is not None:
+            settings["model"]["delta"] = delta["sha256"]  # its bytes count, not its place
         order = settings["sequence"]
         settings["sequence"] = {"name": order["name"], "trained": self.sequence.trained, "controls": order["controls"]}
         return settings

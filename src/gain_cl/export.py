@@ -33,6 +33,8 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 DTYPES: tuple[Dtype, ...] = ("float32", "bfloat16", "float16")
 DOCUMENTS = 4
 """Scored documents of each trained domain on which the merge is measured."""
+GAP = 1e-2
+"""Difference of a logit, as a share of the largest, beyond which folding in fp32 is no rounding."""
 
 
 @dataclass(frozen=True)
@@ -187,6 +189,11 @@ def _measured(
     adapter.absorb()
     with torch.inference_mode():
         gap = ((loaded.model(ids).logits - before).abs().max() / before.abs().max()).item()
+    if not gap <= GAP:
+        what = f"folding the adapter moves the logits by {gap:.0e} of the largest: it would be another model"
+        raise ConfigError(what, f"to={'merged' if to is not None else 'peft'}", "its absorb is wrong")
+    if to is not None:
+        _whole(loaded)
     merged = _score(config, loaded, texts)
     found = [MergeError("float32", _nats(unmerged), _nats(merged), why)]
     if to is not None and dtype == "float32":
@@ -243,6 +250,18 @@ def _score(config: RunConfig, loaded: Loaded, texts: list[Domain]) -> DomainScor
 
 def _nats(score: DomainScore | None) -> float | None:
     return None if score is None else score.loss_nats
+
+
+def _whole(loaded: Loaded) -> None:
+    """ConfigError when the folded model has parameters that transformers, which builds it from its configuration, would not read:
+    an adapter may have given a layer a bias."""
+    import torch
+
+    with torch.device("meta"):
+        plain = {name for name, _ in type(loaded.model)(loaded.model.config).named_parameters()}
+    if other := sorted(plain ^ {name for name, _ in loaded.model.named_parameters()}):
+        what = f"{other[0]} is not a parameter of both the folded model and a {type(loaded.model).__name__} of its configuration"
+        raise ConfigError(what, "to=merged", "an ordinary checkpoint cannot hold what this adapter learns")
 
 
 def _save(loaded: Loaded, folder: Path) -> None:

@@ -38,7 +38,8 @@ class LossMatrix:
     """L[t, d] with the documents behind it.
 
     nll_nats[d]: (stages + 1, documents of d), sum of -ln p of each document after each stage; tokens[d]: (documents of
-    d,) scored tokens, the same after every stage. trained: domains in training order; controls: never trained. regime: joint
+    d,) scored tokens, the same after every stage; nbytes[d]: UTF-8 bytes of the scored text, documents[d]: their ids, in the
+    same order (None where nobody gave them). trained: domains in training order; controls: never trained. regime: joint
     has one stage, which trains all of them; individual has a stage for each, begun from the pretrained model.
     """
 
@@ -49,15 +50,22 @@ class LossMatrix:
         trained: list[str],
         controls: list[str],
         regime: Literal["sequential", "joint", "individual"] = "sequential",
+        nbytes: dict[str, np.ndarray] | None = None,
+        documents: dict[str, np.ndarray] | None = None,
     ) -> None:
         self.trained, self.controls, self.regime = list(trained), list(controls), regime
         self.domains = self.trained + self.controls
         self.nll_nats = {d: np.asarray(nll_nats[d], dtype=np.float64) for d in self.domains}
         self.tokens = {d: np.asarray(tokens[d], dtype=np.float64) for d in self.domains}
+        self.nbytes = None if nbytes is None else {d: np.asarray(nbytes[d], dtype=np.float64) for d in self.domains}
+        self.documents = None if documents is None else {d: np.asarray(documents[d]) for d in self.domains}
         self.stages = 1 if regime == "joint" else len(self.trained)
         for d in self.domains:
             if self.nll_nats[d].shape != (self.stages + 1, len(self.tokens[d])):
                 raise ValueError(f"{d}: {self.nll_nats[d].shape} values for {self.stages + 1} stages x {len(self.tokens[d])} documents")
+            for what, given in (("bytes", self.nbytes), ("ids", self.documents)):
+                if given is not None and given[d].shape != self.tokens[d].shape:
+                    raise ValueError(f"{d}: {what} of {len(given[d])} documents, tokens of {len(self.tokens[d])}")
         self.loss = np.stack([self.nll_nats[d].sum(1) / self.tokens[d].sum() for d in self.domains], axis=1)
 
     @classmethod
@@ -68,8 +76,10 @@ class LossMatrix:
         controls: list[str],
         regime: Literal["sequential", "joint", "individual"] = "sequential",
     ) -> LossMatrix:
-        """From the document table of a record (record.DOCUMENT_COLUMNS); ValueError on a missing or unpaired cell."""
-        nll, tokens = {}, {}
+        """From the document table of a record (record.DOCUMENT_COLUMNS); ValueError on a missing or unpaired cell. Documents are
+        sorted by id, so two runs that scored the same ones have them in the same order."""
+        nll, ids = {}, {}
+        counts: dict[str, dict[str, np.ndarray]] = {c: {} for c in ("tokens", "bytes") if c in documents}
         for d in [*trained, *controls]:
             rows = documents[documents.domain == d]
             if rows.split.nunique() > 1:
@@ -77,11 +87,27 @@ class LossMatrix:
             table = rows.pivot(index="stage", columns="document", values="nll_nats")
             if list(table.index) != list(range(2 if regime == "joint" else len(trained) + 1)) or table.isna().to_numpy().any():
                 raise ValueError(f"{d}: not every document is scored after every stage")
-            counts = rows.pivot(index="stage", columns="document", values="tokens")
-            if not (counts.nunique() == 1).all():
-                raise ValueError(f"{d}: the scored tokens of a document differ between stages")
-            nll[d], tokens[d] = table.to_numpy(), counts.iloc[0].to_numpy()
-        return cls(nll, tokens, trained, controls, regime)
+            nll[d], ids[d] = table.to_numpy(), table.columns.to_numpy()
+            for what, found in counts.items():
+                count = rows.pivot(index="stage", columns="document", values=what)
+                if not (count.nunique() == 1).all():
+                    raise ValueError(f"{d}: the scored {what} of a document differ between stages")
+                found[d] = count.iloc[0].to_numpy()
+        return cls(nll, counts["tokens"], trained, controls, regime, counts.get("bytes"), ids)
+
+    @property
+    def bits_per_byte(self) -> np.ndarray:
+        """(stages + 1, domains): sum NLL / (ln 2 * UTF-8 bytes of the scored text); lower is better. Comparable across
+        tokenizers, which nats per token are not (The Pile, 2101.00027). ValueError when the bytes are unknown."""
+        if self.nbytes is None:
+            raise ValueError("the bytes of the scored documents are not known")
+        return np.stack([self.nll_nats[d].sum(1) / (np.log(2) * self.nbytes[d].sum()) for d in self.domains], axis=1)
+
+    def contributions(self, coefficients: np.ndarray) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """For every domain with a coefficient that is not 0: (z, tokens), both (documents,), z_i = sum_t C[t, d] nll[t, d, i] in
+        nats. sum C * L is the sum over these domains of sum z / sum tokens: all that resampling documents needs."""
+        columns = ((d, coefficients[:, j]) for j, d in enumerate(self.domains))
+        return {d: (c @ self.nll_nats[d], self.tokens[d]) for d, c in columns if c.any()}
 
     def estimate(self, coefficients: np.ndarray, confidence: float = 0.95) -> Estimate:
         """sum C * L with a t-interval over documents.
@@ -91,11 +117,7 @@ class LossMatrix:
         Sampling Techniques, 1977, eq. 6.13). Variances add over domains, degrees of freedom by Welch-Satterthwaite.
         """
         value, variance, spread, n = 0.0, 0.0, 0.0, 0
-        for j, d in enumerate(self.domains):
-            c = coefficients[:, j]
-            if not c.any():
-                continue
-            z, tokens = c @ self.nll_nats[d], self.tokens[d]
+        for z, tokens in self.contributions(coefficients).values():
             size, total = len(tokens), tokens.sum()
             ratio = z.sum() / total
             value, n = value + ratio, n + size
@@ -197,6 +219,23 @@ def controls_from_base(m: LossMatrix) -> Coefficients:
     return m._mean([m.stages] * len(m.controls), [0] * len(m.controls), m.controls)
 
 
+def forgetting_by_age(m: LossMatrix) -> dict[int, np.ndarray]:
+    """Forgetting by stages since learned: age a -> coefficients of the mean over domains k with k + a <= T of L[k+a, k] -
+    L[k, k], a = 1 .. T - 1; positive is forgetting. The higher the age, the fewer and earlier the domains: T - a of them, at
+    T - 1 the first alone, so a slope mixes age with domain and position. Empty unless domains were learned one after the other."""
+    if m.regime != "sequential":
+        return {}
+    later = {a: list(range(a + 1, m.stages + 1)) for a in range(1, m.stages)}
+    return {a: m._mean(stages, [t - a for t in stages], m.trained[: len(stages)]) for a, stages in later.items()}
+
+
+def forward_transfer(m: LossMatrix) -> Coefficients:
+    """Zero-shot forward transfer: mean over domains k >= 2 of L[0, k] - L[k-1, k], the negative of zero_shot; positive is good.
+    Not among METRICS, of which all are better below 0: see published."""
+    c = zero_shot(m)
+    return None if c is None else -c
+
+
 METRICS: tuple[Callable[[LossMatrix], Coefficients], ...] = (
     learned,
     own_step,
@@ -211,3 +250,35 @@ METRICS: tuple[Callable[[LossMatrix], Coefficients], ...] = (
 def summary(m: LossMatrix) -> dict[str, Estimate]:
     """Every metric that exists for this matrix, by function name, in nats per token."""
     return {f.__name__: m.estimate(c) for f in METRICS if (c := f(m)) is not None}
+
+
+def published(m: LossMatrix) -> dict[str, float]:
+    """What other definitions give for the same matrix, in nats per token, with R[t, k] = -L[t, k] where they have accuracy.
+    Signs are theirs. Trained domains only. Empty unless domains were learned one after the other; of a single stage TRACE alone
+    says something. Not all are linear in L: no intervals here. docs/metrics.md works one matrix through.
+
+    forward_transfer: this project's (see forward_transfer); positive is good.
+    gem_bwt, gem_fwt (Lopez-Paz and Ranzato 2017, 1706.08840, eqs. 3, 4): mean over k < T of R[T, k] - R[k, k]; mean over k >= 2
+        of R[k-1, k] - b[k]. Their b is the model before any training, here the pretrained one, R[0, k]. Positive is good.
+        (Their metrics.py divides both sums by T; this follows the paper.)
+    chaudhry_forgetting (Chaudhry et al. 2018, 1801.10112; compute_fgt in facebookresearch/agem): mean over k < T of max over l in
+        1 .. T-1 of R[l, k], minus R[T, k]: against the best after any earlier stage, also one before the domain's own. Row 0 is not
+        included. Positive is worse; never below -gem_bwt.
+    trace_op, trace_bwt (Wang et al. 2023, 2310.06762), at T: mean over k <= T of R[T, k], a level and not a change; mean over
+        k <= T of R[T, k] - R[k, k], the last domain's 0 included: (T - 1) / T of gem_bwt. Positive is good.
+    avalanche_forgetting, avalanche_bwt, avalanche_forward_transfer (Avalanche's stream metrics, ContinualAI/avalanche,
+        evaluation/metrics/forgetting_bwt.py and forward_transfer.py, with the loss for its accuracy): after the last stage, mean
+        over earlier experiences of the value just after their own training minus the last value (positive is worse); its negative;
+        mean over experiences from the second of the value just before their training minus the one before any training.
+    """
+    if m.regime != "sequential":
+        return {}
+    r = -m.loss[:, : m.stages]  # (stages + 1, trained domains)
+    after, before, last = np.diagonal(r, -1), np.diagonal(r), r[-1]  # R[k, k], R[k-1, k], R[T, k]
+    found = {"trace_op": last.mean(), "trace_bwt": (last - after).mean()}
+    if m.stages > 1:
+        forgotten, transferred = (after - last)[:-1].mean(), (before - r[0])[1:].mean()
+        found |= {"forward_transfer": transferred, "gem_bwt": -forgotten, "gem_fwt": transferred}
+        found |= {"chaudhry_forgetting": (r[1:-1].max(axis=0) - last)[:-1].mean()}
+        found |= {"avalanche_forgetting": forgotten, "avalanche_bwt": -forgotten, "avalanche_forward_transfer": transferred}
+    return {name: float(value) for name, value in found.items()}

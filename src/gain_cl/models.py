@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from gain_cl import config as cfg
-from gain_cl import sources
+from gain_cl import presets, sources
 from gain_cl.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def pin(model: cfg.Model) -> dict[str, Any]:
     if model.path is None and model.package is None:
         return {"random": model.arch, "init_seed": model.init_seed}
     if model.package is not None and model.path is None:
-        return {"package": model.package.package, "sha256": model.package.sha256, "member": model.package.members}
+        return _gguf_source(model)
     assert model.path is not None
     folder = Path(model.path).expanduser()
     if folder.is_dir():
@@ -77,7 +77,7 @@ def locate(model: cfg.Model) -> Path | None:
         inspect(folder)
         return folder
     if model.package is not None:
-        return _from_gguf(model.package)
+        return _from_gguf(model)
     if model.arch is None:
         raise ConfigError("the model has no path, package or arch", "model", "set model.path to a local folder or a hub id")
     return None
@@ -184,7 +184,8 @@ def at_hand(model: cfg.Model) -> Path | None:
         folder = sources.snapshot(model.path, model.revision, SMALL_FILES)
         inspect(folder, weights=False)
         return folder
-    if model.package is not None and model.path is None and _converted(_gguf_folder(model.package)) is None:
+    if model.package is not None and model.path is None and _converted(_gguf_folder(model)) is None:
+        _delta_file(model)
         sources.archive(model.package)
     return None
 
@@ -197,40 +198,82 @@ def context_length(config: dict[str, Any]) -> int | None:
     return None
 
 
-def _from_gguf(package: cfg.PackageFile) -> Path:
-    """Dequantise a packaged GGUF file once into a safetensors folder in the cache; what is found there is verified."""
-    folder = _gguf_folder(package)
+def _from_gguf(model: cfg.Model) -> Path:
+    """Dequantise a packaged GGUF file once into a safetensors folder in the cache, with the model's delta added to its weights in
+    fp32; what is found there is verified."""
+    folder = _gguf_folder(model)
     if _converted(folder) is not None:
         return folder
+    assert model.package is not None
+    delta = _delta_file(model)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         _quiet()
-        gguf = sources.extract(package, Path(temporary) / "model.gguf")
-        model = AutoModelForCausalLM.from_pretrained(temporary, gguf_file=gguf.name, dtype=torch.float32)
+        gguf = sources.extract(model.package, Path(temporary) / "model.gguf")
+        net = AutoModelForCausalLM.from_pretrained(temporary, gguf_file=gguf.name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(temporary, gguf_file=gguf.name)
-        if hasattr(model.config, "quantization_config"):  # save_pretrained refuses while the mark is there
-            del model.config.quantization_config
-        model.hf_quantizer = None  # type: ignore[assignment]
+        if delta is not None:
+            add_delta(net, delta)
+        if hasattr(net.config, "quantization_config"):  # save_pretrained refuses while the mark is there
+            del net.config.quantization_config
+        net.hf_quantizer = None  # type: ignore[assignment]
         done = Path(temporary) / "model"
-        model.save_pretrained(done)
+        net.save_pretrained(done)
         tokenizer.save_pretrained(done)
         hashes = {p.name: sources.file_sha256(p) for p in sorted(done.iterdir())}
-        (done / MANIFEST).write_text(json.dumps({"source": _gguf_source(package), "files": hashes}, indent=1, allow_nan=False))
+        (done / MANIFEST).write_text(json.dumps({"source": _gguf_source(model), "files": hashes}, indent=1, allow_nan=False))
         if _converted(folder) is None:  # nobody was faster
             shutil.rmtree(folder, ignore_errors=True)
             os.rename(done, folder)
     return folder
 
 
-def _gguf_source(package: cfg.PackageFile) -> dict[str, Any]:
-    return {"package": package.package, "sha256": package.sha256, "member": package.members}
+def _delta_file(model: cfg.Model) -> Path | None:
+    """The file of model.delta. DataError when it is not there or not as pinned."""
+    if model.delta is None:
+        return None
+    given = Path(model.delta.file).expanduser()
+    file = given if given.is_file() else presets.configs_dir() / "model" / model.delta.file
+    if not file.is_file():
+        raise DataError("no such file", f"model.delta.file={model.delta.file}", "give a path, or a file beside the shipped model presets")
+    if sources.file_sha256(file) != model.delta.sha256:
+        raise DataError("the delta is not the one that is pinned", str(file), "restore the file, or pin its sha256 in model.delta")
+    return file
 
 
-def _gguf_folder(package: cfg.PackageFile) -> Path:
-    return sources.cache_dir() / "models" / f"{package.package.replace('==', '-')}-{_digest(_gguf_source(package))[:8]}"
+def add_delta(net: nn.Module, file: Path) -> None:
+    """W += B A in fp32 for every layer of a delta file: MODULE.lora_A (r, in), MODULE.lora_B (out, r). DataError when it is not of
+    this model."""
+    import torch
+    from safetensors.torch import load_file
+
+    tensors, layers = load_file(file), dict(net.named_modules())
+    with torch.no_grad():
+        for name in sorted({key.rpartition(".")[0] for key in tensors}):
+            layer = layers.get(name)
+            if layer is None or {f"{name}.lora_A", f"{name}.lora_B"} - tensors.keys() or is_conv1d(layer):
+                raise DataError(f"{name} is no linear layer of the model", str(file), "the delta is of another model")
+            change_OI = tensors[f"{name}.lora_B"].float() @ tensors[f"{name}.lora_A"].float()
+            weight = cast("Tensor", layer.weight)
+            if weight.shape != change_OI.shape:
+                raise DataError(f"{name}: {tuple(change_OI.shape)}, not {tuple(weight.shape)}", str(file), "the delta is of another model")
+            weight.copy_((weight.float() + change_OI).to(weight.dtype))
+
+
+def _gguf_source(model: cfg.Model) -> dict[str, Any]:
+    """What identifies the converted weights."""
+    assert model.package is not None
+    package = {"package": model.package.package, "sha256": model.package.sha256, "member": model.package.members}
+    return package if model.delta is None else {**package, "delta": model.delta.sha256}
+
+
+def _gguf_folder(model: cfg.Model) -> Path:
+    assert model.package is not None
+    name = f"{model.package.package.replace('==', '-')}-{_digest(_gguf_source(model))[:8]}"
+    return sources.cache_dir() / "models" / name
 
 
 MANIFEST = "CONVERTED.json"
@@ -248,7 +291,7 @@ def _converted(folder: Path) -> dict[str, str] | None:
 
 def files(model: cfg.Model) -> dict[str, str]:
     """SHA-256 of each file of a model converted from a package (its bytes depend on the converter's version); else empty."""
-    return (_converted(_from_gguf(model.package)) or {}) if model.package is not None and model.path is None else {}
+    return (_converted(_from_gguf(model)) or {}) if model.package is not None and model.path is None else {}
 
 
 def _digest(value: Any) -> str:

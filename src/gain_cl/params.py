@@ -47,7 +47,7 @@ def count(filters: Iterable[str] = (), config_dirs: Iterable[str | Path] = (), p
         for method, adapter in adapters.items():
             same = repr((model.arch or model, model.roles, adapter))  # qwen2.5 is qwen2.5_7b
             if same not in counted:
-                counted[same] = _attach(model, adapter)
+                counted[same] = attached(model, adapter)
             table[name]["total"], table[name]["methods"][method] = counted[same]
     return table
 
@@ -61,7 +61,7 @@ def _section(load: build.Load, override: str, key: str, config_dirs: list[str | 
         raise
 
 
-def _attach(model: Model, adapter: Any) -> tuple[int, int | str]:
+def attached(model: Model, adapter: Any) -> tuple[int, int | str]:
     """Total parameters, and how many train once the adapter is attached (or why it refuses the model)."""
     import torch
 

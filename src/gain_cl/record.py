@@ -74,7 +74,7 @@ class TrainStats(Part):
     lr: float
     first_loss_nats: float
     last_loss_nats: float
-    dev: list[dict[str, float]] = []  # within the stage, when asked for: step, nll_nats and tokens of its domain, controls_... of the controls
+    dev: list[dict[str, float]] = []  # within the stage: step, nll_nats and tokens of its domain, controls_... of the controls
     spikes: list[int] = []  # steps whose loss was more than 6 standard deviations above the mean of those before
 
 

@@ -12,6 +12,7 @@ import os
 import shutil
 import socket
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,14 @@ import pandas as pd
 
 from gain_cl import cells, checkpoint, lock, provenance, record
 from gain_cl.config import Given, RunConfig
-from gain_cl.errors import ConfigError, DataError
+from gain_cl.errors import ConfigError, DataError, GainError
 from gain_cl.files import write_bytes
 
 ADAPTER, OPTIMIZER, GUARD = "adapter.safetensors", "optimizer.safetensors", "guard.safetensors"
 ANEW = "resume=never starts anew and removes what is there"
+
+OTHER_SHAPE = (KeyError, TypeError, AttributeError, ValueError, IndexError)
+"""What JSON of another version of gain_cl, or of another hand, makes of code that reads it: it is no such file then."""
 
 
 @dataclass(frozen=True)
@@ -104,8 +108,12 @@ def _behind(folder: Path, steps: int, reached: int) -> list[Path]:
 def _state(path: Path, run_id: str, steps: int, size: int) -> dict[str, Any]:
     """state.json of a checkpoint whose every file was verified."""
     checkpoint.verify(path)
-    state = checkpoint.read_json(path, "state.json")
-    if state["run_id"] != run_id or (state["stage"] - 1) * size + state["step"] != steps:
+    try:
+        state = checkpoint.read_json(path, "state.json")
+        own, at = state["run_id"] == run_id, (state["stage"] - 1) * size + state["step"]
+    except OTHER_SHAPE:
+        raise DataError("state.json is not of this version of gain_cl", str(path)) from None
+    if not own or at != steps:
         raise DataError(f"it holds step {state['step']} of stage {state['stage']} of {state['run_id']}", str(path))
     return state
 
@@ -141,8 +149,11 @@ def read_stage(folder: Path) -> Stage:
 
 
 def _load(folder: Path) -> Stage:
-    facts = checkpoint.read_json(folder, "stage.json")
-    row = record.StageRecord.model_validate(facts.pop("record"))
+    try:
+        facts = checkpoint.read_json(folder, "stage.json")
+        row = record.StageRecord.model_validate(facts.pop("record"))
+    except OTHER_SHAPE:
+        raise DataError("stage.json is not of this version of gain_cl", str(folder)) from None
     return Stage(row, pd.read_parquet(folder / "scores.parquet"), folder, facts)
 
 
@@ -188,22 +199,45 @@ def _difference(a: Any, b: Any, where: str) -> str | None:
 
 def adopt(config: RunConfig, pins: dict[str, Any]) -> str | None:
     """The id of an interrupted run of these settings that this one may go on with, although something outside the settings
-    changed and so its id; DataError when there is one and ``allow_change`` does not name what changed."""
-    own = facts(config, pins)
+    changed and so its id, or of a run that ended so. DataError when there is one and ``allow_change`` does not name what changed."""
+    if config.resume == "never" or config.force:
+        return None
     for other in sorted(Path(config.output_dir).glob("*/run.json")):
         run = _read(other)
-        if run is None or _comparable(run["settings"]) != _comparable(config.scientific()) or lock.holder(other.parent):
+        changed = {} if run is None else _changed(run, config, pins)
+        if run is None or not changed or lock.holder(other.parent):
             continue
-        done = (Path(config.results_dir) / "runs" / f"{run['run_id']}.json").exists()
-        known = {k: {n: v[n] for n in own[k]} if isinstance(v, dict) else v for k, v in run["facts"].items() if k in own}
-        changed = {k: v for k, v in differing(known, own).items() if k != "eval_batch"}  # which is no part of the id
-        if changed and changed.keys() <= set(config.allow_change):
-            return str(run["run_id"])
-        if changed and not done and config.resume != "never" and not config.force and _progress(other.parent):
+        finished = Path(config.results_dir) / "runs" / f"{run['run_id']}.json"
+        if changed.keys() <= set(config.allow_change):
+            if not finished.exists() or _ended_so(finished, config, pins):
+                return str(run["run_id"])
+        elif not finished.exists() and _progress(other.parent):
             name = next(k for k in changed if k not in config.allow_change)
             do = f"allow_change=[{','.join(changed)}] goes on with it and marks the record tainted; resume=never starts a new run"
             raise DataError(f"an interrupted run of these settings has another {name}: {changed[name]}", str(other.parent), do)
     return None
+
+
+def _changed(run: dict[str, Any], config: RunConfig, pins: dict[str, Any]) -> dict[str, str]:
+    """What changed since a run of these settings began, of what its id is a hash of; empty for a run of other settings."""
+    try:
+        if _comparable(run["settings"]) != _comparable(config.scientific()):
+            return {}
+        own = facts(config, pins)
+        known = {k: {n: v[n] for n in own[k]} if isinstance(v, dict) else v for k, v in run["facts"].items() if k in own}
+    except OTHER_SHAPE:
+        return {}
+    return {k: v for k, v in differing(known, own).items() if k != "eval_batch"}  # which is no part of the id
+
+
+def _ended_so(path: Path, config: RunConfig, pins: dict[str, Any]) -> bool:
+    """Whether a finished run's last attempt was made with what there is now: only then is its record the answer."""
+    try:
+        r = record.load(path).record
+        then = r.provenance["numerics"], r.config["model"]["dtype"], {k: r.pins.get(k) for k in pins}
+    except (GainError, *OTHER_SHAPE):
+        return False
+    return then == (provenance.NUMERICS, config.model.dtype, pins)
 
 
 def settle(
@@ -226,26 +260,38 @@ def settle(
         if name not in config.allow_change:
             do = f"run it as before, or allow_change=[{','.join(changed)}] goes on and marks the record tainted, or {ANEW}"
             raise DataError(f"the interrupted run has another {name}: {what}", str(folder), do)
-    other = differing(
-        {k: v for k, v in known["environment"].items() if k not in ("started", "numerics")}, {**environment, **here}
-    )  # recorded and told, allowed
+    before = known["facts"].get("data")
+    if "data" in changed and isinstance(before, dict) and (found := _difference(before.get("validation"), now["data"]["validation"], "")):
+        what = f"the documents that are scored changed too, {found.lstrip('.')}: stages before and after cannot be compared"
+        raise DataError(what, str(folder), f"restore the data, or {ANEW}")
+    other = _otherwise(known, {**environment, **here})
     line = {
         "started": environment["started"], "process": os.getpid(), "host": socket.gethostname(),
         "commit": environment["commit"], "dirty": environment["dirty"], **here,
-        "changed": list(changed.values()), "other": list(other.values()),
+        "changed": list(changed.values()), "other": other,
     }  # fmt: skip
     lines = [json.dumps(attempt, allow_nan=False) + "\n" for attempt in [*attempts(folder), line]]
     write_bytes(folder / "attempts.jsonl", "".join(lines).encode())
-    return [f"since the first attempt: {what}" for what in other.values()]
+    return [f"since the first attempt: {what}" for what in other]
+
+
+def _otherwise(run: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What differs between where a run began and here: recorded and told, allowed."""
+    return list(differing({k: v for k, v in run["environment"].items() if k not in ("started", "numerics")}, now).values())
 
 
 def attempts(folder: Path) -> list[dict[str, Any]]:
-    """One entry for each start of the run so far."""
+    """One entry for each start of the run so far; DataError when the file is not what was written: it tells what is tainted."""
+    path = folder / "attempts.jsonl"
     try:
-        lines = (folder / "attempts.jsonl").read_text(encoding="utf-8").splitlines()
-    except OSError:
+        found = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        if all(isinstance(what, str) for attempt in found for what in attempt["changed"]):
+            return found
+    except FileNotFoundError:
         return []
-    return [json.loads(line) for line in lines if line.endswith("}")]
+    except (OSError, RecursionError, *OTHER_SHAPE):
+        pass
+    raise DataError("attempts.jsonl is damaged: what changed between the attempts is not known", str(path), f"restore it, or {ANEW}")
 
 
 def _same_settings(config: RunConfig, folder: Path) -> None:
@@ -253,8 +299,12 @@ def _same_settings(config: RunConfig, folder: Path) -> None:
     run = _read(folder / "run.json")
     if run is None:
         return
-    before, now = (provenance.without_places(settings, run["pins"]) for settings in (run["settings"], config.scientific()))
-    if found := _difference(_comparable(before), _comparable(now), ""):
+    try:
+        before, now = (provenance.without_places(settings, run["pins"]) for settings in (run["settings"], config.scientific()))
+        found = _difference(_comparable(before), _comparable(now), "")
+    except OTHER_SHAPE:
+        raise DataError("run.json is damaged: what the run began with is not known", str(folder), f"restore it, or {ANEW}") from None
+    if found:
         raise DataError(f"the run folder is of another configuration: {found.lstrip('.')}", str(folder), "move it away")
 
 
@@ -267,9 +317,10 @@ def _comparable(settings: dict[str, Any]) -> dict[str, Any]:
 def _read(path: Path) -> dict[str, Any] | None:
     """run.json; None when there is none or it is none."""
     try:
-        run = json.loads(path.read_bytes())
-        return run if {"run_id", "settings", "pins", "facts", "environment"} <= run.keys() else None
-    except (OSError, ValueError, AttributeError, RecursionError):
+        run: dict[str, Any] = json.loads(path.read_bytes())
+        parts = [run[k] for k in ("settings", "pins", "facts", "environment")]
+        return run if isinstance(run["run_id"], str) and all(isinstance(part, dict) for part in parts) else None
+    except (OSError, RecursionError, *OTHER_SHAPE):
         return None
 
 
@@ -287,40 +338,56 @@ def clear(folder: Path) -> None:
 # --- a run with more domains -----------------------------------------------------------------------------------------
 
 
-def inherit(config: RunConfig, folder: Path, pins: dict[str, Any], now: dict[str, Any]) -> tuple[dict[int, Stage], list[str]]:
+def inherit(
+    config: RunConfig, folder: Path, pins: dict[str, Any], now: dict[str, Any], here: dict[str, Any] | None = None
+) -> tuple[dict[int, Stage], list[str]]:
     """The trained stages that another run has in common with this one: same settings, data and order up to there.
 
-    Returns them by index, from 1 (the longest such beginning), and what to tell. What was scored is no condition: it is
-    scored again where it differs."""
+    now, here: as of ``settle``. Returns them by index, from 1 (the longest such beginning), and what to tell. What was scored is
+    no condition: it is scored again where it differs. Of a run in which something changed on the way no stage is known to be
+    of these data."""
     best: dict[int, Stage] = {}
     notes: list[str] = []
-    if isinstance(config.adapter, Given):
+    told: list[str] = []
+    if isinstance(config.adapter, Given) or config.regime == "joint":
         return best, notes
-    trained = config.sequence.trained
     for other in sorted(Path(config.output_dir).glob("*/run.json")):
         run = _read(other)
         if other.parent == folder or run is None:
             continue
-        if run["settings"].get("regime") != config.regime or config.regime == "joint":
-            continue
-        theirs = run["settings"]["sequence"]["trained"]
-        common = min(len(theirs), len(trained))
-        mine = _learning(config.scientific(), pins, trained[:common])
-        if _learning(run["settings"], run["pins"], theirs[:common]) != mine or _unlike(run["facts"], now, trained[:common]):
-            continue
         stages: dict[int, Stage] = {}
-        for index, name in enumerate(trained[:common], start=1):
-            try:
+        tainted = True
+        with suppress(DataError):
+            for index, name in enumerate(_common(run, config, pins, now), start=1):
                 stages[index] = read_stage(other.parent / "stages" / f"{index:02d}-{name}")
-            except DataError:
-                break
-        lost = [i for i, stage in stages.items() if not (stage.folder / ADAPTER).exists()]
-        if lost:
-            text = f"{run['run_id']} begins with the same {len(stages)} stages, but keeps only its last state"
-            notes.append(f"{text}: training them again (checkpoint.keep_stages=all would have kept them)")
+        with suppress(DataError):
+            tainted = any(attempt["changed"] for attempt in attempts(other.parent))
+        if not stages:
+            continue
+        text = f"{run['run_id']} begins with the same {len(stages)} stages, but"
+        if tainted:
+            notes.append(f"{text} is tainted: training them again")
+        elif any(not (stage.folder / ADAPTER).exists() for stage in stages.values()):
+            notes.append(f"{text} keeps only its last state: training them again (checkpoint.keep_stages=all would have kept them)")
         elif len(stages) > len(best):
-            best = stages
-    return best, [] if best else notes
+            best, other_way = stages, _otherwise(run, {**provenance.environment(), **(here or {})})
+            told = [f"stages up to {len(best)} are those of {run['run_id']}, where {what}" for what in other_way]
+    return best, told if best else notes
+
+
+def _common(run: dict[str, Any], config: RunConfig, pins: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """The domains that another run and this one begin with, as far as all that their weights depend on is the same."""
+    settings, common = config.scientific(), list(config.sequence.trained)
+    try:
+        while common:
+            same = run["settings"]["regime"] == config.regime and run["settings"]["sequence"]["trained"][: len(common)] == common
+            same = same and _learning(run["settings"], run["pins"], common) == _learning(settings, pins, common)
+            if same and not _unlike(run["facts"], now, common):
+                break
+            common.pop()
+    except OTHER_SHAPE:
+        return []
+    return common
 
 
 def _learning(settings: dict[str, Any], pins: dict[str, Any], trained: list[str]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from rich.text import Text
 from gain_cl import items as items_
 from gain_cl import terms
 from gain_cl.errors import DataError, printable
-from gain_cl.matrix import Estimate, LossMatrix, summary
+from gain_cl.matrix import Estimate, LossMatrix, forgetting_by_age, summary
 from gain_cl.record import Run, RunRecord, items_path
 
 STUDY_TOKENS = 500_000
@@ -55,6 +55,9 @@ def render(run: Run, files: dict[str, Path] | None = None, console: Console | No
     _matrix(run, console)
     say("Change of perplexity, mean over domains (below 0: better)")
     _summary(summary(losses), console)
+    if losses.stages >= 3 and (ages := forgetting_by_age(losses)):  # of two stages it is the backward change
+        say("Forgetting by stages since a domain was learned: change of perplexity (above 0: forgotten)")
+        _ages({a: losses.estimate(c) for a, c in ages.items()}, losses.stages, console)
     say(_bits_per_byte(r))
     say()
     _tasks(run, console, say)
@@ -257,6 +260,18 @@ def _summary(found: dict[str, Estimate], console: Console) -> None:
         percent = [terms.percent(e.value), _interval(terms.percent(e.low), terms.percent(e.high))]
         nats = [_signed(e.value, 4), *([_interval(_signed(e.low, 4), _signed(e.high, 4))] if wide else [])]
         table.add_row(label, *percent, *nats, str(e.n), *([compares] if wordy else []))
+    console.print(table)
+    console.print()
+
+
+def _ages(found: dict[int, Estimate], stages: int, console: Console) -> None:
+    """One line per number of stages since learned; stages - age domains are that old."""
+    table = _table()
+    for head in ("stages since", "%", "95% interval", "domains", "docs"):
+        table.add_column(head, justify="right", no_wrap=True)
+    for age, e in found.items():
+        interval = _interval(terms.percent(e.low), terms.percent(e.high))
+        table.add_row(str(age), terms.percent(e.value), interval, str(stages - age), str(e.n))
     console.print(table)
     console.print()
 

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from gain_cl.domains import Domain, Stream
     from gain_cl.measure import Teller
     from gain_cl.models import Loaded
+    from gain_cl.train import Progress
 
 
 @dataclass(frozen=True)
@@ -159,9 +160,10 @@ def _execute(config: RunConfig, plan: Plan) -> record.Run:
             tracker.note(text)
         inherited: dict[int, resume.Stage] = {}
         if start.folder is None and config.resume != "never" and not config.force:
-            inherited, told = resume.inherit(config, folder, plan.pins, fixed)
+            inherited, told = resume.inherit(config, folder, plan.pins, fixed, inputs.environment)
             for text in told:
                 tracker.note(text)
+            notes += told
 
         stages = dict(start.stages)
         events: list[str] = list(start.state.get("events", []))  # what happened to the run, in every attempt
@@ -272,7 +274,7 @@ def _execute(config: RunConfig, plan: Plan) -> record.Run:
                 nonlocal fits, optimizer
                 tracker.phase(f"learn {name}", stage=index, of=last)
                 inside = start.state.get("stage") == index and "progress" in start.state
-                progress = train.Progress(**start.state["progress"]) if inside else train.Progress()
+                progress = _progress(start.state["progress"], start.folder) if inside else train.Progress()
                 if not inside:
                     if config.regime == "individual":
                         adapter.load_state(initial)
@@ -475,6 +477,17 @@ def _streams(config: RunConfig, inputs: _Inputs) -> list[Stream]:
     separator = inputs.loaded.separator_id
     streams: list[Stream] = [inputs.domains[d].train_blocks(config.seed, config.train.block, separator) for d in config.sequence.trained]
     return [domains_.Mixture(JOINT, streams, config.seed)] if config.regime == "joint" else streams
+
+
+def _progress(saved: dict[str, Any], folder: Path | None) -> Progress:
+    """What a checkpoint says of its stage. DataError when another version of gain_cl wrote it."""
+    from gain_cl import train
+
+    try:
+        return train.Progress(**saved)
+    except TypeError:
+        do = "go on with the version that wrote it, or resume=never"
+        raise DataError("state.json is not of this version of gain_cl", str(folder), do) from None
 
 
 def _total(config: RunConfig, inputs: _Inputs, settings: Eval, names: list[str]) -> record.DomainScore:

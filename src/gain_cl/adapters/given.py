@@ -26,17 +26,21 @@ class GivenAdapter(Adapter):
     def __init__(self, checkpoints: list[str]) -> None:
         self.checkpoints = checkpoints
         self.peft: Any = None
+        self.base: dict[str, Tensor] = {}  # the pretrained weights, from the first ``take`` on
 
     def attach(self, loaded: Loaded) -> None:
         self.loaded = loaded
-        # PEFT's unload leaves what an adapter wrote into the base itself: biases, some initial values
-        self.base = {name: p.detach().to("cpu", copy=True) for name, p in loaded.model.named_parameters()}
 
     def parameters(self) -> dict[str, nn.Parameter]:
         return {}
 
     def absorb(self) -> None:
-        raise self._cannot("state of its own to fold", "the checkpoints are there already")
+        """The stage that was taken, in the weights."""
+        if self.peft is not None:
+            from gain_cl.adapters.peft import fold
+
+            fold(self.peft, self.loaded.model)
+            self.peft = None
 
     def take(self, stage: int) -> None:
         """Make the model that of a stage (from 1). DataError when the checkpoint is of another model."""
@@ -46,6 +50,8 @@ class GivenAdapter(Adapter):
             adapter = sources.snapshot(repository, commit, [portable.CONFIG, portable.WEIGHTS])
             whole = not (adapter / portable.CONFIG).exists()
             where = sources.snapshot(repository, commit, models.SMALL_FILES + models.WEIGHTS) if whole else adapter
+        if not self.base:  # PEFT's unload leaves what an adapter wrote into the base itself: biases, some initial values
+            self.base = {name: p.detach().to("cpu", copy=True) for name, p in self.loaded.model.named_parameters()}
         self._release()
         if (where / portable.CONFIG).exists():
             self._adapter(where)
@@ -63,7 +69,7 @@ class GivenAdapter(Adapter):
         from gain_cl.adapters.peft import attach_saved
 
         portable.inspect(folder)
-        self.peft = attach_saved(self.loaded.model, folder)
+        self.peft = attach_saved(self.loaded, folder)
 
     def _weights(self, folder: Path) -> None:
         models.inspect(folder)

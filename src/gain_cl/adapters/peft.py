@@ -16,6 +16,7 @@ from gain_cl import models
 from gain_cl.adapters.base import Adapter
 from gain_cl.config import KNOWN_CHANGE
 from gain_cl.errors import ConfigError, DataError
+from gain_cl.loss import token_nll
 
 if TYPE_CHECKING:
     from gain_cl.models import Loaded
@@ -66,6 +67,7 @@ class PeftAdapter(Adapter):
             raise ConfigError(f"{self.peft_type} cannot be folded into the weights", self.where, "use another type")
         if not self.parameters():
             raise ConfigError(f"{self.peft_type} trains nothing", self.where, "choose other adapter.config.target_modules")
+        self._check_fold(loaded)
         with _refusals(self.where):
             self._check_start(loaded, before)
 
@@ -74,6 +76,18 @@ class PeftAdapter(Adapter):
         self.model.train(self.model.training)  # new modules are in training mode, dropout included, wherever the model is
         for p in self.parameters().values():
             p.data = p.data.float()
+
+    def _check_fold(self, loaded: Loaded) -> None:
+        """That what trains has a place among the model's own weights: ``absorb`` comes after hours of training."""
+        from peft.utils import ModulesToSaveWrapper
+
+        if self.peft_type == "LORA" and any(any(m.lora_bias.values()) and m.get_base_layer().bias is None for m in self._layers()):
+            what = "lora_bias learns biases of layers that have none: they cannot be folded into the weights"
+            raise ConfigError(what, self.where, "leave adapter.config.lora_bias out")
+        copied = [m.original_module for m in self.model.modules() if isinstance(m, ModulesToSaveWrapper)]
+        if any(getattr(m, "weight", None) is loaded.output[0] for m in [*copied, *(m.get_base_layer() for m in self._layers())]):
+            what = f"{self.peft_type} changes the input embedding, whose weight is the output head's too: folded, it would change both"
+            raise ConfigError(what, self.where, "leave the embedding out")
 
     def _check_start(self, loaded: Loaded, before: Tensor | None) -> None:
         """That the model still computes what the pretrained one does, as far as its dtype can tell, and exactly so when disabled."""
@@ -192,21 +206,11 @@ class PeftAdapter(Adapter):
         return {names[id(layer)]: [layer.lora_A[a].weight for a in layer.active_adapters] for layer in self._layers()}
 
     def absorb(self) -> None:
-        models.can_merge(dict(self.model.named_modules()))
-        for layer in self._layers():
-            base = layer.get_base_layer()
-            dtypes = {name: p.dtype for name, p in base.named_parameters(recurse=False)}
-            base.float()
-            layer.merge()
-            for name, p in base.named_parameters(recurse=False):
-                p.data = p.data.to(dtypes[name])
-        self.peft.base_model.unload()
+        fold(self.peft, self.model)
 
     def _layers(self) -> list[Any]:
         """PEFT's layers, in the order of the model."""
-        from peft.tuners.tuners_utils import BaseTunerLayer
-
-        return [m for m in self.model.modules() if isinstance(m, BaseTunerLayer)]
+        return _layers(self.model)
 
     def _variant(self) -> bool:
         """Whether LoRA is more than W + B A of a linear layer: DoRA and others of PEFT's variants, biases of B, embeddings."""
@@ -259,12 +263,57 @@ def _out_in(layer: nn.Module) -> Tensor:
     return weight.T if models.is_conv1d(layer) else weight
 
 
-def attach_saved(model: nn.Module, folder: Path) -> Any:
-    """PEFT's own loading of a saved adapter onto the base model: a PeftModel, whose ``unload`` gives the base back."""
-    import peft
+def _layers(model: nn.Module) -> list[Any]:
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
-    with _refusals(f"adapter {folder}"):
-        found = peft.PeftModel.from_pretrained(model, folder)
-    model.requires_grad_(False)
-    model.eval()
+    return [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
+
+
+def fold(peft: Any, model: nn.Module) -> None:
+    """Merge what a PeftModel put around the model into its weights, in fp32, rounded once; then take it off."""
+    models.can_merge(dict(model.named_modules()))
+    for layer in _layers(model):
+        base = layer.get_base_layer()
+        dtypes = {name: p.dtype for name, p in base.named_parameters(recurse=False)}
+        base.float()
+        with _refusals("merging"):
+            layer.merge()
+        for name, p in base.named_parameters(recurse=False):
+            p.data = p.data.to(dtypes[name])
+    peft.base_model.unload()
+
+
+def attach_saved(loaded: Loaded, folder: Path) -> Any:
+    """PEFT's own loading of a saved adapter onto the base model: a PeftModel, whose ``unload`` gives the base back.
+
+    PEFT takes what does not fit: it warns of a tensor that it misses and passes over one that it does not know. DataError where
+    it does, ConfigError where the model's loss is not that of its output head's own weight, from which it is computed here.
+    """
+    import peft
+    from safetensors.torch import load_file
+
+    from gain_cl.adapters.portable import WEIGHTS
+
+    where = f"adapter {folder}"
+    with _refusals(where), warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        if peft.PeftConfig.from_pretrained(str(folder)).is_prompt_learning:
+            raise ConfigError("it trains vectors before the input, no change of the weights", where, "score one that changes weights")
+        found = peft.PeftModel.from_pretrained(loaded.model, folder)
+        again: Any = peft.set_peft_model_state_dict(found, load_file(folder / WEIGHTS))  # which tells what the first time passed over
+    lacking = [str(w.message) for w in said if "missing adapter keys" in str(w.message)]
+    if again.unexpected_keys or lacking:
+        others = again.unexpected_keys
+        what = f"{len(others)} of its tensors have no place in it, first {others[0]}" if others else lacking[0][:200]
+        raise DataError(f"it is not of this model: {what}", where, "name its base with model=")
+    loaded.model.requires_grad_(False)
+    loaded.model.eval()
+    ids = torch.arange(4, device=loaded.device)[None]
+    with torch.no_grad():
+        hidden = loaded.body(ids).last_hidden_state[0]
+        ours = token_nll(hidden, *loaded.output, ids[0], loaded.softcap)
+        theirs = nn.functional.cross_entropy(found(input_ids=ids).logits[0].float(), ids[0], reduction="none")
+    if not torch.allclose(ours, theirs, rtol=START[loaded.model.dtype], equal_nan=True):
+        what = "it changes the output head, whose loss is computed in chunks from its plain weight"
+        raise ConfigError(what, where, "merge it (PEFT's merge_and_unload), save the whole model and score that")
     return found

@@ -31,7 +31,7 @@ def build(run: Run) -> Figure:
     apart, white at no change); a cell that was not scored is grey."""
     import matplotlib as mpl
 
-    with mpl.rc_context(_defaults()):
+    with mpl.rc_context(defaults()):
         return _build(run)
 
 
@@ -40,12 +40,12 @@ def png(run: Run) -> bytes:
     import matplotlib as mpl
 
     out = io.BytesIO()
-    with mpl.rc_context(_defaults()):
+    with mpl.rc_context(defaults()):
         _build(run).savefig(out, format="png", dpi=DPI, metadata={"Software": None})
     return out.getvalue()
 
 
-def _defaults() -> Any:
+def defaults() -> Any:
     """matplotlib's own defaults, so that the reader's matplotlibrc changes nothing; names are never read as formulas."""
     import matplotlib as mpl
 

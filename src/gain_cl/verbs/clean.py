@@ -114,10 +114,10 @@ def plan(output: Path, results: Path, days: float = 7.0, cache: bool = False) ->
             elif results.resolve().is_relative_to(folder.resolve()):
                 left.append(f"{folder}: holds {results}")
             else:
-                finished = (results / "runs" / f"{folder.name}.json").exists()
-                if not finished and (folder / "matrix.csv").exists():  # which is written after the record
+                written = _extent([results / "runs" / f"{folder.name}.json"])[1]
+                if not written and (folder / "matrix.csv").exists():  # which is written after the record
                     left.append(f"{folder}: finished, with its record elsewhere than in {results / 'runs'}")
-                items += _of_run(folder, finished, days)
+                items += _of_run(folder, written, days)
         items += _leftovers(_children(output))
         items += _leftovers(_inside(output, "cells"))
         if cache:
@@ -173,9 +173,13 @@ def _runs(output: Path) -> list[Path]:
     return [p for p in _children(output) if RUN_ID.fullmatch(p.name) and _is_folder(p) and any(os.path.lexists(p / n) for n in RUN_PARTS)]
 
 
-def _of_run(folder: Path, finished: bool, days: float) -> Iterator[Item]:
+def _of_run(folder: Path, written: float, days: float) -> Iterator[Item]:
+    """written: when its record was, in seconds since 1970; 0: it has none."""
+    finished = written > 0
     if finished and _is_folder(folder / "ckpt"):
-        yield _item(folder / "ckpt", [folder / "ckpt"], "checkpoints of a finished run", folder)
+        states = _item(folder / "ckpt", [folder / "ckpt"], "checkpoints of a finished run", folder)
+        if states.changed <= written or states.days >= days:  # newer ones are of an attempt with force=true
+            yield states
     elif not finished and not (folder / "matrix.csv").exists():
         failed = "failed and " if (folder / "failure.json").exists() else ""
         whole = _item(folder, [folder], f"abandoned run: {failed}has no record", folder)

@@ -53,6 +53,7 @@ def main(argv: list[str]) -> int:
 def examine(config: RunConfig) -> Report:
     """The report, as plain values; its steps are told on stderr as they begin."""
     plan = spine.prepare(config)
+    checks.inputs(config)  # what is wrong with local text or a model's files shows before torch is imported
     names, trained = [*config.sequence.trained, *config.sequence.controls], config.sequence.trained
     _say(f"{config.model.name}: files and tokenizer")
     folder = models.locate(config.model)
@@ -65,7 +66,7 @@ def examine(config: RunConfig) -> Report:
         signals.poll()
         _say(f"{name}: text and tokens ({number} of {len(names)})")
         domains[name] = domains_.prepare(config.domains[name], tokenizer, tokenizer_hash, plan.pins["domains"][name], prefix_id)
-    warnings = domains_.check(domains, config.train, config.eval, rows, config.sequence.controls)
+    warnings = domains_.check(domains, config.train, config.eval, rows, config.only_scored)
     _say("near duplicates of scored documents in training text")
     near = overlap.near_duplicates(domains, trained)
     shared: list[overlap.Shared] = []

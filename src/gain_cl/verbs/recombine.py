@@ -65,7 +65,8 @@ def _weights(args: Any, bench: rescore.Bench) -> dict[str, float]:
         if (folder := Path(args.to)).exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise ConfigError("the folder is not empty", str(folder), "name another one with --to")
     if bench.record.regime != "sequential":
-        raise ConfigError(f"the run is {bench.record.regime}: it has no stages one after the other", bench.record.run_id, "")
+        what = f"the run is {bench.record.regime}: it has no stages one after the other"
+        raise ConfigError(what, bench.record.run_id, "use it on a sequential run")
     weights = dict.fromkeys(stages, 1.0)
     for name in filter(None, args.drop.split(",")):
         weights[_known(name, stages, "--drop")] = 0.0
@@ -97,8 +98,9 @@ def factors(states: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
     found: list[dict[str, Tensor]] = []
     before: dict[str, Tensor] = {}
     for state in states:
-        deltas = {name: t.double() for name, t in state.items() if not name.endswith(".past")}
-        s = {name: (1 + d) * (state[f"{name}.past"].double() if f"{name}.past" in state else 1) for name, d in deltas.items()}
+        deltas = {name: t for name, t in state.items() if not name.endswith(".past")}
+        in_fp32 = {name: 1 + d if f"{name}.past" not in state else state[f"{name}.past"] * (1 + d) for name, d in deltas.items()}
+        s = {name: t.double() for name, t in in_fp32.items()}  # multiplied in fp32, as the run did: bit for bit its gains
         if any((t == 0).any() for t in s.values()):
             raise DataError("a gain is exactly 0: what came before it cannot be told", "stages", "lower train.lr")
         found.append({name: t / before.get(name, torch.ones_like(t)) for name, t in s.items()})

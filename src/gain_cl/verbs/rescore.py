@@ -28,10 +28,11 @@ if TYPE_CHECKING:
 class Bench:
     """The pretrained model of a run, its domains and the trained state of its stages. Axes: D domains."""
 
-    def __init__(self, run: record.Run, output_dir: str | None) -> None:
+    def __init__(self, run: record.Run, output_dir: str | None, given: bool = False) -> None:
+        """given: whether stages that were trained elsewhere will do, too."""
         self.record = run.record
         config = RunConfig.model_validate({**run.record.config, **({"output_dir": output_dir} if output_dir else {})})
-        if isinstance(config.adapter, Given):
+        if isinstance(config.adapter, Given) and not given:
             raise ConfigError("its stages were trained elsewhere", run.record.run_id, "it has no trained state of its own")
         if getattr(config.adapter, "init_from", None) is not None:  # the saved states hold what they began from
             config = config.model_copy(update={"adapter": config.adapter.model_copy(update={"init_from": None})})
@@ -43,11 +44,11 @@ class Bench:
     def open(self, rows: int) -> None:
         """Load model and domains; rows: how many times the domains will be scored. DataError when they are not the run's."""
         pins = spine.prepare(self.config.model_copy(update={"resume": "never"})).pins
-        for part, recorded in ((p, self.record.pins.get(p)) for p in ("model", "domains", "plugins")):
-            if pins[part] != recorded:
+        for part, recorded in ((p, self.record.pins.get(p)) for p in ("model", "domains", "plugins", "checkpoints")):
+            if pins.get(part) != recorded:
                 raise DataError(f"{part}: not what the run read", self.record.run_id, "restore what the run read")
         self._bar = Progress(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=_stderr(), transient=True
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=stderr(), transient=True
         )
         self._cells = self._bar.add_task("load", total=rows * len(self.names))
         self._rows = 0
@@ -104,7 +105,8 @@ class Bench:
         return np.array([found.domains[d].loss_nats for d in self.names])
 
 
-def _stderr() -> Any:
+def stderr() -> Any:
+    """Where progress is shown."""
     from rich.console import Console
 
     return Console(file=sys.stderr)

@@ -197,18 +197,30 @@ def run_id(case: Case) -> str:
     if provenance.identity(case.config.scientific(), pins, numerics) == stated:
         return f"{stated} = settings, pins and numerics {numerics}"
     if r.tainted:
-        first = json.loads(case.beside("run.json").read_bytes())
-        if (
-            first["run_id"] != r.run_id
-            or provenance.identity(first["settings"], first["pins"], first["facts"]["numerics"]["version"]) != stated
-        ):
-            raise DataError("the id is not that of the first attempt", str(case.run.path), AGAIN)
+        beginning(case)
         return f"{stated} = settings, pins and numerics of the first attempt; TAINTED since"
     if added := _added(case.config.model_dump(mode="json", exclude=set(EXECUTION)), r.config):
         raise Absent(f"written by a version without the setting {added}: the id cannot be derived")
     raise DataError(
         f"the run id is not that of its settings and pins: {stated}", str(case.run.path), "the record was changed: run it again"
     )
+
+
+def beginning(case: Case) -> str:
+    """run.json is this run's: its settings, pins and numerics have the id, and unless the run is tainted, what it began with is
+    what the record pins."""
+    r, path = case.record, case.beside("run.json")
+    case.hashed.add(path)
+    first = json.loads(path.read_bytes())
+    facts, stated = first["facts"], r.run_id.rpartition("-")[2]
+    if first["run_id"] != r.run_id or provenance.identity(first["settings"], first["pins"], facts["numerics"]["version"]) != stated:
+        raise DataError("the id is not that of the first attempt's settings, pins and numerics", str(path), AGAIN)
+    began = {"model": facts["model"]["pin"], "model_files": facts["model"]["files"], "tokenizer": facts["tokenizer"]}
+    began |= {key: facts["data"][key] for key in ("domains", "tasks", "tokens", "validation")}
+    for key, value in began.items():
+        if value != r.pins[key] and not r.tainted:
+            raise DataError(f"{key} are not those of the record", str(path), AGAIN)
+    return "run.json: settings, pins and numerics of this run" + ("" if r.tainted else ", what it read is what the record pins")
 
 
 def _added(known: Any, given: Any, key: str = "") -> str | None:
@@ -630,7 +642,7 @@ def _hub(case: Case, repo: str, revision: str, kind: Literal["model", "dataset"]
 
 CHECKS: tuple[Callable[[Case], str], ...] = (
     the_record, settings, run_id, rows, sums, same_documents, task_counts, same_items, summaries, training, attempts,
-    matrix_csv, heat_map, stages, trained_state, metrics, tokens, sources_, model_files,
+    matrix_csv, heat_map, stages, trained_state, metrics, beginning, tokens, sources_, model_files,
 )  # fmt: skip
 
 

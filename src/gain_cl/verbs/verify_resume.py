@@ -20,7 +20,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -37,8 +37,9 @@ DEFAULT = ("debug=smoke", "train.steps=40")
 OWN = ("results_dir", "resume", "force", "allow_change")
 """Settings that are decided here."""
 
-IN_STARTUP = 1 / 4
-"""Share of the kills before the run goes on where it stopped; the others fall uniformly into what is left of its work."""
+IN_STARTUP, AT_A_SAVE = 1 / 4, 1 / 2
+"""Share of the kills before the run goes on where it stopped, and of those soon after a checkpoint, drawn among the ones to
+come; the others fall uniformly into what is left of its work, most of which need not be training."""
 
 PATIENCE_SECONDS = 120.0
 """How long a run may take to save and stop after SIGTERM before it counts as hung."""
@@ -89,10 +90,13 @@ class Asked:
 
 @dataclass(frozen=True)
 class Pace:
-    """Seconds of an undisturbed run: until it has loaded everything, and after that."""
+    """Seconds of an undisturbed run: until it has loaded everything, and after that. saves: steps of its checkpoints, in
+    order; between: the seconds between two."""
 
     startup: float
     work: float
+    saves: tuple[int, ...] = ()
+    between: float = 0.0
 
     def left(self, kills: int) -> float:
         """About how long this many kills and the end of the run take."""
@@ -100,21 +104,25 @@ class Pace:
 
 
 class Moment(NamedTuple):
-    """When to interrupt an attempt: seconds after its start (early), or after it had loaded everything."""
+    """When to interrupt an attempt: seconds after its start (early), after its checkpoint of so many steps or a later one
+    (save), or after it had loaded everything."""
 
     early: bool
     seconds: float
+    save: int | None = None
 
 
 @dataclass(frozen=True)
 class Ended:
     """An attempt. startup: seconds until it had loaded everything (None: it did not come so far); stopping: seconds from the
-    signal to the end of the process (None: no signal was sent)."""
+    signal to the end of the process (None: no signal was sent); training: seconds from its first checkpoint to its last
+    (None: none was seen)."""
 
     code: int
     seconds: float
     startup: float | None
     stopping: float | None
+    training: float | None = None
 
 
 def main(argv: list[str]) -> int:
@@ -143,7 +151,7 @@ def main(argv: list[str]) -> int:
     command = [sys.executable, "-m", "gain_cl", "run", *(o for o in overrides if key_of(o) not in ("output_dir", "track.backend"))]
     command += ["track.backend=none", *(f"--config-dir={d}" for d in args.config_dir), *(f"--plugin={f}" for f in args.plugin)]
     if config.checkpoint.every_steps is None:
-        command.append(f"checkpoint.every_steps={max(2, config.train.stage_steps // 5)}")  # so that a kill loses some steps
+        command.append(f"checkpoint.every_steps={_every(config)}")
     seed = random.SystemRandom().randrange(2**31) if args.seed is None else args.seed
     with signals.listening(), _workplace(config.output_dir, args.keep) as folder:
         _compare(Asked(command, args.kills, getattr(signal, f"SIG{args.signal}"), seed), config, folder)
@@ -196,13 +204,15 @@ def _compare(asked: Asked, config: RunConfig, folder: Path) -> None:
             _gave_up(first.code, undisturbed)
         reference = evidence(undisturbed)
         startup = first.startup if first.startup is not None else first.seconds / 2
-        pace, draw, hits, slowest, rounds = Pace(startup, first.seconds - startup), random.Random(asked.seed), Counter[str](), 0.0, 0
+        saves = () if first.training is None else _saves(config)
+        pace = Pace(startup, first.seconds - startup, saves, (first.training or 0.0) / max(1, len(saves)))
+        draw, hits, slowest, rounds, resumed = random.Random(asked.seed), Counter[str](), 0.0, 0, 0
         say(f"undisturbed: {first.seconds:.1f} s, {startup:.1f} s of it start-up", pace.left(asked.kills))
         while (before := hits.total()) < asked.kills:
             rounds += 1
-            place, work = folder / f"interrupted-{rounds}", pace.work
+            place, left = folder / f"interrupted-{rounds}", pace
             while True:
-                moment = _moment(draw, Pace(pace.startup, work)) if hits.total() < asked.kills else None
+                moment = _moment(draw, left, not resumed) if hits.total() < asked.kills else None
                 ended = _attempt(asked, place, moment, tell)
                 if ended.code == 0:
                     break
@@ -211,11 +221,14 @@ def _compare(asked: Asked, config: RunConfig, folder: Path) -> None:
                 hit = _hit(place, ended)
                 hits[hit] += 1
                 slowest = max(slowest, ended.stopping)
+                at = _saved(place)
+                resumed += at > 0 and hit != "finishing"
+                left = replace(left, saves=tuple(save for save in pace.saves if save > at))
                 if ended.startup is not None:
-                    work = max(work - (ended.seconds - ended.startup), pace.work / 20)
+                    left = replace(left, work=max(left.work - (ended.seconds - ended.startup), pace.work / 20))
                 say(f"kill {hits.total()}: {ended.seconds:.1f} s after a start, in {hit}", pace.left(asked.kills - hits.total()))
             if hits.total() == before and ended.startup is not None:  # the first run was slower: it prepared the text
-                pace = Pace(ended.startup, ended.seconds - ended.startup)
+                pace = replace(pace, startup=ended.startup, work=ended.seconds - ended.startup)
             say(f"interrupted run {rounds} finished after {hits.total() - before} kills")
             found = evidence(place)
             if found != reference:
@@ -228,12 +241,37 @@ def _compare(asked: Asked, config: RunConfig, folder: Path) -> None:
     told = f"hit: {', '.join(f'{count} in {name}' for name, count in hits.items())}"
     print(told + (f"; slowest to save and stop: {slowest:.1f} s" if asked.signal != signal.SIGKILL else ""))
     size = rounds * sum(seen.bytes for seen in reference.values())
-    print(f"resume is exact here: {hits.total()} kills, {rounds * len(reference)} files, {size:,} bytes compared", flush=True)
+    compared = f"{rounds * len(reference)} files, {size:,} bytes compared"
+    if saves and not resumed:
+        do = "give more --kills, or a longer run with train.steps="
+        raise DataError("no kill came between a checkpoint and the end: whether resume is exact is not known", compared, do)
+    gone_on = f" ({resumed} with a checkpoint to go on from)" if saves else ""
+    print(f"resume is exact here: {hits.total()} kills{gone_on}, {compared}", flush=True)
 
 
-def _moment(draw: random.Random, pace: Pace) -> Moment:
-    early = draw.random() < IN_STARTUP
+def _moment(draw: random.Random, pace: Pace, first: bool = False) -> Moment:
+    """first: no kill has come behind a checkpoint yet, and this one does."""
+    kind = draw.random()
+    if pace.saves and (first or IN_STARTUP <= kind < IN_STARTUP + AT_A_SAVE):
+        return Moment(False, draw.uniform(0, pace.between), draw.choice(pace.saves[:-1] or pace.saves))
+    early = kind < IN_STARTUP
     return Moment(early, draw.uniform(0, pace.startup if early else pace.work))
+
+
+def _saves(config: RunConfig) -> tuple[int, ...]:
+    """Steps of the whole run at which a checkpoint is saved, but for those that are due by the minute."""
+    size, every = config.stage.stage_steps, _every(config)
+    return tuple(stage * size + step for stage in range(len(config.stages)) for step in (*range(every, size, every), size))
+
+
+def _every(config: RunConfig) -> int:
+    """Steps between checkpoints: so few, unless the user says, that a kill loses some steps."""
+    return config.checkpoint.every_steps or max(2, config.train.stage_steps // 5)
+
+
+def _saved(place: Path) -> int:
+    """Steps of the newest checkpoint; 0 when there is none."""
+    return max((int(path.name.removeprefix("step-")) for path in place.glob("runs/*/ckpt/step-*")), default=0)
 
 
 def _attempt(asked: Asked, place: Path, moment: Moment | None = None, tell: Callable[[str], None] = lambda _: None) -> Ended:
@@ -245,6 +283,7 @@ def _attempt(asked: Asked, place: Path, moment: Moment | None = None, tell: Call
     command = [*asked.command, *(f"{key}={json.dumps(str(path), ensure_ascii=False, allow_nan=False)}" for key, path in folders.items())]
     before, begun = _starts(place), time.monotonic()
     startup, sent, said = None, None, 0
+    newest, saved_at = 0, list[tuple[int, float]]()  # steps of a checkpoint, when it was first seen
     with open(place / "log.txt", "ab") as log:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
         try:
@@ -254,8 +293,12 @@ def _attempt(asked: Asked, place: Path, moment: Moment | None = None, tell: Call
                     raise PreemptedError(f"stopped by {name}", "", "nothing was kept: run it again")
                 if startup is None and _starts(place) > before:
                     startup = now
+                if (saved := _saved(place)) > newest:
+                    newest, saved_at = saved, [*saved_at, (saved, now)]
                 if moment is not None and sent is None:
                     origin = 0.0 if moment.early else startup
+                    if moment.save is not None:
+                        origin = next((at for steps, at in saved_at if steps >= (moment.save or 0)), None)
                     if origin is not None and now - origin >= moment.seconds:
                         os.killpg(process.pid, asked.signal)
                         sent = now
@@ -271,7 +314,8 @@ def _attempt(asked: Asked, place: Path, moment: Moment | None = None, tell: Call
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
     seconds = time.monotonic() - begun
-    return Ended(process.returncode, seconds, startup, None if sent is None else seconds - sent)
+    training = saved_at[-1][1] - saved_at[0][1] if saved_at else None
+    return Ended(process.returncode, seconds, startup, None if sent is None else seconds - sent, training)
 
 
 def _starts(place: Path) -> int:

@@ -1,0 +1,403 @@
+"""Runs side by side: settings, blocks, fronts, declared endpoints and what may be said of them. numpy and scipy only.
+
+A study holds settings (a method and what was set), each with a run per block (one order of the domains with one seed). Within a
+block runs are paired: the same documents, items, order and seed. With one block only the choice of documents can be told from a
+difference; verdicts are about methods, so they need blocks. Metrics are matrix.METRICS (nats per token; below 0: better) and
+margin:TASK, accuracy:TASK (change from the pretrained model to the end; above 0: better).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from gain_cl import fronts, inference, items
+from gain_cl.config import RunConfig
+from gain_cl.errors import DataError
+from gain_cl.experiments import Endpoint, Experiment, Values, label
+from gain_cl.inference import Parts, Tests, Verdict
+from gain_cl.matrix import METRICS, Estimate, LossMatrix
+from gain_cl.record import Run
+
+Block = tuple[int, tuple[str, ...]]
+"""(seed, order of the domains)"""
+
+AXES = ("own_step", "parameters", "tokens", "norm")
+"""What two methods can be made equal in: own step (equal skill), trainable parameters, training tokens, norm of the weight change."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A method with what was set, and its run in each block."""
+
+    method: str
+    values: Values
+    runs: dict[Block, Run]
+
+    @property
+    def label(self) -> str:
+        return label(self.method, self.values)
+
+    @cached_property
+    def matrices(self) -> dict[Block, LossMatrix]:
+        return {block: _matrix(run) for block, run in self.runs.items()}
+
+    def parts(self, metric: str, block: Block) -> Parts | None:
+        """What the metric is a ratio of in a block; None where it does not exist."""
+        name, _, task = metric.partition(":")
+        if task:
+            return _item_parts(self.runs[block], name, task)
+        matrix = self.matrices[block]
+        coefficients = _METRIC[name](matrix)
+        return None if coefficients is None else matrix.contributions(coefficients)
+
+    def value(self, metric: str, block: Block) -> float:
+        parts = self.parts(metric, block)
+        return math.nan if parts is None else _ratio(parts)
+
+    def one(self, what: Callable[[Run], float]) -> float:
+        """Mean over the blocks of a fact of each run."""
+        return float(np.mean([what(run) for run in self.runs.values()]))
+
+
+_METRIC = {f.__name__: f for f in METRICS}
+
+
+@dataclass(frozen=True)
+class Study:
+    """Settings that may be compared, and what was declared of them beforehand (nothing, for runs named on a command line)."""
+
+    name: str
+    question: str
+    settings: list[Setting]
+    chosen: dict[str, Setting]
+    reference: str
+    endpoints: list[Endpoint]
+    forgets: float  # %, see positive_control
+    skill: float | None  # nats
+    alpha: float
+    missing: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @cached_property
+    def blocks(self) -> list[Block]:
+        return list(dict.fromkeys(block for s in self.settings for block in s.runs))
+
+    def of(self, method: str) -> list[Setting]:
+        return [s for s in self.settings if s.method == method]
+
+    @property
+    def methods(self) -> list[str]:
+        return list(dict.fromkeys(s.method for s in self.settings))
+
+
+class Compared(NamedTuple):
+    """A summary, or a difference of two (paired within blocks), over so many blocks; its estimate's n are documents or items."""
+
+    estimate: Estimate
+    values: np.ndarray  # a block each
+    documents: inference.Error  # standard error over documents; of several blocks, what they share of it
+
+    @property
+    def blocks(self) -> int:
+        return len(self.values)
+
+
+class Judged(NamedTuple):
+    """An endpoint, what was measured, tests adjusted over all endpoints (Holm), and the verdict with what limits it."""
+
+    endpoint: Endpoint
+    compared: Compared | None
+    tests: Tests
+    verdict: Verdict
+    why: str
+
+
+# --- making a study ----------------------------------------------------------------------------------------------------
+
+
+def from_experiment(experiment: Experiment, runs: dict[tuple[str, int], Run], missing: list[str]) -> Study:
+    """Of the finished runs of an experiment. runs: (label of the setting, block) -> run; missing: those that are not there, in words."""
+    settings = []
+    for method, values in experiment.settings():
+        mine = {_block(run): run for (name, _), run in runs.items() if name == label(method, values)}
+        if mine:
+            settings.append(Setting(method, values, mine))
+    if not settings:
+        raise DataError(f"no run of {experiment.name} is finished", "results", f"python -m gain_cl status experiment={experiment.name}")
+    chosen = {}
+    for method in experiment.methods:
+        found = [s for s in settings if s.method == method and s.values == experiment.chosen_of(method)]
+        if found:
+            chosen[method] = found[0]
+    methods = [m for m in experiment.methods if any(s.method == m for s in settings)]
+    study = Study(
+        name=experiment.name,
+        question=experiment.question,
+        settings=settings,
+        chosen=chosen,
+        reference=experiment.reference if experiment.reference in methods else methods[-1],
+        endpoints=experiment.endpoints,
+        forgets=experiment.forgets,
+        skill=None if experiment.skill is None else math.log1p(experiment.skill / 100),
+        alpha=experiment.alpha,
+        missing=missing,
+    )
+    return _checked(study)
+
+
+def from_records(runs: Iterable[Run]) -> Study:
+    """Of runs named by hand: those that differ in seed and order alone are blocks of one setting. Nothing is declared."""
+    runs = list(runs)
+    flat = {id(run): _flat(RunConfig.model_validate(run.record.config).scientific()) for run in runs}
+    settings: list[Setting] = []
+    for method in dict.fromkeys(run.record.method for run in runs):
+        mine = [run for run in runs if run.record.method == method]
+        keys = [key for key in flat[id(mine[0])] if len({repr(flat[id(run)].get(key)) for run in mine}) > 1]
+        keys = [key for key in keys if key != "seed" and not key.startswith(("sequence.", "domains."))]
+        groups: dict[str, list[Run]] = {}
+        for run in mine:
+            groups.setdefault(repr([flat[id(run)].get(key) for key in keys]), []).append(run)
+        for group in groups.values():
+            by_block = {_block(run): run for run in group}
+            if len(by_block) < len(group):
+                raise DataError(f"two runs of {method} are the same", group[0].record.run_id, "name each once")
+            settings.append(Setting(method, {key: flat[id(group[0])].get(key) for key in keys}, by_block))
+    chosen = {s.method: s for s in reversed(settings)}
+    return _checked(
+        Study(
+            name="runs",
+            question="",
+            settings=settings,
+            chosen=chosen,
+            reference=settings[-1].method,
+            endpoints=[],
+            forgets=10.0,
+            skill=None,
+            alpha=0.05,
+        )
+    )
+
+
+def _block(run: Run) -> Block:
+    return run.record.seed, tuple(run.record.trained)
+
+
+def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, value in settings.items():
+        out |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return out
+
+
+SAME = {
+    "protocol": lambda r: r.protocol,
+    "model": lambda r: r.pins.get("model", r.model),
+    "trained domains": lambda r: sorted(r.trained),
+    "controls": lambda r: r.controls,
+    "test documents": lambda r: r.pins.get("validation"),
+    "dtype": lambda r: r.config["model"]["dtype"],
+}
+"""What runs must share to be compared."""
+
+BUDGET = ("tokens", "block", "batch_tokens", "schedule", "pack")
+
+
+def _checked(study: Study) -> Study:
+    """The study, with notes on unequal budgets and tainted runs. DataError, naming two runs: they do not measure the same."""
+    runs = [run for s in study.settings for run in s.runs.values()]
+    first = runs[0]
+    for what, of in SAME.items():
+        for run in runs[1:]:
+            if of(run.record) != of(first.record):
+                names = f"{first.record.run_id} and {run.record.run_id}"
+                raise DataError(f"runs of different {what} cannot be compared", names, "compare runs that share it")
+    notes = list(study.notes)
+    swept = {key for s in study.settings for key in s.values}
+    for key in BUDGET:
+        if f"train.{key}" not in swept and len({repr(run.record.config["train"][key]) for run in runs}) > 1:
+            notes.append(f"unequal budgets: train.{key} differs between runs")
+    devices = {run.record.provenance.get("device") for run in runs}
+    if len(devices) > 1:
+        notes.append(f"runs of different devices: {', '.join(map(str, sorted(map(str, devices))))}")
+    notes += [f"{run.record.run_id} is tainted: {', '.join(run.record.tainted)}" for run in runs if run.record.tainted]
+    return replace(study, notes=notes)
+
+
+def _matrix(run: Run) -> LossMatrix:
+    try:
+        return LossMatrix.from_documents(run.documents, run.record.trained, run.record.controls, run.record.regime)
+    except ValueError as error:
+        raise DataError(str(error), str(run.path), "restore the files or run again with force=true") from error
+
+
+def _item_parts(run: Run, name: str, task: str) -> Parts | None:
+    stages = [s.index for s in run.record.stages if task in s.tasks]
+    if len(stages) < 2:
+        return None
+    before, after = (items.answers(run.items, task, stage) for stage in (stages[0], stages[-1]))
+    of = items.margin if name == "margin" else items.correct
+    change = np.asarray(of(after), dtype=np.float64) - of(before)
+    return {task: (change, np.ones(len(change)))}
+
+
+# --- summaries and differences -----------------------------------------------------------------------------------------
+
+
+def level(setting: Setting, metric: str) -> Compared | None:
+    """A setting's summary: over documents of its one run, or over its blocks and their documents."""
+    return _compared([p for block in setting.runs if (p := setting.parts(metric, block)) is not None])
+
+
+def difference(a: Setting, b: Setting, metric: str) -> Compared | None:
+    """a minus b, paired within the blocks that both have."""
+    pairs = [(a.parts(metric, block), b.parts(metric, block)) for block in a.runs if block in b.runs]
+    try:
+        return _compared([inference.combined([x, y], [1, -1]) for x, y in pairs if x is not None and y is not None])
+    except ValueError as error:
+        raise DataError(f"{a.label} and {b.label} were not scored on the same text: {error}", "records", "score them alike") from error
+
+
+def _compared(parts: list[Parts]) -> Compared | None:
+    if not parts:
+        return None
+    values = np.array([_ratio(part) for part in parts])
+    mean = inference.combined(parts, [1 / len(parts)] * len(parts))
+    units = sum(len(z) for z, _ in mean.values())
+    if len(parts) == 1:
+        return Compared(inference.bootstrap_t(parts[0]), values, inference.error(mean))
+    documents = inference.shared_error(parts)
+    found = inference.blocks(values, documents=documents)
+    return Compared(Estimate(found.value, found.low, found.high, units), values, documents)
+
+
+def _ratio(parts: Parts) -> float:
+    """The summary that parts make up."""
+    return sum(float(z.sum() / n.sum()) for z, n in parts.values())
+
+
+def lower_is_better(metric: str) -> bool:
+    return ":" not in metric
+
+
+def nats(metric: str, margin: float | None) -> float:
+    """A declared margin in the unit the metric is computed in; nan without one."""
+    if margin is None:
+        return math.nan
+    return math.log1p(margin / 100) if lower_is_better(metric) else margin
+
+
+# --- equal skill -------------------------------------------------------------------------------------------------------
+
+
+def front(settings: list[Setting], block: Block) -> fronts.Front:
+    """Own step and backward change of a method's settings in a block, with their resamples of documents."""
+    found = [(s.parts("own_step", block), s.parts("backward", block)) for s in settings if block in s.runs]
+    pairs = [(x, y) for x, y in found if x is not None and y is not None]
+    xs, ys = ([inference.resampled(part) for part in side] for side in zip(*pairs, strict=True)) if pairs else ([], [])
+    return fronts.Front(
+        np.array([_ratio(x) for x, _ in pairs]),
+        np.array([_ratio(y) for _, y in pairs]),
+        np.stack(xs, axis=1) if xs else None,
+        np.stack(ys, axis=1) if ys else None,
+        min((len(z) for x, y in pairs for part in (x, y) for z, _ in part.values()), default=0),
+        settings[0].method,
+    )
+
+
+def matched(study: Study, a: str, b: str, skill: float | None = None) -> fronts.Matched:
+    """Backward change of two methods at equal own step, a minus b, in the blocks that have both."""
+    shared = [k for k in study.blocks if any(k in s.runs for s in study.of(a)) and any(k in s.runs for s in study.of(b))]
+    sides = [[front(study.of(m), block) for block in shared] for m in (a, b)]
+    return fronts.matched(sides[0], sides[1], study.skill if skill is None else skill)
+
+
+def interval(found: fronts.Matched) -> Estimate:
+    """Of the difference: over blocks, with one block over documents."""
+    return found.over_blocks if len(found.differences) > 1 else found.over_documents
+
+
+def axis(setting: Setting, name: Literal["parameters", "tokens", "norm"], norms: dict[str, float]) -> float:
+    """Where a setting stands on an axis of equal budgets; nan where it is not known. norms: run id -> norm of the weight change."""
+    if name == "parameters":
+        return setting.one(lambda run: run.record.trainable_parameters)
+    if name == "tokens":
+        return setting.one(lambda run: sum(s.train.tokens for s in run.record.stages if s.train is not None))
+    return setting.one(lambda run: norms.get(run.record.run_id, math.nan))
+
+
+# --- verdicts ----------------------------------------------------------------------------------------------------------
+
+
+def positive_control(study: Study) -> tuple[Setting | None, Compared | None, bool]:
+    """The setting that forgets most, its backward change, and whether that reaches study.forgets: where nothing forgets, that a
+    method does not is no finding."""
+    found = [(s, c) for s in study.settings if (c := level(s, "backward")) is not None]
+    if not found:
+        return None, None, False
+    setting, most = max(found, key=lambda pair: pair[1].estimate.value)
+    return setting, most, bool(most.estimate.value >= math.log1p(study.forgets / 100))
+
+
+def judge(study: Study) -> list[Judged]:
+    """Every declared endpoint with its verdict. All are inconclusive when the positive control failed, or with one block."""
+    measured: dict[str, tuple[Compared | None, str]] = {e.name: _measure(study, e) for e in study.endpoints}
+    raw = {}
+    for e in study.endpoints:
+        found, _ = measured[e.name]
+        if found is None or found.blocks < 2:
+            raw[e.name] = Tests(math.nan, math.nan)
+        else:
+            margin = nats(e.metric, e.margin)
+            equal = math.nan if math.isnan(margin) else inference.tost(found.values, margin, found.documents)
+            raw[e.name] = Tests(inference.t_test(found.values, found.documents), equal)
+    tests = inference.adjusted(raw)
+    _, _, forgets = positive_control(study)
+    judged = []
+    for e in study.endpoints:
+        found, why = measured[e.name]
+        if found is None:
+            judged.append(Judged(e, None, tests[e.name], "inconclusive", why))
+            continue
+        said: Verdict = inference.verdict(found.estimate.value, tests[e.name], e.kind, lower_is_better(e.metric), study.alpha)
+        if not forgets:
+            said, why = "inconclusive", f"no setting forgets by {study.forgets:g}%"
+        elif found.blocks < 2:
+            said, why = "inconclusive", "one block: documents cannot tell methods apart, seeds and orders can"
+        judged.append(Judged(e, found, tests[e.name], said, why))
+    return judged
+
+
+def _measure(study: Study, e: Endpoint) -> tuple[Compared | None, str]:
+    """An endpoint's difference, or why there is none."""
+    absent = [m for m in (e.of, e.minus) if m is not None and m not in study.chosen]
+    if e.at == "matched" and e.minus is not None:
+        if absent := [m for m in (e.of, e.minus) if not study.of(m)]:
+            return None, f"no finished run of {', '.join(absent)}"
+        found = matched(study, e.of, e.minus)
+        if found.reason:
+            return None, found.reason
+        return Compared(interval(found), found.differences, found.documents or inference.Error(math.nan, math.nan)), ""
+    if absent:
+        return None, f"no finished run of the chosen setting of {', '.join(absent)}"
+    a = study.chosen[e.of]
+    measured = level(a, e.metric) if e.minus is None else difference(a, study.chosen[e.minus], e.metric)
+    return measured, "" if measured is not None else f"{e.metric} does not exist for these runs"
+
+
+def advice(study: Study) -> list[str]:
+    """What would help where nothing was decided."""
+    _, most, forgets = positive_control(study)
+    help_ = []
+    if not forgets:
+        seen = f"{100 * math.expm1(most.estimate.value):+.1f}%" if most is not None else "nothing"
+        more = "a higher learning rate, more training tokens a domain, or domains further apart"
+        help_.append(f"no setting forgets by {study.forgets:g}% (the most: {seen}), so nothing can be decided; try {more}")
+    if len(study.blocks) < 2:
+        help_.append("one block: set blocks: 3 or more in the experiment (python -m gain_cl power says how many)")
+    return help_

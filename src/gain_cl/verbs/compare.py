@@ -1,0 +1,301 @@
+"""``python -m gain_cl compare RUN ... | experiment=NAME``: settings side by side, fronts, equal skill, and a verdict per endpoint."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from gain_cl import comparison, diagnostics, experiments, fronts, record, terms
+from gain_cl.comparison import Compared, Judged, Setting, Study
+from gain_cl.errors import ConfigError
+from gain_cl.matrix import Estimate
+from gain_cl.verbs import Parser, console, find_record, printable
+from gain_cl.verbs.status import asked
+
+SHOWN = ("own_step", "backward", "backward_net", "from_base", "controls_from_base")
+HEADS = {"own_step": "own step", "backward": "backward", "backward_net": "net", "from_base": "from base", "controls_from_base": "controls"}
+
+
+def main(argv: list[str]) -> int:
+    """Print the comparison, or JSON."""
+    parser = Parser(
+        "compare",
+        usage="python -m gain_cl compare RUN RUN ... | experiment=NAME [KEY=VALUE ...] [--skill PERCENT] [--results-dir DIR] [--json]",
+        description="Compare runs, or the finished runs of an experiment: intervals, fronts, equal skill, a verdict per endpoint.",
+    )
+    parser.add_argument("words", nargs="+", metavar="RUN | experiment=NAME | KEY=VALUE", help="records or run ids; or an experiment")
+    parser.add_argument("--skill", type=float, help="own step in %% at which methods are matched (default: the middle of what both reach)")
+    parser.add_argument("--results-dir", default="results", help="where runs/RUN_ID.json are (default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    args = parser.parse_intermixed_args(argv)
+    if args.skill is not None and not -100 < args.skill < 100:
+        raise ConfigError(f"{args.skill} is no change in %", "--skill", "give the own step, e.g. --skill -10")
+    study = _study(args.words, Path(args.results_dir))
+    skill = math.log1p(args.skill / 100) if args.skill is not None else None
+    found = report(study, skill, Path(args.results_dir))
+    print(json.dumps(found, indent=1, allow_nan=False)) if args.json else _show(study, skill, Path(args.results_dir))
+    return 0
+
+
+def _study(words: list[str], results_dir: Path) -> Study:
+    if not any(w.startswith("experiment=") for w in words):
+        if strange := [w for w in words if "=" in w]:
+            raise ConfigError(f"{strange[0]}: overrides go with an experiment", "gain_cl compare", "give experiment=NAME, or runs alone")
+        if len(words) < 2:
+            raise ConfigError("one run cannot be compared", "gain_cl compare", "name two runs, or experiment=NAME")
+        return comparison.from_records(record.load(find_record(w, results_dir)) for w in words)
+    experiment, more = asked(words, "compare")
+    if not any(w.startswith("results_dir=") for w in more):
+        more.append(f"results_dir={results_dir}")
+    cells = experiments.cells(experiment, more)
+    done = {(experiments.label(c.method, c.values), c.block): record.load(c.record) for c in cells if c.state == "done"}
+    missing = [f"{experiments.label(c.method, c.values)}, block {c.block}: {c.state}" for c in cells if c.state != "done"]
+    return comparison.from_experiment(experiment, done, missing)
+
+
+# --- as data -----------------------------------------------------------------------------------------------------------
+
+
+def report(study: Study, skill: float | None, results_dir: Path) -> dict[str, Any]:
+    """Everything that is shown, as JSON data: nats per token, null where there is no number."""
+    norms = _norms(study, results_dir)
+    control, most, forgets = comparison.positive_control(study)
+    return terms.finite(
+        {
+            "name": study.name,
+            "blocks": len(study.blocks),
+            "missing": study.missing,
+            "settings": [
+                {
+                    "setting": s.label,
+                    "method": s.method,
+                    "values": s.values,
+                    "runs": [run.record.run_id for run in s.runs.values()],
+                    "parameters": comparison.axis(s, "parameters", norms),
+                    "tokens": comparison.axis(s, "tokens", norms),
+                    "norm": comparison.axis(s, "norm", norms),
+                    **{m: _data(comparison.level(s, m)) for m in SHOWN},
+                }
+                for s in study.settings
+            ],
+            "positive_control": {"setting": control.label if control else None, "backward": _data(most), "reached": forgets},
+            "equal_skill": [
+                {"method": m, "minus": study.reference, **_matched(comparison.matched(study, m, study.reference, skill))}
+                for m in study.methods
+                if m != study.reference
+            ],
+            "endpoints": [_judged(j) for j in comparison.judge(study)],
+            "notes": study.notes,
+        }
+    )[0]
+
+
+def _data(found: Compared | None) -> dict[str, Any] | None:
+    if found is None:
+        return None
+    e = found.estimate
+    return {"value": e.value, "low": e.low, "high": e.high, "blocks": found.blocks, "units": e.n}
+
+
+def _matched(found: fronts.Matched) -> dict[str, Any]:
+    d = comparison.interval(found)
+    return {
+        "skill": found.skill,
+        "backward": found.a,
+        "reference_backward": found.b,
+        "difference": {"value": d.value, "low": d.low, "high": d.high},
+        "reason": found.reason,
+    }
+
+
+def _judged(j: Judged) -> dict[str, Any]:
+    e = j.endpoint
+    return {
+        **e.model_dump(mode="json"),
+        "measured": _data(j.compared),
+        "p_difference": j.tests.difference,
+        "p_equivalence": j.tests.equivalence,
+        "verdict": j.verdict,
+        "why": j.why,
+    }
+
+
+def _norms(study: Study, results_dir: Path) -> dict[str, float]:
+    """run id -> norm of the effective weight change at the end, of the runs that were diagnosed."""
+    ids = [run.record.run_id for s in study.settings for run in s.runs.values()]
+    found = {run_id: diagnostics.load(results_dir, run_id) for run_id in ids}
+    return {run_id: d.total_norm for run_id, d in found.items() if d is not None and d.total_norm is not None}
+
+
+# --- as tables ---------------------------------------------------------------------------------------------------------
+
+
+def _show(study: Study, skill: float | None, results_dir: Path) -> None:
+    out = console()
+    out.width = max(out.width, 120) if not out.is_terminal else out.width
+
+    def say(text: str = "", style: str = "") -> None:
+        out.print(printable(text), style=style or None, markup=False, highlight=False, soft_wrap=True)
+
+    first = study.settings[0].runs[next(iter(study.settings[0].runs))].record
+    say(f"{study.name}: {study.question}" if study.question else f"{len(study.settings)} settings", style="bold")
+    blocks = len(study.blocks)
+    kinds = f"{blocks} block{'s' if blocks > 1 else ''} (order of the domains and seed)"
+    say(f"{first.model}, {kinds}, {first.protocol}, {_documents(study)} test documents of trained domains")
+    for text in study.missing:
+        say(f"not there: {text}", style="yellow")
+    say()
+    _settings(study, results_dir, out)
+    control, most, forgets = comparison.positive_control(study)
+    if control is not None and most is not None:
+        reached = "reached" if forgets else "NOT reached: nothing below is decided"
+        say(f"positive control, some setting forgets by {study.forgets:g}%: {reached}")
+        say(f"  the most is {control.label}: {_percent(most.estimate)}%")
+        say()
+    _equal_skill(study, skill, out)
+    _endpoints(study, out)
+    if len(study.methods) > 1:
+        _chosen(study, out)
+    over = "documents of the one block" if blocks == 1 else "blocks, and documents that they share"
+    say(f"Intervals: 95%, over {over}. Below 0 is better (margins and accuracies: above 0).")
+    for text in [*study.notes, *comparison.advice(study)]:
+        say(f"note: {text}")
+
+
+def _documents(study: Study) -> int:
+    matrix = next(iter(study.settings[0].matrices.values()))
+    return sum(len(matrix.tokens[d]) for d in matrix.trained)
+
+
+def _settings(study: Study, results_dir: Path, out: Any) -> None:
+    norms = _norms(study, results_dir)
+    shown = [m for m in SHOWN if any(comparison.level(s, m) is not None for s in study.settings)]
+    efficient = _efficient(study)
+    table = _table("Change of perplexity, % (mean over domains)")
+    table.add_column("setting", no_wrap=True)
+    table.add_column("trains", justify="right")
+    if norms:
+        table.add_column("|dW|", justify="right")
+    for metric in shown:
+        table.add_column(HEADS[metric], justify="right")
+        if metric in ("own_step", "backward"):
+            table.add_column("95% interval", justify="right", no_wrap=True)
+    table.add_column("front", justify="center")
+    method = study.settings[0].method
+    for s in study.settings:
+        if s.method != method:
+            table.add_section()
+            method = s.method
+        row = [printable(s.label), f"{comparison.axis(s, 'parameters', norms):,.0f}"]
+        if norms:
+            norm = comparison.axis(s, "norm", norms)
+            row.append("-" if math.isnan(norm) else f"{norm:.3g}")
+        for metric in shown:
+            found = comparison.level(s, metric)
+            row.append("-" if found is None else terms.percent(found.estimate.value))
+            if metric in ("own_step", "backward"):
+                row.append("-" if found is None else _range(found.estimate))
+        table.add_row(*row, "*" if s.label in efficient else "")
+    out.print(table)
+    out.print("* on its method's front: no other setting of the method learns more and forgets less", markup=False, highlight=False)
+    out.print()
+
+
+def _efficient(study: Study) -> set[str]:
+    found = set()
+    for method in study.methods:
+        mine = [(s, comparison.level(s, "own_step"), comparison.level(s, "backward")) for s in study.of(method)]
+        there = [(s, x.estimate.value, y.estimate.value) for s, x, y in mine if x is not None and y is not None]
+        if there:
+            import numpy as np
+
+            keep = fronts.efficient(np.array([x for _, x, _ in there]), np.array([y for _, _, y in there]))
+            found |= {there[i][0].label for i in keep}
+    return found
+
+
+def _equal_skill(study: Study, skill: float | None, out: Any) -> None:
+    others = [m for m in study.methods if m != study.reference]
+    if not others or comparison.level(study.settings[0], "backward") is None:
+        return
+    table = _table(f"Backward change at equal own step, against {study.reference} (interpolated on both fronts), %")
+    table.add_column("method", no_wrap=True)
+    for head in ("at own step", "backward", study.reference, "difference", "95% interval"):
+        table.add_column(head, justify="right", no_wrap=True)
+    table.add_column("")
+    for m in others:
+        found = comparison.matched(study, m, study.reference, skill)
+        d = comparison.interval(found)
+        values = [terms.percent(x) for x in (found.skill, found.a, found.b, d.value)]
+        table.add_row(m, *values, _range(d) if not math.isnan(d.value) else "-", printable(found.reason))
+    out.print(table)
+    out.print()
+
+
+def _endpoints(study: Study, out: Any) -> None:
+    judged = comparison.judge(study)
+    if not judged:
+        out.print("No endpoint was declared beforehand: everything here is exploratory.", style="bold", highlight=False)
+        out.print()
+        return
+    table = _table("Declared endpoints")
+    for head in ("endpoint", "what", "measured", "95% interval", "p", "p equal", "blocks", "units", "verdict"):
+        table.add_column(head, justify="left" if head in ("endpoint", "what", "verdict") else "right")
+    for j in judged:
+        e, c = j.endpoint, j.compared
+        what = f"{e.metric} of {e.of}" + (f" minus {e.minus}" if e.minus else "") + (" at equal own step" if e.at == "matched" else "")
+        write = terms.percent if comparison.lower_is_better(e.metric) else (lambda x: "-" if math.isnan(x) else f"{x:+.3f}")
+        value = "-" if c is None else write(c.estimate.value)
+        interval = "-" if c is None or math.isnan(c.estimate.low) else f"{write(c.estimate.low)} to {write(c.estimate.high)}"
+        counts = ["-", "-"] if c is None else [str(c.blocks), str(c.estimate.n)]
+        said = f"{j.verdict}" + (f": {j.why}" if j.why else "")
+        table.add_row(e.name, what, value, interval, _p(j.tests.difference), _p(j.tests.equivalence), *counts, printable(said))
+    out.print(table)
+    out.print(f"p adjusted over the declared endpoints (Holm), alpha {study.alpha:g}", markup=False, highlight=False)
+    out.print()
+
+
+def _chosen(study: Study, out: Any) -> None:
+    """Chosen settings against the reference's: exploratory."""
+    if study.reference not in study.chosen:
+        return
+    reference = study.chosen[study.reference]
+    table = _table(f"Exploratory: chosen settings minus {reference.label}, %")
+    table.add_column("setting", no_wrap=True)
+    for head in ("own step", "95% interval", "backward", "95% interval", "net", "95% interval"):
+        table.add_column(head, justify="right", no_wrap=True)
+    for method, s in study.chosen.items():
+        if method == study.reference:
+            continue
+        row = [printable(s.label)]
+        for metric in ("own_step", "backward", "backward_net"):
+            found = _difference(s, reference, metric)
+            row += ["-", "-"] if found is None else [terms.percent(found.estimate.value), _range(found.estimate)]
+        table.add_row(*row)
+    out.print(table)
+    out.print()
+
+
+def _difference(a: Setting, b: Setting, metric: str) -> Compared | None:
+    return comparison.difference(a, b, metric)
+
+
+def _table(title: str) -> Table:
+    return Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 0, 0, 1), pad_edge=False, show_edge=False)
+
+
+def _percent(e: Estimate) -> str:
+    return f"{terms.percent(e.value)} ({_range(e)})"
+
+
+def _range(e: Estimate) -> str:
+    return "not known" if math.isnan(e.low) or math.isnan(e.high) else f"{terms.percent(e.low)} to {terms.percent(e.high)}"
+
+
+def _p(p: float) -> str:
+    return "-" if math.isnan(p) else "<0.001" if p < 0.001 else f"{p:.3f}"
