@@ -340,3 +340,22 @@ def test_power_from_stated_noise(tmp_path: Path, capsys: pytest.CaptureFixture[s
 def test_an_experiment_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no experiment"):
         experiments.load(str(tmp_path / "x.yaml"))
+
+
+# --- equal cost ----------------------------------------------------------------------------------------------------------
+
+
+def test_at_equal_cost(study: comparison.Study) -> None:
+    """Norms on a line with what is forgotten: at equal norm the truth is known. Parameters do not vary within a method."""
+    norms = {
+        run.record.run_id: {1e-2: 1.0, 3e-2: 4.0, 1e-3: 0.5, 3e-3: 2.0}[s.values["train.lr"]]
+        for s in study.settings
+        for run in s.runs.values()
+    }
+    found = comparison.at_equal(study, "gain", "lora", "norm", "backward", norms)
+    assert found.skill == pytest.approx(math.sqrt(2))  # of 1..4 and 0.5..2 the middle of 1..2
+    gain = 0.02 + 0.10 * math.log(math.sqrt(2)) / math.log(4)
+    lora = 0.05 + 0.20 * math.log(2 * math.sqrt(2)) / math.log(4)
+    assert found.differences.mean() == pytest.approx(gain - lora, abs=0.02) and found.over_blocks.low < gain - lora < found.over_blocks.high
+    assert "do not differ in parameters" in comparison.at_equal(study, "gain", "lora", "parameters", "backward", {}).reason
+    assert "diagnose RUN" in comparison.at_equal(study, "gain", "lora", "norm", "backward", {}).reason

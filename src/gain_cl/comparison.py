@@ -15,6 +15,7 @@ from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+from scipy import stats
 
 from gain_cl import fronts, inference, items
 from gain_cl.config import RunConfig
@@ -27,8 +28,9 @@ from gain_cl.record import Run
 Block = tuple[int, tuple[str, ...]]
 """(seed, order of the domains)"""
 
-AXES = ("own_step", "parameters", "tokens", "norm")
-"""What two methods can be made equal in: own step (equal skill), trainable parameters, training tokens, norm of the weight change."""
+Axis = Literal["parameters", "tokens", "norm"]
+"""What settings cost, and two methods can be made equal in besides their own step: trainable parameters, training tokens, norm of the
+effective weight change."""
 
 
 @dataclass(frozen=True)
@@ -322,13 +324,47 @@ def interval(found: fronts.Matched) -> Estimate:
     return found.over_blocks if len(found.differences) > 1 else found.over_documents
 
 
-def axis(setting: Setting, name: Literal["parameters", "tokens", "norm"], norms: dict[str, float]) -> float:
-    """Where a setting stands on an axis of equal budgets; nan where it is not known. norms: run id -> norm of the weight change."""
+def axis(setting: Setting, name: Axis, norms: dict[str, float]) -> float:
+    """What a setting costs; nan where it is not known. norms: run id -> norm of the effective weight change (diagnose)."""
     if name == "parameters":
         return setting.one(lambda run: run.record.trainable_parameters)
     if name == "tokens":
         return setting.one(lambda run: sum(s.train.tokens for s in run.record.stages if s.train is not None))
     return setting.one(lambda run: norms.get(run.record.run_id, math.nan))
+
+
+def at_equal(study: Study, a: str, b: str, name: Axis, metric: str, norms: dict[str, float]) -> fronts.Matched:
+    """A metric of two methods at equal cost, a minus b, interpolated over log cost in the blocks that have both. The cost (skill of
+    what is returned) is the geometric middle of what both methods' settings cover; reason says why there is none."""
+    shared = [k for k in study.blocks if all(k in s.runs for m in (a, b) for s in study.of(m))]
+    costs = {m: np.array([axis(s, name, norms) for s in study.of(m)]) for m in (a, b)}
+    none = Estimate(math.nan, math.nan, math.nan, 0)
+    nothing = fronts.Matched(math.nan, math.nan, math.nan, np.array([]), None, none, none, "")
+    if any(np.isnan(x).any() for x in costs.values()):
+        return nothing._replace(
+            reason=f"{name} not known of every setting" + (": python -m gain_cl diagnose RUN" if name == "norm" else "")
+        )
+    if alike := [m for m, x in costs.items() if len(np.unique(x)) < len(x) or len(x) < 2]:
+        return nothing._replace(reason=f"the settings of {' and '.join(alike)} do not differ in {name}: nothing to interpolate")
+    low, high = max(x.min() for x in costs.values()), min(x.max() for x in costs.values())
+    if low > high or not shared:
+        return nothing._replace(reason=f"no {name} that both methods reach" if shared else "no block has every setting of both")
+    level_ = math.sqrt(low * high)
+
+    def read(m: str) -> tuple[np.ndarray, np.ndarray]:
+        """(blocks,) and (resamples,), the mean over blocks."""
+        parts = [[s.parts(metric, k) or {} for s in study.of(m)] for k in shared]
+        values = np.array([[_ratio(p) for p in row] for row in parts])
+        draws = np.mean([np.stack([inference.resampled(p) for p in row], axis=1) for row in parts], axis=0)
+        return fronts.at_equal(costs[m], values, level_), fronts.at_equal(costs[m], draws, level_)
+
+    (va, ra), (vb, rb) = read(a), read(b)
+    n = min(len(z) for z, _ in (study.of(a)[0].parts(metric, shared[0]) or {}).values())
+    error = inference.Error(float(np.std(ra - rb, ddof=1) * math.sqrt(n / (n - 1))), n - 1.0)
+    value = float(np.mean(va - vb))
+    half = float(stats.t.ppf(0.975, error.df)) * error.standard_error
+    over = Estimate(value, value - half, value + half, n)
+    return fronts.Matched(level_, float(va.mean()), float(vb.mean()), va - vb, error, over, inference.blocks(va - vb, documents=error), "")
 
 
 # --- verdicts ----------------------------------------------------------------------------------------------------------

@@ -74,7 +74,8 @@ def score(
         nll, scored = _sums(nll_N, loaded.prefix_id, documents, window, context, stride, batch)
     if not np.isfinite(nll).all():  # pandas' sums would skip it, and a NaN would become a good score
         broken = documents[int(np.flatnonzero(~np.isfinite(nll))[0])].id
-        raise DataError(f"the loss of {(~np.isfinite(nll)).sum()} documents is not finite", f"first document {broken}", "lower train.lr")
+        do = "check the weights; if they were trained here, lower train.lr"
+        raise DataError(f"the loss of {(~np.isfinite(nll)).sum()} documents is not finite", f"first document {broken}", do)
     ends = [int(d.ends[d.prompt + n - 1]) for d, n in zip(documents, scored, strict=True)]
     return pd.DataFrame({"document": [d.id for d in documents], "nll_nats": nll, "tokens": scored, "bytes": ends})
 
@@ -91,7 +92,7 @@ def divergence(
     with evaluating(base.model), evaluating(tuned.model):
         kl, scored = _sums(kl_N, base.prefix_id, documents, window, context, stride, batch)
     if not np.isfinite(kl).all():
-        raise DataError("the divergence from the base is not finite", "KL", "lower train.lr or check the model")
+        raise DataError("the divergence from the base is not finite", "KL", "check the weights; if they were trained here, lower train.lr")
     return pd.DataFrame({"document": [d.id for d in documents], "kl_nats": kl, "tokens": scored})
 
 

@@ -91,6 +91,16 @@ def _keys(model: type[BaseModel], prefix: str) -> Iterator[str]:
             yield from _keys(section, inner)
 
 
+def _settings(path: list[str]) -> dict[str, list[str]]:
+    """Kind -> the other keys of a section of that kind; empty for one that has no kinds."""
+    models: list[type[BaseModel]] = [RunConfig]
+    for part in path:
+        fields = [m.model_fields[part] for m in models if part in m.model_fields]
+        models = [s for field in fields for s in _sections(field.annotation)] or models  # the name of a domain is no field
+    kinds = [(typing.get_args(m.model_fields["kind"].annotation), m) for m in models if "kind" in m.model_fields]
+    return {kind: sorted(m.model_fields.keys() - {"kind"}) for named, m in kinds for kind in named}
+
+
 def _sections(annotation: Any) -> Iterator[type[BaseModel]]:
     if typing.get_origin(annotation) in (typing.Union, types.UnionType, typing.Annotated, dict):
         for part in typing.get_args(annotation):
@@ -99,10 +109,14 @@ def _sections(annotation: Any) -> Iterator[type[BaseModel]]:
         yield annotation
 
 
-def unknown(key: str, where: str) -> ConfigError:
-    """A key that does not exist, with the likeliest one that does."""
+def unknown(key: str, where: str, section: Any = None) -> ConfigError:
+    """A key that does not exist, with the likeliest one that does. section: what it stands in; of its kind, if it has one."""
     known = schema() | {"domain", "debug"}
     parts = key.split(".")
+    if isinstance(section, dict) and (takes := _settings(parts[:-1]).get(kind := str(section.get("kind")))) is not None:
+        near = difflib.get_close_matches(parts[-1], takes, n=1)
+        there = f"{parts[-2]} {kind} has {', '.join(takes) or 'no settings'}"
+        return ConfigError(f"unknown key {key}", where, f"did you mean {'.'.join([*parts[:-1], *near])}?" if near else there)
     pattern = ".".join(["domains", "*", *parts[2:]]) if parts[0] == "domains" and len(parts) > 2 else key
     siblings = [k.rpartition(".")[2] for k in known if k.rpartition(".")[0] == pattern.rpartition(".")[0]]
     ends = {k.rpartition(".")[2]: k for k in sorted(known) if "*" not in k}
@@ -111,7 +125,7 @@ def unknown(key: str, where: str) -> ConfigError:
     found = (
         elsewhere
         or beside
-        or difflib.get_close_matches(key, known, n=1)
+        or [f.replace("*", parts[1]) for f in difflib.get_close_matches(key, known, n=1)]
         or [ends[e] for e in difflib.get_close_matches(parts[-1], ends, n=1)]
     )
     if not beside and any(key.startswith(f + ".") for f in FREE):
@@ -213,7 +227,10 @@ def invalid(error: ValidationError, plain: dict[str, Any], given: Given) -> Conf
     message = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
     quote = "quote it: YAML reads no, off, yes, on as booleans" if isinstance(value, bool) else ""
     if kind == "extra_forbidden":
-        return unknown(key, where)
+        section: Any = plain
+        for part in key.split(".")[:-1]:
+            section = section.get(part) if isinstance(section, dict) else None
+        return unknown(key, where, section)
     if kind == "missing":
         what = f"{key} has too few values" if isinstance(value, list) else f"{key} is missing"
         return ConfigError(what, where if isinstance(value, list) else "configuration", f"give {key}=VALUE")

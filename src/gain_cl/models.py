@@ -399,14 +399,31 @@ def tokenizer_hash(folder: Path) -> str:
 def parameters_of(folder: Path, dtype: str) -> dict[str, Tensor]:
     """The weights of a model folder by the names they have in the loaded model, on the CPU."""
     import torch
-    from transformers import AutoModelForCausalLM
 
     _quiet()
     try:
-        net = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), use_safetensors=True)
+        net = _pretrained(folder, dtype=getattr(torch, dtype))
     except (ValueError, ImportError, OSError) as error:
         raise DataError(f"transformers cannot load it: {str(error).splitlines()[0]}", str(folder), "check the folder") from error
     return {name: p.detach() for name, p in net.named_parameters()}
+
+
+UNREAD = re.compile(r"\.masked_bias$|rotary_emb\.inv_freq$|decoder\.version$")
+"""Ends of names of buffers that old versions of transformers saved and no model reads, besides those that it passes over itself."""
+
+
+def _pretrained(folder: Path, **keywords: Any) -> PreTrainedModel:
+    """from_pretrained, which gives random values to what a checkpoint lacks: DataError when anything does not fit."""
+    from transformers import AutoModelForCausalLM
+
+    net, told = AutoModelForCausalLM.from_pretrained(
+        folder, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True, **keywords
+    )
+    others = [n for n in told["unexpected_keys"] if not UNREAD.search(n)]
+    if wrong := [*sorted(told["missing_keys"]), *sorted(others), *sorted(key[0] for key in told["mismatched_keys"])]:
+        what = f"{len(wrong)} tensors are missing, unknown or of another shape, first {wrong[0]}"
+        raise DataError(what, str(folder), "save the model again")
+    return cast("PreTrainedModel", net)
 
 
 def vocabulary(model: cfg.Model) -> int:
@@ -454,9 +471,7 @@ def load(model: cfg.Model, device: torch.device) -> Loaded:
                 raise _cannot(model, error) from error
     else:
         try:
-            net = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype, attn_implementation=model.attention, use_safetensors=True, **_quantised(model, device)
-            )
+            net = _pretrained(folder, dtype=dtype, attn_implementation=model.attention, **_quantised(model, device))
         except (ValueError, ImportError, OSError) as error:
             raise _cannot(model, error) from error
     tokenizer, tokenizer_hash = load_tokenizer(model)
@@ -504,20 +519,30 @@ def _quantised(model: cfg.Model, device: torch.device) -> dict[str, Any]:
 
 
 def meta(model: cfg.Model) -> PreTrainedModel:
-    """The model without memory for its weights (meta device), from arch or the local or cached config.json."""
+    """The model without memory for its weights (meta device), from the config.json of a local folder, arch, or the config.json of
+    the hub."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     _quiet()
-    if model.arch is not None:
+    local = model.path is not None and Path(model.path).expanduser().is_dir()
+    if model.arch is not None and not local:
         settings = AutoConfig.for_model(**model.arch)
     else:
-        folder = locate(model)
+        folder = (None if local else at_hand(model)) or locate(model)
         assert folder is not None
         settings = AutoConfig.from_pretrained(folder)
     with torch.device("meta"):
         net = AutoModelForCausalLM.from_config(settings)
     return net.requires_grad_(False)
+
+
+def weightless(model: cfg.Model) -> Loaded:
+    """What an adapter can be attached to, to see what it refuses and trains: ``meta``, and no text."""
+    import torch
+
+    no_text: Any = None
+    return Loaded(meta(model), no_text, torch.device("meta"), 0, 0, 1, "", model.roles)
 
 
 def targets(model: nn.Module, roles: list[str], names: dict[str, str] | None = None) -> dict[str, nn.Module]:

@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from gain_cl import build, presets
-from gain_cl.config import Adapter, Model
+from gain_cl.config import Adapter, Given, Model
 from gain_cl.errors import ConfigError, GainError
 from gain_cl.explain import suggest
 
@@ -21,7 +21,7 @@ Table = dict[str, dict[str, Any]]
 def count(filters: Iterable[str] = (), config_dirs: Iterable[str | Path] = (), plugins: Iterable[str | Path] = ()) -> Table:
     """Total and trainable parameters of models x methods.
 
-    filters: ``model=A,B`` and ``method=A,B``; without them every preset whose architecture is known.
+    filters: ``model=A,B`` and ``method=A,B``; without them every preset whose architecture is known, and that trains something.
     """
     config_dirs = list(config_dirs)
     wanted = _filters(filters, config_dirs)
@@ -29,7 +29,9 @@ def count(filters: Iterable[str] = (), config_dirs: Iterable[str | Path] = (), p
     adapters, models = {}, {}
     with build.session(config_dirs) as load:  # a model does not depend on the method nor the reverse: no need to compose their product
         for name in wanted.get("method") or presets.names("method", config_dirs):
-            adapters[name] = _section(load, f"method={name}", "adapter", config_dirs, TypeAdapter(Adapter))
+            adapter = _section(load, f"method={name}", "adapter", config_dirs, TypeAdapter(Adapter))
+            if "method" in wanted or not isinstance(adapter, Given):
+                adapters[name] = adapter
         for name in wanted.get("model") or presets.names("model", config_dirs):
             given = name != "custom"  # which is a path to be given
             model = _section(load, f"model={name}", "model", config_dirs, TypeAdapter(Model)) if given else None
@@ -63,14 +65,10 @@ def _section(load: build.Load, override: str, key: str, config_dirs: list[str | 
 
 def attached(model: Model, adapter: Any) -> tuple[int, int | str]:
     """Total parameters, and how many train once the adapter is attached (or why it refuses the model)."""
-    import torch
-
     from gain_cl import adapters, models
 
-    net: Any = models.meta(model)
-    total = sum(p.numel() for p in net.parameters())
-    no_text: Any = None
-    loaded = models.Loaded(net, no_text, torch.device("meta"), 0, 0, 1, "", model.roles)  # attaching reads no text
+    loaded = models.weightless(model)
+    total = sum(p.numel() for p in loaded.model.parameters())
     built = adapters.build(adapter)
     try:
         with warnings.catch_warnings():
@@ -82,26 +80,48 @@ def attached(model: Model, adapter: Any) -> tuple[int, int | str]:
 
 
 def show(table: Table) -> None:
-    """Print the table."""
+    """Print methods as rows and models as columns, in as many tables as the width takes."""
     from rich.console import Console
     from rich.table import Table as RichTable
 
-    methods = list(dict.fromkeys(m for row in table.values() for m in row["methods"]))
-    view = RichTable(title="trainable parameters", title_justify="left", box=None, pad_edge=False)
-    view.add_column("model")
-    for header in ["total", *methods]:
-        view.add_column(header, justify="right")
-    for name, row in table.items():
-        cells = [f"{v:,}" if isinstance(v := row["methods"][m], int) else "refused" for m in methods]
-        view.add_row(name, f"{row['total']:,}", *cells)
     console = Console()
     if not console.is_terminal:
-        console.width = 400  # a pipe has no width: one line a model
-    console.print(view)
+        console.width = WIDTH
+    methods = list(dict.fromkeys(m for row in table.values() for m in row["methods"]))
+    first = max(len(m) for m in [*methods, "method"])
+    for names in _side_by_side(table, console.width - first):
+        view = RichTable(box=None, pad_edge=False, padding=(0, 0, 0, GAP))
+        view.add_column("method", no_wrap=True)
+        for name in names:
+            view.add_column(name, justify="right", no_wrap=True)
+        view.add_row("total", *(f"{table[name]['total']:,}" for name in names), style="dim")
+        for m in methods:
+            view.add_row(m, *(f"{v:,}" if isinstance(v := table[name]["methods"][m], int) else "refused" for name in names))
+        console.print("trainable parameters", style="bold")
+        console.print(view)
+        console.print()
     for name, row in table.items():
         for method, value in row["methods"].items():
             if isinstance(value, str):
-                console.print(f"{method} on {name}: {value}", style="dim", markup=False)
+                console.print(f"{method} on {name}: {value}", style="dim", markup=False, highlight=False, soft_wrap=True)
+
+
+GAP, WIDTH = 2, 120
+"""Blanks between two columns; characters of a line where the output is no terminal."""
+
+
+def _side_by_side(table: Table, width: int) -> list[list[str]]:
+    """The models in groups whose columns fit the width."""
+    groups: list[list[str]] = []
+    left = 0
+    for name, row in table.items():
+        needs = GAP + max(len(name), len(f"{row['total']:,}"))
+        if needs > left or not groups:
+            groups.append([])
+            left = width
+        groups[-1].append(name)
+        left -= needs
+    return groups
 
 
 def _filters(filters: Iterable[str], config_dirs: list[str | Path]) -> dict[str, list[str]]:

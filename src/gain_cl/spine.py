@@ -13,6 +13,7 @@ import os
 import shutil
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -33,7 +34,9 @@ from gain_cl.files import tidy, write_bytes
 if TYPE_CHECKING:
     import torch
 
+    from gain_cl.adapters.base import Adapter
     from gain_cl.domains import Domain, Stream
+    from gain_cl.guards.base import Guard
     from gain_cl.measure import Teller
     from gain_cl.models import Loaded
     from gain_cl.train import Progress
@@ -107,6 +110,8 @@ def execute(config: RunConfig, plan: Plan) -> record.Run:
             return show_again(plan)
         if not plan.finished or config.force:
             checks.inputs(config)  # what is wrong with data or model shows now, before anything is on disk
+            if not plan.folder.exists():  # else an attempt came past this
+                _rehearse(config)
         with lock.owned(plan.folder):
             if plan.finished and not config.force:  # another process finished it while we waited, or was killed at the end
                 if not plan.interrupted:
@@ -225,15 +230,7 @@ def _execute(config: RunConfig, plan: Plan) -> record.Run:
 
         with torch.random.fork_rng():
             torch.manual_seed(train.seed_of("init", config.seed))
-            adapter = adapters.build(config.adapter)
-            adapter.attach(loaded)
-            portable.begin(config.adapter, adapter, loaded)
-            if adapter.trains and not adapter.parameters():
-                raise ConfigError(f"method {config.method} trains nothing on this model", "adapter", "choose another method")
-            if config.handover == "restart" and last > 1 and not adapter.restarts():
-                raise ConfigError(f"the adapter of method {config.method} cannot restart", "handover", "use handover=continue")
-            guard = guards.build(config.guard)
-            guard.attach(loaded, adapter, train.seed_of("guard", config.seed))
+            adapter, guard = _attach(config, loaded, train.seed_of("guard", config.seed))
             if config.compute.gradient_checkpointing:
                 models.checkpoint_activations(loaded.model)
             optimizer: Any = train.optimizer(adapter, config.train) if adapter.trains else None
@@ -381,6 +378,36 @@ def _execute(config: RunConfig, plan: Plan) -> record.Run:
         tracker.finish(run)
     _sweep(plan)
     return run
+
+
+def _attach(config: RunConfig, loaded: Loaded, seed: int) -> tuple[Adapter, Guard]:
+    """Adapter and guard on the untouched model. ConfigError when they do not fit it or each other."""
+    adapter = adapters.build(config.adapter)
+    adapter.attach(loaded)
+    portable.begin(config.adapter, adapter, loaded)
+    if adapter.trains and not adapter.parameters():
+        raise ConfigError(f"method {config.method} trains nothing on this model", "adapter", "choose another method")
+    if config.handover == "restart" and len(config.stages) > 1 and not adapter.restarts():
+        raise ConfigError(f"the adapter of method {config.method} cannot restart", "handover", "use handover=continue")
+    guard = guards.build(config.guard)
+    guard.attach(loaded, adapter, seed)
+    return adapter, guard
+
+
+def _rehearse(config: RunConfig) -> None:
+    """Attach to the model without its weights: what does not fit it is refused in a second, not once stage 0 is scored. What needs
+    weights is left to the real model: PEFT's RuntimeError, and whatever else a plugin does with them."""
+    import torch
+
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # they come when it counts
+        try:
+            _attach(config, models.weightless(config.model), 0)
+        except errors.GainError as error:
+            if not isinstance(error.__cause__, RuntimeError):
+                raise
+        except Exception:
+            return
 
 
 @dataclass(frozen=True)

@@ -428,8 +428,8 @@ class TaskSet:
                     span = slice(start, start := start + len(item.requests))
                     found = logprobs[span]
                     if not np.isfinite(found).all():
-                        where = f"{name}, item {item.id}"
-                        raise DataError(f"log-likelihoods {found.tolist()} are not finite", where, "the model has diverged: lower train.lr")
+                        do = "check the weights; if they were trained here, lower train.lr"
+                        raise DataError(f"log-likelihoods {found.tolist()} are not finite", f"{name}, item {item.id}", do)
                     truncated += any(lm.truncated[span])
                     correct += int(found.argmax() == item.gold)
                     correct_norm += int((found / np.array(item.chars)).argmax() == item.gold)

@@ -25,11 +25,14 @@ def main(argv: list[str]) -> int:
     """Print the comparison, or JSON."""
     parser = Parser(
         "compare",
-        usage="python -m gain_cl compare RUN RUN ... | experiment=NAME [KEY=VALUE ...] [--skill PERCENT] [--results-dir DIR] [--json]",
+        usage="python -m gain_cl compare RUN RUN ... | experiment=NAME [KEY=VALUE ...] [--skill PERCENT] [--equal WHAT] [--json]",
         description="Compare runs, or the finished runs of an experiment: intervals, fronts, equal skill, a verdict per endpoint.",
     )
     parser.add_argument("words", nargs="+", metavar="RUN | experiment=NAME | KEY=VALUE", help="records or run ids; or an experiment")
     parser.add_argument("--skill", type=float, help="own step in %% at which methods are matched (default: the middle of what both reach)")
+    parser.add_argument(
+        "--equal", choices=["skill", "norm", "tokens", "parameters"], default="skill", help="in what methods are made equal"
+    )
     parser.add_argument("--results-dir", default="results", help="where runs/RUN_ID.json are (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_intermixed_args(argv)
@@ -37,8 +40,10 @@ def main(argv: list[str]) -> int:
         raise ConfigError(f"{args.skill} is no change in %", "--skill", "give the own step, e.g. --skill -10")
     study = _study(args.words, Path(args.results_dir))
     skill = math.log1p(args.skill / 100) if args.skill is not None else None
-    found = report(study, skill, Path(args.results_dir))
-    print(json.dumps(found, indent=1, allow_nan=False)) if args.json else _show(study, skill, Path(args.results_dir))
+    if args.json:
+        print(json.dumps(report(study, skill, Path(args.results_dir)), indent=1, allow_nan=False))
+    else:
+        _show(study, skill, args.equal, Path(args.results_dir))
     return 0
 
 
@@ -125,17 +130,28 @@ def _judged(j: Judged) -> dict[str, Any]:
     }
 
 
-def _norms(study: Study, results_dir: Path) -> dict[str, float]:
-    """run id -> norm of the effective weight change at the end, of the runs that were diagnosed."""
+def _diagnosed(study: Study, results_dir: Path) -> dict[str, diagnostics.Stage]:
+    """run id -> what its last stage did to the weights, of the runs that were diagnosed."""
     ids = [run.record.run_id for s in study.settings for run in s.runs.values()]
     found = {run_id: diagnostics.load(results_dir, run_id) for run_id in ids}
-    return {run_id: d.total_norm for run_id, d in found.items() if d is not None and d.total_norm is not None}
+    return {run_id: d.end for run_id, d in found.items() if d is not None and d.end is not None}
+
+
+def _norms(study: Study, results_dir: Path) -> dict[str, float]:
+    return {run_id: end.total_norm for run_id, end in _diagnosed(study, results_dir).items()}
+
+
+def _kl(s: Setting, ends: dict[str, diagnostics.Stage]) -> list[float]:
+    """KL(base || tuned) on the domains learned and on the controls, mean over blocks, nats per token; nan where not measured."""
+    stages = [ends.get(run.record.run_id) for run in s.runs.values()]
+    kinds = [[getattr(e, kind, None) for e in stages] for kind in ("kl_new", "kl_controls")]
+    return [math.nan if None in found else sum(d.nats for d in found if d is not None) / len(found) for found in kinds]
 
 
 # --- as tables ---------------------------------------------------------------------------------------------------------
 
 
-def _show(study: Study, skill: float | None, results_dir: Path) -> None:
+def _show(study: Study, skill: float | None, equal: str, results_dir: Path) -> None:
     out = console()
     out.width = max(out.width, 120) if not out.is_terminal else out.width
 
@@ -157,7 +173,10 @@ def _show(study: Study, skill: float | None, results_dir: Path) -> None:
         say(f"positive control, some setting forgets by {study.forgets:g}%: {reached}")
         say(f"  the most is {control.label}: {_percent(most.estimate)}%")
         say()
-    _equal_skill(study, skill, out)
+    if equal == "skill":
+        _equal_skill(study, skill, out)
+    else:
+        _equal_cost(study, equal, _norms(study, results_dir), out)
     _endpoints(study, out)
     if len(study.methods) > 1:
         _chosen(study, out)
@@ -179,8 +198,9 @@ def _settings(study: Study, results_dir: Path, out: Any) -> None:
     table = _table("Change of perplexity, % (mean over domains)")
     table.add_column("setting", no_wrap=True)
     table.add_column("trains", justify="right")
-    if norms:
-        table.add_column("|dW|", justify="right")
+    ends = _diagnosed(study, results_dir)
+    for head in ("|dW|", "KL new", "KL controls") if norms else ():
+        table.add_column(head, justify="right")
     for metric in shown:
         table.add_column(HEADS[metric], justify="right")
         if metric in ("own_step", "backward"):
@@ -193,8 +213,7 @@ def _settings(study: Study, results_dir: Path, out: Any) -> None:
             method = s.method
         row = [printable(s.label), f"{comparison.axis(s, 'parameters', norms):,.0f}"]
         if norms:
-            norm = comparison.axis(s, "norm", norms)
-            row.append("-" if math.isnan(norm) else f"{norm:.3g}")
+            row += ["-" if math.isnan(x) else f"{x:.3g}" for x in (comparison.axis(s, "norm", norms), *_kl(s, ends))]
         for metric in shown:
             found = comparison.level(s, metric)
             row.append("-" if found is None else terms.percent(found.estimate.value))
@@ -233,6 +252,21 @@ def _equal_skill(study: Study, skill: float | None, out: Any) -> None:
         d = comparison.interval(found)
         values = [terms.percent(x) for x in (found.skill, found.a, found.b, d.value)]
         table.add_row(m, *values, _range(d) if not math.isnan(d.value) else "-", printable(found.reason))
+    out.print(table)
+    out.print()
+
+
+def _equal_cost(study: Study, name: Any, norms: dict[str, float], out: Any) -> None:
+    table = _table(f"Change of perplexity at equal {name}, minus {study.reference} (interpolated over log {name}), %")
+    table.add_column("method", no_wrap=True)
+    for head in (f"at {name}", "own step", "95% interval", "backward", "95% interval"):
+        table.add_column(head, justify="right", no_wrap=True)
+    table.add_column("")
+    for m in (m for m in study.methods if m != study.reference):
+        found = [comparison.at_equal(study, m, study.reference, name, metric, norms) for metric in ("own_step", "backward")]
+        cells = [text for f in found for text in (terms.percent(comparison.interval(f).value), _range(comparison.interval(f)))]
+        at = "-" if math.isnan(found[0].skill) else f"{found[0].skill:.4g}"
+        table.add_row(m, at, *cells, printable(found[0].reason))
     out.print(table)
     out.print()
 
