@@ -551,7 +551,10 @@ def default_packages() -> list[str]:
     chosen = {group: name for part in read("run.yaml")["defaults"] if isinstance(part, dict) for group, name in part.items()}
     sequence = read(f"sequence/{chosen['sequence']}.yaml")
     domains = [read(f"domain/{name}.yaml")["source"]["files"] for name in [*sequence["domains"], *sequence["controls"]]]
-    found = [read(f"model/{chosen['model']}.yaml")["package"], *domains, {"package": tasks.PACKAGE}]
+    model = read(f"model/{chosen['model']}.yaml")
+    while "package" not in model:  # a preset on top of another
+        model = read(f"model/{next(name for name in model['defaults'] if name != '_self_')}.yaml")
+    found = [model["package"], *domains, {"package": tasks.PACKAGE}]
     return list(dict.fromkeys(file["package"] for file in found))
 
 
