@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from gain_cl import build, checks, cli
+from gain_cl import build, checks, cli, presets
 from gain_cl.errors import ConfigError
 
 SMALL = ["sequence=smoke", "tasks=none"]
@@ -38,6 +38,13 @@ BAD = [
     ("optimizer=adam", "unknown key optimizer", "did you mean train.optimizer?"),
     ("modle=gpt2", "unknown key modle", "did you mean model?"),
     ("adapter.sidee=input", "unknown key adapter.sidee", "did you mean adapter.side?"),
+    # keys of another kind: what this kind has, never the key itself
+    ("method=full adapter.init_from=x", "unknown key adapter.init_from (command line)", "; adapter full has select"),
+    ("++guard.strength=1", "unknown key guard.strength (command line)", "; guard none has no settings"),
+    ("method=kl_base guard.fraction=0.5", "unknown key guard.fraction (command line)", "; guard kl_base has strength"),
+    ("method=ewc ++guard.strenght=1", "unknown key guard.strenght", "did you mean guard.strength?"),
+    ("++domains.smoke_a.source.path=x", "unknown key domains.smoke_a.source.path", "; source generated has documents, seed"),
+    ("++domains.smoke_a.licens=x", "unknown key domains.smoke_a.licens", "did you mean domains.smoke_a.licence?"),
     ("domains.smoke_a.source.sed=1", "unknown key domains.smoke_a.source.sed", "did you mean domains.smoke_a.source.seed?"),
     ("domains.smoke_x.source.seed=1", "no such domain in this run", "did you mean smoke_"),
     ("model/foo=bar", "unknown group model/foo", "did you mean model?"),
@@ -316,6 +323,27 @@ def test_params_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert table == {"tiny": {"total": 115_072, "methods": {"gain_attn": 128, "lora": table["tiny"]["methods"]["lora"], "full": 115_072}}}
     assert cli.main(["params", "model=tiny", "method=gain_ffn"]) == 0
     assert "115,072" in capsys.readouterr().out
+
+
+def test_params_table(capsys: pytest.CaptureFixture[str]) -> None:
+    """Methods as rows, whole lines in a pipe: no number is cut, no model left out."""
+    from gain_cl import params
+
+    numbers = {"full": 124_439_808, "gain_ffn": 46_080, "oft": "PEFT refuses: no Conv1D"}
+    params.show({f"a_model_of_some_name_{i:02d}": {"total": 68_976_648_192, "methods": numbers} for i in range(12)})
+    lines = capsys.readouterr().out.splitlines()
+    rows = [line for line in lines if not line.startswith("oft on")]
+    assert max(map(len, rows)) <= 120 and "…" not in "".join(lines)
+    heads = [line.split() for line in rows if line.startswith("method")]
+    assert len(heads) == 3 and [m for h in heads for m in h[1:]] == [f"a_model_of_some_name_{i:02d}" for i in range(12)]
+    assert [row.split()[0] for row in rows[1:6]] == ["method", "total", "full", "gain_ffn", "oft"]
+    assert sum(line.count("124,439,808") for line in lines) == sum(line.count("refused") for line in rows) == 12
+    assert lines[-1] == "oft on a_model_of_some_name_11: PEFT refuses: no Conv1D"
+
+
+def test_params_leave_out_what_trains_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["params", "--json", "model=tiny"]) == 0
+    assert set(json.loads(capsys.readouterr().out)["tiny"]["methods"]) == set(presets.names("method")) - {"given"}
 
 
 # --- processes -------------------------------------------------------------------------------------------------------

@@ -110,6 +110,31 @@ def test_presets_compose_in_any_order() -> None:
     assert build.compose(["debug=smoke", "model=gpt2", "train.steps=9"]).model.name == "gpt2", "the command line has the last word"
 
 
+SHARED = [
+    ["method=lora", "train.lr=1e-3", "seed=1"],
+    ["method=lora", "train.lr=1e-4", "seed=0", "sequence.order=[1,0,2]", "sequence=smoke"],
+    ["~train.lr", "method=lora", "++adapter.config.use_dora=true", "~adapter.config.bias"],
+    ["method=lora", "adapter.config={r: 3}", "+model.roles={attn_out: x}", "output_dir=${oc.env:HOME}", "lr_tuned_on=null"],
+    ["debug=smoke", "method=ewc", "++guard.strength=2", "+domain@domains.law=law", "++domains.law.split.test=0.3", "hydra.verbose=true"],
+]
+
+
+def test_runs_of_the_same_presets_compose_as_hydra_does() -> None:
+    """A session puts values into presets that it has composed already: the result is that of Hydra from the start."""
+    import hydra
+    from omegaconf import OmegaConf
+
+    with build.session() as load:
+        for words in SHARED * 2:
+            assert load(words) == OmegaConf.to_container(hydra.compose("run", overrides=words), resolve=True), words
+        with pytest.raises(Exception, match=r"Could not override 'train\.lrr'"):
+            load(["method=lora", "train.lrr=1"])
+    with build.composer() as compose:
+        both = [compose(["debug=smoke", f"train.lr={lr}", "~track.tags"]) for lr in (1e-3, 1e-2)]
+    assert [c.train.lr for c in both] == [1e-3, 1e-2]
+    assert both[0] == build.compose(["debug=smoke", "train.lr=1e-3", "~track.tags"])
+
+
 PAPER = {  # shared/paper.md: W_O inputs; W_O and W_down inputs. Totals: shared/stack.md
     "gpt2_large": (774_030_080, 46_080, 230_400),
     "mistral": (7_241_732_096, 131_072, 589_824),

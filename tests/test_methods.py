@@ -261,7 +261,7 @@ def test_the_counts_in_the_documentation_are_those_of_params(capsys: pytest.Capt
     counted = json.loads(capsys.readouterr().out)["smollm2"]["methods"]
     sections = re.split(r"^### `", (ROOT / "docs/methods.md").read_text(), flags=re.M)[1:]
     told = {s.split("`")[0]: [int(n.replace(",", "")) for n in re.findall(r"\[([\d,]+)\]", s.split("\n## ")[0])] for s in sections}
-    assert counted == {method: (numbers or [0])[0] for method, numbers in told.items()}
+    assert counted == {method: (numbers or [0])[0] for method, numbers in told.items() if method != "given"}  # which trains nothing
     rates = {s.split("`")[0]: re.findall(r"[Rr]ate,? (\d(?:\.\d)?e-\d)", s.split("\n## ")[0]) for s in sections}
     for method, found in rates.items():
         row = yaml.safe_load((presets.configs_dir() / "method" / f"{method}.yaml").read_text())

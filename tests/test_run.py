@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import gain_cl
 from conftest import tiny
@@ -224,7 +224,7 @@ def test_non_finite_score_is_never_a_number(tmp_path: Path, monkeypatch: pytest.
     from gain_cl import evaluate
 
     monkeypatch.setattr(evaluate, "token_nll", lambda hidden, *_: torch.full((len(hidden),), float("nan")))
-    with pytest.raises(DataError, match="the loss of 8 documents is not finite"):
+    with pytest.raises(DataError, match=r"the loss of 8 documents is not finite .*; check the weights; if they were trained here, lower"):
         go(tmp_path)
     assert not list(tmp_path.glob("results/**/*"))
     (failure,) = tmp_path.glob("runs/*/failure.json")
@@ -269,6 +269,51 @@ def test_a_model_folder_of_ones_own(tmp_path: Path) -> None:
     )
     assert made.record.model == "my-gpt2" and "folder" in made.record.pins["model"]
     assert any("was chosen on smollm2, not on my-gpt2" in n for n in made.record.notes)
+
+
+OTHER_TYPE = ["method=oft", *(f"~adapter.config.{k}" for k in ("oft_block_size", "use_cayley_neumann", "num_cayley_neumann_terms"))]
+OTHER_TYPE += ["~adapter.config.module_dropout", "~adapter.config.bias"]
+
+
+def gpt2(folder: Path) -> list[str]:
+    """Overrides of a run on a tiny GPT-2 in a folder."""
+    loaded = tiny("gpt2")
+    loaded.model.save_pretrained(folder)
+    loaded.tokenizer.save_pretrained(folder)
+    return [f"model.path={folder}", "train.block=32", "train.batch_tokens=64", "eval.context=64", "eval.window=32"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["method=oft"], "PEFT refuses: .*OFT on gpt2"),
+        ([*OTHER_TYPE, "adapter.peft_type=OSF"], "OSF trains nothing"),
+        (["method=lora", "adapter.config.target_modules=[wte]"], "changes the input embedding"),
+    ],
+    ids=["OFT", "OSF", "embedding"],
+)
+def test_what_cannot_be_attached_is_refused_before_anything(words: list[str], said: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=said):
+        go(tmp_path, *gpt2(tmp_path / "net"), *words)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["net"], "a mistake leaves nothing on disk"
+
+
+def test_a_folder_counts_before_the_architecture_of_a_preset(tmp_path: Path) -> None:
+    """model=tiny is a Llama, and OFT fits it; the folder is a GPT-2."""
+    with pytest.raises(ConfigError, match="OFT on gpt2"):
+        go(tmp_path, "model=tiny", *gpt2(tmp_path / "net"), "method=oft")
+
+
+def test_what_needs_weights_to_attach_runs(tmp_path: Path) -> None:
+    """Without weights PEFT cannot make this adapter and a plugin fails: that proves nothing."""
+    words = ["domain=[smoke_a]", "sequence.controls=[]", "train.steps=1"]
+    assert go(tmp_path, *words, *OTHER_TYPE, "adapter.peft_type=FROD").record.trainable_parameters > 0
+    code = (
+        "from gain_cl import guards\nfrom gain_cl.guards.base import Guard\nclass Reads(Guard):\n"
+        "    def attach(self, loaded, adapter, seed):\n        assert loaded.tokenizer.eos_token_id == 0\nguards.register('reads', Reads)\n"
+    )
+    (tmp_path / "plug.py").write_text(code)
+    assert go(tmp_path, *words, "guard.kind=reads", f"++plugins=['{tmp_path}/plug.py']").record.method == "gain_ffn"
 
 
 # --- the hub, without a hub ------------------------------------------------------------------------------------------
@@ -371,6 +416,44 @@ def test_end_token_and_prefix(tmp_path: Path) -> None:
     assert (ready.prefix_id, ready.separator_id) == (5, 6)
     with pytest.raises(DataError, match="prefix_token_id=999 has no embedding row"):
         models.load(model.model_copy(update={"prefix_token_id": 999, "separator_token_id": 6}), torch.device("cpu"))
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["own head", "tied head"])
+def test_weights_must_be_the_models(family: str, tied: bool, tmp_path: Path) -> None:
+    """What a checkpoint lacks would get random values: it is refused, whatever the family; what no model reads is passed over."""
+    tiny(family, tie_word_embeddings=tied).model.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    good = load_file(file)
+    layer = next(n for n, t in good.items() if t.dim() == 2 and ".1." in n)
+    head = [n for n in good if n in ("lm_head.weight", "embed_out.weight")]
+    assert bool(head) is not tied
+
+    def parameters(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        save_file(tensors, file, {"format": "pt"})
+        return models.parameters_of(tmp_path, "float32")
+
+    old = {"x.0.attn.masked_bias": torch.ones(1), "x.0.rotary_emb.inv_freq": torch.ones(4), "model.decoder.version": torch.ones(1)}
+    assert all(torch.equal(t, good[n]) for n, t in parameters({**good, **old}).items() if n in good)
+    wrong: list[tuple[str, dict[str, torch.Tensor]]] = [
+        (layer, {n: t for n, t in good.items() if n != layer}),
+        (layer, {**good, layer: torch.ones(3, 3)}),
+        ("v_head.weight", {**good, "v_head.weight": torch.ones(3)}),
+        *(("lm_head.weight", {k: t for k, t in good.items() if k != n}) for n in head),  # GPT-NeoX has another name for it in files
+    ]
+    for name, tensors in wrong:
+        with pytest.raises(DataError, match=rf"1 tensors .* first (\w+\.)?{name} \(.*; save the model again"):
+            parameters(tensors)
+
+
+def test_a_run_on_weights_with_a_gap_is_refused(tmp_path: Path) -> None:
+    folder = save(tmp_path / "net")
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"], tensors["model.norm.weight"]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(
+        DataError, match=r"2 tensors are missing, unknown or of another shape, first model\.layers\.1\.mlp\.up_proj\.weight"
+    ):
+        models.load(config.Model(name="gap", path=str(folder), dtype="float32"), torch.device("cpu"))
 
 
 def test_chunked_head_is_checked_against_the_model(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,9 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from rich.console import Console
+from scipy.stats import binomtest
 
 import synthetic
-from gain_cl import matrix, record, show, terms
+from gain_cl import cli, matrix, record, show, terms
 from gain_cl.errors import DataError
 from gain_cl.figures import heatmap
 from gain_cl.tables import matrix as matrix_table
@@ -151,10 +152,19 @@ def test_task_block(run: record.Run) -> None:
     shown = line(text, "accuracy").replace(" to ", " ").split()[1:]
     assert [float(x) for x in shown] == pytest.approx([before, after, change.value, change.low, change.high], abs=0.00051)
     lost, gained, _ = items.flips(run.items, "boolq@100", 0, 8)
-    assert f"flips: {lost} right to wrong, {gained} wrong to right, of 100" in text
+    p = binomtest(lost, lost + gained).pvalue
+    assert p > 0.01 and f"flips: {lost} right to wrong, {gained} wrong to right, of 100 (McNemar p {p:.2f})\n" in text
     for row in ("margin (nats)", "AUC", "balanced accuracy"):
         assert line(text, row)
     assert "limited" not in text
+
+
+@pytest.mark.parametrize(("lost", "gained", "p"), [(4, 3, "1.00"), (0, 0, "1.00"), (9, 1, "0.02"), (20, 2, "0.0001")])
+def test_flips_with_their_chance(run: record.Run, monkeypatch: pytest.MonkeyPatch, lost: int, gained: int, p: str) -> None:
+    from gain_cl import items
+
+    monkeypatch.setattr(items, "flips", lambda *_: items.Flips(lost, gained, 100))
+    assert f"flips: {lost} right to wrong, {gained} wrong to right, of 100 (McNemar p {p})\n" in printed(run)
 
 
 def test_a_limited_task_says_so(tmp_path: Path) -> None:
@@ -243,6 +253,84 @@ def test_a_record_that_disagrees_with_its_documents(tmp_path: Path, fault: str) 
 def test_no_heavy_import() -> None:
     code = "import sys, gain_cl.show, gain_cl.tables.matrix; print({'torch', 'transformers', 'matplotlib', 'wandb'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
+
+
+# --- as shipped ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def shipped(tmp_path_factory: pytest.TempPathFactory) -> record.Run:
+    """A run on the same text, with the losses of another model."""
+    made = synthetic.run(tmp_path_factory.mktemp("shipped") / "s.json", seed=0, learn=0.3)
+    made.documents.nll_nats *= 1.1
+    for stage in made.record.stages:
+        stage.domains = {d: s.model_copy(update={"nll_nats": s.nll_nats * 1.1}) for d, s in stage.domains.items()}
+    made.record.run_id, made.record.model = "asmade-gain_ffn-offline-s0-0123456789", "asmade"
+    return record.save(made.record, made.documents, made.items, made.path.with_name(f"{made.record.run_id}.json"))
+
+
+def beside(run: record.Run, shipped: record.Run, width: int = 120) -> str:
+    out = io.StringIO()
+    show.render(run, {}, Console(file=out, width=width), shipped=shipped)
+    return out.getvalue()
+
+
+def test_the_model_as_shipped_stands_above_stage_0(run: record.Run, shipped: record.Run) -> None:
+    text = beside(run, shipped)
+    lines = text.splitlines()
+    at = lines.index(line(text, "as shipped"))
+    assert lines[at + 1].startswith("0 pretrained")
+    values = [float(x) for x in lines[at].removeprefix("as shipped").split() if x != "|"]
+    assert values == pytest.approx(shipped.matrix.iloc[0].tolist(), abs=0.0051)
+    assert f"as shipped: asmade, stage 0 of {shipped.record.run_id}" in text
+    del lines[at]
+    others = [x for x in lines if "as shipped" not in x]
+    assert re.findall(r"\S*\d\S*", "\n".join(others)) == re.findall(r"\S*\d\S*", printed(run, files={}))  # the run's own, as ever
+
+
+@pytest.mark.parametrize("width", [100, 60, 40])
+def test_as_shipped_in_narrow_terminals(run: record.Run, shipped: record.Run, width: int) -> None:
+    text = beside(run, shipped, width)
+    table = text.split("Perplexity after each stage")[1].split("Change of perplexity")[0]
+    tables = table[: table.index("* learned")]
+    assert max(map(len, tables.splitlines())) <= width and "…" not in tables
+    rows = [x for x in tables.splitlines() if x.startswith("as shipped")]
+    numbers = [float(x) for row in rows for x in re.findall(r"\d+\.\d\d", row)]
+    assert numbers == pytest.approx(shipped.matrix.iloc[0].tolist(), abs=0.0051)
+
+
+def test_as_shipped_on_other_text_is_refused(run: record.Run, shipped: record.Run, tmp_path: Path) -> None:
+    names = f"{shipped.record.run_id} and {run.record.run_id}"
+    for what, change in {
+        "protocol": {"protocol": "ppl-test-first64x32-prefix0-ctx1024"},
+        "domains": {"controls": ["geography"]},
+        "test documents": {"pins": {"validation": {"law": "0"}}},
+    }.items():
+        other = record.Run(shipped.record.model_copy(update=change), shipped.documents, shipped.items, shipped.path)
+        with pytest.raises(DataError, match=rf"different {what}: .* \({names}\)"):
+            beside(run, other)
+    reordered = shipped.record.model_copy(update={"trained": shipped.record.trained[::-1]})  # nothing to stage 0
+    assert beside(run, record.Run(reordered, shipped.documents, shipped.items, shipped.path)) == beside(run, shipped)
+    other = synthetic.run(tmp_path / "r.json", seed=1)  # as many documents, of other lengths
+    with pytest.raises(DataError, match="different scored text"):
+        beside(run, other)
+
+
+def test_show_shipped(run: record.Run, shipped: record.Run, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    words = ["show", "--results-dir", str(tmp_path), str(run.path), "--shipped"]
+    assert cli.main([*words, str(shipped.path)]) == 0
+    out = capsys.readouterr().out
+    assert line(out, "as shipped") and out.splitlines()[-1] == f"record: {run.path}"
+    (tmp_path / "runs").mkdir()
+    for path in (shipped.path, record.items_path(shipped.path)):
+        (tmp_path / "runs" / path.name).write_bytes(path.read_bytes())
+    assert cli.main([*words, "asmade"]) == 0 and line(capsys.readouterr().out, "as shipped")
+    assert cli.main([*words, "nosuch"]) == 64
+    other = synthetic.run(tmp_path / "r.json", bases={"a": 20.0}, controls=[])
+    capsys.readouterr()
+    assert cli.main([*words, str(other.path)]) == 65
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("gain_cl: error: different domains") and err.count("\n") == 1
 
 
 # --- CSV -------------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Continual-learning experiments for language models. From Python: ``run``, ``load``, ``attach_gains`` (see api.py).
+"""Continual-learning experiments for language models. From Python: ``run``, ``load``, ``compare``, ``attach_gains`` (see api.py).
 
 Importing the package imports nothing heavy; its names are resolved when they are used.
 """
@@ -8,9 +8,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gain_cl.api import attach_gains, load, run
+    from gain_cl.api import attach_gains, compare, load, run
 
-__all__ = ["__version__", "attach_gains", "load", "run"]
+__all__ = ["__version__", "attach_gains", "compare", "load", "run"]
 
 
 def __getattr__(name: str) -> Any:
@@ -22,7 +22,7 @@ def __getattr__(name: str) -> Any:
         from gain_cl.record import load
 
         return load
-    if name in ("attach_gains", "run"):
+    if name in ("attach_gains", "compare", "run"):
         from gain_cl import api
 
         return getattr(api, name)

@@ -7,6 +7,7 @@ Hydra composes twice. The first time shows which domains the sequence names; the
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib.util
 import re
 import sys
@@ -34,13 +35,23 @@ def compose(overrides: Iterable[str] = (), config_dirs: Paths = (), plugins: Pat
     overrides: Hydra's grammar, plus ``domain=[a,b]`` and a bare ``model.path=``. config_dirs: folders with more presets.
     plugins: python files to import, which register adapters or guards. ConfigError for every mistake.
     """
-    return _compose(overrides, config_dirs, plugins)[0]
+    with composer(config_dirs, plugins) as one:
+        return one(overrides)
+
+
+@contextlib.contextmanager
+def composer(config_dirs: Paths = (), plugins: Paths = ()) -> Iterator[Callable[[Iterable[str]], RunConfig]]:
+    """``compose`` for many runs: those of the same presets share most of the work."""
+    config_dirs, plugins = list(config_dirs), list(plugins)
+    with session(config_dirs) as load:
+        yield lambda overrides: _compose(load, overrides, config_dirs, plugins)[0]
 
 
 def spell_out(overrides: Iterable[str], config_dirs: Paths = (), plugins: Paths = ()) -> list[str]:
     """The overrides of a valid run in plain Hydra, with what gain_cl adds to them: for ``--cfg job``."""
     config_dirs = list(config_dirs)
-    return [*search_path(config_dirs), *_compose(overrides, config_dirs, plugins)[1]]
+    with session(config_dirs) as load:
+        return [*search_path(config_dirs), *_compose(load, overrides, config_dirs, plugins)[1]]
 
 
 def jobs(overrides: Iterable[str], config_dirs: Paths = (), plugins: Paths = ()) -> list[list[str]]:
@@ -55,11 +66,12 @@ def jobs(overrides: Iterable[str], config_dirs: Paths = (), plugins: Paths = ())
         parsed = parser.parse_overrides(rewrite(overrides, config_dirs, plugins, sweep=True))
         product = BasicSweeper.split_arguments([o for o in parsed if not o.is_hydra_override()], None)[0]
     seen: list[RunConfig] = []
-    for job in product:
-        config = compose(job, config_dirs)
-        if config in seen:
-            raise ConfigError(f"two runs of the multirun are the same: {' '.join(job)}", "command line", "remove the repeated value")
-        seen.append(config)
+    with composer(config_dirs) as one:
+        for job in product:
+            config = one(job)
+            if config in seen:
+                raise ConfigError(f"two runs of the multirun are the same: {' '.join(job)}", "command line", "remove the repeated value")
+            seen.append(config)
     return product
 
 
@@ -102,17 +114,38 @@ def session(config_dirs: Paths = ()) -> Iterator[Load]:
     """Hydra over the presets; yields overrides -> the composed configuration as plain data."""
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
+    from hydra._internal.config_loader_impl import ConfigLoaderImpl
     from hydra.core.global_hydra import GlobalHydra
-    from omegaconf import OmegaConf
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from omegaconf import DictConfig, OmegaConf, open_dict
 
     more = search_path(config_dirs)
+    known: dict[tuple[str, ...], DictConfig] = {}  # overrides that choose presets -> what they compose: most of Hydra's time
 
-    def load(overrides: Iterable[str]) -> dict[str, Any]:
+    def by_hydra(overrides: Iterable[str]) -> DictConfig:
         composed = hydra_compose("run", overrides=[*more, *overrides], return_hydra_config=True)
         _own_parts(OmegaConf.to_container(composed.hydra, resolve=False))
         OmegaConf.set_readonly(composed, False)
-        OmegaConf.set_struct(composed, False)
-        del composed["hydra"]
+        with open_dict(composed):
+            del composed["hydra"]
+        return composed
+
+    def quickly(overrides: list[str]) -> DictConfig:
+        """As by_hydra, the values put, as it does it, into presets that may be composed already."""
+        values = [o for o in overrides if _is_value(key_of(o))]
+        choices = tuple(o for o in overrides if o not in values)
+        if choices not in known:
+            known[choices] = by_hydra(choices)
+        composed = copy.deepcopy(known[choices])
+        ConfigLoaderImpl._apply_overrides_to_config(OverridesParser.create().parse_overrides(values), composed)
+        return composed
+
+    def load(overrides: Iterable[str]) -> dict[str, Any]:
+        overrides = list(overrides)
+        try:
+            composed = quickly(overrides)
+        except Exception:  # its own words say what is wrong
+            composed = by_hydra(overrides)
         return typing.cast("dict[str, Any]", OmegaConf.to_container(composed, resolve=True))
 
     outer = GlobalHydra.instance().hydra  # of a multirun, or of a program that calls us
@@ -122,6 +155,11 @@ def session(config_dirs: Paths = ()) -> Iterator[Load]:
             yield load
     finally:
         GlobalHydra.instance().hydra = outer
+
+
+def _is_value(key: str) -> bool:
+    """Whether an override of the key sets a value and chooses no preset."""
+    return key.split(".")[0] in RunConfig.model_fields and key not in presets.groups() and not {"@", "/"} & set(key)
 
 
 HYDRAS = re.compile(r"(hydra\._internal\.core_plugins|hydra_plugins)\.[\w.]+")
@@ -150,12 +188,11 @@ def search_path(config_dirs: Paths) -> list[str]:
     return [f"hydra.searchpath=[{','.join(more)}]"] if more else []
 
 
-def _compose(overrides: Iterable[str], config_dirs: Paths, plugins: Paths) -> tuple[RunConfig, list[str]]:
-    """The configuration, and the overrides in plain Hydra that produce it."""
-    config_dirs = list(config_dirs)
+def _compose(load: Load, overrides: Iterable[str], config_dirs: list[str | Path], plugins: Paths) -> tuple[RunConfig, list[str]]:
+    """The configuration, and the overrides in plain Hydra that produce it. load: of a session over config_dirs."""
     words = rewrite(overrides, config_dirs, plugins)
     where = search_path(config_dirs)
-    with session(config_dirs) as load, explained(Given([*where, *words], config_dirs)):
+    with explained(Given([*where, *words], config_dirs)):
         late = [o for o in words if key_of(o).startswith("domains.")]
         early = [o for o in words if o not in late]
         final = [*early, *_implied(load(early), Given([*where, *words], config_dirs)), *late]

@@ -247,14 +247,20 @@ def _score(argv: list[str]) -> int:
 
 
 def _show(argv: list[str]) -> int:
-    parser = Parser("show", usage="python -m gain_cl show [--results-dir DIR] RECORD.json|RUN_ID", description="Print a finished run.")
+    parser = Parser(
+        "show",
+        usage="python -m gain_cl show [--shipped RECORD.json|RUN_ID] [--results-dir DIR] RECORD.json|RUN_ID",
+        description="Print a finished run.",
+    )
     parser.add_argument("run", help="path of a record, or a run id (its beginning is enough)")
+    parser.add_argument("--shipped", metavar="RUN", help="a run of the model as shipped: its stage 0 is shown above the run's")
     parser.add_argument("--results-dir", default="results", help="where runs/RUN_ID.json are (default: %(default)s)")
     args = parser.parse_args(argv)
     from gain_cl import record, show
 
     path = find_record(args.run, Path(args.results_dir))
-    show.render(record.load(path))
+    shipped = record.load(find_record(args.shipped, Path(args.results_dir))) if args.shipped is not None else None
+    show.render(record.load(path), shipped=shipped)
     print(f"record: {path}")
     return 0
 

@@ -9,13 +9,13 @@ margin:TASK, accuracy:TASK (change from the pretrained model to the end; above 0
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from scipy import stats
 
 from gain_cl import fronts, inference, items
 from gain_cl.config import RunConfig
@@ -45,9 +45,14 @@ class Setting:
     def label(self) -> str:
         return label(self.method, self.values)
 
+    @property
+    def trained(self) -> bool:
+        """Whether it was, and not interpolated from what was."""
+        return all(run.record.interpolated is None for run in self.runs.values())
+
     @cached_property
     def matrices(self) -> dict[Block, LossMatrix]:
-        return {block: _matrix(run) for block, run in self.runs.items()}
+        return {block: loss_matrix(run) for block, run in self.runs.items()}
 
     def parts(self, metric: str, block: Block) -> Parts | None:
         """What the metric is a ratio of in a block; None where it does not exist."""
@@ -72,7 +77,10 @@ _METRIC = {f.__name__: f for f in METRICS}
 
 @dataclass(frozen=True)
 class Study:
-    """Settings that may be compared, and what was declared of them beforehand (nothing, for runs named on a command line)."""
+    """Settings that may be compared, and what was declared of them beforehand (nothing, for runs named on a command line).
+
+    forgets: % of perplexity, see positive_control; skill: own step in nats at which methods are matched (None: common_skill);
+    absent: method -> how many of its runs are not finished."""
 
     name: str
     question: str
@@ -80,10 +88,10 @@ class Study:
     chosen: dict[str, Setting]
     reference: str
     endpoints: list[Endpoint]
-    forgets: float  # %, see positive_control
-    skill: float | None  # nats
+    forgets: float
+    skill: float | None
     alpha: float
-    missing: list[str] = field(default_factory=list)
+    absent: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     @cached_property
@@ -111,25 +119,33 @@ class Compared(NamedTuple):
 
 
 class Judged(NamedTuple):
-    """An endpoint, what was measured, tests adjusted over all endpoints (Holm), and the verdict with what limits it."""
+    """An endpoint, what was measured, tests adjusted over all endpoints (Holm), and the verdict with what limits it. skill: own step
+    in nats at which a matched endpoint was read."""
 
     endpoint: Endpoint
     compared: Compared | None
     tests: Tests
     verdict: Verdict
     why: str
+    skill: float | None = None
+
+
+INTERPOLATED = "fronts hold interpolated models (alpha), which the experiment did not declare"
+NOT_INTERPOLATED = "no interpolated models beside these runs: python -m gain_cl interpolate RUN --records makes them"
 
 
 # --- making a study ----------------------------------------------------------------------------------------------------
 
 
-def from_experiment(experiment: Experiment, runs: dict[tuple[str, int], Run], missing: list[str]) -> Study:
-    """Of the finished runs of an experiment. runs: (label of the setting, block) -> run; missing: those that are not there, in words."""
-    settings = []
+def from_experiment(
+    experiment: Experiment, runs: dict[tuple[str, int], Run], between: dict[tuple[str, int], list[Run]] | None = None
+) -> Study:
+    """Of the finished runs of an experiment. runs: (label of the setting, block) -> run; between: records that were interpolated
+    from a run, further settings of its method, of which nothing was declared."""
+    settings: list[Setting] = []
     for method, values in experiment.settings():
-        mine = {_block(run): run for (name, _), run in runs.items() if name == label(method, values)}
-        if mine:
-            settings.append(Setting(method, values, mine))
+        mine = [(key, run) for key, run in runs.items() if key[0] == label(method, values)]
+        settings += _by_alpha(method, values, [r for key, run in mine for r in (run, *(between or {}).get(key, []))])
     if not settings:
         raise DataError(f"no run of {experiment.name} is finished", "results", f"python -m gain_cl status experiment={experiment.name}")
     chosen = {}
@@ -148,7 +164,10 @@ def from_experiment(experiment: Experiment, runs: dict[tuple[str, int], Run], mi
         forgets=experiment.forgets,
         skill=None if experiment.skill is None else math.log1p(experiment.skill / 100),
         alpha=experiment.alpha,
-        missing=missing,
+        absent=dict(
+            Counter(m for m, values in experiment.settings() for k in range(experiment.blocks) if (label(m, values), k) not in runs)
+        ),
+        notes=[] if between is None else [INTERPOLATED if any(between.values()) else NOT_INTERPOLATED],
     )
     return _checked(study)
 
@@ -166,10 +185,7 @@ def from_records(runs: Iterable[Run]) -> Study:
         for run in mine:
             groups.setdefault(repr([flat[id(run)].get(key) for key in keys]), []).append(run)
         for group in groups.values():
-            by_block = {_block(run): run for run in group}
-            if len(by_block) < len(group):
-                raise DataError(f"two runs of {method} are the same", group[0].record.run_id, "name each once")
-            settings.append(Setting(method, {key: flat[id(group[0])].get(key) for key in keys}, by_block))
+            settings += _by_alpha(method, {key: flat[id(group[0])].get(key) for key in keys}, group)
     chosen = {s.method: s for s in reversed(settings)}
     return _checked(
         Study(
@@ -184,6 +200,17 @@ def from_records(runs: Iterable[Run]) -> Study:
             alpha=0.05,
         )
     )
+
+
+def _by_alpha(method: str, values: Values, runs: list[Run]) -> list[Setting]:
+    """A setting of each alpha, trained runs (1, which is not said) first."""
+    found: dict[float, dict[Block, Run]] = {}
+    for run in runs:
+        blocks = found.setdefault(run.record.alpha, {})
+        if _block(run) in blocks:
+            raise DataError(f"two runs of {method} are the same", run.record.run_id, "name each once")
+        blocks[_block(run)] = run
+    return [Setting(method, values if a == 1 else {**values, "alpha": a}, found[a]) for a in sorted(found, key=lambda a: (a != 1, a))]
 
 
 def _block(run: Run) -> Block:
@@ -201,9 +228,10 @@ SAME = {
     "protocol": lambda r: r.protocol,
     "model": lambda r: r.pins.get("model", r.model),
     "trained domains": lambda r: sorted(r.trained),
-    "controls": lambda r: r.controls,
+    "controls": lambda r: sorted(r.controls),
+    "training text": lambda r: r.pins.get("domains"),
     "test documents": lambda r: r.pins.get("validation"),
-    "dtype": lambda r: r.config["model"]["dtype"],
+    "dtype": lambda r: (r.config["model"]["dtype"], r.config["model"].get("load_in")),
 }
 """What runs must share to be compared."""
 
@@ -219,6 +247,16 @@ def _checked(study: Study) -> Study:
             if of(run.record) != of(first.record):
                 names = f"{first.record.run_id} and {run.record.run_id}"
                 raise DataError(f"runs of different {what} cannot be compared", names, "compare runs that share it")
+    for task in {task for run in runs for s in run.record.stages for task in s.tasks}:
+        asked = {}
+        for run in runs:
+            rows = run.items[run.items.task == task]
+            if len(rows):
+                asked[run.record.run_id] = (run.record.config["tasks"]["fewshot"], *sorted(set(rows["item"])))
+        if len(set(asked.values())) > 1:
+            other = next(k for k, v in asked.items() if v != next(iter(asked.values())))
+            names = f"{next(iter(asked))} and {other}"
+            raise DataError(f"{task} has other items or examples", names, "compare runs that answered the same")
     notes = list(study.notes)
     swept = {key for s in study.settings for key in s.values}
     for key in BUDGET:
@@ -231,7 +269,8 @@ def _checked(study: Study) -> Study:
     return replace(study, notes=notes)
 
 
-def _matrix(run: Run) -> LossMatrix:
+def loss_matrix(run: Run) -> LossMatrix:
+    """From the run's documents. DataError: they are not paired."""
     try:
         return LossMatrix.from_documents(run.documents, run.record.trained, run.record.controls, run.record.regime)
     except ValueError as error:
@@ -239,10 +278,11 @@ def _matrix(run: Run) -> LossMatrix:
 
 
 def _item_parts(run: Run, name: str, task: str) -> Parts | None:
-    stages = [s.index for s in run.record.stages if task in s.tasks]
-    if len(stages) < 2:
+    """Change of each item's margin (nats) or correctness from the pretrained model to the end; None where it was not scored at both."""
+    ends = [run.record.stages[0], run.record.stages[-1]]
+    if not all(task in s.tasks and not s.tasks[task].limited for s in ends):
         return None
-    before, after = (items.answers(run.items, task, stage) for stage in (stages[0], stages[-1]))
+    before, after = (items.answers(run.items, task, s.index) for s in ends)
     of = items.margin if name == "margin" else items.correct
     change = np.asarray(of(after), dtype=np.float64) - of(before)
     return {task: (change, np.ones(len(change)))}
@@ -315,8 +355,14 @@ def front(settings: list[Setting], block: Block) -> fronts.Front:
 def matched(study: Study, a: str, b: str, skill: float | None = None) -> fronts.Matched:
     """Backward change of two methods at equal own step, a minus b, in the blocks that have both."""
     shared = [k for k in study.blocks if any(k in s.runs for s in study.of(a)) and any(k in s.runs for s in study.of(b))]
+    if not shared:
+        return NOTHING._replace(reason=f"no block has runs of both {a} and {b}")
     sides = [[front(study.of(m), block) for block in shared] for m in (a, b)]
     return fronts.matched(sides[0], sides[1], study.skill if skill is None else skill)
+
+
+_NONE = Estimate(math.nan, math.nan, math.nan, 0)
+NOTHING = fronts.Matched(math.nan, math.nan, math.nan, np.array([]), None, _NONE, _NONE, "")
 
 
 def interval(found: fronts.Matched) -> Estimate:
@@ -336,35 +382,33 @@ def axis(setting: Setting, name: Axis, norms: dict[str, float]) -> float:
 def at_equal(study: Study, a: str, b: str, name: Axis, metric: str, norms: dict[str, float]) -> fronts.Matched:
     """A metric of two methods at equal cost, a minus b, interpolated over log cost in the blocks that have both. The cost (skill of
     what is returned) is the geometric middle of what both methods' settings cover; reason says why there is none."""
-    shared = [k for k in study.blocks if all(k in s.runs for m in (a, b) for s in study.of(m))]
-    costs = {m: np.array([axis(s, name, norms) for s in study.of(m)]) for m in (a, b)}
-    none = Estimate(math.nan, math.nan, math.nan, 0)
-    nothing = fronts.Matched(math.nan, math.nan, math.nan, np.array([]), None, none, none, "")
+    sides = {m: [s for s in study.of(m) if s.trained] for m in (a, b)}  # what is interpolated cost what its run did
+    shared = [k for k in study.blocks if all(k in s.runs for side in sides.values() for s in side)]
+    costs = {m: np.array([axis(s, name, norms) for s in side]) for m, side in sides.items()}
     if any(np.isnan(x).any() for x in costs.values()):
-        return nothing._replace(
+        return NOTHING._replace(
             reason=f"{name} not known of every setting" + (": python -m gain_cl diagnose RUN" if name == "norm" else "")
         )
     if alike := [m for m, x in costs.items() if len(np.unique(x)) < len(x) or len(x) < 2]:
-        return nothing._replace(reason=f"the settings of {' and '.join(alike)} do not differ in {name}: nothing to interpolate")
+        return NOTHING._replace(reason=f"the settings of {' and '.join(alike)} do not differ in {name}: nothing to interpolate")
     low, high = max(x.min() for x in costs.values()), min(x.max() for x in costs.values())
     if low > high or not shared:
-        return nothing._replace(reason=f"no {name} that both methods reach" if shared else "no block has every setting of both")
+        return NOTHING._replace(reason=f"no {name} that both methods reach" if shared else "no block has every setting of both")
     level_ = math.sqrt(low * high)
 
+    parts = {m: [[s.parts(metric, k) for s in study.of(m)] for k in shared] for m in (a, b)}
+    if lacking := [m for m in (a, b) if any(p is None for row in parts[m] for p in row)]:
+        return NOTHING._replace(reason=f"{metric} does not exist for {' and '.join(lacking)}")
+
     def read(m: str) -> tuple[np.ndarray, np.ndarray]:
-        """(blocks,) and (resamples,), the mean over blocks."""
-        parts = [[s.parts(metric, k) or {} for s in study.of(m)] for k in shared]
-        values = np.array([[_ratio(p) for p in row] for row in parts])
-        draws = np.mean([np.stack([inference.resampled(p) for p in row], axis=1) for row in parts], axis=0)
+        """(blocks,) and (blocks, resamples)."""
+        values = np.array([[_ratio(p or {}) for p in row] for row in parts[m]])
+        draws = np.stack([np.stack([inference.resampled(p or {}) for p in row], axis=1) for row in parts[m]])
         return fronts.at_equal(costs[m], values, level_), fronts.at_equal(costs[m], draws, level_)
 
     (va, ra), (vb, rb) = read(a), read(b)
-    n = min(len(z) for z, _ in (study.of(a)[0].parts(metric, shared[0]) or {}).values())
-    error = inference.Error(float(np.std(ra - rb, ddof=1) * math.sqrt(n / (n - 1))), n - 1.0)
-    value = float(np.mean(va - vb))
-    half = float(stats.t.ppf(0.975, error.df)) * error.standard_error
-    over = Estimate(value, value - half, value + half, n)
-    return fronts.Matched(level_, float(va.mean()), float(vb.mean()), va - vb, error, over, inference.blocks(va - vb, documents=error), "")
+    n = min(len(z) for row in parts[a] for p in row for z, _ in (p or {}).values())
+    return fronts.of_resamples(level_, va, vb, ra - rb, n)
 
 
 # --- verdicts ----------------------------------------------------------------------------------------------------------
@@ -372,20 +416,25 @@ def at_equal(study: Study, a: str, b: str, name: Axis, metric: str, norms: dict[
 
 def positive_control(study: Study) -> tuple[Setting | None, Compared | None, bool]:
     """The setting that forgets most, its backward change, and whether that reaches study.forgets: where nothing forgets, that a
-    method does not is no finding."""
-    found = [(s, c) for s in study.settings if (c := level(s, "backward")) is not None]
+    method does not is no finding. Only settings that learned something, in every block, and whose interval lies above 0 count."""
+    found = []
+    for s in study.settings:
+        own, back = level(s, "own_step"), level(s, "backward")
+        if own is not None and back is not None and own.estimate.value < 0 and s.trained and len(s.runs) == len(study.blocks):
+            found.append((s, back))
     if not found:
         return None, None, False
     setting, most = max(found, key=lambda pair: pair[1].estimate.value)
-    return setting, most, bool(most.estimate.value >= math.log1p(study.forgets / 100))
+    return setting, most, any(c.estimate.value >= math.log1p(study.forgets / 100) and c.estimate.low > 0 for _, c in found)
 
 
 def judge(study: Study) -> list[Judged]:
-    """Every declared endpoint with its verdict. All are inconclusive when the positive control failed, or with one block."""
-    measured: dict[str, tuple[Compared | None, str]] = {e.name: _measure(study, e) for e in study.endpoints}
+    """Every declared endpoint with its verdict: inconclusive as long as runs of its methods are missing (looking until something
+    shows up, or leaving out what diverged, is no test), with one block, or when the positive control failed."""
+    measured = {e.name: _measure(study, e) for e in study.endpoints}
     raw = {}
     for e in study.endpoints:
-        found, _ = measured[e.name]
+        found, _, _ = measured[e.name]
         if found is None or found.blocks < 2:
             raw[e.name] = Tests(math.nan, math.nan)
         else:
@@ -396,34 +445,38 @@ def judge(study: Study) -> list[Judged]:
     _, _, forgets = positive_control(study)
     judged = []
     for e in study.endpoints:
-        found, why = measured[e.name]
-        if found is None:
-            judged.append(Judged(e, None, tests[e.name], "inconclusive", why))
-            continue
-        said: Verdict = inference.verdict(found.estimate.value, tests[e.name], e.kind, lower_is_better(e.metric), study.alpha)
-        if not forgets:
-            said, why = "inconclusive", f"no setting forgets by {study.forgets:g}%"
-        elif found.blocks < 2:
-            said, why = "inconclusive", "one block: documents cannot tell methods apart, seeds and orders can"
-        judged.append(Judged(e, found, tests[e.name], said, why))
+        found, why, skill = measured[e.name]
+        said: Verdict = "inconclusive"
+        if found is not None:
+            said = inference.verdict(found.estimate.value, tests[e.name], e.kind, lower_is_better(e.metric), study.alpha)
+            absent = sum(study.absent.get(m, 0) for m in (e.of, e.minus) if m)
+            if absent:
+                said, why = "inconclusive", f"{absent} runs of its methods are not finished"
+            elif not forgets:
+                said, why = "inconclusive", f"no setting forgets by {study.forgets:g}%"
+            elif found.blocks < 2:
+                said, why = "inconclusive", "one block: documents cannot tell methods apart, seeds and orders can"
+        judged.append(Judged(e, found, tests[e.name], said, why, skill))
     return judged
 
 
-def _measure(study: Study, e: Endpoint) -> tuple[Compared | None, str]:
-    """An endpoint's difference, or why there is none."""
-    absent = [m for m in (e.of, e.minus) if m is not None and m not in study.chosen]
+def _measure(study: Study, e: Endpoint) -> tuple[Compared | None, str, float | None]:
+    """An endpoint's difference, or why there is none; and the own step where it was read."""
     if e.at == "matched" and e.minus is not None:
-        if absent := [m for m in (e.of, e.minus) if not study.of(m)]:
-            return None, f"no finished run of {', '.join(absent)}"
-        found = matched(study, e.of, e.minus)
+        declared = replace(study, settings=[s for s in study.settings if s.trained])  # what was interpolated was not declared
+        if absent := [m for m in (e.of, e.minus) if not declared.of(m)]:
+            return None, f"no finished run of {', '.join(absent)}", study.skill
+        found = matched(declared, e.of, e.minus)
         if found.reason:
-            return None, found.reason
-        return Compared(interval(found), found.differences, found.documents or inference.Error(math.nan, math.nan)), ""
-    if absent:
-        return None, f"no finished run of the chosen setting of {', '.join(absent)}"
+            return None, found.reason, study.skill
+        estimate = interval(found)
+        units = Estimate(estimate.value, estimate.low, estimate.high, found.over_documents.n)
+        return Compared(units, found.differences, found.documents or inference.Error(math.nan, math.nan)), "", found.skill
+    if absent := [m for m in (e.of, e.minus) if m is not None and m not in study.chosen]:
+        return None, f"no finished run of the chosen setting of {', '.join(absent)}", None
     a = study.chosen[e.of]
     measured = level(a, e.metric) if e.minus is None else difference(a, study.chosen[e.minus], e.metric)
-    return measured, "" if measured is not None else f"{e.metric} does not exist for these runs"
+    return measured, "" if measured is not None else f"{e.metric} does not exist for these runs", None
 
 
 def advice(study: Study) -> list[str]:

@@ -16,8 +16,8 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from gain_cl import build, presets, spine
-from gain_cl.config import Finite, Name, Section
+from gain_cl import build, presets, spine, tasks
+from gain_cl.config import Finite, Name, RunConfig, Section
 from gain_cl.errors import ConfigError, DataError
 from gain_cl.explain import suggest
 from gain_cl.matrix import METRICS
@@ -49,6 +49,8 @@ class Endpoint(Section):
             raise ValueError("at: matched compares the backward change of two methods; give metric: backward and minus:")
         if self.kind == "equivalence" and self.margin is None:
             raise ValueError("kind: equivalence needs margin:")
+        if metric == "accuracy" and self.margin is not None and self.margin >= 1:
+            raise ValueError("margin: of an accuracy is a share; 2 points are 0.02")
         return self
 
 
@@ -62,7 +64,7 @@ class Experiment(Section):
     blocks: int = Field(1, ge=1)
     reference: Name | None = None  # method that others are compared with where nothing is declared; default: the last
     endpoints: list[Endpoint] = Field([])
-    forgets: float = Field(10.0, gt=0, allow_inf_nan=False)  # % that some setting must forget, or nothing is decided
+    forgets: float = Field(10.0, gt=0, allow_inf_nan=False)  # % of perplexity that some setting must forget, or nothing is decided
     skill: Finite | None = None  # own step in % of perplexity at which methods are matched; None: the middle of what both reach
     alpha: float = Field(0.05, gt=0, lt=1)  # of the declared endpoints together (Holm)
 
@@ -77,6 +79,16 @@ class Experiment(Section):
         for method in named:
             if method not in self.methods:
                 raise ValueError(f"{method} is not among the methods: {', '.join(self.methods)}")
+        for method, grid in self.methods.items():
+            for key, steps in grid.items():
+                if not steps:
+                    raise ValueError(f"methods: {method}: {key} has no value")
+        for e in (e for e in self.endpoints if e.at == "matched" and e.minus):
+            if self.skill is None:
+                raise ValueError(f"endpoint {e.name} is at: matched; declare skill: (own step in %, such as -10)")
+            sizes = [len(list(_grid(self.methods[m]))) for m in (e.of, e.minus) if m]
+            if len(set(sizes)) > 1:  # choosing the best of more settings flatters (fronts.py)
+                raise ValueError(f"endpoint {e.name}: {e.of} has {sizes[0]} settings, {e.minus} {sizes[1]}; give both as many")
         names = [e.name for e in self.endpoints]
         if len(set(names)) < len(names):
             raise ValueError("two endpoints have the same name")
@@ -169,15 +181,38 @@ def cells(experiment: Experiment, more: list[str] | None = None) -> list[Cell]:
     results_dir=, compute.threads=). ConfigError for what is wrong in any of them."""
     more, base = list(more or []), None
     found: list[Cell] = []
-    for block in range(experiment.blocks):
-        for method, values in experiment.settings():
-            own = [f"method={method}", *(f"{key}={_text(value)}" for key, value in values.items()), *experiment.overrides]
-            if experiment.blocks > 1:
-                base = base or len(build.compose([*own, *more]).sequence.domains)
-                own += [f"seed={block}", f"sequence.order=[{','.join(map(str, latin_order(base, block)))}]"]
-            plan = spine.prepare(build.compose([*own, *more]))
-            found.append(Cell(method, values, block, own, plan.run_id, plan.record_path, plan.folder))
+    seen: dict[str, str] = {}
+    try:
+        with build.composer() as compose:
+            for block, (method, values) in itertools.product(range(experiment.blocks), experiment.settings()):
+                own = [f"method={method}", *(f"{key}={_text(value)}" for key, value in values.items()), *experiment.overrides]
+                if experiment.blocks > 1:
+                    base = base or len(compose([*own, *more]).sequence.domains)
+                    own += [f"seed={block}", f"sequence.order=[{','.join(map(str, latin_order(base, block)))}]"]
+                config = compose([*own, *more])
+                _scores_what_is_declared(experiment, config)
+                plan = spine.prepare(config)
+                if plan.run_id in seen:
+                    what = f"two settings are the same run: {seen[plan.run_id]} and {label(method, values)}"
+                    raise ConfigError(what, "methods", "remove one")
+                seen[plan.run_id] = label(method, values)
+                found.append(Cell(method, values, block, own, plan.run_id, plan.record_path, plan.folder))
+    except ConfigError as error:
+        raise ConfigError(error.what, f"experiment {experiment.name}: {error.where}", error.do) from error
     return found
+
+
+def _scores_what_is_declared(experiment: Experiment, config: RunConfig) -> None:
+    """ConfigError when an endpoint asks for a task that the runs do not score before and after."""
+    for e in experiment.endpoints:
+        task = e.metric.partition(":")[2]
+        if task and task not in config.tasks.names:
+            raise ConfigError(
+                f"endpoint {e.name}: the runs do not score {task!r}", "endpoints", suggest(task, config.tasks.names) or "set tasks="
+            )
+        last = len(config.stages)
+        if task and not all(tasks.due(config.tasks.stages, stage, last) for stage in (0, last)):
+            raise ConfigError(f"endpoint {e.name}: {task} is not scored before and after the run", "tasks.stages", "use tasks.stages=ends")
 
 
 def _text(value: Any) -> str:

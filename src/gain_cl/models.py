@@ -416,9 +416,10 @@ def _pretrained(folder: Path, **keywords: Any) -> PreTrainedModel:
     """from_pretrained, which gives random values to what a checkpoint lacks: DataError when anything does not fit."""
     from transformers import AutoModelForCausalLM
 
-    net, told = AutoModelForCausalLM.from_pretrained(
+    found: Any = AutoModelForCausalLM.from_pretrained(
         folder, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True, **keywords
     )
+    net, told = found
     others = [n for n in told["unexpected_keys"] if not UNREAD.search(n)]
     if wrong := [*sorted(told["missing_keys"]), *sorted(others), *sorted(key[0] for key in told["mismatched_keys"])]:
         what = f"{len(wrong)} tensors are missing, unknown or of another shape, first {wrong[0]}"

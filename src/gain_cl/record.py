@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from gain_cl.config import JOINT, NAME, Regime
 from gain_cl.errors import DataError, StorageError
@@ -90,6 +90,20 @@ class StageRecord(Part):
     task_seconds: float
 
 
+class Interpolated(Part):
+    """What ``interpolate --records`` makes a record of: W_base + alpha (W_stage - W_base) of every stage of a run. record_sha256: of
+    the run's record. It stands in the provenance; the configuration is the run's."""
+
+    of: str  # run_id
+    alpha: float = Field(allow_inf_nan=False)
+    record_sha256: str
+
+    @property
+    def run_id(self) -> str:
+        """The name of the record."""
+        return f"{self.of}-alpha{self.alpha:g}"
+
+
 class RunRecord(Part):
     schema_version: int = SCHEMA
     run_id: str
@@ -111,6 +125,17 @@ class RunRecord(Part):
     items_sha256: str
     notes: list[str] = []  # warnings a reader of the numbers must see
     tainted: list[str] = []  # what changed between the attempts of this run although it may not; empty: nothing
+
+    @property
+    def interpolated(self) -> Interpolated | None:
+        """What this is made of; None: a run."""
+        told = self.provenance.get("interpolated")
+        return None if told is None else Interpolated.model_validate(told)
+
+    @property
+    def alpha(self) -> float:
+        """Share of the change of the weights: 1 of a run."""
+        return 1.0 if (made := self.interpolated) is None else made.alpha
 
     def losses(self) -> np.ndarray:
         """(stages + 1, domains) nats per token; columns = trained + controls; NaN where not scored."""
@@ -199,6 +224,21 @@ def load(path: str | Path) -> Run:
     return Run(record, documents, items, path)
 
 
+def between(run: Run) -> list[Run]:
+    """The records that ``interpolate --records`` made of a run, which lie beside its own, by alpha."""
+    paths = run.path.parent.glob(f"{run.record.run_id}-alpha*.json")
+    return sorted((load_between(run, path) for path in paths), key=lambda found: found.record.alpha)
+
+
+def load_between(run: Run, path: Path) -> Run:
+    """One of them. DataError when it was made of another record than the run's is now."""
+    found = load(path)
+    made = found.record.interpolated
+    if made is None or (made.of, made.record_sha256) != (run.record.run_id, sha256(run.path)):
+        raise DataError(f"it is not interpolated from {run.path}", str(path), "move it away; interpolate --records makes it again")
+    return found
+
+
 def _tables(path: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Documents and items of a values file."""
     table = pd.read_parquet(path).reindex(columns=[*dict.fromkeys([*DOCUMENT_COLUMNS, *ITEM_COLUMNS]), "kind"])
@@ -237,6 +277,8 @@ def _check(r: RunRecord) -> None:
     for name in (r.run_id, r.model, r.method, r.sequence, *names):
         if not NAME.fullmatch(name):
             raise ValueError(f"{name!r} is no name")
+    if (made := r.interpolated) is not None and made.run_id != r.run_id:
+        raise ValueError(f"it is interpolated and should be named {made.run_id}")
     if not r.trained or len(set(names)) < len(names):
         raise ValueError("trained and controls must be different domains, at least one trained")
     if [(s.index, s.domain) for s in r.stages] != list(enumerate([None, *([JOINT] if r.regime == "joint" else r.trained)])):

@@ -6,7 +6,7 @@ Everything is derived from the record and its per-item values. Readable without 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +18,7 @@ from rich.text import Text
 from gain_cl import items as items_
 from gain_cl import terms
 from gain_cl.errors import DataError, printable
+from gain_cl.inference import mcnemar
 from gain_cl.matrix import Estimate, LossMatrix, forgetting_by_age, summary
 from gain_cl.record import Run, RunRecord, items_path
 
@@ -39,20 +40,24 @@ ROWS = {  # metric of matrix.METRICS -> what it is called, what it compares
 PLAIN_WIDTH = 120  # where the output is no terminal and COLUMNS says nothing
 
 
-def render(run: Run, files: dict[str, Path] | None = None, console: Console | None = None) -> None:
+def render(run: Run, files: dict[str, Path] | None = None, console: Console | None = None, shipped: Run | None = None) -> None:
     """Print a run. files: what to name at the end (label -> path); None: the per-item values and, where they exist, the
-    matrix and the heat map in the run's folder."""
+    matrix and the heat map in the run's folder. shipped: a run of the model as its makers shipped it, whose stage 0 is shown too.
+    DataError: its perplexities are not of the same text in the same way."""
     console = console or _console()
     r = run.record
     say = _Printer(console)
     losses = _checked(run)
+    if shipped is not None:
+        _beside(r, shipped.record)
+        _checked(shipped)
     how = "" if r.regime == "sequential" else f", {r.regime}"
     say(f"{r.model}, {r.method}, {r.sequence}{how}, seed {r.seed}: {r.run_id}", style="bold")
     if r.tainted:
         say(f"TAINTED: {'; '.join(r.tainted)} (changed between attempts of this run, by allow_change)", style="bold")
     say()
     say("Perplexity after each stage")
-    _matrix(run, console)
+    _matrix(run, console, shipped.record if shipped is not None else None)
     say("Change of perplexity, mean over domains (below 0: better)")
     _summary(summary(losses), console)
     if losses.stages >= 3 and (ages := forgetting_by_age(losses)):  # of two stages it is the backward change
@@ -103,6 +108,20 @@ def _checked(run: Run) -> LossMatrix:
     return found
 
 
+def _beside(r: RunRecord, shipped: RunRecord) -> None:
+    """DataError unless the untouched model of ``shipped`` was scored on the same text in the same way."""
+    same: dict[str, Callable[[RunRecord], object]] = {
+        "protocol": lambda x: x.protocol,
+        "domains": lambda x: {*x.trained, *x.controls},  # their order and whether they were trained do not matter to stage 0
+        "test documents": lambda x: x.pins.get("validation"),
+        "scored text": lambda x: {d: (s.tokens, s.bytes) for d, s in x.stages[0].domains.items()},  # another tokenizer
+    }
+    for what, of in same.items():
+        if of(shipped) != of(r):
+            names = f"{shipped.run_id} and {r.run_id}"
+            raise DataError(f"different {what}: not to be shown in one matrix", names, "give --shipped a run that shares it")
+
+
 class _Printer:
     """Prints text as it is: brackets are no markup, long paths are not broken; nothing in it commands the terminal."""
 
@@ -126,16 +145,21 @@ def _console() -> Console:
 # --- matrix ----------------------------------------------------------------------------------------------------------
 
 
-def _matrix(run: Run, console: Console) -> None:
-    """Stages by domains. As the width shrinks: stages by number alone, then domain names cut, then several tables."""
+def _matrix(run: Run, console: Console, shipped: RunRecord | None = None) -> None:
+    """Stages by domains, above them the untouched model of ``shipped``. As the width shrinks: stages by number alone, then domain
+    names cut, then several tables."""
     r = run.record
     names = r.trained + r.controls
     losses = r.losses()
-    stages = [f"{s.index} {s.domain or 'pretrained'}" for s in r.stages]
+    rows = [(f"{s.index} {s.domain or 'pretrained'}", str(s.index), s.domain, row) for s, row in zip(r.stages, losses, strict=True)]
+    if shipped is not None:
+        above = np.array([shipped.stages[0].domains[d].loss_nats for d in names])
+        rows.insert(0, ("as shipped", "as shipped", None, above))
+    stages = [label for label, *_ in rows]
     stars = [" " if d in r.trained else "" for d in names]  # the place of the mark behind each number of a column
     cells = [
-        [terms.perplexity(x) + ("*" if s.domain == d else star) for d, x, star in zip(names, row, stars, strict=True)]
-        for s, row in zip(r.stages, losses, strict=True)
+        [terms.perplexity(x) + ("*" if learned == d else star) for d, x, star in zip(names, row, stars, strict=True)]
+        for _, _, learned, row in rows
     ]
     changes = [(label, [x + star for x, star in zip(row, stars, strict=True)]) for label, row in _changes(losses, r)]
     widest = [max(len(row[j]) for row in [*cells, *(row for _, row in changes)]) for j in range(len(names))]
@@ -147,14 +171,16 @@ def _matrix(run: Run, console: Console) -> None:
 
     titles, everything = names, list(range(len(names)))
     notes = ["* learned in this stage"] if r.regime != "joint" else ["stage 1 learned all domains together"]
+    if shipped is not None:
+        notes.append(f"as shipped: {shipped.model}, stage 0 of {shipped.run_id}")
     if r.controls:
         notes.append("right of the bar: controls, never trained")
     if console.color_system:
         notes.append("blue: below stage 0, orange: above")
     first = max(len(t) for t in [*stages, *(label for label, _ in changes)])
     if width(everything) > console.width:
-        stages = [str(s.index) for s in r.stages]
-        first = max(len(t) for t in ["stage", *(label for label, _ in changes)])
+        stages = [short for _, short, *_ in rows]
+        first = max(len(t) for t in ["stage", *stages, *(label for label, _ in changes)])
     if width(everything) > console.width:
         titles = _shorten(names, 6)
         cut = [f"{t} {n}" for t, n in zip(titles, names, strict=True) if t != n]
@@ -174,11 +200,11 @@ def _matrix(run: Run, console: Console) -> None:
             if j == bar:
                 table.add_column("|", no_wrap=True)
             table.add_column(titles[j] + stars[j], justify="right", no_wrap=True)
-        for stage, label in enumerate(stages):
-            row = [Text(cells[stage][j], style=_colour(losses[stage, j] - losses[0, j], cells[stage][j].endswith("*"))) for j in group]
-            table.add_row(label, *_barred(row, group, bar), end_section=stage == len(stages) - 1)
-        for label, texts in changes:
-            table.add_row(label, *_barred([Text(texts[j]) for j in group], group, bar))
+        for i, (*_, row) in enumerate(rows):
+            texts = [Text(cells[i][j], style=_colour(row[j] - losses[0, j], cells[i][j].endswith("*"))) for j in group]
+            table.add_row(stages[i], *_barred(texts, group, bar), end_section=i == len(rows) - 1)
+        for label, shares in changes:
+            table.add_row(label, *_barred([Text(shares[j]) for j in group], group, bar))
         console.print(table)
         console.print()
     for line in ["; ".join(notes)] if len("; ".join(notes)) <= console.width else notes:
@@ -316,7 +342,9 @@ def _tasks(run: Run, console: Console, say: _Printer) -> None:
         console.print(table)
         if change:
             lost, gained, count = items_.flips(run.items, task, first, last)
-            say(f"  flips: {lost} right to wrong, {gained} wrong to right, of {count}")
+            p = mcnemar(lost, gained)
+            chance = f"{p:.2f}" if p >= 0.01 else f"{p:.1g}"
+            say(f"  flips: {lost} right to wrong, {gained} wrong to right, of {count} (McNemar p {chance})")
         say()
 
 

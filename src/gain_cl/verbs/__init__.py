@@ -25,7 +25,9 @@ def find_record(name: str, results_dir: Path) -> Path:
         return Path(name)
     folder = results_dir / "runs"
     found = sorted(folder.glob(f"{glob.escape(name)}*.json"))
-    if (exact := folder / f"{name}.json") in found:
+    runs = {p.stem for p in found}
+    found = [p for p in found if p.stem.rpartition("-alpha")[0] not in runs]  # a run before what was interpolated from it
+    if (exact := folder / f"{name}.json").stem in runs:
         return exact
     if len(found) != 1:
         from gain_cl.explain import suggest

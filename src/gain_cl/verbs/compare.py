@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
@@ -25,10 +26,12 @@ def main(argv: list[str]) -> int:
     """Print the comparison, or JSON."""
     parser = Parser(
         "compare",
-        usage="python -m gain_cl compare RUN RUN ... | experiment=NAME [KEY=VALUE ...] [--skill PERCENT] [--equal WHAT] [--json]",
+        usage="python -m gain_cl compare RUN RUN ... | experiment=NAME [KEY=VALUE ...] [--alphas] [--skill PERCENT] [--equal WHAT]"
+        " [--json]",
         description="Compare runs, or the finished runs of an experiment: intervals, fronts, equal skill, a verdict per endpoint.",
     )
     parser.add_argument("words", nargs="+", metavar="RUN | experiment=NAME | KEY=VALUE", help="records or run ids; or an experiment")
+    parser.add_argument("--alphas", action="store_true", help="of an experiment: with what interpolate --records made of its runs")
     parser.add_argument("--skill", type=float, help="own step in %% at which methods are matched (default: the middle of what both reach)")
     parser.add_argument(
         "--equal", choices=["skill", "norm", "tokens", "parameters"], default="skill", help="in what methods are made equal"
@@ -38,19 +41,22 @@ def main(argv: list[str]) -> int:
     args = parser.parse_intermixed_args(argv)
     if args.skill is not None and not -100 < args.skill < 100:
         raise ConfigError(f"{args.skill} is no change in %", "--skill", "give the own step, e.g. --skill -10")
-    study = _study(args.words, Path(args.results_dir))
+    results = Path(next((w.partition("=")[2] for w in args.words if w.startswith("results_dir=")), args.results_dir))
+    study = _study(args.words, results, args.alphas)
     skill = math.log1p(args.skill / 100) if args.skill is not None else None
     if args.json:
-        print(json.dumps(report(study, skill, Path(args.results_dir)), indent=1, allow_nan=False))
+        print(json.dumps(report(study, skill, results), indent=1, allow_nan=False))
     else:
-        _show(study, skill, args.equal, Path(args.results_dir))
+        _show(study, skill, args.equal, results)
     return 0
 
 
-def _study(words: list[str], results_dir: Path) -> Study:
+def _study(words: list[str], results_dir: Path, alphas: bool) -> Study:
     if not any(w.startswith("experiment=") for w in words):
         if strange := [w for w in words if "=" in w]:
             raise ConfigError(f"{strange[0]}: overrides go with an experiment", "gain_cl compare", "give experiment=NAME, or runs alone")
+        if alphas:
+            raise ConfigError("--alphas goes with an experiment", "gain_cl compare", "give experiment=NAME, or name the records themselves")
         if len(words) < 2:
             raise ConfigError("one run cannot be compared", "gain_cl compare", "name two runs, or experiment=NAME")
         return comparison.from_records(record.load(find_record(w, results_dir)) for w in words)
@@ -59,8 +65,8 @@ def _study(words: list[str], results_dir: Path) -> Study:
         more.append(f"results_dir={results_dir}")
     cells = experiments.cells(experiment, more)
     done = {(experiments.label(c.method, c.values), c.block): record.load(c.record) for c in cells if c.state == "done"}
-    missing = [f"{experiments.label(c.method, c.values)}, block {c.block}: {c.state}" for c in cells if c.state != "done"]
-    return comparison.from_experiment(experiment, done, missing)
+    between = {key: [r for r in record.between(run) if r.record.alpha != 1] for key, run in done.items()} if alphas else None
+    return comparison.from_experiment(experiment, done, between)
 
 
 # --- as data -----------------------------------------------------------------------------------------------------------
@@ -74,7 +80,7 @@ def report(study: Study, skill: float | None, results_dir: Path) -> dict[str, An
         {
             "name": study.name,
             "blocks": len(study.blocks),
-            "missing": study.missing,
+            "absent": study.absent,
             "settings": [
                 {
                     "setting": s.label,
@@ -125,6 +131,7 @@ def _judged(j: Judged) -> dict[str, Any]:
         "measured": _data(j.compared),
         "p_difference": j.tests.difference,
         "p_equivalence": j.tests.equivalence,
+        "skill": j.skill,
         "verdict": j.verdict,
         "why": j.why,
     }
@@ -153,7 +160,6 @@ def _kl(s: Setting, ends: dict[str, diagnostics.Stage]) -> list[float]:
 
 def _show(study: Study, skill: float | None, equal: str, results_dir: Path) -> None:
     out = console()
-    out.width = max(out.width, 120) if not out.is_terminal else out.width
 
     def say(text: str = "", style: str = "") -> None:
         out.print(printable(text), style=style or None, markup=False, highlight=False, soft_wrap=True)
@@ -163,8 +169,8 @@ def _show(study: Study, skill: float | None, equal: str, results_dir: Path) -> N
     blocks = len(study.blocks)
     kinds = f"{blocks} block{'s' if blocks > 1 else ''} (order of the domains and seed)"
     say(f"{first.model}, {kinds}, {first.protocol}, {_documents(study)} test documents of trained domains")
-    for text in study.missing:
-        say(f"not there: {text}", style="yellow")
+    if study.absent:
+        say(f"not finished: {', '.join(f'{n} of {method}' for method, n in study.absent.items())}", style="yellow")
     say()
     _settings(study, results_dir, out)
     control, most, forgets = comparison.positive_control(study)
@@ -195,30 +201,31 @@ def _settings(study: Study, results_dir: Path, out: Any) -> None:
     norms = _norms(study, results_dir)
     shown = [m for m in SHOWN if any(comparison.level(s, m) is not None for s in study.settings)]
     efficient = _efficient(study)
+    wide, blocks = out.width >= 110, len(study.blocks)
     table = _table("Change of perplexity, % (mean over domains)")
-    table.add_column("setting", no_wrap=True)
-    table.add_column("trains", justify="right")
-    ends = _diagnosed(study, results_dir)
-    for head in ("|dW|", "KL new", "KL controls") if norms else ():
+    table.add_column("setting", no_wrap=wide)
+    for head in (*(["trains"] if wide else []), *(["blocks"] if blocks > 1 else []), *(["|dW|", "KL new", "KL controls"] if norms else [])):
         table.add_column(head, justify="right")
     for metric in shown:
-        table.add_column(HEADS[metric], justify="right")
-        if metric in ("own_step", "backward"):
+        table.add_column(HEADS[metric], justify="right", no_wrap=True)
+        if wide and metric in ("own_step", "backward"):
             table.add_column("95% interval", justify="right", no_wrap=True)
     table.add_column("front", justify="center")
-    method = study.settings[0].method
+    method, ends = study.settings[0].method, _diagnosed(study, results_dir)
     for s in study.settings:
         if s.method != method:
             table.add_section()
             method = s.method
-        row = [printable(s.label), f"{comparison.axis(s, 'parameters', norms):,.0f}"]
+        row = [printable(s.label)]
+        row += [f"{comparison.axis(s, 'parameters', norms):,.0f}"] if wide else []
+        row += [str(len(s.runs))] if blocks > 1 else []
         if norms:
             row += ["-" if math.isnan(x) else f"{x:.3g}" for x in (comparison.axis(s, "norm", norms), *_kl(s, ends))]
         for metric in shown:
             found = comparison.level(s, metric)
-            row.append("-" if found is None else terms.percent(found.estimate.value))
-            if metric in ("own_step", "backward"):
-                row.append("-" if found is None else _range(found.estimate))
+            value, between = ("-", "-") if found is None else (terms.percent(found.estimate.value), _range(found.estimate))
+            interval = metric in ("own_step", "backward")
+            row += [value, between] if wide and interval else [f"{value}\n{between}" if interval else value]
         table.add_row(*row, "*" if s.label in efficient else "")
     out.print(table)
     out.print("* on its method's front: no other setting of the method learns more and forgets less", markup=False, highlight=False)
@@ -231,8 +238,6 @@ def _efficient(study: Study) -> set[str]:
         mine = [(s, comparison.level(s, "own_step"), comparison.level(s, "backward")) for s in study.of(method)]
         there = [(s, x.estimate.value, y.estimate.value) for s, x, y in mine if x is not None and y is not None]
         if there:
-            import numpy as np
-
             keep = fronts.efficient(np.array([x for _, x, _ in there]), np.array([y for _, _, y in there]))
             found |= {there[i][0].label for i in keep}
     return found
@@ -240,18 +245,19 @@ def _efficient(study: Study) -> set[str]:
 
 def _equal_skill(study: Study, skill: float | None, out: Any) -> None:
     others = [m for m in study.methods if m != study.reference]
-    if not others or comparison.level(study.settings[0], "backward") is None:
+    if not others or all(comparison.level(s, "backward") is None for s in study.settings):
         return
     table = _table(f"Backward change at equal own step, against {study.reference} (interpolated on both fronts), %")
     table.add_column("method", no_wrap=True)
-    for head in ("at own step", "backward", study.reference, "difference", "95% interval"):
+    for head in ("at own step", "backward", study.reference, "difference", "95% interval", "blocks"):
         table.add_column(head, justify="right", no_wrap=True)
     table.add_column("")
     for m in others:
         found = comparison.matched(study, m, study.reference, skill)
         d = comparison.interval(found)
         values = [terms.percent(x) for x in (found.skill, found.a, found.b, d.value)]
-        table.add_row(m, *values, _range(d) if not math.isnan(d.value) else "-", printable(found.reason))
+        between = _range(d) if not math.isnan(d.value) else "-"
+        table.add_row(m, *values, between, str(len(found.differences)), printable(found.reason))
     out.print(table)
     out.print()
 
@@ -278,18 +284,23 @@ def _endpoints(study: Study, out: Any) -> None:
         out.print()
         return
     table = _table("Declared endpoints")
-    for head in ("endpoint", "what", "measured", "95% interval", "p", "p equal", "blocks", "units", "verdict"):
-        table.add_column(head, justify="left" if head in ("endpoint", "what", "verdict") else "right")
+    for head in ("endpoint", "verdict", "measured", "95% interval", "p", "p equal", "blocks", "units"):
+        table.add_column(head, justify="left" if head in ("endpoint", "verdict") else "right", no_wrap=head != "endpoint")
     for j in judged:
-        e, c = j.endpoint, j.compared
-        what = f"{e.metric} of {e.of}" + (f" minus {e.minus}" if e.minus else "") + (" at equal own step" if e.at == "matched" else "")
-        write = terms.percent if comparison.lower_is_better(e.metric) else (lambda x: "-" if math.isnan(x) else f"{x:+.3f}")
+        c = j.compared
+        write = terms.percent if comparison.lower_is_better(j.endpoint.metric) else _signed
         value = "-" if c is None else write(c.estimate.value)
         interval = "-" if c is None or math.isnan(c.estimate.low) else f"{write(c.estimate.low)} to {write(c.estimate.high)}"
         counts = ["-", "-"] if c is None else [str(c.blocks), str(c.estimate.n)]
-        said = f"{j.verdict}" + (f": {j.why}" if j.why else "")
-        table.add_row(e.name, what, value, interval, _p(j.tests.difference), _p(j.tests.equivalence), *counts, printable(said))
+        table.add_row(j.endpoint.name, j.verdict, value, interval, _p(j.tests.difference), _p(j.tests.equivalence), *counts)
     out.print(table)
+    for j in judged:
+        e = j.endpoint
+        what = f"{e.metric} of {e.of}" + (f" minus {e.minus}" if e.minus else ", against 0")
+        at = f" at an own step of {terms.percent(j.skill)}%" if j.skill is not None else ""
+        within = "" if e.margin is None else f", margin {e.margin:g}{'%' if comparison.lower_is_better(e.metric) else ''}"
+        text = f"{e.name}: {what}{at}, {e.kind}{within}" + (f"; {j.why}" if j.why else "")
+        out.print(printable(text), markup=False, highlight=False, soft_wrap=True)
     out.print(f"p adjusted over the declared endpoints (Holm), alpha {study.alpha:g}", markup=False, highlight=False)
     out.print()
 
@@ -308,15 +319,11 @@ def _chosen(study: Study, out: Any) -> None:
             continue
         row = [printable(s.label)]
         for metric in ("own_step", "backward", "backward_net"):
-            found = _difference(s, reference, metric)
+            found = comparison.difference(s, reference, metric)
             row += ["-", "-"] if found is None else [terms.percent(found.estimate.value), _range(found.estimate)]
         table.add_row(*row)
     out.print(table)
     out.print()
-
-
-def _difference(a: Setting, b: Setting, metric: str) -> Compared | None:
-    return comparison.difference(a, b, metric)
 
 
 def _table(title: str) -> Table:
@@ -329,6 +336,10 @@ def _percent(e: Estimate) -> str:
 
 def _range(e: Estimate) -> str:
     return "not known" if math.isnan(e.low) or math.isnan(e.high) else f"{terms.percent(e.low)} to {terms.percent(e.high)}"
+
+
+def _signed(x: float) -> str:
+    return "-" if math.isnan(x) else f"{x:+.3f}"
 
 
 def _p(p: float) -> str:

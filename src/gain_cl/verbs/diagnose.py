@@ -26,10 +26,7 @@ from gain_cl.verbs import console, find_record, rescore, size
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from gain_cl import config as cfg
-    from gain_cl.adapters.base import Adapter
     from gain_cl.inference import Parts
-    from gain_cl.models import Loaded
 
 
 def main(argv: list[str]) -> int:
@@ -90,14 +87,13 @@ def _diagnose(bench: rescore.Bench, run: record.Run, stages: list[int], lost: li
     bench.close()
     import torch
 
-    fp32 = bench.config.model.model_copy(update={"dtype": "float32", "load_in": None})
     watch = _Watch()
     found, estimate = [], 0.0
     with watch.bar:
-        work = _Weights(bench, fp32, patterns, keep=len(stages) > 1)
+        work = _Weights(bench, patterns, keep=len(stages) > 1)
         for k in stages:
             started = time.perf_counter()
-            tuned = _folded(bench, fp32, k)
+            tuned = bench.folded(k)
             if k == stages[0]:
                 estimate = _announce(bench, work, tuned, stages, with_kl, watch)
             found.append(work.stage(k, tuned, watch))
@@ -128,35 +124,6 @@ def _diagnose(bench: rescore.Bench, run: record.Run, stages: list[int], lost: li
         device=str(bench.inputs.environment["device"]),
         threads=torch.get_num_threads(),
     )
-
-
-def _tuned(bench: rescore.Bench, model: cfg.Model, stage: int) -> tuple[Loaded, Adapter]:
-    """The model after a stage, the adapter on it."""
-    from gain_cl import models
-
-    loaded = models.load(model, bench.loaded.device)
-    adapter = bench.attach(loaded)
-    if adapter.trains:
-        adapter.load_state(bench.state(stage))
-    else:
-        adapter.take(stage)
-    return loaded, adapter
-
-
-def _folded(bench: rescore.Bench, fp32: cfg.Model, stage: int) -> dict[str, Tensor]:
-    """Every parameter of the tuned model, the adapter folded in. DataError when that is not all the adapter does."""
-    import torch
-
-    loaded, adapter = _tuned(bench, fp32, stage)
-    ids_BT = torch.arange(64, device=loaded.device)[None] % loaded.vocabulary
-    with torch.no_grad():
-        before = loaded.model(ids_BT).logits
-        adapter.absorb()
-        moved = ((loaded.model(ids_BT).logits - before).abs().max() / before.abs().max()).item()
-    if not moved <= 1e-3:
-        what = f"the folded weights compute something else than the adapter: logits differ by {moved:.0e} of the largest"
-        raise DataError(what, f"stage {stage}", "what it does is no change of the weights")
-    return {name: p.detach() for name, p in loaded.model.named_parameters()}
 
 
 class _Watch:
@@ -208,11 +175,11 @@ class _Weights:
     patterns: of the layers whose directions are analysed; keep: whether left singular vectors of W serve more than one stage.
     """
 
-    def __init__(self, bench: rescore.Bench, fp32: cfg.Model, patterns: list[str], keep: bool) -> None:
+    def __init__(self, bench: rescore.Bench, patterns: list[str], keep: bool) -> None:
         from gain_cl import models, weights
 
-        self.record, self.keep, self.own = bench.record, keep, fp32 == bench.config.model
-        loaded = bench.loaded if self.own else models.load(fp32, bench.loaded.device)
+        self.record, self.keep, self.own = bench.record, keep, bench.fp32 == bench.config.model
+        loaded = bench.loaded if self.own else models.load(bench.fp32, bench.loaded.device)
         self.base = {name: p.detach() for name, p in loaded.model.named_parameters()}
         self.total = math.fsum(_norm(p) ** 2 for p in self.base.values()) ** 0.5
         self.layers = dict(weights.linear_layers(loaded.model))
@@ -372,7 +339,7 @@ def _divergences(bench: rescore.Bench, stage: Stage, watch: _Watch) -> None:
     from gain_cl import evaluate
 
     told, settings, parts = bench.record, bench.config.eval, {}
-    tuned, _ = _tuned(bench, bench.config.model, stage.index)
+    tuned, _ = bench.tuned(bench.config.model, stage.index)
     for name, domain in bench.inputs.domains.items():
         watch.done(0, f"stage {stage.index} KL {name}")
         documents = domain.split_documents(settings.split)[: settings.documents]

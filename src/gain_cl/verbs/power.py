@@ -19,7 +19,8 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from scipy import stats
 
-from gain_cl import build, comparison, experiments, inference, record, terms
+from gain_cl import build, comparison, experiments, inference, items, record, tasks, terms
+from gain_cl.comparison import Study
 from gain_cl.config import RunConfig
 from gain_cl.errors import ConfigError
 from gain_cl.experiments import Cell, Endpoint, Experiment
@@ -28,18 +29,18 @@ from gain_cl.verbs import Parser, console, printable, size
 from gain_cl.verbs.status import asked
 
 BLOCKS = (2, 3, 5, 8, 12)
-POWER, ALPHA = 0.8, 0.05
+POWER = 0.8
 DISCORDANT = 0.15
 """Share of items whose answer changes, where no pilot says it (shared/numerics.md)."""
 
 
 @dataclass(frozen=True)
 class Noise:
-    """Of one difference, nats or a task's unit. block_sd: nan where fewer than two blocks were seen; document_se: for ``documents``."""
+    """Of one difference, in nats (of accuracy: a share). block_sd: nan where fewer than two blocks were seen; document_se: of the
+    experiment's number of documents or items."""
 
     block_sd: float
     document_se: float
-    documents: int
     source: str
 
 
@@ -66,7 +67,7 @@ def main(argv: list[str]) -> int:
     results = next((w.partition("=")[2] for w in more if w.startswith("results_dir=")), "results")
     known = cells if pilot == experiment else experiments.cells(pilot, [f"results_dir={results}"])
     runs = {(experiments.label(c.method, c.values), c.block): record.load(c.record) for c in known if c.state == "done"}
-    study = comparison.from_experiment(pilot, runs, []) if runs else None
+    study = comparison.from_experiment(pilot, runs) if runs else None
     configs = {(c.method, str(c.values)): build.compose([*c.overrides, *more]) for c in cells if c.block == 0}
     records = [run.record for run in runs.values()]
     found = {
@@ -80,71 +81,84 @@ def main(argv: list[str]) -> int:
 
 
 def _usual(experiment: Experiment) -> list[Endpoint]:
-    """Backward change and own step of each method against the reference, where nothing is declared."""
+    """Own step and backward change of the first method against the reference, where nothing is declared."""
     reference = experiment.reference or list(experiment.methods)[-1]
-    others = [m for m in experiment.methods if m != reference]
-    return [Endpoint(name=f"{k}-{m}", metric=k, of=m, minus=reference) for m in others[:1] for k in ("own_step", "backward")]
+    first = next((m for m in experiment.methods if m != reference), reference)
+    minus = reference if first != reference else None
+    return [Endpoint(name=f"{k}-{first}", metric=k, of=first, minus=minus) for k in ("own_step", "backward")]
 
 
 # --- what can be detected ----------------------------------------------------------------------------------------------
 
 
-def _effect(e: Endpoint, experiment: Experiment, study: Any, args: Any, config: RunConfig) -> dict[str, Any]:
-    """Smallest true differences that are found with POWER at ALPHA, by number of blocks, in the unit of the metric (% of perplexity)."""
-    noise = _noise(e, study, args)
-    documents = config.eval.documents * len(config.sequence.trained)
-    if noise.documents:
-        se = noise.document_se * math.sqrt(noise.documents / documents) if comparison.lower_is_better(e.metric) else noise.document_se
-    else:
-        se = noise.document_se
-    tests = max(1, len(experiment.endpoints))
+def _effect(e: Endpoint, experiment: Experiment, study: Study | None, args: Any, config: RunConfig) -> dict[str, Any]:
+    """By number of blocks, with POWER at experiment.alpha over all endpoints: the smallest true difference that is found or, of an
+    equivalence endpoint, the smallest margin within which no difference is placed. % of perplexity; of items their unit."""
+    losses = comparison.lower_is_better(e.metric)
+    noise = _noise(e, study, args, config)
+    alpha = experiment.alpha / max(1, len(experiment.endpoints))  # Holm's first step
+    find = inference.detectable if e.kind == "difference" else inference.detectable_equivalence
+    quantiles = stats.norm.ppf([1 - (alpha / 2 if e.kind == "difference" else alpha), POWER if e.kind == "difference" else (1 + POWER) / 2])
+    floor = math.nan if math.isnan(noise.document_se) else noise.document_se * float(quantiles.sum())
+    write = terms.change if losses else float
     rows = {}
-    floor = 0.0 if math.isnan(se) else se * float(stats.norm.ppf(1 - ALPHA / tests / 2) + stats.norm.ppf(POWER))
     for k in sorted({*BLOCKS, experiment.blocks} - {1}):
-        rows[k] = math.hypot(inference.detectable(noise.block_sd, k, POWER, ALPHA / tests), floor)
-    percent = comparison.lower_is_better(e.metric)
-    task = e.metric.partition(":")[2]
+        rows[k] = write(math.hypot(find(noise.block_sd, k, POWER, alpha), 0.0 if math.isnan(floor) else floor))
+    name, _, task = e.metric.partition(":")
     return {
         "endpoint": e.name,
         "what": f"{e.metric} of {e.of}" + (f" minus {e.minus}" if e.minus else ""),
-        "block_sd": noise.block_sd,
-        "document_se": se,
-        "documents": documents,
-        "noise": noise.source,
-        "unit": "% of perplexity" if percent else "nats or share",
+        "kind": e.kind,
         "margin": e.margin,
-        "floor": terms.change(floor) if comparison.lower_is_better(e.metric) else floor,
-        "detectable": {k: terms.change(v) if percent else v for k, v in rows.items()},
-        "items": _items(task) if task else None,
+        "unit": "%" if losses else ("nats" if name == "margin" else "share"),
+        "block_sd": noise.block_sd,
+        "document_se": noise.document_se,
+        "noise": noise.source,
+        "floor": write(floor),
+        "detectable": rows,
+        "items": _items(task, e, study, alpha) if task else None,
     }
 
 
-def _noise(e: Endpoint, study: Any, args: Any) -> Noise:
-    """Of an endpoint's difference: as stated, else of the pilot's chosen settings (their own, else those of its reference)."""
-    seen = None
-    if study is not None:
-        a, b = study.chosen.get(e.of), study.chosen.get(e.minus or "")
-        if a is not None and (b is not None or e.minus is None):
-            seen = comparison.level(a, e.metric) if b is None else comparison.difference(a, b, e.metric)
-    block_sd = float(np.std(seen.values, ddof=1)) if seen is not None and seen.blocks > 1 else math.nan
-    document_se = seen.documents.standard_error if seen is not None else math.nan
-    sources = [f"pilot of {seen.blocks} block{'s' if seen.blocks > 1 else ''}"] if seen is not None else []
-    if args.block_sd is not None:
+def _noise(e: Endpoint, study: Study | None, args: Any, config: RunConfig) -> Noise:
+    """Of an endpoint's difference between chosen settings: the pilot's, or as stated (losses alone)."""
+    seen, losses = None, comparison.lower_is_better(e.metric)
+    if study is not None and (a := study.chosen.get(e.of)) is not None:
+        b = study.chosen.get(e.minus or "")
+        seen = comparison.level(a, e.metric) if e.minus is None else comparison.difference(a, b, e.metric) if b is not None else None
+    block_sd, document_se, sources = math.nan, math.nan, []
+    if seen is not None and study is not None:
+        sources.append(f"pilot of {seen.blocks} block{'s' if seen.blocks > 1 else ''}")
+        block_sd = float(np.std(seen.values, ddof=1)) if seen.blocks > 1 else math.nan
+        pilot = next(iter(study.settings[0].runs.values())).record.config["eval"]
+        document_se = seen.documents.standard_error * (math.sqrt(pilot["documents"] / config.eval.documents) if losses else 1.0)
+        if losses and pilot["window"] != config.eval.window:
+            sources.append(f"which scored the first {pilot['window']} tokens, not {config.eval.window}")
+        if e.at == "matched":
+            sources.append("of the chosen settings' difference: interpolation adds to it")
+    if losses and args.block_sd is not None:
         block_sd, sources = args.block_sd, [*sources, "block sd as stated"]
-    if args.document_se is not None:
+    if losses and args.document_se is not None:
         document_se, sources = args.document_se, [*sources, "document error as stated"]
     if math.isnan(block_sd):
-        sources.append("sd over blocks not known: give --block-sd, or a pilot of several blocks")
-    documents = seen.estimate.n if seen is not None and args.document_se is None else 0
-    return Noise(block_sd, document_se, documents, "; ".join(sources))
+        sources.append(
+            "sd over blocks not known: " + ("give --block-sd, or a pilot of several blocks" if losses else "a pilot of several blocks")
+        )
+    return Noise(block_sd, document_se, "; ".join(sources))
 
 
-def _items(task: str) -> dict[str, Any]:
-    """What the items of a task can tell of accuracy."""
+def _items(task: str, e: Endpoint, study: Study | None, alpha: float) -> dict[str, Any]:
+    """What the items of a task can tell of a change of accuracy, in points (McNemar)."""
     name, _, count = task.partition("@")
     n = int(count) if count.isdigit() else {"boolq": 3270}.get(name)
-    points = None if n is None else 100 * inference.detectable_flips(n, DISCORDANT, POWER, ALPHA)
-    return {"items": n, "discordant": DISCORDANT, "accuracy_points": points}
+    share, source = DISCORDANT, "assumed"
+    if study is not None and (a := study.chosen.get(e.of)) is not None:
+        runs = [r for r in a.runs.values() if task in r.record.stages[-1].tasks and task in r.record.stages[0].tasks]
+        if runs:
+            flips = [items.flips(r.items, task, 0, r.record.stages[-1].index) for r in runs]
+            share, source = float(np.mean([(f.lost + f.gained) / f.items for f in flips])), "of the pilot"
+    points = None if n is None or share == 0 else 100 * inference.detectable_flips(n, share, POWER, alpha)
+    return {"items": n, "discordant": share, "source": source, "accuracy_points": points}
 
 
 # --- what it costs -----------------------------------------------------------------------------------------------------
@@ -156,51 +170,56 @@ def _cost(cells: list[Cell], configs: dict[tuple[str, str], RunConfig], records:
     for (method, values), config in configs.items():
         mine = [c for c in cells if (c.method, str(c.values)) == (method, values)]
         left = sum(c.state != "done" for c in mine)
-        seconds = _seconds(config, method, records, speed)
-        rows.append({"method": method, "runs": len(mine), "left": left, "seconds_a_run": seconds})
-    total = sum(r["left"] * r["seconds_a_run"] for r in rows)
-    return {"runs": rows, "hours": total / 3600, "memory_bytes": _memory(list(configs.values()))}
+        rows.append({"method": method, "runs": len(mine), "left": left, "seconds_a_run": _seconds(config, method, records, speed)})
+    asked = next(iter(configs.values())).tasks.names
+    timed = any(s.task_seconds for r in records for s in r.stages)
+    return {
+        "runs": rows,
+        "hours": sum(r["left"] * r["seconds_a_run"] for r in rows) / 3600,
+        "left_out": [f"tasks ({', '.join(asked)}): no pilot timed them"] if asked and not timed else [],
+        "memory_bytes": _memory(list(configs.values())),
+    }
 
 
 def _seconds(config: RunConfig, method: str, records: list[RunRecord], speed: float | None) -> float:
-    """Of one run: training tokens by the method's speed, scored tokens by the pilot's, stage 0 and tasks once; nan when nothing tells."""
+    """Of one run: training tokens at the method's speed, scored tokens at the pilot's, its tasks at stages they are due; nan when
+    nothing tells. speed: training tokens a second; scoring twice that."""
     stages, names = len(config.stages), len(config.sequence.trained) + len(config.sequence.controls)
     train_tokens = config.stage.stage_steps * config.train.batch_tokens * stages
-    window = config.eval.window or config.eval.context
-    scored = (stages + 1) * names * config.eval.documents * window
+    scored = (stages + 1) * names * config.eval.documents * (config.eval.window or config.eval.context)
+    timed = [s.task_seconds for r in records for s in r.stages if s.task_seconds]
+    due = sum(tasks.due(config.tasks.stages, i, stages) for i in range(stages + 1)) if config.tasks.names else 0
+    answering = due * float(np.mean(timed)) if timed else 0.0
     mine = [r for r in records if r.method == method] or records
-    if speed is not None or not mine:
-        return math.nan if speed is None else train_tokens / speed + scored / (2 * speed)
     trained = [s.train for r in mine for s in r.stages if s.train is not None]
+    if speed is not None or not trained:
+        return math.nan if speed is None else train_tokens / speed + scored / (2 * speed) + answering
     per_token = sum(t.seconds for t in trained) / sum(t.tokens for t in trained)
-    tokens = sum(d.tokens for r in mine for s in r.stages for d in s.domains.values())
-    per_score = sum(s.eval_seconds for r in mine for s in r.stages) / tokens
-    return train_tokens * per_token + scored * per_score
+    per_score = sum(s.eval_seconds for r in mine for s in r.stages) / sum(
+        d.tokens for r in mine for s in r.stages for d in s.domains.values()
+    )
+    return train_tokens * per_token + scored * per_score + answering
 
 
-def _memory(configs: list[RunConfig]) -> int:
+def _memory(configs: list[RunConfig]) -> int | None:
     """Bytes on a GPU of the hungriest run, roughly: weights in their dtype; what trains in fp32 with its gradient and AdamW's two
     moments (16 bytes each); activations kept for the backward pass, 34 bytes a token, layer and unit of width in two-byte types
-    (Korthikanti et al. 2022, 2205.05198, eq. 2 without the attention scores, which sdpa does not keep), and one chunk of logits."""
-    from pydantic import TypeAdapter
-
+    (Korthikanti et al. 2022, 2205.05198, eq. 2 without the attention scores, which sdpa does not keep). None: no preset says how
+    large the model is."""
     from gain_cl import params
-    from gain_cl.config import Adapter
 
-    most = 0
+    most: float | None = None
     for config in configs:
-        adapter = TypeAdapter(Adapter).validate_python(config.adapter.model_dump())
-        total, trains = params.attached(config.model, adapter)
-        if not isinstance(trains, int):
+        arch = config.model.arch or {}
+        layers, hidden = arch.get("num_hidden_layers") or arch.get("n_layer"), arch.get("hidden_size") or arch.get("n_embd")
+        total, trains = params.attached(config.model, config.adapter) if layers and hidden else (0, "unknown")
+        if not isinstance(trains, int) or layers is None or hidden is None:
             continue
         width = 4 if config.model.dtype == "float32" else 2
-        arch = config.model.arch or {}
-        layers = arch.get("num_hidden_layers") or arch.get("n_layer") or 0
-        hidden = arch.get("hidden_size") or arch.get("n_embd") or 0
         tokens = (config.compute.micro_batch or config.train.sequences) * config.train.block
-        kept = 34 * tokens * hidden * (1 if config.compute.gradient_checkpointing else layers) * width // 2
-        most = max(most, total * width + 16 * trains + kept)
-    return most
+        kept = 34 * tokens * hidden * (1 if config.compute.gradient_checkpointing else layers) * width / 2
+        most = max(most or 0.0, total * width + 16 * trains + kept)
+    return None if most is None else int(most)
 
 
 # --- as a table --------------------------------------------------------------------------------------------------------
@@ -213,30 +232,36 @@ def _show(found: dict[str, Any], experiment: Experiment, piloted: bool, results:
         text = f"no finished run in {results}: noise and speed are as stated (--block-sd, --document-se, --speed, --pilot EXPERIMENT)"
         out.print(text, markup=False, highlight=False, soft_wrap=True)
     out.print()
-    for_endpoints = f", {len(experiment.endpoints)} endpoints together (Bonferroni, Holm's first step)" if experiment.endpoints else ""
-    head = f"Smallest true difference found with {100 * POWER:.0f}% power, two-sided {ALPHA:g}{for_endpoints}, by blocks"
+    n = len(experiment.endpoints)
+    together = f", {n} endpoints together" if n else ""
+    head = f"Smallest true difference (equivalence: margin) found with {100 * POWER:.0f}% power, alpha {experiment.alpha:g}{together}"
     table = Table(title=head, title_justify="left", box=SIMPLE_HEAD, padding=(0, 0, 0, 1), pad_edge=False, show_edge=False)
     table.add_column("endpoint")
-    table.add_column("what")
     ks = list(found["effects"][0]["detectable"])
     for k in ks:
-        table.add_column(f"{k}{'*' if k == experiment.blocks else ''}", justify="right")
-    for head in ("unit", "sd over blocks", "se over documents", "documents"):
+        table.add_column(f"{k} blocks{'*' if k == experiment.blocks else ''}", justify="right", no_wrap=True)
+    for head in ("floor", "unit", "sd over blocks, nats", "se over documents, nats"):
         table.add_column(head, justify="right")
     for e in found["effects"]:
-        values = ["-" if (v := e["detectable"][k]) is None else f"{v:.3g}" for k in ks]
+        values = ["-" if v is None else f"{v:.3g}" for v in (*(e["detectable"][k] for k in ks), e["floor"])]
         noise = ["-" if e[key] is None else f"{e[key]:.4f}" for key in ("block_sd", "document_se")]
-        table.add_row(printable(e["endpoint"]), printable(e["what"]), *values, e["unit"], *noise, str(e["documents"]))
+        table.add_row(printable(e["endpoint"]), *values, e["unit"], *noise)
     out.print(table)
-    for note in dict.fromkeys(e["noise"] for e in found["effects"] if e["noise"]):
-        out.print(f"noise: {note}", markup=False, highlight=False, soft_wrap=True)
+    out.print("* as the experiment has it; floor: set by the documents or items that all blocks share, however many blocks", markup=False)
     for e in found["effects"]:
+        out.print(printable(f"{e['endpoint']}: {e['what']}; noise: {e['noise']}"), markup=False, highlight=False, soft_wrap=True)
         if e["items"] and e["items"]["accuracy_points"] is not None:
             i = e["items"]
-            text = f"{i['items']} items, {100 * i['discordant']:.0f}% changing their answer: {i['accuracy_points']:.1f} points of accuracy"
-            out.print(f"{e['endpoint']}: {text}", markup=False, highlight=False)
+            text = (
+                f"{i['items']} items, {100 * i['discordant']:.0f}% ({i['source']}) changing their answer: {i['accuracy_points']:.1f} points"
+            )
+            out.print(f"  accuracy in one run: {text}", markup=False, highlight=False)
     cost = found["cost"]
     left = sum(r["left"] for r in cost["runs"])
-    hours = "not known (--speed N)" if cost["hours"] is None else terms.duration(3600 * cost["hours"])
+    hours = "not known (--speed N, or a pilot)" if cost["hours"] is None else terms.duration(3600 * cost["hours"])
+    out.print()
     out.print(f"cost: {left} of {sum(r['runs'] for r in cost['runs'])} runs ahead, {hours} one after the other", highlight=False)
-    out.print(f"memory of the largest, roughly: {size(cost['memory_bytes'])}", highlight=False)
+    for text in cost["left_out"]:
+        out.print(f"  not included: {text}", markup=False, highlight=False)
+    memory = "not known" if cost["memory_bytes"] is None else f"{size(cost['memory_bytes'])}, roughly"
+    out.print(f"GPU memory of the largest run: {memory}", highlight=False)

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from gain_cl import build, measure, record, resume, spine, terms
-from gain_cl.config import Given, RunConfig
+from gain_cl.config import Given, Model, RunConfig
 from gain_cl.errors import ConfigError, DataError, printable
 from gain_cl.verbs import Parser, console, find_record
 
@@ -30,7 +30,9 @@ class Bench:
 
     def __init__(self, run: record.Run, output_dir: str | None, given: bool = False) -> None:
         """given: whether stages that were trained elsewhere will do, too."""
-        self.record = run.record
+        self.run, self.record = run, run.record
+        if (made := self.record.interpolated) is not None:
+            raise ConfigError("it is interpolated and has no trained state of its own", self.record.run_id, f"use {made.of}")
         config = RunConfig.model_validate({**run.record.config, **({"output_dir": output_dir} if output_dir else {})})
         if isinstance(config.adapter, Given) and not given:
             raise ConfigError("its stages were trained elsewhere", run.record.run_id, "it has no trained state of its own")
@@ -70,15 +72,19 @@ class Bench:
         if unit == "cells":
             self._bar.update(self._cells, completed=self._rows * of + done, description=f"score {what}")
 
-    def state(self, stage: int) -> dict[str, Tensor]:
-        """The trained state after a stage, verified. DataError when it was not kept."""
-        from gain_cl import checkpoint
-
+    def saved(self, stage: int) -> Path:
+        """The folder of the trained state after a stage, verified. DataError when it was not kept."""
         told = self.record.stages[stage]
         saved = resume.read_stage(self.folder / "stages" / f"{stage:02d}-{told.domain}").folder
         if not (saved / resume.ADAPTER).exists():
             raise DataError("the trained state of this stage was not kept", str(saved), "run again with checkpoint.keep_stages=all")
-        return checkpoint.read_tensors(saved, resume.ADAPTER)
+        return saved
+
+    def state(self, stage: int) -> dict[str, Tensor]:
+        """The trained state after a stage."""
+        from gain_cl import checkpoint
+
+        return checkpoint.read_tensors(self.saved(stage), resume.ADAPTER)
 
     def attach(self, loaded: Loaded) -> Adapter:
         """The run's adapter, on a model."""
@@ -92,17 +98,57 @@ class Bench:
             adapter.attach(loaded)
         return adapter
 
+    @property
+    def fp32(self) -> Model:
+        """The pretrained model in full precision, for what is computed on weights."""
+        return self.config.model.model_copy(update={"dtype": "float32", "load_in": None})
+
+    def tuned(self, model: Model, stage: int) -> tuple[Loaded, Adapter]:
+        """The model after a stage, the adapter on it."""
+        from gain_cl import models
+
+        loaded = models.load(model, self.loaded.device)
+        adapter = self.attach(loaded)
+        if adapter.trains:
+            adapter.load_state(self.state(stage))
+        else:
+            adapter.take(stage)
+        return loaded, adapter
+
+    def folded(self, stage: int) -> dict[str, Tensor]:
+        """Every parameter of the model after a stage, the adapter folded in, in fp32. DataError when that is not all it does."""
+        import torch
+
+        loaded, adapter = self.tuned(self.fp32, stage)
+        ids_BT = torch.arange(64, device=loaded.device)[None] % loaded.vocabulary
+        with torch.no_grad():
+            before = loaded.model(ids_BT).logits
+            adapter.absorb()
+            moved = ((loaded.model(ids_BT).logits - before).abs().max() / before.abs().max()).item()
+        if not moved <= 1e-3:
+            what = f"the folded weights compute something else than the adapter: logits differ by {moved:.0e} of the largest"
+            raise DataError(what, f"stage {stage}", "what it does is no change of the weights")
+        return {name: p.detach() for name, p in loaded.model.named_parameters()}
+
     def score_D(self, weights: dict[str, Tensor], **what: Any) -> np.ndarray:
-        """Nats per token of every domain by the model as it is now. weights, what: all that makes it differ from the base."""
+        """Nats per token of every domain, see ``score``."""
+        return self.losses(self.score(weights, **what))
+
+    def losses(self, scores: measure.Scores) -> np.ndarray:
+        """Nats per token of every domain."""
+        return np.array([scores.domains[d].loss_nats for d in self.names])
+
+    def score(self, weights: dict[str, Tensor], **what: Any) -> measure.Scores:
+        """Every domain by the model as it is now. weights, what: all that makes it differ from the base."""
         digest = hashlib.sha256()
         for name in sorted(weights):
             digest.update(f"{name} {tuple(weights[name].shape)}\n".encode() + weights[name].detach().cpu().contiguous().numpy().tobytes())
         identity = {**self.inputs.identity, "weights": digest.hexdigest(), **what}
         identity |= {"adapter": self.config.scientific()["adapter"], "plugins": self.record.pins["plugins"], "seed": self.config.seed}
         cells, batch = self.folder.parent / "cells", self.config.compute.eval_batch
-        found: measure.Scores = measure.domains(self.loaded, self.inputs.domains, self.config.eval, batch, identity, cells, self)
+        found = measure.domains(self.loaded, self.inputs.domains, self.config.eval, batch, identity, cells, self)
         self._rows += 1
-        return np.array([found.domains[d].loss_nats for d in self.names])
+        return found
 
 
 def stderr() -> Any:

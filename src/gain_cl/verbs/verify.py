@@ -191,7 +191,7 @@ def run_id(case: Case) -> str:
     """The hash over settings, pins and numerics again. A tainted run keeps the id of its first attempt, which run.json tells."""
     r, numerics = case.record, case.record.provenance["numerics"]
     pins = {k: pin for k, pin in r.pins.items() if k in ("model", "domains", "tasks", "plugins", "init_from", "checkpoints")}
-    stem, _, stated = r.run_id.rpartition("-")
+    stem, _, stated = (r.run_id if r.interpolated is None else r.interpolated.of).rpartition("-")
     if stem != f"{'-'.join([r.model, r.method, r.sequence])[:70]}-s{r.seed}":
         raise DataError(f"{r.run_id} does not name its model, method, sequence and seed", str(case.run.path), AGAIN)
     if provenance.identity(case.config.scientific(), pins, numerics) == stated:
@@ -209,7 +209,10 @@ def run_id(case: Case) -> str:
 def beginning(case: Case) -> str:
     """run.json is this run's: its settings, pins and numerics have the id, and unless the run is tainted, what it began with is
     what the record pins."""
-    r, path = case.record, case.beside("run.json")
+    r = case.record
+    if r.interpolated is not None:
+        return _origin(case, r.interpolated)
+    path = case.beside("run.json")
     case.hashed.add(path)
     first = json.loads(path.read_bytes())
     facts, stated = first["facts"], r.run_id.rpartition("-")[2]
@@ -221,6 +224,24 @@ def beginning(case: Case) -> str:
         if value != r.pins[key] and not r.tainted:
             raise DataError(f"{key} are not those of the record", str(path), AGAIN)
     return "run.json: settings, pins and numerics of this run" + ("" if r.tainted else ", what it read is what the record pins")
+
+
+def _origin(case: Case, made: record.Interpolated) -> str:
+    """What was interpolated has the settings, pins and row 0 of its run's record, and what its stages cost."""
+    path = case.run.path.with_name(f"{made.of}.json")
+    if not path.exists():
+        raise Absent(f"no {path}")
+    case.is_pinned(path, made.record_sha256)
+    origin = record.load(path)
+    own = {"run_id", "provenance", "peak_memory_bytes", "stages", "items_sha256", "notes"}
+    if case.record.model_dump(exclude=own) != origin.record.model_dump(exclude=own):
+        raise DataError("its settings or pins are not those of the run it is interpolated from", str(case.run.path), AGAIN)
+    if [s.train for s in case.record.stages] != [s.train for s in origin.record.stages]:
+        raise DataError("its stages cost something else than those of the run it is interpolated from", str(case.run.path), AGAIN)
+    mine, theirs = (t[t["stage"] == 0].reset_index(drop=True) for t in (case.run.documents, origin.documents))
+    if not mine.equals(theirs):
+        raise DataError("its row 0 is not that of the run it is interpolated from", str(case.run.path), AGAIN)
+    return f"{path.name}: settings, pins, training and row 0 of this record"
 
 
 def _added(known: Any, given: Any, key: str = "") -> str | None:
@@ -293,6 +314,8 @@ def task_counts(case: Case) -> str:
     """Items and right answers of every task from the log-likelihoods; tasks are scored where the settings say."""
     if not case.record.config["tasks"]["names"] and not any(stage.tasks for stage in case.record.stages):
         raise Absent("the run has no tasks")
+    if case.record.interpolated is not None:
+        raise Absent("interpolated models are not asked tasks")
     wanted, where, last, count, bare = case.config.tasks, str(case.run.path), len(case.record.stages) - 1, 0, 0
     for stage in case.record.stages:
         if (due := set(wanted.names if tasks.due(wanted.stages, stage.index, last) else [])) != stage.tasks.keys():
