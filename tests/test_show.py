@@ -427,3 +427,12 @@ def test_picture_bytes_depend_on_the_run_alone(tmp_path: Path) -> None:
     second = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, check=True).stdout
     assert first[:8] == b"\x89PNG\r\n\x1a\n" and first == second
     assert b"tEXt" not in first and b"tIME" not in first
+
+
+def test_other_definitions_are_shown_when_asked_for(run: record.Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["show", "--definitions", str(run.path)]) == 0
+    out = capsys.readouterr().out
+    for name, value in matrix.published(matrix.LossMatrix.from_documents(run.documents, run.record.trained, run.record.controls)).items():
+        assert re.search(rf"{name} +{re.escape(f'{value:+.4f}')}", out), name
+    assert cli.main(["show", str(run.path)]) == 0
+    assert "gem_bwt" not in capsys.readouterr().out

@@ -249,10 +249,11 @@ def _score(argv: list[str]) -> int:
 def _show(argv: list[str]) -> int:
     parser = Parser(
         "show",
-        usage="python -m gain_cl show [--shipped RECORD.json|RUN_ID] [--results-dir DIR] RECORD.json|RUN_ID",
+        usage="python -m gain_cl show [--definitions] [--shipped RECORD.json|RUN_ID] [--results-dir DIR] RECORD.json|RUN_ID",
         description="Print a finished run.",
     )
     parser.add_argument("run", help="path of a record, or a run id (its beginning is enough)")
+    parser.add_argument("--definitions", action="store_true", help="also what GEM, Chaudhry, TRACE and Avalanche make of the matrix")
     parser.add_argument("--shipped", metavar="RUN", help="a run of the model as shipped: its stage 0 is shown above the run's")
     parser.add_argument("--results-dir", default="results", help="where runs/RUN_ID.json are (default: %(default)s)")
     args = parser.parse_args(argv)
@@ -260,7 +261,7 @@ def _show(argv: list[str]) -> int:
 
     path = find_record(args.run, Path(args.results_dir))
     shipped = record.load(find_record(args.shipped, Path(args.results_dir))) if args.shipped is not None else None
-    show.render(record.load(path), shipped=shipped)
+    show.render(record.load(path), shipped=shipped, definitions=args.definitions)
     print(f"record: {path}")
     return 0
 

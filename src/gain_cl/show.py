@@ -19,7 +19,7 @@ from gain_cl import items as items_
 from gain_cl import terms
 from gain_cl.errors import DataError, printable
 from gain_cl.inference import mcnemar
-from gain_cl.matrix import Estimate, LossMatrix, forgetting_by_age, summary
+from gain_cl.matrix import Estimate, LossMatrix, forgetting_by_age, published, summary
 from gain_cl.record import Run, RunRecord, items_path
 
 STUDY_TOKENS = 500_000
@@ -40,10 +40,16 @@ ROWS = {  # metric of matrix.METRICS -> what it is called, what it compares
 PLAIN_WIDTH = 120  # where the output is no terminal and COLUMNS says nothing
 
 
-def render(run: Run, files: dict[str, Path] | None = None, console: Console | None = None, shipped: Run | None = None) -> None:
+def render(
+    run: Run,
+    files: dict[str, Path] | None = None,
+    console: Console | None = None,
+    shipped: Run | None = None,
+    definitions: bool = False,
+) -> None:
     """Print a run. files: what to name at the end (label -> path); None: the per-item values and, where they exist, the
     matrix and the heat map in the run's folder. shipped: a run of the model as its makers shipped it, whose stage 0 is shown too.
-    DataError: its perplexities are not of the same text in the same way."""
+    DataError: its perplexities are not of the same text in the same way. definitions: also what others call forgetting."""
     console = console or _console()
     r = run.record
     say = _Printer(console)
@@ -63,6 +69,11 @@ def render(run: Run, files: dict[str, Path] | None = None, console: Console | No
     if losses.stages >= 3 and (ages := forgetting_by_age(losses)):  # of two stages it is the backward change
         say("Forgetting by stages since a domain was learned: change of perplexity (above 0: forgotten)")
         _ages({a: losses.estimate(c) for a, c in ages.items()}, losses.stages, console)
+    if definitions and (found := published(losses)):
+        say("The same matrix by other definitions, nats per token, with their signs (docs/metrics.md)")
+        for name, value in found.items():
+            say(f"  {name:<27}{value:+.4f}")
+        say()
     say(_bits_per_byte(r))
     say()
     _tasks(run, console, say)
