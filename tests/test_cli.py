@@ -92,9 +92,9 @@ BAD = [
     ("compute.micro_batch=3", "compute.micro_batch=3 does not divide", ""),
     ("eval.stride=2000", "eval.stride=2000 exceeds eval.context", ""),
     ("method=lora adapter.config.r=0", "adapter.config.r=0", "positive whole number"),
-    ("method=lora adapter.config.r=577", "adapter.config.r=577 exceeds the width of smollm2", "use 576 or less"),
+    ("method=lora adapter.config.r=577", "adapter.config.r=577 exceeds the width of smollm2_healed", "use 576 or less"),
     ("model=gpt2 eval.context=1025", "eval.context=1025 exceeds the context of gpt2, 1024 tokens", "use eval.context=1024"),
-    ("train.block=16384 train.batch_tokens=16384 train.tokens=16384", "exceeds the context of smollm2, 8192 tokens", ""),
+    ("train.block=16384 train.batch_tokens=16384 train.tokens=16384", "exceeds the context of smollm2_healed, 8192 tokens", ""),
     # devices and types
     ("compute.device=gpu", "compute.device='gpu' is no device", "use auto, cpu, cuda"),
     ("model.dtype=bf16", "model.dtype='bf16' is not possible", "did you mean bfloat16?"),

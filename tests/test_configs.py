@@ -183,7 +183,9 @@ def test_wheel_carries_the_presets(tmp_path: Path) -> None:
     with zipfile.ZipFile(path) as archive:
         archive.extractall(tmp_path / "site")
     installed = tmp_path / "site" / "gain_cl" / "configs"
-    assert {p.relative_to(ROOT) for p in ROOT.rglob("*.yaml")} == {p.relative_to(installed) for p in installed.rglob("*.yaml")}
+    for kind in ("*.yaml", "*.safetensors"):
+        assert {p.relative_to(ROOT) for p in ROOT.rglob(kind)} == {p.relative_to(installed) for p in installed.rglob(kind)}
+    assert (installed.parent / "experiments/pilot.yaml").is_file()
     code = (
         "import gain_cl, sys; from gain_cl import cli, presets; print(presets.configs_dir()); sys.exit(cli.main(['run', '--cfg', 'job']))"
     )
