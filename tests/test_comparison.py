@@ -448,6 +448,9 @@ def test_status_and_power_on_the_command_line(tmp_path: Path, capsys: pytest.Cap
     found = json.loads(capsys.readouterr().out)
     assert found["cost"]["hours"] == 0 and found["effects"][0]["noise"] == "pilot of 2 blocks" and found["cost"]["memory_bytes"] > 0
     assert cli.main(["power", *line, "--block-sd", "-1"]) == 64
+    se = found["effects"][1]["document_se"]
+    assert cli.main(["power", *line, "eval.documents=16", "--pilot", f"{tmp_path}/e.yaml", "--json"]) == 0  # twice the documents
+    assert json.loads(capsys.readouterr().out)["effects"][1]["document_se"] == pytest.approx(se / math.sqrt(2))
 
 
 def test_power_from_stated_noise(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

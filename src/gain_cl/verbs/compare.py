@@ -217,7 +217,7 @@ def _settings(study: Study, results_dir: Path, out: Any) -> None:
             table.add_section()
             method = s.method
         row = [printable(s.label)]
-        row += [f"{comparison.axis(s, 'parameters', norms):,.0f}"] if wide else []
+        row += [_count(comparison.axis(s, "parameters", norms))] if wide else []
         row += [str(len(s.runs))] if blocks > 1 else []
         if norms:
             row += ["-" if math.isnan(x) else f"{x:.3g}" for x in (comparison.axis(s, "norm", norms), *_kl(s, ends))]
@@ -336,6 +336,14 @@ def _percent(e: Estimate) -> str:
 
 def _range(e: Estimate) -> str:
     return "not known" if math.isnan(e.low) or math.isnan(e.high) else f"{terms.percent(e.low)} to {terms.percent(e.high)}"
+
+
+def _count(n: float) -> str:
+    """In at most five characters: 960, 63.4k, 4.88M, 135M."""
+    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if n >= size:
+            return f"{n / size:.3g}{unit}"
+    return f"{n:.0f}"
 
 
 def _signed(x: float) -> str:

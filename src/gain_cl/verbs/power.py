@@ -130,8 +130,10 @@ def _noise(e: Endpoint, study: Study | None, args: Any, config: RunConfig) -> No
     if seen is not None and study is not None:
         sources.append(f"pilot of {seen.blocks} block{'s' if seen.blocks > 1 else ''}")
         block_sd = float(np.std(seen.values, ddof=1)) if seen.blocks > 1 else math.nan
-        pilot = next(iter(study.settings[0].runs.values())).record.config["eval"]
-        document_se = seen.documents.standard_error * (math.sqrt(pilot["documents"] / config.eval.documents) if losses else 1.0)
+        first = next(iter(study.settings[0].runs.values())).record
+        pilot = first.config["eval"]
+        ratio = pilot["documents"] * len(first.trained) / (config.eval.documents * len(config.sequence.trained))
+        document_se = seen.documents.standard_error * (math.sqrt(ratio) if losses else 1.0)
         if losses and pilot["window"] != config.eval.window:
             sources.append(f"which scored the first {pilot['window']} tokens, not {config.eval.window}")
         if e.at == "matched":
