@@ -65,7 +65,7 @@ def main(argv: list[str]) -> int:
     cells = experiments.cells(experiment, more)
     pilot = experiments.load(args.pilot) if args.pilot else experiment
     results = next((w.partition("=")[2] for w in more if w.startswith("results_dir=")), "results")
-    known = cells if pilot == experiment else experiments.cells(pilot, [f"results_dir={results}"])
+    known = cells if args.pilot is None else experiments.cells(pilot, [f"results_dir={results}"])
     runs = {(experiments.label(c.method, c.values), c.block): record.load(c.record) for c in known if c.state == "done"}
     study = comparison.from_experiment(pilot, runs) if runs else None
     configs = {(c.method, str(c.values)): build.compose([*c.overrides, *more]) for c in cells if c.block == 0}
