@@ -1,4 +1,4 @@
-"""One owner per run. Taken before a model is loaded, released by the system when its process ends, however it ends."""
+"""One owner per run. Taken before torch is imported, released by the system when its process ends, however it ends."""
 
 from __future__ import annotations
 

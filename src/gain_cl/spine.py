@@ -110,25 +110,37 @@ def execute(config: RunConfig, plan: Plan) -> record.Run:
             return show_again(plan)
         if not plan.finished or config.force:
             checks.inputs(config)  # what is wrong with data or model shows now, before anything is on disk
-            if not plan.folder.exists():  # else an attempt came past this
-                _rehearse(config)
-        with lock.owned(plan.folder):
-            if plan.finished and not config.force:  # another process finished it while we waited, or was killed at the end
-                if not plan.interrupted:
-                    _sweep(plan)
-                return show_again(plan)
-            try:
-                (plan.folder / "failure.json").unlink(missing_ok=True)
-                return _execute(config, plan)
-            except (errors.PreemptedError, KeyboardInterrupt):
-                raise
-            except Exception as error:
-                failure = _explained(error)
-                with suppress(errors.GainError):  # a full disk does not take this either
-                    write_bytes(plan.folder / "failure.json", _failure(failure))
-                if failure is error:
-                    raise
-                raise failure from error
+        made = [p for p in (plan.folder, *plan.folder.parents) if not p.exists()]  # with the lock
+        try:
+            with lock.owned(plan.folder):
+                if plan.finished and not config.force:  # another process finished it while we waited, or was killed at the end
+                    if not plan.interrupted:
+                        _sweep(plan)
+                    return show_again(plan)
+                if made:  # else an attempt came past this
+                    _rehearse(config)
+                return _watched(config, plan)
+        except ConfigError:
+            with suppress(OSError):  # a folder that is not empty: something was begun
+                for path in made:
+                    path.rmdir()
+            raise
+
+
+def _watched(config: RunConfig, plan: Plan) -> record.Run:
+    """The run; what makes it fail is told in failure.json, too."""
+    try:
+        (plan.folder / "failure.json").unlink(missing_ok=True)
+        return _execute(config, plan)
+    except (errors.PreemptedError, KeyboardInterrupt):
+        raise
+    except Exception as error:
+        failure = _explained(error)
+        with suppress(errors.GainError):  # a full disk does not take this either
+            write_bytes(plan.folder / "failure.json", _failure(failure))
+        if failure is error:
+            raise
+        raise failure from error
 
 
 def show_again(plan: Plan) -> record.Run:
