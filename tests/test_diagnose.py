@@ -309,7 +309,8 @@ def test_one_stage_some_layers_and_no_kl_leave_what_was_there(folder: Path, caps
     ]
 
 
-def test_the_table(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_table(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
     made = run(folder, "method=gain_ffn")
     assert diagnose.main([str(made.path)]) == 0
     shown = capsys.readouterr()

@@ -202,8 +202,9 @@ def test_records_by_name_are_settings_by_alpha(folder: Path, capsys: pytest.Capt
         comparison.from_records([fast, whole])
 
 
-def test_an_experiment_with_alphas(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_experiment_with_alphas(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """The interpolated models are further settings of their methods, on their fronts; what they do is no positive control."""
+    monkeypatch.setenv("COLUMNS", "120")
     text = "question: q\noverrides: [debug=smoke, compute.threads=1]\nmethods: {gain_ffn: {train.lr: [0.8]}, lora: {train.lr: [0.003]}}\n"
     (tmp_path / "e.yaml").write_text(text)
     line = [f"experiment={tmp_path}/e.yaml", f"results_dir={tmp_path}/results", f"output_dir={tmp_path}/runs"]
