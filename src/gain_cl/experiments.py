@@ -105,12 +105,13 @@ class Experiment(Section):
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of an experiment. overrides: of the command ``run``."""
+    """One run of an experiment. overrides: of the command ``run``, which compose to config."""
 
     method: str
     values: Values
     block: int
     overrides: list[str]
+    config: RunConfig
     run_id: str
     record: Path
     folder: Path
@@ -196,7 +197,7 @@ def cells(experiment: Experiment, more: list[str] | None = None) -> list[Cell]:
                     what = f"two settings are the same run: {seen[plan.run_id]} and {label(method, values)}"
                     raise ConfigError(what, "methods", "remove one")
                 seen[plan.run_id] = label(method, values)
-                found.append(Cell(method, values, block, own, plan.run_id, plan.record_path, plan.folder))
+                found.append(Cell(method, values, block, own, config, plan.run_id, plan.record_path, plan.folder))
     except ConfigError as error:
         raise ConfigError(error.what, f"experiment {experiment.name}: {error.where}", error.do) from error
     return found

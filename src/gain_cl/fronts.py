@@ -4,8 +4,8 @@ A front is one method's settings (learning rates, ranks, strengths, replay share
 (negative is good), backward change y (positive is forgetting). A method may answer with any setting, so what is read at a skill is
 the least it forgets among answers that learn at least as much: only settings that no other beats count, with monotone
 interpolation between them (PCHIP: Fritsch & Carlson 1980, Fritsch & Butland 1984); below the least learning of them its own
-value, beyond the most learning nothing. Choosing settings on the reported documents flatters the method with more of them
-(9 against 3 settings, 8 blocks: a false winner in 15%): declared endpoints take as many settings of both methods.
+value, beyond the most learning nothing. Choosing settings on the reported documents flatters the method with more of them:
+declared endpoints take as many settings of both methods.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from scipy import stats
 
-from gain_cl import build, comparison, experiments, inference, items, record, tasks, terms
+from gain_cl import comparison, experiments, inference, items, record, tasks, terms
 from gain_cl.comparison import Study
 from gain_cl.config import RunConfig
 from gain_cl.errors import ConfigError
@@ -68,7 +68,7 @@ def main(argv: list[str]) -> int:
     known = cells if args.pilot is None else experiments.cells(pilot, [f"results_dir={results}"])
     runs = {(experiments.label(c.method, c.values), c.block): record.load(c.record) for c in known if c.state == "done"}
     study = comparison.from_experiment(pilot, runs) if runs else None
-    configs = {(c.method, str(c.values)): build.compose([*c.overrides, *more]) for c in cells if c.block == 0}
+    configs = {(c.method, str(c.values)): c.config for c in cells if c.block == 0}
     records = [run.record for run in runs.values()]
     found = {
         "experiment": experiment.name,
