@@ -22,7 +22,7 @@ from gain_cl.verbs import Parser, find_record
 
 INTERRUPTED = 130
 VERBS = (
-    "status", "compare", "power", "diagnose",
+    "sweep", "status", "compare", "power", "diagnose",
     "export", "recombine", "interpolate", "prepare", "verify", "verify-resume", "doctor", "clean",
 )  # fmt: skip
 """Those with a module of their own in verbs/."""
@@ -35,6 +35,7 @@ usage: python -m gain_cl VERB ... (also: gain-cl VERB ...)
   export  what a run has learned for use elsewhere: an adapter in PEFT's format, or an ordinary transformers checkpoint
   params  trainable parameters of every model and method
 
+  sweep     run what an experiment (experiments/NAME.yaml) lacks, here or on Slurm
   status    which runs of an experiment (experiments/NAME.yaml) are done, and the commands of those that are not
   compare   runs, or an experiment: intervals, fronts, equal skill, and a verdict per declared endpoint
   power     what an experiment can detect and what it will cost, before it runs

@@ -17,10 +17,10 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from gain_cl import fronts, inference, items
+from gain_cl import fronts, inference, items, record
 from gain_cl.config import RunConfig
 from gain_cl.errors import DataError
-from gain_cl.experiments import Endpoint, Experiment, Values, label
+from gain_cl.experiments import Cell, Endpoint, Experiment, Values, label
 from gain_cl.inference import Parts, Tests, Verdict
 from gain_cl.matrix import METRICS, Estimate, LossMatrix
 from gain_cl.record import Run
@@ -105,6 +105,10 @@ class Study:
     def methods(self) -> list[str]:
         return list(dict.fromkeys(s.method for s in self.settings))
 
+    @property
+    def model(self) -> str:
+        return next(iter(self.settings[0].runs.values())).record.model
+
 
 class Compared(NamedTuple):
     """A summary, or a difference of two (paired within blocks), over so many blocks; its estimate's n are documents or items."""
@@ -137,17 +141,34 @@ NOT_INTERPOLATED = "no interpolated models beside these runs: python -m gain_cl 
 # --- making a study ----------------------------------------------------------------------------------------------------
 
 
+def studies(experiment: Experiment, cells: list[Cell], alphas: bool = False) -> dict[str, Study]:
+    """A study of each model of an experiment, of its finished runs. alphas: with what ``interpolate --records`` made of them."""
+    found = {}
+    for model in dict.fromkeys(c.model for c in cells):
+        done = {(label(c.method, c.values), c.block): record.load(c.record) for c in cells if c.model == model and c.state == "done"}
+        between = {key: [r for r in record.between(run) if r.record.alpha != 1] for key, run in done.items()} if alphas else None
+        if done:
+            found[model] = from_experiment(experiment, done, between)
+    if not found:
+        raise _nothing(experiment)
+    return found
+
+
+def _nothing(experiment: Experiment) -> DataError:
+    return DataError(f"no run of {experiment.name} is finished", "results", f"python -m gain_cl sweep experiment={experiment.name}")
+
+
 def from_experiment(
     experiment: Experiment, runs: dict[tuple[str, int], Run], between: dict[tuple[str, int], list[Run]] | None = None
 ) -> Study:
-    """Of the finished runs of an experiment. runs: (label of the setting, block) -> run; between: records that were interpolated
-    from a run, further settings of its method, of which nothing was declared."""
+    """Of the finished runs of an experiment with one model. runs: (label of the setting, block) -> run; between: records that were
+    interpolated from a run, further settings of its method, of which nothing was declared."""
     settings: list[Setting] = []
     for method, values in experiment.settings():
         mine = [(key, run) for key, run in runs.items() if key[0] == label(method, values)]
         settings += _by_alpha(method, values, [r for key, run in mine for r in (run, *(between or {}).get(key, []))])
     if not settings:
-        raise DataError(f"no run of {experiment.name} is finished", "results", f"python -m gain_cl status experiment={experiment.name}")
+        raise _nothing(experiment)
     chosen = {}
     for method in experiment.methods:
         found = [s for s in settings if s.method == method and s.values == experiment.chosen_of(method)]
@@ -293,19 +314,20 @@ def _item_parts(run: Run, name: str, task: str) -> Parts | None:
 
 def level(setting: Setting, metric: str) -> Compared | None:
     """A setting's summary: over documents of its one run, or over its blocks and their documents."""
-    return _compared([p for block in setting.runs if (p := setting.parts(metric, block)) is not None])
+    return compared([p for block in setting.runs if (p := setting.parts(metric, block)) is not None])
 
 
 def difference(a: Setting, b: Setting, metric: str) -> Compared | None:
     """a minus b, paired within the blocks that both have."""
     pairs = [(a.parts(metric, block), b.parts(metric, block)) for block in a.runs if block in b.runs]
     try:
-        return _compared([inference.combined([x, y], [1, -1]) for x, y in pairs if x is not None and y is not None])
+        return compared([inference.combined([x, y], [1, -1]) for x, y in pairs if x is not None and y is not None])
     except ValueError as error:
         raise DataError(f"{a.label} and {b.label} were not scored on the same text: {error}", "records", "score them alike") from error
 
 
-def _compared(parts: list[Parts]) -> Compared | None:
+def compared(parts: list[Parts]) -> Compared | None:
+    """Mean over blocks of a summary or of a paired difference, whose parts in each block are given; None without any."""
     if not parts:
         return None
     values = np.array([_ratio(part) for part in parts])

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from gain_cl import build, presets, spine, tasks
+from gain_cl import build, lock, presets, spine, tasks
 from gain_cl.config import Finite, Name, RunConfig, Section
 from gain_cl.errors import ConfigError, DataError
 from gain_cl.explain import suggest
@@ -58,7 +58,9 @@ class Experiment(Section):
     name: Name
     question: str
     expect: str = ""  # what we expect, and why, written before it was run
+    models: list[Name] = Field([])  # model presets, each an experiment of its own; default: the one that every run has
     overrides: list[str] = Field([])  # of every run
+    once: list[str] = Field([])  # of the runs of block 0, instead of those of the same keys: what every block cannot afford
     methods: dict[Name, dict[str, list[Any]]] = Field(min_length=1)  # method -> key -> values: its grid; {} is the preset as it is
     chosen: dict[Name, Values] = Field({})  # the setting that stands for a method where settings are not interpolated; default: its first
     blocks: int = Field(1, ge=1)
@@ -70,6 +72,10 @@ class Experiment(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Experiment:
+        if len(set(self.models)) < len(self.models):
+            raise ValueError("models: one is named twice")
+        if self.models and any(o.startswith("model=") for o in (*self.overrides, *self.once)):
+            raise ValueError("models: and an override model= exclude each other")
         for method, values in self.chosen.items():
             if method not in self.methods:
                 raise ValueError(f"chosen: {method} is not among the methods")
@@ -105,8 +111,9 @@ class Experiment(Section):
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of an experiment. overrides: of the command ``run``, which compose to config."""
+    """One run of an experiment. model: its preset; overrides: of the command ``run``, which compose to config."""
 
+    model: str
     method: str
     values: Values
     block: int
@@ -118,10 +125,10 @@ class Cell:
 
     @property
     def state(self) -> Literal["done", "running", "failed", "stopped", "missing"]:
-        """running: a LOCK is there (its owner may have died); stopped: some of it is saved."""
+        """running: a process has its lock; stopped: some of it is saved."""
         if self.record.exists():
             return "done"
-        if (self.folder / "LOCK").exists():
+        if lock.holder(self.folder) is not None:
             return "running"
         if (self.folder / "failure.json").exists():
             return "failed"
@@ -185,19 +192,23 @@ def cells(experiment: Experiment, more: list[str] | None = None) -> list[Cell]:
     seen: dict[str, str] = {}
     try:
         with build.composer() as compose:
-            for block, (method, values) in itertools.product(range(experiment.blocks), experiment.settings()):
-                own = [f"method={method}", *(f"{key}={_text(value)}" for key, value in values.items()), *experiment.overrides]
+            models = [[f"model={m}"] for m in experiment.models] or [[]]
+            for model, block, (method, values) in itertools.product(models, range(experiment.blocks), experiment.settings()):
+                own = [*model]
+                own += [f"method={method}", *(f"{key}={_text(value)}" for key, value in values.items())]
+                own += experiment.overrides if block else _instead(experiment.overrides, experiment.once)
                 if experiment.blocks > 1:
                     base = base or len(compose([*own, *more]).sequence.domains)
                     own += [f"seed={block}", f"sequence.order=[{','.join(map(str, latin_order(base, block)))}]"]
                 config = compose([*own, *more])
-                _scores_what_is_declared(experiment, config)
+                if block == 0:
+                    _scores_what_is_declared(experiment, config)
                 plan = spine.prepare(config)
                 if plan.run_id in seen:
                     what = f"two settings are the same run: {seen[plan.run_id]} and {label(method, values)}"
                     raise ConfigError(what, "methods", "remove one")
                 seen[plan.run_id] = label(method, values)
-                found.append(Cell(method, values, block, own, config, plan.run_id, plan.record_path, plan.folder))
+                found.append(Cell(config.model.name, method, values, block, own, config, plan.run_id, plan.record_path, plan.folder))
     except ConfigError as error:
         raise ConfigError(error.what, f"experiment {experiment.name}: {error.where}", error.do) from error
     return found
@@ -214,6 +225,12 @@ def _scores_what_is_declared(experiment: Experiment, config: RunConfig) -> None:
         last = len(config.stages)
         if task and not all(tasks.due(config.tasks.stages, stage, last) for stage in (0, last)):
             raise ConfigError(f"endpoint {e.name}: {task} is not scored before and after the run", "tasks.stages", "use tasks.stages=ends")
+
+
+def _instead(overrides: list[str], others: list[str]) -> list[str]:
+    """Overrides with others added, which replace those of the same key."""
+    keys = {o.partition("=")[0] for o in others}
+    return [*(o for o in overrides if o.partition("=")[0] not in keys), *others]
 
 
 def _text(value: Any) -> str:

@@ -125,6 +125,7 @@ class RunRecord(Part):
     items_sha256: str
     notes: list[str] = []  # warnings a reader of the numbers must see
     tainted: list[str] = []  # what changed between the attempts of this run although it may not; empty: nothing
+    seal: str = ""  # seal_of the rest, set by save: an edited record is told from what was written
 
     @property
     def interpolated(self) -> Interpolated | None:
@@ -143,9 +144,16 @@ class RunRecord(Part):
         return np.array([[s.domains[d].loss_nats if d in s.domains else math.nan for d in names] for s in self.stages])
 
 
+def seal_of(plain: dict[str, Any]) -> str:
+    """SHA-256 of a record as JSON data but for its seal, however it is spelt. It tells accidents and edits by hand; whoever means to
+    deceive can seal again, which ``verify`` is there for."""
+    rest = json.dumps({k: v for k, v in plain.items() if k != "seal"}, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(rest.encode()).hexdigest()
+
+
 def outcome(record: RunRecord) -> dict[str, Any]:
     """What every undisturbed or interrupted attempt at one run agrees in: all but provenance, times and memory."""
-    kept = record.model_dump(mode="json", exclude={"provenance", "peak_memory_bytes", "config", "notes"})
+    kept = record.model_dump(mode="json", exclude={"provenance", "peak_memory_bytes", "config", "notes", "seal"})
     for stage in kept["stages"]:
         del stage["eval_seconds"], stage["task_seconds"]
         if stage["train"] is not None:
@@ -190,7 +198,9 @@ def save(record: RunRecord, documents: pd.DataFrame, items: pd.DataFrame, path: 
     pd.concat(frames, ignore_index=True).to_parquet(buffer, index=False)
     record.items_sha256 = hashlib.sha256(buffer.getvalue()).hexdigest()
     try:
-        text = json.dumps(record.model_dump(mode="json"), indent=1, allow_nan=False, ensure_ascii=False)
+        plain = record.model_dump(mode="json")
+        plain["seal"] = record.seal = seal_of(plain)
+        text = json.dumps(plain, indent=1, allow_nan=False, ensure_ascii=False)
     except ValueError as error:
         do = "nothing was saved; lower train.lr or check the model"
         raise DataError("a number of the run is not finite", record.run_id, do) from error
@@ -202,7 +212,8 @@ def load(path: str | Path) -> Run:
     """Read a record (file) and its items; DataError when either is missing, malformed or not what was written."""
     path = Path(path)
     try:
-        record = RunRecord.model_validate(_parse(path.read_bytes()), strict=True)
+        plain = _parse(path.read_bytes())
+        record = RunRecord.model_validate(plain, strict=True)
         _check(record)
     except FileNotFoundError:
         raise DataError("no record", str(path), "give the path of a results/runs/<run_id>.json") from None
@@ -216,6 +227,8 @@ def load(path: str | Path) -> Run:
     if sha256(beside) != record.items_sha256:
         what = "per-item values are not those the record was written with"
         raise DataError(what, str(beside), "restore the file or run again with force=true")
+    if record.seal != seal_of(plain):
+        raise DataError("the record is not what was written: its seal is broken", str(path), "restore it or run again with force=true")
     try:
         documents, items = _tables(beside)
     except (ValueError, TypeError, KeyError, OverflowError, OSError) as error:  # pyarrow's errors are ValueError or OSError

@@ -42,16 +42,18 @@ def main(argv: list[str]) -> int:
     if args.skill is not None and not -100 < args.skill < 100:
         raise ConfigError(f"{args.skill} is no change in %", "--skill", "give the own step, e.g. --skill -10")
     results = Path(next((w.partition("=")[2] for w in args.words if w.startswith("results_dir=")), args.results_dir))
-    study = _study(args.words, results, args.alphas)
+    found = _studies(args.words, results, args.alphas)
     skill = math.log1p(args.skill / 100) if args.skill is not None else None
     if args.json:
-        print(json.dumps(report(study, skill, results), indent=1, allow_nan=False))
+        told = [report(study, skill, results) for study in found]
+        print(json.dumps(told[0] if len(told) == 1 else told, indent=1, allow_nan=False))
     else:
-        _show(study, skill, args.equal, results)
+        for study in found:
+            _show(study, skill, args.equal, results)
     return 0
 
 
-def _study(words: list[str], results_dir: Path, alphas: bool) -> Study:
+def _studies(words: list[str], results_dir: Path, alphas: bool) -> list[Study]:
     if not any(w.startswith("experiment=") for w in words):
         if strange := [w for w in words if "=" in w]:
             raise ConfigError(f"{strange[0]}: overrides go with an experiment", "gain_cl compare", "give experiment=NAME, or runs alone")
@@ -59,14 +61,11 @@ def _study(words: list[str], results_dir: Path, alphas: bool) -> Study:
             raise ConfigError("--alphas goes with an experiment", "gain_cl compare", "give experiment=NAME, or name the records themselves")
         if len(words) < 2:
             raise ConfigError("one run cannot be compared", "gain_cl compare", "name two runs, or experiment=NAME")
-        return comparison.from_records(record.load(find_record(w, results_dir)) for w in words)
+        return [comparison.from_records(record.load(find_record(w, results_dir)) for w in words)]
     experiment, more = asked(words, "compare")
     if not any(w.startswith("results_dir=") for w in more):
         more.append(f"results_dir={results_dir}")
-    cells = experiments.cells(experiment, more)
-    done = {(experiments.label(c.method, c.values), c.block): record.load(c.record) for c in cells if c.state == "done"}
-    between = {key: [r for r in record.between(run) if r.record.alpha != 1] for key, run in done.items()} if alphas else None
-    return comparison.from_experiment(experiment, done, between)
+    return list(comparison.studies(experiment, experiments.cells(experiment, more), alphas).values())
 
 
 # --- as data -----------------------------------------------------------------------------------------------------------
@@ -79,6 +78,7 @@ def report(study: Study, skill: float | None, results_dir: Path) -> dict[str, An
     return terms.finite(
         {
             "name": study.name,
+            "model": study.model,
             "blocks": len(study.blocks),
             "absent": study.absent,
             "settings": [

@@ -19,7 +19,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from scipy import stats
 
-from gain_cl import comparison, experiments, inference, items, record, tasks, terms
+from gain_cl import comparison, costs, experiments, inference, items, record, tasks, terms
 from gain_cl.comparison import Study
 from gain_cl.config import RunConfig
 from gain_cl.errors import ConfigError
@@ -66,17 +66,17 @@ def main(argv: list[str]) -> int:
     pilot = experiments.load(args.pilot) if args.pilot else experiment
     results = next((w.partition("=")[2] for w in more if w.startswith("results_dir=")), "results")
     known = cells if args.pilot is None else experiments.cells(pilot, [f"results_dir={results}"])
-    runs = {(experiments.label(c.method, c.values), c.block): record.load(c.record) for c in known if c.state == "done"}
-    study = comparison.from_experiment(pilot, runs) if runs else None
-    configs = {(c.method, str(c.values)): c.config for c in cells if c.block == 0}
-    records = [run.record for run in runs.values()]
+    done = [c for c in known if c.state == "done"]
+    study = next(iter(comparison.studies(pilot, done).values())) if done else None
+    configs = {(c.model, c.method, str(c.values)): c.config for c in cells if c.block == 0}
+    records = [record.load(c.record).record for c in done]
     found = {
         "experiment": experiment.name,
         "effects": [_effect(e, experiment, study, args, next(iter(configs.values()))) for e in experiment.endpoints or _usual(experiment)],
         "cost": _cost(cells, configs, records, args.speed),
     }
     found = terms.finite(found)[0]
-    print(json.dumps(found, indent=1, allow_nan=False)) if args.json else _show(found, experiment, bool(runs), Path(results))
+    print(json.dumps(found, indent=1, allow_nan=False)) if args.json else _show(found, experiment, bool(done), Path(results))
     return 0
 
 
@@ -151,28 +151,38 @@ def _noise(e: Endpoint, study: Study | None, args: Any, config: RunConfig) -> No
 
 def _items(task: str, e: Endpoint, study: Study | None, alpha: float) -> dict[str, Any]:
     """What the items of a task can tell of a change of accuracy, in points (McNemar)."""
-    name, _, count = task.partition("@")
-    n = int(count) if count.isdigit() else {"boolq": 3270}.get(name)
+    name, count = tasks.parse(task)
+    n = tasks.STOCK[name].items if count is None else count
     share, source = DISCORDANT, "assumed"
     if study is not None and (a := study.chosen.get(e.of)) is not None:
         runs = [r for r in a.runs.values() if task in r.record.stages[-1].tasks and task in r.record.stages[0].tasks]
         if runs:
             flips = [items.flips(r.items, task, 0, r.record.stages[-1].index) for r in runs]
             share, source = float(np.mean([(f.lost + f.gained) / f.items for f in flips])), "of the pilot"
-    points = None if n is None or share == 0 else 100 * inference.detectable_flips(n, share, POWER, alpha)
+    points = None if share == 0 else 100 * inference.detectable_flips(n, share, POWER, alpha)
     return {"items": n, "discordant": share, "source": source, "accuracy_points": points}
 
 
 # --- what it costs -----------------------------------------------------------------------------------------------------
 
 
-def _cost(cells: list[Cell], configs: dict[tuple[str, str], RunConfig], records: list[RunRecord], speed: float | None) -> dict[str, Any]:
-    """Hours of the runs that are not done, by method, and GPU memory of the largest."""
+def _cost(
+    cells: list[Cell], configs: dict[tuple[str, str, str], RunConfig], records: list[RunRecord], speed: float | None
+) -> dict[str, Any]:
+    """Hours of the runs that are not done, by model and setting, and GPU memory of the largest."""
     rows: list[dict[str, Any]] = []
-    for (method, values), config in configs.items():
-        mine = [c for c in cells if (c.method, str(c.values)) == (method, values)]
+    for (model, method, values), config in configs.items():
+        mine = [c for c in cells if (c.model, c.method, str(c.values)) == (model, method, values)]
         left = sum(c.state != "done" for c in mine)
-        rows.append({"method": method, "runs": len(mine), "left": left, "seconds_a_run": _seconds(config, method, records, speed)})
+        rows.append(
+            {
+                "model": model,
+                "method": method,
+                "runs": len(mine),
+                "left": left,
+                "seconds_a_run": costs.seconds(config, method, records, speed),
+            }
+        )
     asked = next(iter(configs.values())).tasks.names
     timed = any(s.task_seconds for r in records for s in r.stages)
     return {
@@ -181,26 +191,6 @@ def _cost(cells: list[Cell], configs: dict[tuple[str, str], RunConfig], records:
         "left_out": [f"tasks ({', '.join(asked)}): no pilot timed them"] if asked and not timed else [],
         "memory_bytes": _memory(list(configs.values())),
     }
-
-
-def _seconds(config: RunConfig, method: str, records: list[RunRecord], speed: float | None) -> float:
-    """Of one run: training tokens at the method's speed, scored tokens at the pilot's, its tasks at stages they are due; nan when
-    nothing tells. speed: training tokens a second; scoring twice that."""
-    stages, names = len(config.stages), len(config.sequence.trained) + len(config.sequence.controls)
-    train_tokens = config.stage.stage_steps * config.train.batch_tokens * stages
-    scored = (stages + 1) * names * config.eval.documents * (config.eval.window or config.eval.context)
-    timed = [s.task_seconds for r in records for s in r.stages if s.task_seconds]
-    due = sum(tasks.due(config.tasks.stages, i, stages) for i in range(stages + 1)) if config.tasks.names else 0
-    answering = due * float(np.mean(timed)) if timed else 0.0
-    mine = [r for r in records if r.method == method] or records
-    trained = [s.train for r in mine for s in r.stages if s.train is not None]
-    if speed is not None or not trained:
-        return math.nan if speed is None else train_tokens / speed + scored / (2 * speed) + answering
-    per_token = sum(t.seconds for t in trained) / sum(t.tokens for t in trained)
-    per_score = sum(s.eval_seconds for r in mine for s in r.stages) / sum(
-        d.tokens for r in mine for s in r.stages for d in s.domains.values()
-    )
-    return train_tokens * per_token + scored * per_score + answering
 
 
 def _memory(configs: list[RunConfig]) -> int | None:

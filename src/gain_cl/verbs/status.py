@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 import shlex
 from collections import Counter
+from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
+from rich.text import Text
 
 from gain_cl import experiments
 from gain_cl.errors import ConfigError
 from gain_cl.experiments import Cell, Experiment, label
 from gain_cl.verbs import Parser, console, printable
+
+STYLE = {"done": "green", "running": "cyan", "failed": "bold red", "stopped": "yellow", "missing": "dim"}
 
 
 def main(argv: list[str]) -> int:
@@ -33,10 +37,12 @@ def main(argv: list[str]) -> int:
             if cell.state != "done":
                 print(shlex.join(["python", "-m", "gain_cl", "run", *cell.overrides, *more]))
     elif args.json:
-        rows = [{"setting": label(c.method, c.values), "block": c.block, "run_id": c.run_id, "state": c.state} for c in found]
+        rows = [
+            {"model": c.model, "setting": label(c.method, c.values), "block": c.block, "run_id": c.run_id, "state": c.state} for c in found
+        ]
         print(json.dumps({"experiment": experiment.name, "runs": rows}, indent=1, allow_nan=False))
     else:
-        _show(experiment, found)
+        grid(experiment, found, console())
     return 0
 
 
@@ -48,17 +54,24 @@ def asked(words: list[str], verb: str) -> tuple[Experiment, list[str]]:
     return experiments.load(names[0]), [w for w in words if not w.startswith("experiment=")]
 
 
-def _show(experiment: Experiment, found: list[Cell]) -> None:
-    out = console()
+def grid(experiment: Experiment, found: list[Cell], out: Any) -> None:
+    """Settings by blocks with the state of each run, and how many are in which."""
     out.print(printable(f"{experiment.name}: {experiment.question}"), markup=False, highlight=False)
     table = Table(box=SIMPLE_HEAD, padding=(0, 0, 0, 1), pad_edge=False, show_edge=False)
+    blocks = sorted({c.block for c in found})
+    if several := len({c.model for c in found}) > 1:
+        table.add_column("model")
     table.add_column("setting")
-    for block in range(experiment.blocks):
+    for block in blocks:
         table.add_column(f"block {block}" if experiment.blocks > 1 else "state")
-    table.add_column("run id" if experiment.blocks == 1 else "run id in block 0")
-    for method, values in experiment.settings():
-        mine = [c for c in found if (c.method, c.values) == (method, values)]
-        table.add_row(printable(label(method, values)), *(c.state for c in mine), mine[0].run_id)
+    table.add_column("run id" if experiment.blocks == 1 else f"run id in block {blocks[0]}")
+    rows: dict[tuple[str, str], dict[int, Cell]] = {}
+    for c in found:
+        rows.setdefault((c.model, label(c.method, c.values)), {})[c.block] = c
+    states = {c.run_id: c.state for c in found}
+    for (model, setting), mine in rows.items():
+        cells = [Text(states[mine[k].run_id], style=STYLE[states[mine[k].run_id]]) if k in mine else Text("") for k in blocks]
+        table.add_row(*([model] if several else []), printable(setting), *cells, mine[min(mine)].run_id)
     out.print(table)
-    counts = Counter(c.state for c in found)
+    counts = Counter(states.values())
     out.print(f"{len(found)} runs: {', '.join(f'{n} {state}' for state, n in counts.items())}", highlight=False)

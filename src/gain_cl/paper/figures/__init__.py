@@ -1,0 +1,1 @@
+"""Figures of an experiment: a module each, ``build(study) -> Figure``."""

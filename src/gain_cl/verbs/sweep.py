@@ -1,0 +1,235 @@
+"""``python -m gain_cl sweep experiment=NAME``: run what an experiment lacks."""
+
+from __future__ import annotations
+
+import math
+import os
+import shlex
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gain_cl import costs, experiments, record, sweep, terms
+from gain_cl.errors import PREEMPTED, ConfigError, GainError
+from gain_cl.experiments import Cell, Experiment, label
+from gain_cl.verbs import Parser, console, printable
+from gain_cl.verbs.status import asked, grid
+
+USAGE = """\
+python -m gain_cl sweep experiment=NAME [KEY=VALUE ...] [only=WORD,WORD] [max_parallel=N] [dry_run=true]
+       [retry_failed=true] [gpus=0,1] [launcher=local|slurm] [slurm.KEY=VALUE ...] [worktree=false]"""
+
+ABOUT = """\
+Run the runs of an experiment that are missing or were stopped, each in a process of its own.
+
+  only=          methods, models, blockK or beginnings of run ids: only=lora,block0 is LoRA in block 0
+  max_parallel=  runs at a time on this machine (default: one for each GPU, else one; on Slurm: all)
+  dry_run=true   show the grid, the cost and the commands, start nothing
+  retry_failed=true  runs that failed before, too
+  gpus=          GPUs to give out, one to a run (default: those of CUDA_VISIBLE_DEVICES, else all; none: gpus=)
+  launcher=      local, or slurm: a job each, through submitit; slurm.partition=gpu slurm.time=240 (minutes) ... are its parameters
+  worktree=false run the files as they are, not HEAD's
+
+Other KEY=VALUE words are overrides of every run (output_dir=, results_dir=, compute.threads=, track=wandb). Started again, or beside
+another launcher, it runs nothing twice.
+"""
+
+
+@dataclass
+class Options:
+    only: list[str] = field(default_factory=list)
+    max_parallel: int | None = None
+    dry_run: bool = False
+    retry_failed: bool = False
+    launcher: str = "local"
+    gpus: list[str] | None = None
+    worktree: bool = True
+    slurm: dict[str, str] = field(default_factory=dict)
+
+
+def main(argv: list[str]) -> int:
+    """Exit code: 0 every run asked for is done, 1 some failed, 75 stopped by a signal."""
+    parser = Parser("sweep", usage=USAGE, description=ABOUT, formatter_class=build_formatter())
+    parser.add_argument("words", nargs="+", metavar="experiment=NAME | KEY=VALUE", help="the experiment, the sweep's words, overrides")
+    experiment, words = asked(parser.parse_intermixed_args(argv).words, "sweep")
+    options, more = _options(words)
+    cells = _only(experiments.cells(experiment, more), options.only)
+    out = console()
+
+    def say(text: str = "", style: str = "") -> None:
+        out.print(printable(text), style=style or None, markup=False, highlight=False, soft_wrap=True)
+
+    grid(experiment, cells, out)
+    records = _records(cells)
+
+    def ahead(some: Sequence[Cell]) -> float:
+        return sum(costs.seconds(c.config, c.method, records) for c in some)
+
+    failed = [c for c in cells if c.state == "failed"]
+    todo = [c for c in cells if c.state != "done" and (options.retry_failed or c.state != "failed")]
+    seconds = ahead(todo)
+    cost = "cost not known before a run is done" if math.isnan(seconds) else f"{terms.duration(seconds)} one after the other"
+    say(f"{len(todo)} runs ahead: {cost}" if todo else "nothing to run")
+    for c in failed:
+        say(f"failed before: {sweep.title(c)}: {_reason(c)}")
+    if failed and not options.retry_failed:
+        say("retry_failed=true runs what failed again")
+    output = Path(cells[0].config.output_dir)
+    launcher = _launcher(options, output, len(todo))
+    jobs = _jobs(experiment, todo, more, options, launcher, output)
+    if options.dry_run or not jobs:
+        for job in jobs:
+            say(shlex.join(["python", *job.command]))
+        return 1 if failed and not jobs else 0
+    outcome = sweep.carry_out(jobs, launcher, output / "claims", say, ahead)
+    for failure in outcome.failed:
+        say(f"failed: {sweep.title(failure.cell)}: {failure.last_line}", style="bold")
+        say(f"  {shlex.join(['python', '-m', 'gain_cl', 'run', *failure.cell.overrides, *more])}")
+    left = len(jobs) - len(outcome.done) - len(outcome.failed)
+    say(f"{len(outcome.done)} done, {len(outcome.failed)} failed" + (f", {left} not finished: start it again to go on" if left else ""))
+    if outcome.stopped is not None:
+        return PREEMPTED
+    return 1 if outcome.failed or (failed and not options.retry_failed) else 0
+
+
+def build_formatter() -> Any:
+    import argparse
+
+    return argparse.RawDescriptionHelpFormatter
+
+
+# --- what was asked ----------------------------------------------------------------------------------------------------
+
+
+def _options(words: list[str]) -> tuple[Options, list[str]]:
+    """The sweep's own words, and the others: overrides."""
+    options, more = Options(), []
+    for word in words:
+        key, _, value = word.partition("=")
+        if key in ("only", "gpus"):
+            setattr(options, key, [v.strip() for v in value.split(",") if v.strip()])
+        elif key == "max_parallel":
+            if not value.isdigit() or int(value) < 1:
+                raise ConfigError(f"{value!r} is no number of runs", "max_parallel", "give 1 or more")
+            options.max_parallel = int(value)
+        elif key in ("dry_run", "retry_failed", "worktree"):
+            if value not in ("true", "false"):
+                raise ConfigError(f"{value!r} is neither true nor false", key, f"give {key}=true or {key}=false")
+            setattr(options, key, value == "true")
+        elif key == "launcher":
+            if value not in ("local", "slurm"):
+                raise ConfigError(f"no launcher {value!r}", "launcher", "there are local and slurm")
+            options.launcher = value
+        elif key.startswith("slurm."):
+            options.slurm[key.removeprefix("slurm.")] = value
+        else:
+            more.append(word)
+    return options, more
+
+
+def _only(cells: list[Cell], words: list[str]) -> list[Cell]:
+    """Cells that match a word of each kind that was given: models, methods, blocks, beginnings of run ids."""
+    kinds: list[set[str]] = [set(), set(), set(), set()]
+    for word in words:
+        matches = (
+            {c.run_id for c in cells if c.model == word},
+            {c.run_id for c in cells if word in (c.method, label(c.method, c.values))},
+            {c.run_id for c in cells if word == f"block{c.block}"},
+            {c.run_id for c in cells if c.run_id.startswith(word)},
+        )
+        kind = next((i for i, found in enumerate(matches) if found), None)
+        if kind is None:
+            names = sorted({c.method for c in cells} | {f"block{c.block}" for c in cells} | {c.model for c in cells})
+            raise ConfigError(f"no run is {word!r}", "only", f"there are {', '.join(names)}, and run ids")
+        kinds[kind] |= matches[kind]
+    return [c for c in cells if all(c.run_id in kind for kind in kinds if kind)]
+
+
+def _records(cells: list[Cell]) -> list[record.RunRecord]:
+    """Of the runs that are done; else of whatever runs of these models there are: what the cost is told from."""
+    done = [record.load(c.record).record for c in cells if c.state == "done"]
+    if done:
+        return done
+    models, found = {c.model for c in cells}, []
+    for path in sorted({c.record.parent for c in cells}.pop().glob("*.json")):
+        try:
+            r = record.load(path).record
+        except GainError:
+            continue
+        if r.model in models and r.interpolated is None:
+            found.append(r)
+    return found
+
+
+def _reason(cell: Cell) -> str:
+    """Why a run failed, from its folder."""
+    import json
+
+    try:
+        told = json.loads((cell.folder / "failure.json").read_bytes())
+    except (OSError, ValueError):
+        return "no reason is known"
+    return str(told.get("error") or told.get("what") or told) if isinstance(told, dict) else str(told)
+
+
+# --- how it is run -----------------------------------------------------------------------------------------------------
+
+
+def _launcher(options: Options, output: Path, ahead: int) -> sweep.Launcher:
+    if options.launcher == "slurm":
+        if options.gpus is not None:
+            raise ConfigError("gpus= is for launcher=local", "gpus", "give slurm.gpus_per_node=1")
+        parameters, cluster = _parameters(options.slurm)
+        return sweep.Slurm(output / "slurm", options.max_parallel or max(1, ahead), parameters, cluster)
+    if options.slurm:
+        raise ConfigError("slurm.* goes with launcher=slurm", "gain_cl sweep", "give launcher=slurm")
+    gpus = _gpus() if options.gpus is None else options.gpus
+    return sweep.Local(options.max_parallel or max(1, len(gpus)), gpus)
+
+
+def _parameters(given: dict[str, str]) -> tuple[dict[str, Any], str]:
+    """submitit's parameters, and the cluster it sends to (slurm; slurm.cluster=local tries a sweep out without one)."""
+    cluster = given.get("cluster", "slurm")
+    shared = ("timeout_min", "mem_gb", "nodes", "cpus_per_task", "gpus_per_node", "tasks_per_node", "stderr_to_stdout")
+    found: dict[str, Any] = {"timeout_min": 24 * 60, "slurm_signal_delay_s": 300}
+    for key, value in given.items():
+        if key == "cluster":
+            continue
+        typed: Any = int(value) if value.isdigit() else value
+        found[key if key in shared else "timeout_min" if key == "time" else f"slurm_{key}"] = typed
+    return found, cluster
+
+
+def _gpus() -> list[str]:
+    """GPUs of this machine that a run may have, without torch."""
+    if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        return [g.strip() for g in visible.split(",") if g.strip() and g.strip() != "-1"]
+    if shutil.which("nvidia-smi") is None:
+        return []
+    listed = subprocess.run(["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"], capture_output=True, text=True)
+    return listed.stdout.split() if listed.returncode == 0 else []
+
+
+def _jobs(
+    experiment: Experiment, todo: list[Cell], more: list[str], options: Options, launcher: sweep.Launcher, output: Path
+) -> list[sweep.Job]:
+    """A command each. They run here, so that relative paths mean the same, with the code of the worktree."""
+    environment: dict[str, str] = {}
+    root = sweep.checkout() if options.worktree else None
+    if root is not None and todo and not options.dry_run:
+        with sweep.alone(output / "claims"):
+            tree = sweep.worktree(root, output / "sweeps")
+        environment["PYTHONPATH"] = os.pathsep.join(p for p in (str(tree / "src"), os.environ.get("PYTHONPATH", "")) if p)
+    words = list(more)
+    given = {w.partition("=")[0] for c in todo for w in (*c.overrides, *more)}
+    if isinstance(launcher, sweep.Local) and launcher.limit > 1 and "compute.threads" not in given and not launcher.gpus:
+        threads = max(1, (os.cpu_count() or 1) // launcher.limit)
+        words.append(f"compute.threads={threads}")
+        environment["OMP_NUM_THREADS"] = str(threads)
+    if todo and todo[0].config.track.backend == "wandb" and "track.group" not in given:
+        words.append(f"track.group={experiment.name}")
+    logs = output / "sweeps" / experiment.name
+    return [sweep.Job(c, ["-m", "gain_cl", "run", *c.overrides, *words], environment, logs / f"{c.run_id}.log") for c in todo]
