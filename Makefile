@@ -4,13 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 TEST_ARGS ?=
+E ?= study
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run smoke params test test-slow check format speed prepare doctor campaign clean distclean
+.PHONY: help setup run smoke sweep status tables figures report paper params test test-slow check format speed prepare doctor campaign wandb-sync clean distclean
 
 help: ## list these commands
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
-	@echo '  ARGS="..." adds overrides: make run ARGS="method=lora seed=1"'
+	@grep -hE '^[a-z -]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@echo '  ARGS="..." adds overrides: make run ARGS="method=lora seed=1"; E=NAME is the experiment (experiments/NAME.yaml, default study)'
 
 setup: $(VENV)/installed ## make .venv with the tested versions of everything
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -27,6 +28,18 @@ run: setup ## the main job: SmolLM2-135M, gain_ffn, eight offline domains (about
 
 smoke: setup ## the whole procedure on a tiny random model, in seconds
 	@$(BIN)/python -m gain_cl run debug=smoke $(ARGS)
+
+sweep: setup ## run what an experiment lacks: make sweep E=main ARGS="max_parallel=2 only=lora"
+	@$(BIN)/python -m gain_cl sweep experiment=$(E) $(ARGS)
+
+status: setup ## which runs of an experiment are done: make status E=main
+	@$(BIN)/python -m gain_cl status experiment=$(E) $(ARGS)
+
+tables figures report: setup ## of an experiment, from results/ alone: make tables E=main
+	@$(BIN)/python -m gain_cl $@ experiment=$(E) $(ARGS)
+
+paper: setup ## tables, figures and report of an experiment; what is not out of date stays
+	@$(BIN)/python -m gain_cl paper experiment=$(E) $(ARGS)
 
 params: setup ## trainable parameters of every model and method
 	@$(BIN)/python -m gain_cl params $(ARGS)
@@ -56,6 +69,14 @@ doctor: setup ## what this machine has, lacks, and what to do
 
 campaign: setup ## every fault of docs/reliability.md at its full count (hours)
 	@$(BIN)/python scripts/campaign.py $(ARGS)
+
+OUT ?= runs
+wandb-sync: setup ## upload runs that were recorded offline, each once (OUT=runs)
+	@set --; for d in "$(OUT)"/*/wandb/offline-run-*; do \
+	  if [ ! -d "$$d" ] || ls "$$d"/*.synced >/dev/null 2>&1; then continue; fi; \
+	  if grep -qs "\"$${d##*/}\"" "$${d%/wandb/*}/mirror.json"; then set -- "$$@" "$$d"; \
+	  else echo "left out, for it is being written or its process was killed: $$d"; fi; done; \
+	if [ $$# = 0 ]; then echo "no offline run to upload in $(OUT)"; else "$(BIN)/wandb" sync "$$@"; fi
 
 clean: setup ## show what abandoned runs leave (ARGS=--cache: caches too), then ask
 	@$(BIN)/python -m gain_cl clean $(ARGS)

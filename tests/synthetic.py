@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -173,3 +176,11 @@ def run(
         answers,
         path,
     )
+
+
+def edit(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Change a record's JSON data and seal it again."""
+    data = json.loads(path.read_bytes())
+    change(data)
+    data["seal"] = record.seal_of(data)
+    path.write_text(json.dumps(data))

@@ -1,4 +1,4 @@
-"""Records that were altered at random: what reads them answers with a number or with one line, never a traceback or a hang.
+"""Records altered at random and sealed again: what reads them answers with a number or with one line, never a traceback or a hang.
 
 Each mutation is a function of its number, so a failure names it: ``damaged(data, 1234)`` makes it again.
 """
@@ -58,10 +58,19 @@ SLOT = "@slot@"  # where a token that json.dumps would not write goes
 
 
 def damaged(data: bytes, number: int) -> bytes:
-    """The record's bytes after mutation ``number``."""
+    """The record's bytes after mutation ``number``, before it is sealed again."""
     r = random.Random(number)
     kind = r.choice([_bytes, _bytes, _text, _tree, _tree, _tree, _tree, _tree, _token])
     return kind(data, r)
+
+
+def sealed(data: bytes, seal: str) -> bytes:
+    """Altered bytes with the seal that fits them in the place of the old one, where they are JSON data and still have it."""
+    try:
+        plain = json.loads(data)
+        return data.replace(seal.encode(), record.seal_of(plain).encode()) if isinstance(plain, dict) else data
+    except (ValueError, RecursionError):
+        return data
 
 
 def _bytes(data: bytes, r: random.Random) -> bytes:
@@ -212,9 +221,9 @@ def campaign(source: Path, folder: Path, numbers: range) -> float:
     """Share of the mutations that were loaded."""
     data, path = source.read_bytes(), folder / "r.json"
     record.items_path(path).write_bytes(record.items_path(source).read_bytes())
-    loaded = 0
+    loaded, seal = 0, json.loads(data)["seal"]
     for number in numbers:
-        path.write_bytes(damaged(data, number))
+        path.write_bytes(sealed(damaged(data, number), seal))
         try:
             with no_hang(f"mutation {number}"):
                 loaded += consume(path, picture=number % PICTURE_EVERY == 0)
@@ -240,6 +249,16 @@ def test_altered_records(shard: int, tmp_path: Path) -> None:
     size = MUTATIONS // SHARDS
     share = campaign(small(tmp_path, tasks=shard == 0).path, tmp_path, range(shard * size, (shard + 1) * size))
     assert 0.05 < share < 0.5, "both what is refused and what is read must be tried"
+
+
+def test_what_is_not_sealed_again_is_refused(tmp_path: Path) -> None:
+    path = small(tmp_path, tasks=True).path
+    data = path.read_bytes()
+    for number in range(500):
+        path.write_bytes(altered := damaged(data, number))
+        with contextlib.suppress(GainError):
+            record.load(path)
+            assert json.loads(altered) == json.loads(data), f"mutation {number} is read"
 
 
 def test_altered_example(tmp_path: Path) -> None:
@@ -270,9 +289,7 @@ WRONG: dict[str, Any] = {
 def rewritten(path: Path, values: bytes) -> None:
     """Another values file beside the record, with its hash in the record."""
     record.items_path(path).write_bytes(values)
-    tree = json.loads(path.read_bytes())
-    tree["items_sha256"] = hashlib.sha256(values).hexdigest()
-    path.write_text(json.dumps(tree))
+    synthetic.edit(path, lambda tree: tree.update(items_sha256=hashlib.sha256(values).hexdigest()))
 
 
 @pytest.mark.parametrize("column", WRONG)

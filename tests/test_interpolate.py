@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+import synthetic
 from gain_cl import api, cli, comparison, files, matrix, record
 from gain_cl.errors import DataError
 from gain_cl.verbs import rescore
@@ -92,7 +93,7 @@ def test_what_is_there_is_not_computed_again(folder: Path, capsys: pytest.Captur
     before = half.path.stat().st_mtime_ns
     monkeypatch.setattr(rescore.Bench, "open", lambda *_: pytest.fail("loads the model"))
     assert interpolate(made, capsys, "0.5")[0].path.stat().st_mtime_ns == before
-    made.path.write_text(made.path.read_text().replace('"notes": []', '"notes": ["again"]'))
+    synthetic.edit(made.path, lambda data: data.update(notes=["again"]))
     assert cli.main(["interpolate", str(made.path), "--alpha", "0.5", "--records"]) == 65
     assert "it is not interpolated from" in (err := capsys.readouterr().err) and "move it away" in err
 
@@ -127,13 +128,16 @@ Change = Callable[[dict[str, Any], pd.DataFrame], Any]
 
 
 def edited(path: Path, change: Change) -> Path:
-    """A record and its values changed, and its hash of them."""
-    data, values = json.loads(path.read_bytes()), record.items_path(path)
+    """A record and its values changed, its hash of them, and its seal."""
+    values = record.items_path(path)
     table = pd.read_parquet(values)
-    change(data, table)
-    table.to_parquet(values, index=False)
-    data["items_sha256"] = files.sha256(values)
-    path.write_text(json.dumps(data))
+
+    def whole(data: dict[str, Any]) -> None:
+        change(data, table)
+        table.to_parquet(values, index=False)
+        data["items_sha256"] = files.sha256(values)
+
+    synthetic.edit(path, whole)
     return path
 
 

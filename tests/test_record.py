@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -147,6 +148,59 @@ def test_nan_is_refused_and_nothing_is_written(saved: record.Run, tmp_path: Path
         record.save(broken, saved.documents, saved.items, tmp_path / "new" / "r.json")
     assert {p: p.read_bytes() for p in saved.path.parent.iterdir()} == before
     assert not (tmp_path / "new").exists()
+
+
+# --- the seal --------------------------------------------------------------------------------------------------------
+
+
+def seal_broken(path: Path) -> None:
+    with pytest.raises(DataError, match="seal") as caught:
+        record.load(path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "before",
+    ['"nll_nats": ', '"seconds": 41.', '"trainable_parameters": ', '"seconds": 7', '"lr": 0.00'],
+    ids=["a sum", "train seconds", "parameters", "provenance", "config"],
+)
+def test_a_digit_edited_by_hand(saved: record.Run, before: str) -> None:
+    text = saved.path.read_text()
+    at = text.index(before) + len(before)
+    assert text[at].isdigit()
+    saved.path.write_text(text[:at] + ("2" if text[at] == "1" else "1") + text[at + 1 :])
+    seal_broken(saved.path)
+
+
+def test_digits_all_over_a_record(saved: record.Run) -> None:
+    text = saved.path.read_text()
+    for at in [i for i, c in enumerate(text) if c in "0123456789"][::4]:
+        edited = text[:at] + ("2" if text[at] == "1" else "1") + text[at + 1 :]
+        if json.loads(edited) != json.loads(text):  # the 17th digit of a number may say nothing
+            saved.path.write_text(edited)
+            with pytest.raises(DataError):
+                record.load(saved.path)
+
+
+@pytest.mark.parametrize("style", [{}, {"indent": 4}, {"sort_keys": True, "separators": (",", ":")}], ids=["line", "indent", "order"])
+def test_a_record_may_be_formatted_otherwise(saved: record.Run, style: dict[str, Any]) -> None:
+    saved.path.write_text(json.dumps(json.loads(saved.path.read_text()), **style))
+    assert record.load(saved.path).record == saved.record
+
+
+def test_a_record_without_seal(saved: record.Run) -> None:
+    raw = json.loads(saved.path.read_text())
+    for unsealed in ({k: v for k, v in raw.items() if k != "seal"}, raw | {"seal": ""}):
+        saved.path.write_text(json.dumps(unsealed))
+        seal_broken(saved.path)
+
+
+def test_save_seals(saved: record.Run) -> None:
+    changed = saved.record.model_copy(update={"seed": 7, "seal": "0" * 64}, deep=True)
+    for run in (saved, record.save(changed, saved.documents, saved.items, saved.path.with_name("s.json"))):
+        raw = json.loads(run.path.read_text())
+        assert raw["seal"] == run.record.seal == record.seal_of(raw)
+    assert changed.seal != saved.record.seal
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------

@@ -200,9 +200,7 @@ def test_hostile_run_ids(name: str, tmp_path: Path, capsys: pytest.CaptureFixtur
 def test_a_record_cannot_name_a_path(field: str, tmp_path: Path) -> None:
     """show and export look into output_dir/run_id: a record from elsewhere must not choose another folder."""
     run = synthetic.run(tmp_path / "r.json", bases={"a": 20.0, "x": 30.0}, controls=["x"], count=4)
-    raw = json.loads(run.path.read_text())
-    raw[field] = ["../../x"] if field == "trained" else "../../x"
-    run.path.write_text(json.dumps(raw))
+    synthetic.edit(run.path, lambda data: data.update({field: ["../../x"] if field == "trained" else "../../x"}))
     with pytest.raises(DataError, match=r"'../../x' is no name"):
         record.load(run.path)
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import math
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -103,6 +103,53 @@ def test_colour_follows_the_change() -> None:
 def test_perplexities_of_any_size(tmp_path: Path, perplexity: float) -> None:
     text = printed(small(tmp_path, bases={"a": perplexity, "b": 2.0}, controls=[]), width=60)
     assert len(terms.perplexity(math.log(perplexity))) <= 7 and "…" not in text
+
+
+# --- sparklines ------------------------------------------------------------------------------------------------------
+
+
+def courses(text: str) -> dict[str, tuple[str, list[float]]]:
+    """domain -> its sparkline without gaps, and the perplexities at both ends of its scale."""
+    rows = text.split("Perplexity over the stages")[1].split("* own stage")[0].splitlines()[3:-1]
+    return {x.split()[0]: ("".join(x.split()[1:-2]), [float(end) for end in x.split()[-2:]]) for x in rows}
+
+
+def test_sparklines_follow_the_loss_of_each_domain(run: record.Run) -> None:
+    found = courses(printed(run, width=80))
+    assert list(found) == [*synthetic.OFFLINE, *synthetic.CONTROLS]
+    for domain, (marks, ends) in found.items():
+        loss = np.log(run.matrix[domain].to_numpy())
+        heights = np.array([show.LEVELS[0].index(c) for c in marks.replace("*", "")])
+        wanted = 8 * (loss - loss.min()) / np.ptp(loss)  # each level is an eighth of the scale
+        assert (np.abs(heights + 0.5 - wanted) <= 0.5 + 1e-9).all() and {heights.min(), heights.max()} == {0, 7}
+        assert ends == pytest.approx([math.exp(loss.min()), math.exp(loss.max())], abs=0.0051)
+        own = [run.record.trained.index(domain) + 1] if domain in run.record.trained else []
+        assert [i - 1 for i, c in enumerate(marks) if c == "*"] == own
+
+
+def test_what_is_forgotten_rises_after_the_own_stage(tmp_path: Path) -> None:
+    bases = {"a": 20.0, "b": 30.0, "c": 25.0, "x": 10.0}
+    text = printed(small(tmp_path, bases=bases, forget=0.2))
+    before, after = courses(text)["a"][0].split("*")
+    assert before[-1] == "▁" < after[0] < after[1] == "█" and "rises after it was forgotten" in text
+    steady = small(tmp_path, bases={"a": 20.0, "b": 30.0}, controls=[])
+    steady.record.stages[1:] = [s.model_copy(update={"domains": steady.record.stages[0].domains}) for s in steady.record.stages[1:]]
+    out = io.StringIO()
+    console = Console(file=out, width=80)
+    show._courses(steady.record, console, show._Printer(console))
+    assert courses(out.getvalue())["a"][0] == "▁▁*▁"  # nothing changed: no division by a scale of no height
+
+
+@pytest.mark.parametrize("width", [100, 80, 60, 40])
+def test_sparklines_fit(run: record.Run, width: int) -> None:
+    block = printed(run, width).split("Perplexity over the stages")[1].split("Change of")[0]
+    assert "…" not in block and max(map(len, block.splitlines()[1:])) <= width
+    assert sum(block.count(c) for c in show.LEVELS[0]) == 9 * 10 + 2  # and the two of the caption
+
+
+def test_no_sparkline_where_there_is_no_course(tmp_path: Path) -> None:
+    assert "over the stages" not in printed(small(tmp_path, bases={"a": 20.0}, controls=[]))
+    assert "over the stages" in printed(small(tmp_path))
 
 
 # --- the rest of the page --------------------------------------------------------------------------------------------
@@ -227,6 +274,9 @@ def test_output_that_knows_only_ascii(run: record.Run) -> None:
     out = io.TextIOWrapper(raw, encoding="ascii", write_through=True)
     show.render(run, {}, Console(file=out, width=120))
     assert b"24.78" in raw.getvalue()
+    text = raw.getvalue().decode("ascii")
+    levels = courses(text.replace("|", " "))["medicine"][0]
+    assert levels.translate(str.maketrans(*show.LEVELS[::-1])) == courses(printed(run))["medicine"][0] and "(1 to 8)" in text
 
 
 def test_plain_output_is_wide_enough_unless_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -240,12 +290,15 @@ def test_plain_output_is_wide_enough_unless_told(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("fault", ["sum", "cell"])
 def test_a_record_that_disagrees_with_its_documents(tmp_path: Path, fault: str) -> None:
     run = small(tmp_path)
-    raw = json.loads(run.path.read_text())
-    if fault == "sum":
-        raw["stages"][1]["domains"]["a"]["nll_nats"] *= 1.01
-    else:
-        del raw["stages"][1]["domains"]["a"]
-    run.path.write_text(json.dumps(raw))
+
+    def change(data: dict[str, Any]) -> None:
+        scores = data["stages"][1]["domains"]
+        if fault == "sum":
+            scores["a"]["nll_nats"] *= 1.01
+        else:
+            del scores["a"]
+
+    synthetic.edit(run.path, change)
     with pytest.raises(DataError, match="sums in the record"):
         printed(record.load(run.path))
 
@@ -402,10 +455,10 @@ def test_picture_shows_the_matrix(run: record.Run) -> None:
 
 
 def test_colour_scale_is_symmetric_and_says_when_it_is_cut() -> None:
-    assert heatmap._scale(np.array([[0.0, -0.4, 0.3]])) == (5.0, "neither")  # noise stays pale
-    assert heatmap._scale(np.array([[0.0, -12.0, np.nan]])) == (20.0, "neither")
-    assert heatmap._scale(np.array([[0.0, -80.0, 10.0]])) == (50.0, "min")
-    assert heatmap._scale(np.array([[0.0, 900.0, np.inf]])) == (50.0, "max")
+    assert heatmap.scale(np.array([[0.0, -0.4, 0.3]])) == (5.0, "neither")  # noise stays pale
+    assert heatmap.scale(np.array([[0.0, -12.0, np.nan]])) == (20.0, "neither")
+    assert heatmap.scale(np.array([[0.0, -80.0, 10.0]])) == (50.0, "min")
+    assert heatmap.scale(np.array([[0.0, 900.0, np.inf]])) == (50.0, "max")
 
 
 def test_unscored_cell_is_grey(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ import pytest
 from rich.console import Console
 
 import synthetic
-from gain_cl import dashboard, files, record, track
+from gain_cl import dashboard, files, items, record, track
 from gain_cl.errors import PreemptedError, StorageError
 
 Patch = pytest.MonkeyPatch
@@ -654,13 +654,28 @@ def test_what_wandb_is_given(home: Path, run: record.Run, tmp_path: Path, monkey
     scores = [s.domains["b"].perplexity for s in run.record.stages]
     assert ppl == [(i, pytest.approx(p), pytest.approx(100 * (p / scores[0] - 1), abs=1e-9)) for i, p in enumerate(scores)]
     summary = next(c[1][0] for c in fake.calls if c[0] == "run.update")
-    assert {"backward_pct", "backward_pct_low", "backward_net_nats", "own_step_pct", "trainable_parameters"} <= set(summary)
+    for metric in ("own_step", "backward", "backward_net", "from_base"):
+        assert {f"{metric}_nats", f"{metric}_pct", f"{metric}_pct_low", f"{metric}_pct_high"} <= set(summary)
+    r = run.record
+    wanted = (r.trainable_parameters, r.peak_memory_bytes, sum(s.train.seconds for s in r.stages[1:] if s.train))
+    assert (summary["trainable_parameters"], summary["peak_memory_bytes"], summary["train_seconds"]) == wanted
+    before, after = (s.tasks["boolq@100"].correct / 100 for s in (r.stages[0], r.stages[-1]))
+    assert summary["task/boolq@100/accuracy"] == after and summary["task/boolq@100/accuracy_change"] == pytest.approx(after - before)
+    margin = items.change(run.items, "boolq@100", 0, 2)["margin"]
+    names = [f"task/boolq@100/margin_change{end}" for end in ("", "_low", "_high")]
+    assert [summary[name] for name in names] == [margin.value, margin.low, margin.high]
     assert all(math.isfinite(v) for v in summary.values())
     table = next(c[2] for c in fake.calls if c[0] == "Table")
     assert table["columns"] == ["stage", "trained", "a", "b", "x"]
     assert table["data"][1] == [1, "a", *run.matrix.iloc[1].tolist()]
     assert next(c[1][0] for c in fake.calls if c[0] == "Image") == str(tmp_path / "run" / "matrix.png")
     assert fake.calls[-1][0] == "run.finish" and fake.calls[-1][2] == {"exit_code": 0}
+
+
+def test_a_task_that_one_stage_alone_scored_has_no_change(run: record.Run) -> None:
+    del run.record.stages[-1].tasks["boolq@100"]
+    first = run.record.stages[0].tasks["boolq@100"]
+    assert dashboard._tasks(run) == {"task/boolq@100/accuracy": first.correct / first.items}
 
 
 def test_wandb_is_given_what_a_checkpoint_covers(home: Path, run: record.Run, tmp_path: Path, monkeypatch: Patch) -> None:

@@ -19,6 +19,7 @@ import pytest
 from safetensors.numpy import load_file, save
 
 import gain_cl
+import synthetic
 from gain_cl import checkpoint, cli, files, matrix, provenance, record
 from gain_cl.verbs import verify
 
@@ -48,10 +49,8 @@ class Made:
         self.stages = self.run / "stages"
 
     def edit(self, change: Callable[[dict[str, Any]], Any]) -> None:
-        """Change the record."""
-        data = json.loads(self.record.read_bytes())
-        change(data)
-        self.record.write_text(json.dumps(data))
+        """Change the record, as somebody who can seal it."""
+        synthetic.edit(self.record, change)
 
     def rewrite(self, change: Callable[[pd.DataFrame], pd.DataFrame]) -> None:
         """Change the values, and the record's hash of them."""
@@ -580,6 +579,7 @@ def test_a_record_of_any_shape_is_no_traceback(run: Made) -> None:
             at = at[key]
             key = draw.choice(list(at)) if isinstance(at, dict) else draw.randrange(len(at))
         at[key] = draw.choice([None, 0, -1, 1e300, "", "\x1b[2J", [], {}, [[]], {"kind": "package"}, True])
+        data["seal"] = record.seal_of(data)
         run.record.write_text(json.dumps(data))
         try:
             loaded = record.load(run.record)

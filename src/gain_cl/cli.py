@@ -27,6 +27,9 @@ VERBS = (
 )  # fmt: skip
 """Those with a module of their own in verbs/."""
 
+PAPER = ("tables", "figures", "report", "paper")
+"""Those of verbs/paper.py."""
+
 USAGE_TEXT = """\
 usage: python -m gain_cl VERB ... (also: gain-cl VERB ...)
 
@@ -40,6 +43,11 @@ usage: python -m gain_cl VERB ... (also: gain-cl VERB ...)
   compare   runs, or an experiment: intervals, fronts, equal skill, and a verdict per declared endpoint
   power     what an experiment can detect and what it will cost, before it runs
   diagnose  what a run did to the weights: norms, directions, intruders, gains, divergence from the pretrained model
+
+  tables    of an experiment, from its records alone: Markdown, LaTeX, CSV
+  figures   of an experiment: PDF, PNG
+  report    of an experiment: one HTML page
+  paper     all three; what is not out of date stays
 
   recombine      multiply the gains of a run's stages anew, with stages left out, weighted or reordered: no training
   score          matrix and statistics of checkpoints and adapters that were trained elsewhere, in order
@@ -85,6 +93,12 @@ def _other(name: str, argv: list[str]) -> int:
     return code
 
 
+def _paper(what: str, argv: list[str]) -> int:
+    from gain_cl.verbs import paper
+
+    return paper.main(what, argv)
+
+
 def _verb(verb: str) -> Callable[[list[str]], int]:
     verbs: dict[str, Callable[[list[str]], int]] = {
         "run": _run,
@@ -92,6 +106,7 @@ def _verb(verb: str) -> Callable[[list[str]], int]:
         "show": _show,
         "params": _params,
         **{name: functools.partial(_other, name) for name in VERBS},
+        **{name: functools.partial(_paper, name) for name in PAPER},
         "--help": _help,
         "-h": _help,
         "help": _help,
@@ -101,7 +116,7 @@ def _verb(verb: str) -> Callable[[list[str]], int]:
         if verb:
             from gain_cl.explain import suggest
 
-            raise ConfigError(f"unknown verb {verb!r}", "command line", suggest(verb, ["run", "score", "show", "params", *VERBS]))
+            raise ConfigError(f"unknown verb {verb!r}", "command line", suggest(verb, ["run", "score", "show", "params", *VERBS, *PAPER]))
         return lambda _: _help([]) or USAGE
     return verbs[verb]
 

@@ -145,7 +145,7 @@ def studies(experiment: Experiment, cells: list[Cell], alphas: bool = False) -> 
     """A study of each model of an experiment, of its finished runs. alphas: with what ``interpolate --records`` made of them."""
     found = {}
     for model in dict.fromkeys(c.model for c in cells):
-        done = {(label(c.method, c.values), c.block): record.load(c.record) for c in cells if c.model == model and c.state == "done"}
+        done = {(c.label, c.block): record.load(c.record) for c in cells if c.model == model and c.state == "done"}
         between = {key: [r for r in record.between(run) if r.record.alpha != 1] for key, run in done.items()} if alphas else None
         if done:
             found[model] = from_experiment(experiment, done, between)
@@ -327,6 +327,8 @@ def difference(a: Setting, b: Setting, metric: str) -> Compared | None:
 
 
 def compared(parts: list[Parts]) -> Compared | None:
+    """The mean over blocks of what each block's parts come to: over documents of the one block, or over blocks and the documents they
+    share. Parts of paired differences: inference.combined."""
     """Mean over blocks of a summary or of a paired difference, whose parts in each block are given; None without any."""
     if not parts:
         return None
@@ -354,6 +356,18 @@ def nats(metric: str, margin: float | None) -> float:
     if margin is None:
         return math.nan
     return math.log1p(margin / 100) if lower_is_better(metric) else margin
+
+
+def efficient(study: Study) -> set[str]:
+    """Labels of the settings that are on their method's front: no other setting of it learns more and forgets less."""
+    found = set()
+    for method in study.methods:
+        mine = [(s, level(s, "own_step"), level(s, "backward")) for s in study.of(method)]
+        there = [(s, x.estimate.value, y.estimate.value) for s, x, y in mine if x is not None and y is not None]
+        if there:
+            keep = fronts.efficient(np.array([x for _, x, _ in there]), np.array([y for _, _, y in there]))
+            found |= {there[i][0].label for i in keep}
+    return found
 
 
 # --- equal skill -------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
-from gain_cl import matrix, terms
+from gain_cl import items, matrix, terms
 from gain_cl.config import SECRET_NAME
 from gain_cl.failpoints import reach
 from gain_cl.files import write_bytes
@@ -232,6 +232,8 @@ class Mirror:
                 pct = estimate.map(terms.change)
                 summary |= {f"{name}_nats": estimate.value, f"{name}_pct": pct.value}
                 summary |= {f"{name}_pct_low": pct.low, f"{name}_pct_high": pct.high}
+            summary["train_seconds"] = sum(s.train.seconds for s in r.stages if s.train is not None)
+            summary |= _tasks(run)
             clean, _ = terms.finite(summary)
             self._run.summary.update({k: v for k, v in clean.items() if v is not None})
             last: dict[str, Any] = {"matrix_image": wandb.Image(str(picture))} if picture.exists() else {}
@@ -251,6 +253,21 @@ class Mirror:
             run.finish(exit_code=1 if failed else 0)
             reach("dashboard.closed")
             self._remember()
+
+
+def _tasks(run: Run) -> dict[str, float]:
+    """Each task's accuracy at the last stage that scored it, and what changed since the first, with 95% intervals over items."""
+    found: dict[str, float] = {}
+    stages = run.record.stages
+    for task in dict.fromkeys(t for s in stages for t in s.tasks):
+        scored = [s.index for s in stages if task in s.tasks]
+        first, last = scored[0], scored[-1]
+        score = stages[last].tasks[task]
+        found[f"task/{task}/accuracy"] = score.correct / score.items
+        for name, e in (items.change(run.items, task, first, last) if last != first else {}).items():
+            found |= {f"task/{task}/{name}_change": e.value}
+            found |= {f"task/{task}/{name}_change_low": e.low, f"task/{task}/{name}_change_high": e.high}
+    return found
 
 
 def _reason(error: Exception) -> str:

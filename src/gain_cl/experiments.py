@@ -124,6 +124,10 @@ class Cell:
     folder: Path
 
     @property
+    def label(self) -> str:
+        return label(self.method, self.values)
+
+    @property
     def state(self) -> Literal["done", "running", "failed", "stopped", "missing"]:
         """running: a process has its lock; stopped: some of it is saved."""
         if self.record.exists():

@@ -39,6 +39,9 @@ ROWS = {  # metric of matrix.METRICS -> what it is called, what it compares
 
 PLAIN_WIDTH = 120  # where the output is no terminal and COLUMNS says nothing
 
+LEVELS = ("▁▂▃▄▅▆▇█", "12345678")
+"""Heights of a sparkline from lowest to highest, and what stands for them where the output cannot encode them."""
+
 
 def render(
     run: Run,
@@ -64,6 +67,8 @@ def render(
     say()
     say("Perplexity after each stage")
     _matrix(run, console, shipped.record if shipped is not None else None)
+    if r.regime == "sequential" and losses.stages >= 2:
+        _courses(r, console, say)
     say("Change of perplexity, mean over domains (below 0: better)")
     _summary(summary(losses), console)
     if losses.stages >= 3 and (ages := forgetting_by_age(losses)):  # of two stages it is the backward change
@@ -220,6 +225,31 @@ def _matrix(run: Run, console: Console, shipped: RunRecord | None = None) -> Non
         console.print()
     for line in ["; ".join(notes)] if len("; ".join(notes)) <= console.width else notes:
         console.print(line, style="dim", markup=False, highlight=False)
+    console.print()
+
+
+def _courses(r: RunRecord, console: Console, say: _Printer) -> None:
+    """A sparkline per domain, each on a scale of its own: on a common one the forgetting of a domain would vanish beside what others
+    learned. The perplexities at the ends of the scale stand beside it and say how much it is."""
+    try:
+        LEVELS[0].encode(console.encoding)
+        levels = LEVELS[0]
+    except UnicodeEncodeError:
+        levels = LEVELS[1]
+    say(f"Perplexity over the stages, left to right, each domain on its own scale ({levels[0]} to {levels[-1]})")
+    table = _table()
+    table.add_column("domain", no_wrap=True)
+    table.add_column("", overflow="fold")
+    for head in ("lowest", "highest"):
+        table.add_column(head, justify="right", no_wrap=True)
+    for domain, course in zip(r.trained + r.controls, r.losses().T, strict=True):
+        low, high = course.min(), course.max()
+        heights = np.minimum((course - low) / ((high - low) or 1.0) * len(levels), len(levels) - 1).astype(int)  # equal steps of loss
+        marks = [levels[h] + ("*" if s.domain == domain else " ") for s, h in zip(r.stages, heights, strict=True)]
+        table.add_row(printable(domain), Text("".join(marks)), terms.perplexity(low), terms.perplexity(high))
+    console.print(table)
+    console.print()
+    console.print("* own stage: what rises after it was forgotten", style="dim", markup=False, highlight=False)
     console.print()
 
 

@@ -27,7 +27,7 @@ from typing import Any, Protocol
 import gain_cl
 from gain_cl import signals, terms
 from gain_cl.errors import IN_USE, PREEMPTED, ConfigError, StorageError
-from gain_cl.experiments import Cell, label
+from gain_cl.experiments import Cell
 
 POLL_SECONDS = 0.5
 SAY_SECONDS = 60.0
@@ -454,7 +454,7 @@ def _status(
 
 
 def title(cell: Cell) -> str:
-    return f"{cell.model} {label(cell.method, cell.values)}, block {cell.block}"
+    return f"{cell.model} {cell.label}, block {cell.block}"
 
 
 def stage(cell: Cell) -> str:
@@ -478,7 +478,7 @@ def baseline(cell: Cell) -> str:
     c = cell.config
     names = sorted([*c.sequence.trained, *c.sequence.controls])
     parts = [c.model.model_dump(mode="json"), c.eval.model_dump(mode="json"), c.tasks.model_dump(mode="json"), names, c.output_dir]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 
 def _scored(cell: Cell) -> bool:

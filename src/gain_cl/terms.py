@@ -26,8 +26,8 @@ def percent(nats: float) -> str:
 
 
 def change(nats: float) -> float:
-    """A difference of losses as a change of perplexity in %; inf where float64 ends."""
-    return 100 * math.expm1(nats) if nats < 700 else math.inf
+    """A difference of losses as a change of perplexity in %; inf where float64 ends, nan of nan."""
+    return math.inf if nats >= 700 else 100 * math.expm1(nats)
 
 
 def clock(seconds: float) -> str:

@@ -54,10 +54,7 @@ def defaults() -> Any:
 
 
 def _build(run: Run) -> Figure:
-    import matplotlib as mpl
     from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import LinearSegmentedColormap, Normalize
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
     from matplotlib.patheffects import withStroke
@@ -69,9 +66,8 @@ def _build(run: Run) -> Figure:
     rows, columns = losses.shape
     left = np.arange(columns) + GAP * (np.arange(columns) >= len(r.trained)) * bool(r.trained)  # left edge of each column
 
-    bound, cut = _scale(change)
-    shades = mpl.colormaps["RdBu_r"](np.linspace(0.08, 0.92, 255))  # without its darkest ends, which hide the outlines
-    colours = ScalarMappable(Normalize(-bound, bound), LinearSegmentedColormap.from_list("change", list(shades)))
+    bound, cut = scale(change)
+    colours = shades(bound)
 
     figure = Figure(facecolor=PAPER)
     renderer = FigureCanvasAgg(figure).get_renderer()
@@ -112,7 +108,7 @@ def _build(run: Run) -> Figure:
             fill = colours.to_rgba(change[stage, j]) if scored else UNSCORED
             axes.add_patch(Rectangle((left[j], stage), 1, 1, facecolor=fill, edgecolor=PAPER, linewidth=1.2))
             axes.text(
-                left[j] + 0.5, stage + 0.5, perplexity(losses[stage, j]), ha="center", va="center_baseline", fontsize=10, color=_ink(fill)
+                left[j] + 0.5, stage + 0.5, perplexity(losses[stage, j]), ha="center", va="center_baseline", fontsize=10, color=ink(fill)
             )
     for stage, domain in enumerate(s.domain for s in r.stages):
         if domain in r.trained:
@@ -160,7 +156,17 @@ def _build(run: Run) -> Figure:
     return figure
 
 
-def _scale(change: np.ndarray) -> tuple[float, str]:
+def shades(bound: float) -> Any:
+    """Colours of changes from -bound to bound, in %: a ScalarMappable."""
+    import matplotlib as mpl
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import LinearSegmentedColormap, Normalize
+
+    shown = mpl.colormaps["RdBu_r"](np.linspace(0.08, 0.92, 255))  # without its darkest ends, which hide the outlines
+    return ScalarMappable(Normalize(-bound, bound), LinearSegmentedColormap.from_list("change", list(shown)))
+
+
+def scale(change: np.ndarray) -> tuple[float, str]:
     """End of the colour scale in %, and on which side cells go beyond it (a colour bar's ``extend``)."""
     known = change[~np.isnan(change)]
     low, high = (float(known.min()), float(known.max())) if known.size else (0.0, 0.0)
@@ -168,7 +174,7 @@ def _scale(change: np.ndarray) -> tuple[float, str]:
     return float(bound), {(False, False): "neither", (True, False): "min", (False, True): "max"}.get((low < -bound, high > bound), "both")
 
 
-def _ink(fill: Any) -> str:
+def ink(fill: Any) -> str:
     """Dark or white text, whichever is easier to read on the fill (by its relative luminance, WCAG 2)."""
     from matplotlib.colors import to_rgb
 

@@ -7,7 +7,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
@@ -200,7 +199,7 @@ def _documents(study: Study) -> int:
 def _settings(study: Study, results_dir: Path, out: Any) -> None:
     norms = _norms(study, results_dir)
     shown = [m for m in SHOWN if any(comparison.level(s, m) is not None for s in study.settings)]
-    efficient = _efficient(study)
+    efficient = comparison.efficient(study)
     wide, blocks = out.width >= 110, len(study.blocks)
     table = _table("Change of perplexity, % (mean over domains)")
     table.add_column("setting", no_wrap=wide)
@@ -230,17 +229,6 @@ def _settings(study: Study, results_dir: Path, out: Any) -> None:
     out.print(table)
     out.print("* on its method's front: no other setting of the method learns more and forgets less", markup=False, highlight=False)
     out.print()
-
-
-def _efficient(study: Study) -> set[str]:
-    found = set()
-    for method in study.methods:
-        mine = [(s, comparison.level(s, "own_step"), comparison.level(s, "backward")) for s in study.of(method)]
-        there = [(s, x.estimate.value, y.estimate.value) for s, x, y in mine if x is not None and y is not None]
-        if there:
-            keep = fronts.efficient(np.array([x for _, x, _ in there]), np.array([y for _, _, y in there]))
-            found |= {there[i][0].label for i in keep}
-    return found
 
 
 def _equal_skill(study: Study, skill: float | None, out: Any) -> None:

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from gain_cl import experiments
 from gain_cl.errors import ConfigError
-from gain_cl.experiments import Cell, Experiment, label
+from gain_cl.experiments import Cell, Experiment
 from gain_cl.verbs import Parser, console, printable
 
 STYLE = {"done": "green", "running": "cyan", "failed": "bold red", "stopped": "yellow", "missing": "dim"}
@@ -37,9 +37,7 @@ def main(argv: list[str]) -> int:
             if cell.state != "done":
                 print(shlex.join(["python", "-m", "gain_cl", "run", *cell.overrides, *more]))
     elif args.json:
-        rows = [
-            {"model": c.model, "setting": label(c.method, c.values), "block": c.block, "run_id": c.run_id, "state": c.state} for c in found
-        ]
+        rows = [{"model": c.model, "setting": c.label, "block": c.block, "run_id": c.run_id, "state": c.state} for c in found]
         print(json.dumps({"experiment": experiment.name, "runs": rows}, indent=1, allow_nan=False))
     else:
         grid(experiment, found, console())
@@ -67,7 +65,7 @@ def grid(experiment: Experiment, found: list[Cell], out: Any) -> None:
     table.add_column("run id" if experiment.blocks == 1 else f"run id in block {blocks[0]}")
     rows: dict[tuple[str, str], dict[int, Cell]] = {}
     for c in found:
-        rows.setdefault((c.model, label(c.method, c.values)), {})[c.block] = c
+        rows.setdefault((c.model, c.label), {})[c.block] = c
     states = {c.run_id: c.state for c in found}
     for (model, setting), mine in rows.items():
         cells = [Text(states[mine[k].run_id], style=STYLE[states[mine[k].run_id]]) if k in mine else Text("") for k in blocks]

@@ -14,7 +14,7 @@ from typing import Any
 
 from gain_cl import costs, experiments, record, sweep, terms
 from gain_cl.errors import PREEMPTED, ConfigError, GainError
-from gain_cl.experiments import Cell, Experiment, label
+from gain_cl.experiments import Cell, Experiment
 from gain_cl.verbs import Parser, console, printable
 from gain_cl.verbs.status import asked, grid
 
@@ -136,7 +136,7 @@ def _only(cells: list[Cell], words: list[str]) -> list[Cell]:
     for word in words:
         matches = (
             {c.run_id for c in cells if c.model == word},
-            {c.run_id for c in cells if word in (c.method, label(c.method, c.values))},
+            {c.run_id for c in cells if word in (c.method, c.label)},
             {c.run_id for c in cells if word == f"block{c.block}"},
             {c.run_id for c in cells if c.run_id.startswith(word)},
         )

@@ -233,7 +233,7 @@ def _origin(case: Case, made: record.Interpolated) -> str:
         raise Absent(f"no {path}")
     case.is_pinned(path, made.record_sha256)
     origin = record.load(path)
-    own = {"run_id", "provenance", "peak_memory_bytes", "stages", "items_sha256", "notes"}
+    own = {"run_id", "provenance", "peak_memory_bytes", "stages", "items_sha256", "notes", "seal"}
     if case.record.model_dump(exclude=own) != origin.record.model_dump(exclude=own):
         raise DataError("its settings or pins are not those of the run it is interpolated from", str(case.run.path), AGAIN)
     if [s.train for s in case.record.stages] != [s.train for s in origin.record.stages]:

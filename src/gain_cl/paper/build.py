@@ -1,0 +1,224 @@
+"""Files of a book: tables, figures, numbers to be quoted; and what of it is out of date."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gain_cl import comparison, files, provenance
+from gain_cl.comparison import Study
+from gain_cl.figures import heatmap
+from gain_cl.matrix import summary
+from gain_cl.paper import figures, tables
+from gain_cl.paper.figures import style
+from gain_cl.paper.gather import Book
+from gain_cl.paper.table import as_csv, latex, markdown, of, p_value, signed, written
+from gain_cl.record import items_path
+from gain_cl.terms import change
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Files = dict[str, bytes]
+"""Name below the folder -> content."""
+
+
+def made_tables(book: Book) -> Files:
+    """Each table as Markdown, LaTeX and CSV; tidy.csv, every number of every run; numbers.csv and numbers.tex, those that a text
+    quotes, by name; records.csv, the records that all of it is from."""
+    found: dict[str, str] = {}
+    for t in tables.build(book):
+        found |= {f"{t.name}.md": markdown(t), f"{t.name}.tex": latex(t), f"{t.name}.csv": as_csv(t)}
+    quoted = numbers(book)
+    found["tidy.csv"] = written([TIDY, *tidy(book)])
+    found["numbers.csv"] = written([["name", "value"], *quoted.items()])
+    found["numbers.tex"] = macros(book.experiment.name, quoted)
+    found["records.csv"] = written([["run", "model", "setting", "block", "commit", "sha256"], *_records(book)])
+    return {name: text.encode() for name, text in found.items()}
+
+
+def made_figures(book: Book) -> Files:
+    """Each figure as PDF and PNG, and captions.md."""
+    found: Files = {}
+    captions = []
+    for name, caption, figure in drawn(book):
+        found |= {f"{name}.pdf": style.vector(figure), f"{name}.png": style.png(figure)}
+        captions.append(f"- `{name}`: {caption}")
+    found["captions.md"] = ("\n".join(captions) + "\n").encode()
+    return found
+
+
+def drawn(book: Book) -> Iterable[tuple[str, str, Figure]]:
+    """(name, caption, figure) of all there is something to draw for."""
+    for model, study in book.studies.items():
+        for name, module in figures.ALL.items():
+            figure = module.build(study, book.results) if name == "gains" else module.build(study)
+            if figure is not None:
+                yield tables.named(name, book, model), module.CAPTION, figure
+        for s in study.chosen.values():
+            for run in s.runs.values():
+                yield (
+                    f"matrix-{run.record.run_id}",
+                    f"{s.label}: perplexity, its colour the change from the pretrained model.",
+                    heatmap.build(run),
+                )
+
+
+# --- numbers -----------------------------------------------------------------------------------------------------------
+
+TIDY = ["experiment", "model", "method", "setting", "block", "seed", "run", "stage", "after", "kind", "name", "metric", "value"]
+
+
+def tidy(book: Book) -> list[list[object]]:
+    """A row for every number: sums and losses of each domain, counts of each task, training, summaries of the run, its cost."""
+    rows: list[list[object]] = []
+    for c in book.cells:
+        if c.run_id not in book.runs:
+            continue
+        run = book.runs[c.run_id]
+        r = run.record
+        about = [book.experiment.name, c.model, c.method, c.label, c.block, r.seed, r.run_id]
+
+        def add(place: list[object], values: dict[str, float], about: list[object] = about) -> None:
+            rows.extend([*about, *place, metric, _exact(value)] for metric, value in values.items())
+
+        for s in r.stages:
+            after = s.domain or ""
+            for domain, d in s.domains.items():
+                kind = "control" if domain in r.controls else "domain"
+                sums: dict[str, float] = {"nll_nats": d.nll_nats, "tokens": d.tokens, "bytes": d.bytes, "documents": d.documents}
+                ratios = {"loss_nats": d.loss_nats, "perplexity": d.perplexity, "bits_per_byte": d.bits_per_byte}
+                add([s.index, after, kind, domain], sums | ratios)
+            for task, t in s.tasks.items():
+                add([s.index, after, "task", task], {"items": t.items, "correct": t.correct, "correct_norm": t.correct_norm})
+            if (x := s.train) is not None:
+                add([s.index, after, "training", after], {"steps": x.steps, "tokens": x.tokens, "seconds": x.seconds, "lr": x.lr})
+        for metric, e in summary(comparison.loss_matrix(run)).items():
+            found = {"nats": e.value, "low": e.low, "high": e.high, "percent": change(e.value)}
+            add(["", "", "summary", metric], {k: _short(x) for k, x in found.items()})
+        cost = {"trains": r.trainable_parameters, "parameters": r.total_parameters, "peak_memory_bytes": r.peak_memory_bytes}
+        add(["", "", "cost", "run"], dict(cost))
+    return rows
+
+
+def _exact(x: float) -> str:
+    return "" if isinstance(x, float) and math.isnan(x) else f"{x:.12g}"
+
+
+def _short(x: float) -> float:
+    return float(f"{x:.6g}")
+
+
+def numbers(book: Book) -> dict[str, str]:
+    """What a text may quote, by name: METHOD METRIC [low|high] of chosen settings, METHOD minus REFERENCE METRIC, and of endpoints
+    their value, p and verdict; as the tables show it. Names begin with the model where there are several."""
+    found: dict[str, str] = {}
+    for model, study in book.studies.items():
+        start = "" if len(book.studies) == 1 else f"{model} "
+        found |= {f"{start}{name}": text for name, text in _numbers(study).items()}
+    return found
+
+
+def _numbers(study: Study) -> dict[str, str]:
+    found: dict[str, str] = {"blocks": str(len(study.blocks))}
+    metrics = [*tables.main.METRICS, *(f"{m}:{t}" for t in tables.main.scored(study) for m in ("margin", "accuracy"))]
+
+    def add(name: str, metric: str, compared: comparison.Compared | None) -> None:
+        value = of(metric, compared)
+        if value is not None:
+            found[name] = value.write(value.value)
+            if not math.isnan(value.low):
+                found.update({f"{name} low": value.write(value.low), f"{name} high": value.write(value.high)})
+
+    for method, s in study.chosen.items():
+        for metric in metrics:
+            add(f"{method} {metric}", metric, comparison.level(s, metric))
+        for d in tables.domains.names(study):
+            add(f"{method} from_base of {d}", "from_base", tables.domains.from_base(s, d))
+        found[f"{method} trains"] = f"{tables.main.parameters(s):,.0f}"
+        found[f"{method} minutes"] = f"{tables.main.minutes(s):.1f}"
+        for k, block in enumerate(study.blocks):
+            if block in s.runs:
+                for metric in ("own_step", "backward"):
+                    found[f"{method} {metric} block {k}"] = signed(change(s.value(metric, block)))
+    reference = study.chosen.get(study.reference)
+    for method, s in study.chosen.items():
+        if reference is not None and s is not reference:
+            for metric in metrics:
+                add(f"{method} minus {study.reference} {metric}", metric, comparison.difference(s, reference, metric))
+    for j in comparison.judge(study):
+        add(j.endpoint.name, j.endpoint.metric, j.compared)
+        for name, p in (("p", j.tests.difference), ("p equal", j.tests.equivalence)):
+            if not math.isnan(p):
+                found[f"{j.endpoint.name} {name}"] = p_value(p)
+        found[f"{j.endpoint.name} verdict"] = j.verdict
+    return found
+
+
+_DIGITS = ("Zero", "One", "Two", "Three", "Four", "Five", "Six", "Seven", "Eight", "Nine")
+
+
+def macros(experiment: str, quoted: dict[str, str]) -> str:
+    """LaTeX commands: \\studyGainFfnOwnStep is the number named "gain_ffn own_step" of the experiment study."""
+    lines = []
+    for name, text in quoted.items():
+        words = re.findall(r"[A-Za-z]+|\d", f"{experiment} {name}")
+        command = "".join(_DIGITS[int(w)] if w.isdigit() else w[0].upper() + w[1:] for w in words)
+        command = command[0].lower() + command[1:]
+        shown = f"\\ensuremath{{{text}}}" if re.fullmatch(r"[-+<]?[\d.,]+", text) else text
+        lines.append(f"\\newcommand{{\\{command}}}{{{shown.replace(',', '{,}')}}} % {name}")
+    return "\n".join(lines) + "\n"
+
+
+def _records(book: Book) -> list[list[object]]:
+    found: list[list[object]] = []
+    for c in book.cells:
+        if c.run_id in book.runs:
+            run = book.runs[c.run_id]
+            p = run.record.provenance
+            commit = f"{p.get('commit') or 'not known'}{' with changes' if p.get('dirty') else ''}"
+            found.append([c.run_id, c.model, c.label, c.block, commit, files.sha256(run.path)])
+    return found
+
+
+# --- out of date or not ------------------------------------------------------------------------------------------------
+
+
+def inputs(book: Book) -> str:
+    """A hash of all that the files depend on: the experiment, the records and their values, what was diagnosed, this program."""
+    import matplotlib
+
+    digest = hashlib.sha256()
+    for part in (book.experiment.model_dump_json(), provenance.code(), matplotlib.__version__, json.dumps(book.gaps, allow_nan=False)):
+        digest.update(part.encode())
+    for run_id, run in sorted(book.runs.items()):
+        for path in (run.path, items_path(run.path), book.results / "diagnostics" / f"{run_id}.json"):
+            digest.update(f"{path.name} {files.sha256(path) if path.exists() else ''}".encode())
+    return digest.hexdigest()
+
+
+def fresh(folder: Path, stamp: Path, made_of: str) -> bool:
+    """Whether the folder holds what was made of these inputs, unchanged."""
+    try:
+        told = json.loads(stamp.read_bytes())
+        return bool(told["inputs"] == made_of and told["files"] == _hashes(folder))
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def replace(folder: Path, made: Files, stamp: Path, made_of: str) -> None:
+    """Write the files, remove what is no longer made, and note what they were made of."""
+    for path in folder.glob("*"):
+        if path.is_file() and path.name not in made:
+            path.unlink()
+    files.write_all({folder / name: content for name, content in made.items()})
+    files.write_bytes(stamp, (json.dumps({"inputs": made_of, "files": _hashes(folder)}, indent=1, allow_nan=False) + "\n").encode())
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    return {p.name: files.sha256(p) for p in sorted(folder.glob("*")) if p.is_file()}

@@ -1,0 +1,97 @@
+"""What each method forgot less or more than the reference, domain by domain."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from gain_cl import comparison, inference
+from gain_cl.comparison import Setting, Study
+from gain_cl.inference import Parts
+from gain_cl.matrix import Estimate, LossMatrix
+from gain_cl.paper.figures import style
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+CAPTION = (
+    "Backward change of each method's chosen setting minus that of the reference, % of perplexity, by domain and as the mean over domains;"
+    " below 0: forgets less. A domain that is last in a block has none there. 95% intervals, paired: over test documents (one block), or"
+    " over blocks and the documents they share (several; open: a single block, no interval)."
+)
+MEAN = "mean over domains"
+
+
+class Row(NamedTuple):
+    """A difference in nats per token, and the blocks it is of."""
+
+    name: str
+    estimate: Estimate
+    blocks: int
+
+
+def build(study: Study) -> Figure | None:
+    """A panel for each method other than the reference, a row for each trained domain and one for their mean: chosen setting minus
+    the reference's, backward change in % of perplexity, with 95% intervals paired within blocks. None without a pair that has one."""
+    with style.rules():
+        return _build(study)
+
+
+def of_domain(m: LossMatrix, domain: str) -> Parts | None:
+    """Parts of the domain's backward change L[T, k] - L[k, k]; None for the last domain, and unless stages follow each other."""
+    k, j = m.trained.index(domain) + 1, m.domains.index(domain)
+    if m.regime != "sequential" or k == m.stages:
+        return None
+    c = np.zeros_like(m.loss)
+    c[m.stages, j], c[k, j] = 1, -1
+    return m.contributions(c)
+
+
+def rows(study: Study, a: Setting, b: Setting) -> list[Row]:
+    """a minus b for each domain, in the order of the study's first block, then for their mean (comparison.difference)."""
+    blocks, found = [block for block in a.runs if block in b.runs], []
+    for domain in next(iter(study.settings[0].matrices.values())).trained:
+        pairs = [(of_domain(a.matrices[k], domain), of_domain(b.matrices[k], domain)) for k in blocks]
+        parts = [inference.combined([x, y], [1, -1]) for x, y in pairs if x is not None and y is not None]
+        found.append((domain, comparison.compared(parts)))
+    found.append((MEAN, comparison.difference(a, b, "backward")))
+    return [Row(name, _known(c.estimate, c.blocks, study), c.blocks) for name, c in found if c is not None]
+
+
+def _known(e: Estimate, blocks: int, study: Study) -> Estimate:
+    """One block of several says nothing of the others: no interval."""
+    return Estimate(e.value, math.nan, math.nan, e.n) if blocks == 1 < len(study.blocks) else e
+
+
+def _build(study: Study) -> Figure | None:
+    reference = study.chosen.get(study.reference)
+    if reference is None:
+        return None
+    panels = {s.label: (s, found) for s in style.chosen(study) if s is not reference and (found := rows(study, s, reference))}
+    if not panels:
+        return None
+    names = [*next(iter(reference.matrices.values())).trained, MEAN]
+    names = [n for n in names if any(row.name == n for _, found in panels.values() for row in found)]
+    high = style.rows_of(len(panels)) * (0.55 + 0.17 * (len(names) + 1)) + 0.6
+    figure = style.new(style.DOUBLE if len(panels) > 1 else style.SINGLE, high)
+    every = style.grid(figure, len(panels), sharex=True, sharey=True)
+    columns = style.columns_of(len(panels))
+    for i, (axes, (label, (s, found))) in enumerate(zip(every, panels.items(), strict=True)):
+        look = style.look(study, s.method) | {"linestyle": ""}
+        for row in found:
+            single = row.blocks == 1 < len(study.blocks)
+            fill = {"markerfacecolor": style.PAPER} if single else {}
+            style.points(axes, [names.index(row.name)], [style.percent(row.estimate)], across=True, **look, **fill)
+        axes.axvline(0, color=style.SOFT, linewidth=0.6, zorder=0)
+        axes.axhline(len(names) - 1.5, color=style.FAINT, linewidth=0.6, zorder=0)
+        style.title(axes, label, style.SMALL)
+        axes.tick_params(axis="y", length=0)
+        axes.tick_params(axis="x", labelbottom=i + columns >= len(panels))
+    every[0].set_yticks(range(len(names)), [style.name(n, 24) for n in names])
+    every[0].set_ylim(len(names) - 0.4, -0.6)
+    style.percent_axis(every[0], "x", most=5 if columns > 2 else 6)
+    text = f"Difference of backward change, % of perplexity\n(below 0: forgets less than {style.name(reference.label, 60)})"
+    figure.supxlabel(text, fontsize=style.TEXT)
+    return style.finish(figure)

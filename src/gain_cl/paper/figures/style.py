@@ -1,0 +1,231 @@
+"""What the figures share: sizes, type, a look for each method, axes in % of perplexity, and bytes that depend on the figure alone."""
+
+from __future__ import annotations
+
+import io
+import math
+import textwrap
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from gain_cl.comparison import Setting, Study
+from gain_cl.errors import printable
+from gain_cl.matrix import Estimate
+from gain_cl.terms import change
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+SINGLE, DOUBLE = 3.4, 7.0
+"""Width of a figure in inches: one column of text, or two."""
+TEXT, SMALL = 8, 7  # points
+INK, SOFT, FAINT, PAPER = "#1a1a1a", "#5f5f5f", "#d9d9d9", "#ffffff"
+
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#7f7f7f")
+"""Okabe and Ito's, which colour-blind readers can tell apart; grey for their yellow, which is too pale for a line on white."""
+MARKERS = ("o", "s", "^", "D", "v", "X", "P", "<", "*")
+"""One more than colours, so that no two of 72 methods look the same, in grey either while there are nine or fewer."""
+
+
+def rules() -> Any:
+    """A context in which figures are made and written: matplotlib's defaults, whatever the reader's matplotlibrc says, and ours."""
+    import matplotlib as mpl
+
+    kept = "agg axes errorbar figure font grid image legend lines markers patch path pcolor pcolormesh pdf savefig svg text xtick ytick"
+    theirs: Any = {k: v for k, v in mpl.rcParamsDefault.items() if k.split(".")[0] in kept.split()}
+    ours: dict[str, Any] = {
+        "axes.edgecolor": SOFT,
+        "axes.labelcolor": INK,
+        "axes.labelsize": TEXT,
+        "axes.linewidth": 0.6,
+        "axes.spines.right": False,
+        "axes.spines.top": False,
+        "axes.titlesize": TEXT,
+        "figure.labelsize": TEXT,
+        "font.size": TEXT,
+        "legend.fontsize": SMALL,
+        "legend.frameon": False,
+        "lines.linewidth": 1.0,
+        "lines.markersize": 3.5,
+        "pdf.fonttype": 42,  # TrueType, which journals ask for
+        "svg.fonttype": "path",  # looks the same where the font is missing
+        "svg.hashsalt": "gain_cl",
+        "text.color": INK,
+        "text.parse_math": False,  # a name with $ is a name
+    }
+    for side in ("xtick", "ytick"):
+        ours |= {f"{side}.color": SOFT, f"{side}.labelcolor": INK, f"{side}.labelsize": SMALL}
+        ours |= {f"{side}.major.size": 2.5, f"{side}.major.width": 0.6}
+    return mpl.rc_context(theirs | ours)
+
+
+def new(width: float, height: float) -> Figure:
+    """An empty figure, in inches, whose parts make room for each other."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), facecolor=PAPER, layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.get_layout_engine().set(w_pad=0.03, h_pad=0.04, wspace=0.02, hspace=0.03)  # type: ignore[union-attr, call-arg]
+    return figure
+
+
+def finish(figure: Figure) -> Figure:
+    """The figure with its layout made once and for all, so that it is the same in every format."""
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    return figure
+
+
+# --- methods and names -------------------------------------------------------------------------------------------------
+
+
+def look(study: Study, method: str) -> dict[str, Any]:
+    """Colour, marker and line of a method, by its place in the study: the same in all figures of the study."""
+    place = study.methods.index(method)
+    line = "-" if place < len(COLOURS) else (0, (4, 1.5))
+    return {"color": COLOURS[place % len(COLOURS)], "marker": MARKERS[place % len(MARKERS)], "linestyle": line}
+
+
+def chosen(study: Study) -> list[Setting]:
+    """The setting that stands for each method, in the order of the study."""
+    return [study.chosen[m] for m in study.methods if m in study.chosen]
+
+
+def name(text: str, width: int = 200) -> str:
+    """A name as it is drawn, in lines of so many characters at most: broken at spaces, else after _, -, . or anywhere."""
+    lines: list[str] = []
+    for line in textwrap.wrap(printable(text).replace("\n", " "), width, break_long_words=False, break_on_hyphens=False):
+        while len(line) > width:
+            at = max((line.rfind(c, 0, width) for c in "_-."), default=-1) + 1 or width
+            lines, line = [*lines, line[:at]], line[at:]
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def legend(figure: Figure, handles: Sequence[Any]) -> None:
+    """Beneath everything, in as few rows as the figure's width allows and with even columns; the figure grows by its height."""
+    columns = len(handles)
+    while True:
+        made = figure.legend(handles=list(handles), loc="outside lower center", ncols=columns, columnspacing=1.2, handlelength=2.2)
+        even = math.ceil(len(handles) / math.ceil(len(handles) / columns))
+        box = made.get_window_extent()
+        if columns == 1 or (box.width < 0.98 * figure.bbox.width and even == columns):
+            figure.set_figheight(figure.get_figheight() + box.height / figure.dpi)
+            return
+        made.remove()
+        columns = even if even < columns else columns - 1
+
+
+def handle(study: Study, method: str, label: str) -> Any:
+    """An entry of a legend."""
+    from matplotlib.lines import Line2D
+
+    return Line2D([], [], label=name(label, 44), **look(study, method))
+
+
+def columns_of(panels: int) -> int:
+    """Of ``grid``: one row while it holds four, else whichever of four and three leaves fewer gaps."""
+    return panels if panels <= 4 else min((4, 3), key=lambda n: -panels % n)
+
+
+def rows_of(panels: int) -> int:
+    return math.ceil(panels / columns_of(panels))
+
+
+def grid(figure: Figure, panels: int, **shared: Any) -> list[Any]:
+    """So many axes of equal size, row by row."""
+    every = figure.subplots(rows_of(panels), columns_of(panels), squeeze=False, **shared).ravel()
+    for axes in every[panels:]:
+        axes.remove()
+    return list(every[:panels])
+
+
+def title(axes: Any, text: str, size: float = TEXT) -> None:
+    """Over a panel, in lines that fit its width."""
+    room = axes.figure.get_figwidth() / axes.get_gridspec().ncols - 0.4  # inches
+    axes.set_title("\n".join(name(line, int(room / (0.6 * size / 72))) for line in text.split("\n")), fontsize=size)
+
+
+# --- values ------------------------------------------------------------------------------------------------------------
+
+
+def percent(e: Estimate) -> Estimate:
+    """A difference of losses in nats as a change of perplexity in %; what is not known stays so."""
+    return e.map(lambda x: math.nan if math.isnan(x) else change(x))
+
+
+def points(axes: Any, at: Sequence[float], estimates: Sequence[Estimate], *, across: bool = False, **style: Any) -> None:
+    """Values with their intervals, upright or (across) lying: at is the other coordinate. No interval where it is not known."""
+    value, low, high = (np.array([getattr(e, k) for e in estimates], dtype=np.float64) for k in ("value", "low", "high"))
+    bars = {"xerr" if across else "yerr": np.stack([value - low, high - value])}
+    x, y = (value, at) if across else (at, value)
+    axes.errorbar(x, y, **bars, **{"elinewidth": 0.8, "capsize": 1.5, "capthick": 0.8, **style})
+
+
+def dodged(at: Sequence[float], place: int, of: int) -> np.ndarray:
+    """Positions beside whole numbers, one for each of several methods, so that their intervals do not hide each other."""
+    return np.asarray(at, dtype=np.float64) + (place - (of - 1) / 2) * min(0.12, 0.72 / of)
+
+
+def percent_axis(axes: Any, which: str, most: int = 6) -> None:
+    """An axis in % of perplexity with even steps of log loss, as which the means are taken: a factor is as long everywhere. Call it
+    when everything is drawn."""
+    scale, bounds = (axes.set_xscale, axes.get_xlim) if which == "x" else (axes.set_yscale, axes.get_ylim)
+    scale("function", functions=(lambda p: np.log1p(np.maximum(p, -100 + 1e-9) / 100), lambda x: 100 * np.expm1(np.minimum(x, 700))))
+    ticks = ticks_percent(bounds(), most)
+    axis = axes.xaxis if which == "x" else axes.yaxis
+    axis.set_ticks(ticks, [signed(t) for t in ticks])
+    axis.set_ticks([], minor=True)
+
+
+def ticks_percent(bounds: tuple[float, float], most: int = 6) -> list[float]:
+    """Round changes of perplexity in % within the bounds: even steps where these look even, else the roundest that are not too close
+    in log loss."""
+    from matplotlib.ticker import MaxNLocator
+
+    low, high = sorted(bounds)
+    wide = math.log1p(high / 100) - math.log1p(low / 100)
+    if wide < 1.1:
+        return [float(t) for t in MaxNLocator(most, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high) if low <= t <= high]
+    rough: list[float] = [0.0, *(100 * 10.0**k for k in range(0, 300, max(1, round(wide / 2.3 / most)))), -90, -99, -99.9, -50]
+    rough += [m * 10.0**k for k in range(2, 20) for m in (3, 2, 5)] + [50, -75, 25, -25]
+    found: list[float] = []
+    for t in (t for t in rough if low <= t <= high):
+        if all(abs(math.log1p(t / 100) - math.log1p(u / 100)) >= wide / most for u in found):
+            found.append(t)
+    return sorted(found)
+
+
+def signed(x: float) -> str:
+    """A change in %: +5, −2.5, 0; +1e6 where it would be long."""
+    x = 0.0 if abs(x) < 1e-12 else x
+    text = "0" if x == 0 else f"{x:+g}" if abs(x) < 1e5 else f"{x:+.0e}".replace("e+0", "e").replace("e+", "e")
+    return text.replace("-", "−")
+
+
+# --- bytes -------------------------------------------------------------------------------------------------------------
+
+
+def vector(figure: Figure) -> bytes:
+    """PDF; the same figure gives the same bytes on one matplotlib (no date, no version inside)."""
+    return _written(figure, "pdf", {"CreationDate": None, "ModDate": None, "Producer": "gain_cl", "Creator": "gain_cl"})
+
+
+def svg(figure: Figure) -> bytes:
+    """SVG, text as outlines; otherwise as ``vector``."""
+    return _written(figure, "svg", {"Date": None, "Creator": "gain_cl"})
+
+
+def png(figure: Figure) -> bytes:
+    """PNG, 200 dots an inch; otherwise as ``vector``."""
+    return _written(figure, "png", {"Software": None})
+
+
+def _written(figure: Figure, kind: str, metadata: dict[str, str | None]) -> bytes:
+    out = io.BytesIO()
+    with rules():
+        figure.savefig(out, format=kind, dpi=200, metadata=metadata)
+    return out.getvalue()

@@ -1,0 +1,209 @@
+"""A table as data, and how it is written: Markdown, LaTeX, CSV. The same records give the same bytes anywhere."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from gain_cl import terms
+from gain_cl.comparison import Compared, lower_is_better
+from gain_cl.matrix import Estimate
+
+
+@dataclass(frozen=True)
+class Value:
+    """A number with its 95% interval, in the unit it is shown in (nan: there is none). write: how it is shown; bold: a test says so."""
+
+    value: float
+    low: float = math.nan
+    high: float = math.nan
+    write: Callable[[float], str] = lambda x: f"{x:g}"
+    bold: bool = False
+
+    @property
+    def shown(self) -> str:
+        """The number alone."""
+        return "-" if math.isnan(self.value) else self.write(self.value)
+
+    @property
+    def between(self) -> str:
+        """Its interval; empty where there is none."""
+        return "" if math.isnan(self.low) or math.isnan(self.high) else f"{self.write(self.low)} to {self.write(self.high)}"
+
+    def text(self) -> str:
+        return f"{self.shown} ({self.between})" if self.between else self.shown
+
+
+@dataclass(frozen=True)
+class Row:
+    """cells: a Value, text or None (nothing) for each column; runs: ids of the runs that its numbers come from; rule: a line above."""
+
+    cells: Sequence[Value | str | None]
+    runs: Sequence[str] = ()
+    rule: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    """name: of its files; title: what it shows, with units; notes: below it."""
+
+    name: str
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Row]
+    notes: Sequence[str] = field(default_factory=list)
+
+
+# --- numbers -----------------------------------------------------------------------------------------------------------
+
+
+def of(metric: str, found: Compared | None, bold: bool = False, interval: bool = True) -> Value | None:
+    """A summary or difference in the unit its metric is shown in: % of perplexity; of a task's margin nats, of its accuracy points."""
+    if found is None or math.isnan(found.estimate.value):
+        return None
+    e = found.estimate if interval else Estimate(found.estimate.value, math.nan, math.nan, found.estimate.n)
+    if lower_is_better(metric):
+        return percent(e, bold)
+    return Value(e.value, e.low, e.high, nats if metric.startswith("margin") else points, bold)
+
+
+def percent(e: Estimate, bold: bool = False) -> Value:
+    """A difference of losses as a change of perplexity in %."""
+    return Value(terms.change(e.value), terms.change(e.low), terms.change(e.high), signed, bold)
+
+
+def signed(x: float) -> str:
+    """+1.2, -10.3, +0.0."""
+    return "+0.0" if f"{x:+.1f}" == "-0.0" else f"{x:+.1f}"
+
+
+def nats(x: float) -> str:
+    return "+0.000" if f"{x:+.3f}" == "-0.000" else f"{x:+.3f}"
+
+
+def points(x: float) -> str:
+    """A share as percentage points."""
+    return signed(100 * x)
+
+
+def count(x: float) -> str:
+    return f"{x:,.0f}"
+
+
+def plain(digits: int) -> Callable[[float], str]:
+    return lambda x: f"{x:.{digits}f}"
+
+
+def p_value(p: float) -> str:
+    return "<0.001" if p < 0.001 else f"{p:.3f}"
+
+
+# --- formats -----------------------------------------------------------------------------------------------------------
+
+
+def markdown(t: Table) -> str:
+    cells = [[_md(c) for c in row.cells] for row in t.rows]
+    heads = [_md(c) for c in t.columns]
+    widths = [max(len(heads[j]), 3, *(len(row[j]) for row in cells)) if cells else max(len(heads[j]), 3) for j in range(len(heads))]
+    left = [textual(t, j) for j in range(len(heads))]
+
+    def line(row: Sequence[str]) -> str:
+        return "| " + " | ".join(x.ljust(w) if a else x.rjust(w) for x, w, a in zip(row, widths, left, strict=True)) + " |"
+
+    rule = "|" + "|".join("-" * (w + 2) if a else "-" * (w + 1) + ":" for w, a in zip(widths, left, strict=True)) + "|"
+    out = [f"**{t.title}**", "", line(heads), rule, *(line(row) for row in cells), ""]
+    out += [f"{note}  " for note in t.notes] + ([""] if t.notes else [])
+    if named := _named(t):
+        runs = [f"- {_escaped(name)}: {', '.join(f'`{r}`' for r in ids)}" for name, ids in named]
+        out += ["<details><summary>runs</summary>", "", *runs, "", "</details>", ""]
+    return "\n".join(out).rstrip() + "\n"
+
+
+def latex(t: Table) -> str:
+    """A tabular with booktabs rules, to be \\input inside a table; the runs of each row as a comment behind it."""
+    columns = "".join("l" if textual(t, j) else "r" for j in range(len(t.columns)))
+    head = " & ".join(_tex(h) for h in t.columns) + r" \\"
+    out = [f"% {_comment(t.title)}", f"\\begin{{tabular}}{{{columns}}}", r"\toprule", head, r"\midrule"]
+    for i, row in enumerate(t.rows):
+        if row.rule and i:
+            out.append("\\midrule")
+        runs = f" % {_comment(', '.join(row.runs))}" if row.runs else ""
+        out.append(" & ".join(_tex(c) for c in row.cells) + f" \\\\{runs}")
+    out += ["\\bottomrule", "\\end{tabular}", *(f"% {_comment(note)}" for note in t.notes)]
+    return "\n".join(out) + "\n"
+
+
+def as_csv(t: Table) -> str:
+    """A column for each number, two more for its interval, the run ids last; six digits."""
+    wide = [any(isinstance(r.cells[j], Value) and not math.isnan(r.cells[j].low) for r in t.rows) for j in range(len(t.columns))]  # type: ignore[union-attr]
+    heads = [h for column, w in zip(t.columns, wide, strict=True) for h in ([column, f"{column} low", f"{column} high"] if w else [column])]
+    rows = []
+    for row in t.rows:
+        out: list[str] = []
+        for c, w in zip(row.cells, wide, strict=True):
+            numbers = [c.value, c.low, c.high] if isinstance(c, Value) else [math.nan] * 3
+            texts = [number(x) for x in numbers] if isinstance(c, Value) else ["" if c is None else str(c), "", ""]
+            out += texts if w else texts[:1]
+        rows.append([*out, " ".join(row.runs)])
+    return written([[*heads, "runs"], *rows])
+
+
+def written(rows: Sequence[Sequence[Any]]) -> str:
+    out = io.StringIO()
+    csv.writer(out, lineterminator="\n").writerows(rows)
+    return out.getvalue()
+
+
+def number(x: float) -> str:
+    """Six digits, so that the last bits of a sum, which differ between processors, do not show; empty for nan."""
+    return "" if math.isnan(x) else f"{x:.6g}"
+
+
+def textual(t: Table, j: int) -> bool:
+    """Whether a column holds text alone, which stands on the left."""
+    return not any(isinstance(row.cells[j], Value) for row in t.rows)
+
+
+def _named(t: Table) -> list[tuple[str, Sequence[str]]]:
+    """What a row is called, and its runs."""
+    found = []
+    for row in t.rows:
+        if row.runs:
+            words = [c for j, c in enumerate(row.cells) if isinstance(c, str) and c and textual(t, j)]
+            found.append((", ".join(words[:2]), row.runs))
+    return found
+
+
+def _md(c: Value | str | None) -> str:
+    if c is None:
+        return "-"
+    if isinstance(c, Value):
+        return f"**{c.text()}**" if c.bold else c.text()
+    return _escaped(c)
+
+
+def _escaped(text: str) -> str:
+    return re.sub(r"([\\|*_`<>])", r"\\\1", text)
+
+
+_TEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": "$<$", ">": "$>$", "·": r"$\cdot$"}
+_TEX |= {c: f"\\{c}" for c in "&%$#_{}"}
+
+
+def _tex(c: Value | str | None) -> str:
+    if c is None:
+        return "--"
+    if isinstance(c, Value):
+        text = re.sub(r"[-+]?[<]?[\d,]*\.?\d+(?:e[-+]?\d+)?", lambda m: f"${m.group().replace(',', '{,}')}$", c.text())
+        text = "--" if text == "-" else text
+        return re.sub(r"\$([^$]*)\$", r"$\\mathbf{\1}$", text) if c.bold else text
+    return "".join(_TEX.get(ch, ch) for ch in c)
+
+
+def _comment(text: str) -> str:
+    return " ".join(text.split())

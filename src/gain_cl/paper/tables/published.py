@@ -1,0 +1,60 @@
+"""Ours beside what the GAIN paper's abstracts say (arXiv 2604.04516): headline numbers alone were available, none of its tables."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from gain_cl import comparison
+from gain_cl.comparison import Setting, Study
+from gain_cl.paper import tables
+from gain_cl.paper.gather import Book
+from gain_cl.paper.table import Row, Table, Value, count, percent
+from gain_cl.paper.table import of as of_
+
+STATUS = "seen in an abstract"
+EARLIER = ("improve by 7 to 13", "degrade by 18 to 36")
+
+
+def build(book: Book) -> list[Table]:
+    return [_of(book, model, study) for model, study in book.studies.items() if any(m.startswith("gain") for m in study.chosen)]
+
+
+def _of(book: Book, model: str, study: Study) -> Table:
+    chosen = study.chosen
+    gain = chosen.get("gain_ffn") or next(s for m, s in chosen.items() if m.startswith("gain"))
+    lora = chosen.get("lora")
+    rows: list[Row] = []
+
+    def row(what: str, published: tuple[str, str], values: Sequence[Value | None], *of: Setting | None) -> None:
+        rows.append(Row([what, *published, STATUS, *values], [r for s in of if s is not None for r in book.ids(model, s.label)]))
+
+    def both(what: str, published: tuple[str, str], metric: str) -> None:
+        row(what, published, [of_(metric, comparison.level(s, metric)) if s is not None else None for s in (gain, lora)], gain, lora)
+
+    both("in-domain adaptation (own step %)", ("about equal to LoRA", "reference"), "own_step")
+    both("earlier domains, since they were learned (backward %)", EARLIER, "backward")
+    both("earlier domains, since the pretrained model (from base %)", EARLIER, "from_base")
+    if comparison.level(gain, "accuracy:boolq") is not None:
+        both("BoolQ after the sequence, points", ("-0.8 (Qwen2.5-7B; points or relative: not known)", "-14.9"), "accuracy:boolq")
+    if (replay := chosen.get("lora_replay")) is not None:
+        less = of_("backward", comparison.difference(gain, replay, "backward"))
+        row("backward % minus LoRA with replay", ("equal, with no stored data", "-"), [less, None], gain, replay)
+    if (ewc := chosen.get("ewc")) is not None:
+        found = comparison.matched(study, gain.method, "ewc")
+        front = None if found.reason else percent(comparison.interval(found))
+        row("backward % minus EWC at equal own step", ("dominates its Pareto front", "-"), [front, None], gain, ewc)
+    trained = [Value(s.one(lambda run: run.record.trainable_parameters), write=count) if s is not None else None for s in (gain, lora)]
+    row("trained parameters", ("46K to 230K (GPT-2 Large)", "-"), trained, gain, lora)
+    heads = ["what", "GAIN, published", "LoRA, published", "status", f"{gain.label}, ours", f"{lora.label if lora else 'lora'}, ours"]
+    notes = [
+        f"Published: five models of 774M to 70B, eight domains, budgets and rates not known. Ours: {model}, "
+        f"{tokens(study):,} training tokens a domain, {len(study.blocks)} blocks.",
+        "Whether published changes are against the model just after it learned a domain or the pretrained one is not known: both are here.",
+    ]
+    return Table(tables.named("published", book, model), f"{model}: ours beside the published headline numbers", heads, rows, notes)
+
+
+def tokens(study: Study) -> int:
+    """Training tokens of a stage."""
+    first = next(iter(study.settings[0].runs.values())).record
+    return next((s.train.tokens for s in first.stages if s.train is not None), 0)

@@ -1,0 +1,51 @@
+"""Tasks before and after: accuracy, items that flipped, margin."""
+
+from __future__ import annotations
+
+from gain_cl import inference, items
+from gain_cl.comparison import Study
+from gain_cl.paper import tables
+from gain_cl.paper.gather import Book
+from gain_cl.paper.table import Row, Table, Value, count, nats, p_value, plain
+
+
+def build(book: Book) -> list[Table]:
+    return [t for model, study in book.studies.items() if (t := _of(book, model, study)) is not None]
+
+
+def _of(book: Book, model: str, study: Study) -> Table | None:
+    rows = []
+    for s in study.chosen.values():
+        for k, block in enumerate(study.blocks):
+            run = s.runs.get(block)
+            if run is None:
+                continue
+            first, last = run.record.stages[0], run.record.stages[-1]
+            for task in (t for t in last.tasks if t in first.tasks):
+                a, b = (items.answers(run.items, task, stage.index) for stage in (first, last))
+                f = items.flips(run.items, task, first.index, last.index)
+                before, after = (100 * x.mean() for x in (items.correct(a), items.correct(b)))
+                margins = [float(items.margin(x).mean()) for x in (a, b)]
+                rows.append(
+                    Row(
+                        [
+                            task,
+                            s.label,
+                            str(k),
+                            Value(len(a.gold), write=count),
+                            *(Value(float(x), write=plain(1)) for x in (before, after)),
+                            *(Value(x, write=count) for x in (f.lost, f.gained)),
+                            Value(inference.mcnemar(f.lost, f.gained), write=p_value),
+                            *(Value(x, write=nats) for x in margins),
+                        ],
+                        [run.record.run_id],
+                    )
+                )
+    if not rows:
+        return None
+    heads = ["task", "method", "block", "items", "accuracy before %", "after %", "lost", "gained", "p (McNemar)"]
+    heads += ["margin before, nats", "after, nats"]
+    notes = [
+        "lost, gained: items answered right before and not after, and the reverse. They and p speak of the one run, not of the method."
+    ]
+    return Table(tables.named("tasks", book, model), f"{model}: tasks before and after", heads, rows, notes)

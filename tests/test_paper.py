@@ -1,0 +1,385 @@
+"""Tables and the report of an experiment: what may enter them, what they say, and that they come out the same."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from gain_cl import cli, comparison, experiments, record, terms
+from gain_cl.errors import DataError
+from gain_cl.paper import build, gather, tables
+from gain_cl.paper.gather import Book
+from gain_cl.paper.table import Row, Table, Value, as_csv, latex, markdown
+from test_comparison import FOUR, a_study, an_experiment
+
+ROOT = Path(__file__).parents[1]
+GRID = """question: Does it work?
+blocks: 2
+overrides: [debug=smoke, train.steps=1]
+methods: {gain_ffn: {train.lr: [0.01]}, lora: {train.lr: [0.001]}}
+reference: lora
+endpoints: [{name: forgets, metric: backward, of: gain_ffn, minus: lora}]
+"""
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished grid of four smoke runs."""
+    at = tmp_path_factory.mktemp("made")
+    (at / "e.yaml").write_text(GRID)
+    for cell in experiments.cells(experiments.load(str(at / "e.yaml")), [f"results_dir={at}/results", f"output_dir={at}/runs"]):
+        assert cli.main(["run", *cell.overrides, f"results_dir={at}/results", f"output_dir={at}/runs", "compute.threads=1"]) == 0
+    return at
+
+
+@pytest.fixture
+def at(made: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(made, tmp_path / "e", dirs_exist_ok=True)
+
+
+def words(at: Path) -> list[str]:
+    return [f"results_dir={at}/results", f"output_dir={at}/runs"]
+
+
+def book(at: Path, partial: bool = False) -> Book:
+    return gather.gather(experiments.load(str(at / "e.yaml")), words(at), partial)
+
+
+def edited(at: Path, which: int, change: Callable[[dict[str, Any]], Any]) -> str:
+    """A record changed by somebody who seals it again; its run id."""
+    path = sorted((at / "results/runs").glob("*.json"))[which]
+    data = json.loads(path.read_bytes())
+    change(data)
+    data["seal"] = record.seal_of(data)
+    path.write_text(json.dumps(data))
+    return path.stem
+
+
+# --- what may enter ----------------------------------------------------------------------------------------------------
+
+
+def test_a_missing_run_stops_the_build_and_is_named(at: Path) -> None:
+    path = sorted((at / "results/runs").glob("*.json"))[0]
+    path.unlink()
+    with pytest.raises(DataError, match=r"1 of 4 cells may not enter a table: .* is (stopped|missing) .*partial=true"):
+        book(at)
+    found = book(at, partial=True)
+    assert len(found.gaps) == 1 and len(found.runs) == 3 and path.stem in found.gaps[0]
+    assert any("GAP" in note for t in tables.build(found) for note in t.notes)
+
+
+REFUSED: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "tainted": (lambda r: r.update(tainted=["numerics"]), "tainted: numerics"),
+    "limited": (lambda r: r["config"]["tasks"].update(limit=5), "limited"),
+    "stale": (lambda r: r["provenance"].update(numerics=0), "stale: of numerics 0"),
+    "another torch": (lambda r: r["provenance"]["packages"].update(torch="1.0"), "mixed packages: .* torch 1.0"),
+    "another dtype": (lambda r: r["config"]["model"].update(dtype="bfloat16"), "mixed dtype"),
+    "another device": (lambda r: r["provenance"].update(device="cuda:0"), "mixed device type: .* cuda"),
+    "another schema": (lambda r: r.update(schema_version=2), "schema_version is 2"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_may_not_enter_a_table_is_named(at: Path, what: str) -> None:
+    change, message = REFUSED[what]
+    run_id = edited(at, 1, change)
+    with pytest.raises(DataError, match=message) as error:
+        book(at)
+    assert run_id in str(error.value)
+    assert run_id not in book(at, partial=True).runs
+
+
+def test_another_commit_may_enter(at: Path) -> None:
+    for i in range(4):
+        edited(at, i, lambda r: r["provenance"].update(commit=f"{len(r['run_id']):040x}"))
+    assert not book(at).gaps
+
+
+def test_one_digit_of_a_record_is_caught(at: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of every number in it, sums, seconds and settings alike."""
+    path = sorted((at / "results/runs").glob("*.json"))[2]
+    text = path.read_text()
+    places = [m.start() for m in re.finditer(r"(?<=[ \[:])\d", text)]
+    draw = np.random.default_rng(0)
+    for place in draw.choice(places, 12, replace=False):
+        path.write_text(text[:place] + str((int(text[place]) + 1) % 10) + text[place + 1 :])
+        assert cli.main(["tables", f"experiment={at}/e.yaml", *words(at)]) == 65
+        assert path.name in capsys.readouterr().err
+    path.write_text(text)
+    assert cli.main(["tables", f"experiment={at}/e.yaml", *words(at)]) == 0
+
+
+def test_a_failed_run_is_named_with_its_state(at: Path) -> None:
+    path = sorted((at / "results/runs").glob("*.json"))[0]
+    path.unlink()
+    shutil.rmtree(at / "runs" / path.stem)
+    (at / "runs" / path.stem).mkdir()
+    (at / "runs" / path.stem / "failure.json").write_text("{}")
+    with pytest.raises(DataError, match=r"is failed"):
+        book(at)
+
+
+def test_a_run_of_other_data_is_stale(at: Path) -> None:
+    """The same settings, another id: data, model files or numerics changed since."""
+    path = sorted((at / "results/runs").glob("*.json"))[0]
+    other = path.stem[:-10] + "0123456789"
+    data = json.loads(path.read_bytes()) | {"run_id": other}
+    data["seal"] = record.seal_of(data)
+    path.with_name(f"{other}.json").write_text(json.dumps(data))
+    record.items_path(path).rename(record.items_path(path.with_name(f"{other}.json")))
+    path.unlink()
+    with pytest.raises(DataError, match=f"stale: {other}"):
+        book(at)
+
+
+# --- what they say -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def simulated(tmp_path_factory: pytest.TempPathFactory) -> Book:
+    """Two methods, two rates, four blocks, a task."""
+    e = an_experiment(FOUR)  # type: ignore[arg-type]
+    study = a_study(tmp_path_factory.mktemp("runs"), e, tasks=True)
+    runs = {run.record.run_id: run for s in study.settings for run in s.runs.values()}
+    cells = [
+        experiments.Cell("smollm2", s.method, s.values, k, [], None, run.record.run_id, run.path, run.path.parent)  # type: ignore[arg-type]
+        for s in study.settings
+        for k, run in enumerate(s.runs.values())
+    ]
+    return Book(e, cells, {"smollm2": study}, runs, Path("results"))
+
+
+def named(found: Book) -> dict[str, Table]:
+    return {t.name: t for t in tables.build(found)}
+
+
+def test_every_table_is_there(simulated: Book) -> None:
+    found = {name for name in named(simulated) if not name.startswith("matrix-")}
+    there = {"main", "endpoints", "settings", "skill", "domains", "domains-change", "blocks", "tasks", "parameters", "published"}
+    assert found == there
+    assert sum(name.startswith("matrix-") for name in named(simulated)) == 8  # chosen settings in four blocks
+
+
+def test_the_main_table_is_the_comparison(simulated: Book) -> None:
+    (study,) = simulated.studies.values()
+    t = named(simulated)["main"]
+    j = t.columns.index("backward %")
+    for row, s in zip(t.rows, study.chosen.values(), strict=True):
+        e = comparison.level(s, "backward").estimate  # type: ignore[union-attr]
+        cell = row.cells[j]
+        assert isinstance(cell, Value)
+        assert (cell.value, cell.low, cell.high) == pytest.approx([terms.change(x) for x in (e.value, e.low, e.high)])
+        assert len(row.runs) == 4 and all(r in simulated.runs for r in row.runs)
+
+
+def test_bold_only_where_a_declared_test_says_so(simulated: Book) -> None:
+    (study,) = simulated.studies.values()
+    verdicts = {j.endpoint.name: j.verdict for j in comparison.judge(study)}
+    bold = {
+        (row.cells[0], t.columns[j])
+        for t in [named(simulated)["main"]]
+        for row in t.rows
+        for j, c in enumerate(row.cells)
+        if getattr(c, "bold", 0)
+    }
+    expected = set()
+    if verdicts["keeps"] == "better":
+        expected.add(("gain lr=0.01", "backward %"))
+    if verdicts["boolq"] in ("better", "worse"):
+        expected.add(("gain lr=0.01" if verdicts["boolq"] == "better" else "lora lr=0.001", "boolq@50 margin, nats"))
+    assert bold == expected and verdicts["boolq"] == "better"
+    assert all(not getattr(c, "bold", False) for name, t in named(simulated).items() if name != "main" for row in t.rows for c in row.cells)
+
+
+def test_a_hand_made_table_in_every_format() -> None:
+    t = Table(
+        "t",
+        "A title, 5% of A_B",
+        ["method", "value", "n"],
+        [
+            Row(
+                ["gain_ffn", Value(-1.25, -2.5, 0.0, lambda x: f"{x:+.1f}", bold=True), Value(63360, write=lambda x: f"{x:,.0f}")],
+                ["run-1"],
+            ),
+            Row(["a|b <c>", None, Value(math.nan)], ["run-2", "run-3"], rule=True),
+        ],
+        ["A note: 100%."],
+    )
+    md = markdown(t)
+    assert "| gain\\_ffn " in md and "**-1.2 (-2.5 to +0.0)**" in md and "a\\|b \\<c\\>" in md and "`run-2`, `run-3`" in md
+    tex = latex(t)
+    assert r"gain\_ffn & $\mathbf{-1.2}$ ($\mathbf{-2.5}$ to $\mathbf{+0.0}$) & $63{,}360$ \\ % run-1" in tex
+    assert r"a|b $<$c$>$ & -- & -- \\ % run-2, run-3" in tex and tex.count(r"\midrule") == 2
+    rows = list(csv.reader(io.StringIO(as_csv(t))))
+    assert rows == [
+        ["method", "value", "value low", "value high", "n", "runs"],
+        ["gain_ffn", "-1.25", "-2.5", "0", "63360", "run-1"],
+        ["a|b <c>", "", "", "", "", "run-2 run-3"],
+    ]
+
+
+def test_numbers_are_those_of_the_tables(simulated: Book) -> None:
+    quoted = build.numbers(simulated)
+    (study,) = simulated.studies.values()
+    j = {x.endpoint.name: x for x in comparison.judge(study)}
+    assert quoted["forgets verdict"] == j["forgets"].verdict and quoted["blocks"] == "4"
+    assert quoted["gain backward"] == terms.percent(comparison.level(study.chosen["gain"], "backward").estimate.value)  # type: ignore[union-attr]
+    commands = re.findall(r"\\newcommand\{\\([A-Za-z]+)\}", build.macros("study", quoted))
+    assert len(commands) == len(set(commands)) == len(quoted)
+    assert "studyGainMinusLoraBackward" in commands and "studyGainBackwardBlockTwo" in commands
+
+
+def test_tidy_holds_every_score(made: Path) -> None:
+    found = book(made)
+    rows = list(csv.DictReader(io.StringIO(build.made_tables(found)["tidy.csv"].decode())))
+    for run in found.runs.values():
+        for stage in run.record.stages:
+            for domain, score in stage.domains.items():
+                mine = {
+                    r["metric"]: float(r["value"])
+                    for r in rows
+                    if (r["run"], r["stage"], r["name"]) == (run.record.run_id, str(stage.index), domain)
+                    and r["kind"] in ("domain", "control")
+                }
+                assert mine["nll_nats"] == pytest.approx(score.nll_nats, rel=1e-11) and mine["tokens"] == score.tokens
+                assert mine["perplexity"] == pytest.approx(score.perplexity, rel=1e-11)
+
+
+def test_tables_need_no_torch(made: Path) -> None:
+    code = (
+        "import sys; from gain_cl import cli; "
+        f"code = cli.main(['tables', 'experiment={made}/e.yaml', 'results_dir={made}/results', 'output_dir={made}/runs', 'force=true']); "
+        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules; sys.exit(code)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_built_again_the_bytes_are_the_same(at: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In another process, with another hash seed, locale and working folder."""
+    line = ["tables", f"experiment={at}/e.yaml", *words(at)]
+    assert cli.main(line) == 0
+    first = {p.name: p.read_bytes() for p in (at / "results/tables/e").iterdir()}
+    assert cli.main(line) == 0
+    assert "up to date" in capsys.readouterr().out
+    shutil.rmtree(at / "results/tables")
+    about = {**os.environ, "PYTHONHASHSEED": "7", "LC_ALL": "C", "TZ": "Asia/Tokyo"}
+    subprocess.run([sys.executable, "-m", "gain_cl", *line], check=True, env=about, cwd=at)
+    assert {p.name: p.read_bytes() for p in (at / "results/tables/e").iterdir()} == first
+
+
+def test_what_is_stale_is_made_again(at: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = ["tables", f"experiment={at}/e.yaml", *words(at)]
+    assert cli.main(line) == 0
+    (at / "results/tables/e/main.md").write_text("by hand")
+    (at / "results/tables/e/left.md").write_text("from before")
+    assert cli.main(line) == 0 and "made:" in capsys.readouterr().out
+    assert "by hand" not in (at / "results/tables/e/main.md").read_text() and not (at / "results/tables/e/left.md").exists()
+
+
+LATEX = r"""\documentclass{article}
+\usepackage{booktabs}
+\input{numbers.tex}
+\begin{document}
+Own step \eGainFfnOwnStep\ (\eGainFfnOwnStepLow\ to \eGainFfnOwnStepHigh).
+%s
+\end{document}
+"""
+
+
+@pytest.mark.skipif(shutil.which("pdflatex") is None, reason="needs pdflatex (Debian: texlive-latex-recommended)")
+def test_the_latex_compiles(at: Path) -> None:
+    assert cli.main(["tables", f"experiment={at}/e.yaml", *words(at)]) == 0
+    folder = at / "results/tables/e"
+    names = [p.stem for p in sorted(folder.glob("*.tex")) if p.stem != "numbers"]
+    body = "\n\n".join(rf"\resizebox{{\textwidth}}{{!}}{{\input{{{name}.tex}}}}" for name in names)
+    preamble = LATEX.replace(r"\usepackage{booktabs}", "\\usepackage{booktabs}\n\\usepackage{graphicx}")
+    (folder / "all.tex").write_text(preamble % body)
+    done = subprocess.run(["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "all.tex"], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert (folder / "all.pdf").stat().st_size > 10_000
+
+
+# --- the page ----------------------------------------------------------------------------------------------------------
+
+BROWSER = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
+
+
+@pytest.fixture(scope="module")
+def page(made: Path) -> Path:
+    assert cli.main(["report", f"experiment={made}/e.yaml", *words(made)]) == 0
+    return made / "results/reports/e/index.html"
+
+
+def test_the_page_says_what_the_records_say(page: Path, made: Path) -> None:
+    text = page.read_text()
+    found = book(made)
+    assert "Does it work?" in text and "inconclusive" in text
+    for run_id, run in found.runs.items():
+        assert run_id in text and run.record.seal in text
+    assert "python -m gain_cl sweep experiment=e" in text
+    assert not re.search(r"(?:src|href)=[\"'](?:https?:)?//", text)
+
+
+@pytest.mark.skipif(BROWSER is None, reason="needs Chromium (Debian: chromium)")
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark")])
+def test_the_page_in_a_browser(page: Path, width: int, scheme: str) -> None:
+    """Sorting, hover, choosing a matrix; nothing on the console, no request beyond the file, nothing wider than the window."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+        tab = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme).new_page()  # type: ignore[arg-type]
+        said: list[str] = []
+        asked: list[str] = []
+        tab.on("console", lambda message: said.append(message.text))
+        tab.on("pageerror", lambda error: said.append(str(error)))
+        tab.on("request", lambda request: asked.append(request.url))
+        tab.goto(page.as_uri())
+        assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth")
+
+        def column(j: int) -> list[str]:
+            return [cell.inner_text() for cell in tab.query_selector_all(f"#table-main + .scroll tbody tr td:nth-child({j})")]
+
+        before = column(3)
+        head = tab.locator("#table-main + .scroll th:nth-child(3) button")
+        numbers = [int(x.replace(",", "")) for x in before]
+        assert len(set(numbers)) == 2
+        head.click()
+        assert [int(x.replace(",", "")) for x in column(3)] == sorted(numbers)
+        head.press("Enter")  # a keyboard does as well
+        assert [int(x.replace(",", "")) for x in column(3)] == sorted(numbers, reverse=True)
+        head.click()
+        assert column(3) == before
+
+        cell = tab.locator("[data-matrix='0'] tbody tr:nth-child(3) td:nth-child(2)")
+        cell.hover()
+        tip = tab.locator("#tip")
+        assert tip.is_visible() and "after stage 2" in tip.inner_text() and "since it was learned" in tip.inner_text()
+        box = tip.bounding_box()
+        assert box is not None and box["x"] >= 0 and box["x"] + box["width"] <= width
+        tab.mouse.move(5, 5)
+        assert not tip.is_visible()
+        cell.focus()
+        assert tip.is_visible()
+
+        tab.select_option("#which", "2")
+        assert tab.locator("[data-matrix='2']").is_visible() and not tab.locator("[data-matrix='0']").is_visible()
+        tab.locator("#runs summary").first.click()
+        assert tab.locator("#runs dl").first.is_visible()
+        pictures = "[...document.images].map(i => i.complete && i.naturalWidth > 50)"
+        assert all(tab.evaluate(pictures)) and tab.evaluate("document.images.length") >= 3
+        assert not said and [url for url in asked if not url.startswith(("file:", "data:"))] == []
+        browser.close()
