@@ -31,6 +31,7 @@ def refused(capsys: pytest.CaptureFixture[str], *argv: str, code: int = 64) -> s
 
 BAD = [
     # misspelt keys, with and without prefix
+    ("debug=smok", "debug has no preset 'smok'", "did you mean smoke?"),
     ("train.lrr=1", "unknown key train.lrr", "did you mean train.lr?"),
     ("+train.lrr=1", "unknown key train.lrr", "did you mean train.lr?"),
     ("++train.lrr=1", "unknown key train.lrr", "did you mean train.lr?"),

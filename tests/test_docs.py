@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from gain_cl import cli, presets, record
+from gain_cl import cli, experiments, presets, record
+from gain_cl.paper import build, gather
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -124,3 +125,40 @@ def test_the_pilot_in_the_lab_book_is_its_records(capsys: pytest.CaptureFixture[
     for e in (e for e in found["equal_skill"] if e["difference"]["low"] is not None):
         skill, own, other = (f"{100 * math.expm1(e[k]):+.1f}" for k in ("skill", "backward", "reference_backward"))
         assert f"| {e['method']} | {skill} | {own} | {other} | {percent(e['difference'])} |" in pilot
+
+
+@pytest.mark.parametrize("folder", sorted(p.name for p in (ROOT / "results/tables").glob("*")))
+def test_committed_tables_are_made_of_the_committed_records(folder: str) -> None:
+    """To the byte: a record or a table that was touched shows here."""
+    book = gather.gather(experiments.load(folder), [f"results_dir={ROOT}/results"])
+    made = build.made_tables(book)
+    there = {p.name: p.read_bytes() for p in (ROOT / "results/tables" / folder).iterdir()}
+    assert there.keys() == made.keys()
+    assert [name for name in there if there[name] != made[name]] == []
+
+
+@pytest.mark.parametrize("place", ["results/runs", "docs/example"])
+def test_no_record_holds_a_path_of_the_machine_it_was_made_on(place: str) -> None:
+    for path in sorted((ROOT / place).glob("*.json")):
+        assert not re.findall(r'"/[^"]*/[^"]*"|file://', path.read_text()), path.name
+
+
+def quoted(text: str) -> list[tuple[str, str]]:
+    """(number, its name) of each number in a text that is followed by <!--its name-->."""
+    return re.findall(r"([-+]?[\d,]*\.?\d+|<0\.001|[a-z]+)%?(?: nats| points)?<!--([^>]+)-->", text)
+
+
+@pytest.mark.parametrize("name", [n for n in ("study",) if (ROOT / f"docs/{n}.md").exists()])
+def test_every_number_of_a_study_is_of_its_records(name: str) -> None:
+    """Numbers in the text carry the name that results/tables/NAME/numbers.csv gives them; tables are those of results/tables/NAME."""
+    text = (ROOT / f"docs/{name}.md").read_text()
+    known = build.numbers(gather.gather(experiments.load(name), [f"results_dir={ROOT}/results"]))
+    found = quoted(text)
+    assert len(found) >= 20
+    for number, called in found:
+        assert known[called] == number, called
+    for table, body in re.findall(r"<!-- table (\S+) -->\n(.*?)\n<!-- end -->", text, re.S):
+        made = (ROOT / f"results/tables/{name}/{table}.md").read_text()
+        assert body.strip() == made.partition("<details>")[0].strip(), table
+    prose = re.sub(r"<!-- table .*?<!-- end -->|```.*?```", "", text, flags=re.S)
+    assert re.findall(r"[-+]\d+\.\d+", re.sub(r"[-+]?[\d,.]+%?(?: nats| points)?<!--[^>]+-->", "", prose)) == []

@@ -249,6 +249,9 @@ def rewrite(overrides: Iterable[str], config_dirs: Paths = (), plugins: Paths = 
             if not o.is_sweep_override() and not isinstance(o.value(), str) and not (o.value() is None and key == "debug"):
                 do = suggest(values[0], presets.names(key, config_dirs))
                 raise ConfigError(f"{key} takes the name of one preset: {line}", "command line", do)
+            if key == "debug" and (absent := [v for v in values if v not in ("null", *presets.names(key, config_dirs))]):
+                do = suggest(absent[0], presets.names(key, config_dirs))  # Hydra takes what is optional for absent, and says nothing
+                raise ConfigError(f"debug has no preset {absent[0]!r}", "command line", do)
             out.append(line)
         elif key.startswith("domains.") or (key in known and not o.is_add()):
             out.append("++" + line.lstrip("+"))  # the schema, not the preset at hand, says which keys there are
