@@ -162,3 +162,17 @@ def test_every_number_of_a_study_is_of_its_records(name: str) -> None:
         assert body.strip() == made.partition("<details>")[0].strip(), table
     prose = re.sub(r"<!-- table .*?<!-- end -->|```.*?```", "", text, flags=re.S)
     assert re.findall(r"[-+]\d+\.\d+", re.sub(r"[-+]?[\d,.]+%?(?: nats| points)?<!--[^>]+-->", "", prose)) == []
+
+
+def test_the_rates_in_the_lab_book_are_their_records() -> None:
+    text = (ROOT / "experiments/LOG.md").read_text()
+    log = text[text.index("## 2026-11-26: rates on the healed model") :]
+    done = [c for c in experiments.cells(experiments.load("lr"), [f"results_dir={ROOT}/results"]) if c.state == "done"]
+    assert len(done) >= 11
+    for cell in done:
+        r = record.load(cell.record).record
+        loss, (first, second) = r.losses(), r.trained
+        learned = [loss[r.trained.index(d) + 1, r.trained.index(d)] - loss[0, r.trained.index(d)] for d in (first, second)]
+        rate = f"{r.config['train']['lr']:.0e}".replace("e-0", "e-")
+        words = [f"{x:+.3f}" for x in learned] + [f"**{sum(learned) / 2:+.3f}**", f"{loss[2, 1] - loss[1, 1]:+.3f}"]
+        assert f"| {cell.method} | {rate} | {' | '.join(words)} | {loss[2, 0] - loss[1, 0]:+.3f} |" in log
