@@ -355,6 +355,31 @@ def test_every_experiment_composes(path: Path, tmp_path: Path) -> None:
     assert {c.state for c in cells} == {"missing"} and len({c.run_id for c in cells}) == len(cells)
 
 
+def test_presets_and_plugins_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An experiment names them, so that whoever runs it need not."""
+    monkeypatch.chdir(tmp_path)
+    Path("mine/method").mkdir(parents=True)
+    Path("mine/method/mild.yaml").write_text("# @package _global_\ndefaults: [gain_ffn, _self_]\nmethod: mild\ntrain: {lr: 1.0e-4}\n")
+    Path("plug.py").write_text("")
+    Path("e.yaml").write_text("question: q\nconfig_dirs: [mine]\nplugins: [plug.py]\noverrides: [debug=smoke]\nmethods: {mild: {}}\n")
+    (cell,) = experiments.cells(experiments.load("e.yaml"))
+    assert cell.config.train.lr == 1e-4 and cell.overrides[-2:] == ["--config-dir=mine", "--plugin=plug.py"]
+    assert cli.main(["run", *cell.overrides, "compute.threads=1"]) == 0 and cell.record.exists()
+
+
+def test_models_repeat_an_experiment_and_once_is_of_block_0(tmp_path: Path) -> None:
+    (tmp_path / "e.yaml").write_text(
+        "question: q\nblocks: 2\nmodels: [smollm2, smollm2_healed]\noverrides: [tasks=none, train.tokens=512]\nonce: [tasks=boolq]\n"
+        "methods: {gain_ffn: {}, lora: {}}\n"
+    )
+    cells = experiments.cells(experiments.load(str(tmp_path / "e.yaml")), [f"results_dir={tmp_path}", f"output_dir={tmp_path}"])
+    assert [(c.model, c.block, c.method) for c in cells] == [
+        (model, block, method) for model in ("smollm2", "smollm2_healed") for block in (0, 1) for method in ("gain_ffn", "lora")
+    ]
+    assert [c.config.tasks.names for c in cells] == [["boolq"]] * 2 + [[]] * 2 + [["boolq"]] * 2 + [[]] * 2
+    assert all(c.config.train.tokens == 512 and c.config.seed == c.block for c in cells)
+
+
 def test_blocks_have_their_order_and_seed(tmp_path: Path) -> None:
     (tmp_path / "e.yaml").write_text(
         "question: q\nblocks: 3\noverrides: [debug=smoke]\nmethods: {gain_ffn: {train.lr: [0.01]}, lora: {adapter.config.r: [1, 2]}}\n"

@@ -59,6 +59,8 @@ class Experiment(Section):
     question: str
     expect: str = ""  # what we expect, and why, written before it was run
     models: list[Name] = Field([])  # model presets, each an experiment of its own; default: the one that every run has
+    config_dirs: list[str] = Field([])  # folders with presets of your own, as --config-dir of run
+    plugins: list[str] = Field([])  # files that register adapters or guards, as --plugin of run
     overrides: list[str] = Field([])  # of every run
     once: list[str] = Field([])  # of the runs of block 0, instead of those of the same keys: what every block cannot afford
     methods: dict[Name, dict[str, list[Any]]] = Field(min_length=1)  # method -> key -> values: its grid; {} is the preset as it is
@@ -111,7 +113,7 @@ class Experiment(Section):
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of an experiment. model: its preset; overrides: of the command ``run``, which compose to config."""
+    """One run of an experiment. model: its preset; overrides: words of the command ``run``, which compose to config."""
 
     model: str
     method: str
@@ -195,7 +197,7 @@ def cells(experiment: Experiment, more: list[str] | None = None) -> list[Cell]:
     found: list[Cell] = []
     seen: dict[str, str] = {}
     try:
-        with build.composer() as compose:
+        with build.composer(experiment.config_dirs, experiment.plugins) as compose:
             models = [[f"model={m}"] for m in experiment.models] or [[]]
             for model, block, (method, values) in itertools.product(models, range(experiment.blocks), experiment.settings()):
                 own = [*model]
@@ -212,7 +214,8 @@ def cells(experiment: Experiment, more: list[str] | None = None) -> list[Cell]:
                     what = f"two settings are the same run: {seen[plan.run_id]} and {label(method, values)}"
                     raise ConfigError(what, "methods", "remove one")
                 seen[plan.run_id] = label(method, values)
-                found.append(Cell(config.model.name, method, values, block, own, config, plan.run_id, plan.record_path, plan.folder))
+                words = [*own, *_options(experiment)]
+                found.append(Cell(config.model.name, method, values, block, words, config, plan.run_id, plan.record_path, plan.folder))
     except ConfigError as error:
         raise ConfigError(error.what, f"experiment {experiment.name}: {error.where}", error.do) from error
     return found
@@ -229,6 +232,10 @@ def _scores_what_is_declared(experiment: Experiment, config: RunConfig) -> None:
         last = len(config.stages)
         if task and not all(tasks.due(config.tasks.stages, stage, last) for stage in (0, last)):
             raise ConfigError(f"endpoint {e.name}: {task} is not scored before and after the run", "tasks.stages", "use tasks.stages=ends")
+
+
+def _options(experiment: Experiment) -> list[str]:
+    return [f"--config-dir={d}" for d in experiment.config_dirs] + [f"--plugin={p}" for p in experiment.plugins]
 
 
 def _instead(overrides: list[str], others: list[str]) -> list[str]:

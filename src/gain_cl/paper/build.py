@@ -142,10 +142,10 @@ def _numbers(study: Study) -> dict[str, str]:
             add(f"{method} from_base of {d}", "from_base", tables.domains.from_base(s, d))
         found[f"{method} trains"] = f"{tables.main.parameters(s):,.0f}"
         found[f"{method} minutes"] = f"{tables.main.minutes(s):.1f}"
-        for k, block in enumerate(study.blocks):
+        for block in study.blocks:
             if block in s.runs:
                 for metric in ("own_step", "backward"):
-                    found[f"{method} {metric} block {k}"] = signed(change(s.value(metric, block)))
+                    found[f"{method} {metric} block {block[0]}"] = signed(change(s.value(metric, block)))
     reference = study.chosen.get(study.reference)
     for method, s in study.chosen.items():
         if reference is not None and s is not reference:

@@ -20,7 +20,7 @@ def build(book: Book) -> list[Table]:
 def _of(book: Book, model: str, study: Study) -> Table:
     rows = []
     reference = study.chosen.get(study.reference)
-    for k, block in enumerate(study.blocks):
+    for block in study.blocks:
         first = True
         for s in study.chosen.values():
             if block not in s.runs:
@@ -30,9 +30,9 @@ def _of(book: Book, model: str, study: Study) -> Table:
             if reference is not None and s is not reference and block in reference.runs:
                 less = [s.value(m, block) - reference.value(m, block) for m in ("own_step", "backward")]
             cells = [Value(change(x), write=signed) if not math.isnan(x) else None for x in (*values, *less)]
-            rows.append(Row([f"{k}: seed {block[0]}" if first else "", s.label, *cells], [s.runs[block].record.run_id], first))
+            rows.append(Row([str(block[0]) if first else "", s.label, *cells], [s.runs[block].record.run_id], first))
             first = False
-    order = [f"Block {k}: {', '.join(order)}." for k, (_, order) in enumerate(study.blocks)]
+    order = [f"Block {seed}, seed {seed}: {', '.join(order)}." for seed, order in study.blocks]
     differences = [f"{h} minus {study.reference} %" for h in ("own step", "backward")]
     heads = ["block", "method", *(f"{h} %" for h in SHOWN.values()), *differences]
     return Table(tables.named("blocks", book, model), f"{model}: every block (seed and order of the domains)", heads, rows, order)

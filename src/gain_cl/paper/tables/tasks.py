@@ -16,7 +16,7 @@ def build(book: Book) -> list[Table]:
 def _of(book: Book, model: str, study: Study) -> Table | None:
     rows = []
     for s in study.chosen.values():
-        for k, block in enumerate(study.blocks):
+        for block in study.blocks:
             run = s.runs.get(block)
             if run is None:
                 continue
@@ -31,7 +31,7 @@ def _of(book: Book, model: str, study: Study) -> Table | None:
                         [
                             task,
                             s.label,
-                            str(k),
+                            str(block[0]),
                             Value(len(a.gold), write=count),
                             *(Value(float(x), write=plain(1)) for x in (before, after)),
                             *(Value(x, write=count) for x in (f.lost, f.gained)),
