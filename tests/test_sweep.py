@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from gain_cl import cli, experiments, record, sweep
-from gain_cl.errors import IN_USE, PREEMPTED, ConfigError
+from gain_cl import claims, cli, experiments, record, sweep
+from gain_cl.errors import IN_USE, PREEMPTED, ConfigError, StorageError
 from gain_cl.experiments import Cell
 from gain_cl.verbs import sweep as verb
 
@@ -40,7 +40,7 @@ class Fake:
         self.taken: list[list[dict[str, Any]]] = []
         self.baselines = 0
 
-    def start(self, job: sweep.Job, claimed: sweep.Claim, taken: list[dict[str, Any]]) -> Any:
+    def start(self, job: sweep.Job, claimed: claims.Claim, taken: list[dict[str, Any]]) -> Any:
         self.log.append(job.cell.run_id)
         self.taken.append(taken)
         self.alive += 1
@@ -93,7 +93,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def carried_out(cells: list[Cell], launcher: Fake) -> tuple[sweep.Outcome, list[str]]:
     said: list[str] = []
-    found = sweep.carry_out(jobs(cells), launcher, Path("claims"), said.append, lambda some: float(len(some)))  # type: ignore[arg-type]
+    found = sweep.carry_out(jobs(cells), launcher, cells[0].claims, said.append, lambda some: float(len(some)))  # type: ignore[arg-type]
     return found, said
 
 
@@ -144,33 +144,110 @@ def test_a_run_without_a_record_has_failed(grid: list[Cell], monkeypatch: pytest
     assert "there is no" in found.failed[0].last_line
 
 
+def test_what_failed_under_another_launcher_is_not_run_again(grid: list[Cell]) -> None:
+    """It failed while this launcher waited for it; one that failed before and was asked for again is run."""
+    launcher = Fake(limit=1)
+    start = launcher.start
+
+    def first(job: sweep.Job, claimed: claims.Claim, taken: list[dict[str, Any]]) -> Any:
+        grid[2].folder.mkdir(parents=True, exist_ok=True)
+        (grid[2].folder / "failure.json").write_text('{"error": "of another launcher"}')
+        return start(job, claimed, taken)
+
+    launcher.start = first  # type: ignore[method-assign]
+    found, _ = carried_out(grid, launcher)
+    assert [(f.cell.run_id, f.last_line) for f in found.failed] == [(grid[2].run_id, "of another launcher")]
+    assert grid[2].run_id not in launcher.log and len(found.done) == 3
+    launcher = Fake(limit=1)
+    found, _ = carried_out([grid[2]], launcher)
+    assert launcher.log == [grid[2].run_id] and not found.failed
+
+
+def test_a_failure_without_a_trace_is_remembered(grid: list[Cell]) -> None:
+    """Of a run that was refused before it began, or killed: its claim says so."""
+    carried_out(grid[:1], Fake(limit=1, codes={grid[0].run_id: [-9]}))
+    assert grid[0].state == "failed" and "killed by SIGKILL" in sweep.reason(grid[0])
+    carried_out(grid[:1], Fake(limit=1))
+    assert grid[0].state == "done"
+
+
+def test_a_run_that_was_asked_to_stop_has_not_failed(grid: list[Cell]) -> None:
+    found, _ = carried_out(grid, Fake(limit=2, codes={grid[1].run_id: [PREEMPTED]}))
+    assert [c.run_id for c in found.left] == [grid[1].run_id] and not found.failed and grid[1].state != "failed"
+
+
+def test_a_refused_job_waits(grid: list[Cell], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweep, "REFUSED_SECONDS", 0.05)
+    launcher, refused = Fake(limit=4), []
+    start = launcher.start
+
+    def at_most_one(job: sweep.Job, claimed: claims.Claim, taken: list[dict[str, Any]]) -> Any:
+        if launcher.alive:
+            refused.append(job.cell.run_id)
+            raise StorageError("sbatch refuses: limit of jobs", "", "")
+        return start(job, claimed, taken)
+
+    launcher.start = at_most_one  # type: ignore[method-assign]
+    found, _ = carried_out(grid, launcher)
+    assert refused and len(found.done) == 4 and not found.failed
+
+
+def test_runs_of_other_sweeps_count(grid: list[Cell]) -> None:
+    """Of another experiment or with another only=: towards the limit of this machine, and their GPUs are taken."""
+    grid[0].claims.mkdir(parents=True)
+    other = claims.take(grid[0].claims, "run-of-another-sweep")
+    assert other is not None
+    other.write({"host": os.uname().nodename, "gpu": "0"})
+    launcher = Fake(limit=2)
+    carried_out(grid, launcher)
+    assert launcher.most == 1 and all({"host": os.uname().nodename, "gpu": "0"} in taken for taken in launcher.taken)
+    other.release()
+
+
+def test_a_job_of_slurm_is_not_started_here(grid: list[Cell]) -> None:
+    grid[0].claims.mkdir(parents=True)
+    (grid[0].claims / grid[0].run_id).write_text('{"job": "12"}')
+    launcher = Fake(limit=1)
+    launcher.adopt = sweep.Local(1).adopt  # type: ignore[method-assign]
+    found, _ = carried_out(grid, launcher)
+    assert "Slurm's job 12" in found.failed[0].last_line and len(found.done) == 3
+
+
+def test_times_and_values_of_slurm() -> None:
+    times = {"90": 90, "4:00:00": 240, "1-12": 2160, "0:30": 1, "2-00:00:01": 2881}
+    assert {text: verb._minutes(text) for text in times} == times
+    assert [verb._typed(x) for x in ("2", "1.5", "true", "gpu")] == [2, 1.5, True, "gpu"]
+    with pytest.raises(ConfigError, match="no time"):
+        verb._minutes("soon")
+
+
 def test_a_claim_is_one_launchers(tmp_path: Path) -> None:
-    mine = sweep.claim(tmp_path, "run")
-    assert mine is not None and sweep.claim(tmp_path, "run") is None and sweep.held(tmp_path, "run")
+    mine = claims.take(tmp_path, "run")
+    assert mine is not None and claims.take(tmp_path, "run") is None and claims.held(tmp_path, "run")
     mine.write({"gpu": "1"})
-    assert sweep._about(tmp_path / "run") == {"gpu": "1"}
+    assert claims.about(tmp_path, "run") == {"gpu": "1"}
     mine.release()
-    assert not sweep.held(tmp_path, "run")
-    assert sweep.claim(tmp_path, "run") is not None
+    assert not claims.held(tmp_path, "run")
+    assert claims.take(tmp_path, "run") is not None
 
 
 def test_a_claim_lasts_as_long_as_the_run_that_inherited_it(tmp_path: Path) -> None:
     """Also when the launcher is gone: its descriptor closed, the child alive."""
-    mine = sweep.claim(tmp_path, "run")
+    mine = claims.take(tmp_path, "run")
     assert mine is not None
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, pass_fds=(mine.handle,))
     mine.release()
-    assert sweep.held(tmp_path, "run") and sweep.claim(tmp_path, "run") is None
+    assert claims.held(tmp_path, "run") and claims.take(tmp_path, "run") is None
     child.communicate(b"\n", timeout=LIMIT_SECONDS)
-    assert not sweep.held(tmp_path, "run")
+    assert not claims.held(tmp_path, "run")
 
 
 def test_gpus_are_given_out_one_to_a_run(grid: list[Cell]) -> None:
     launcher = sweep.Local(2, ["0", "1"])
     seen = []
     for cell, taken in ((grid[0], []), (grid[1], [{"host": os.uname().nodename, "gpu": "0"}]), (grid[2], [{"host": "other", "gpu": "0"}])):
-        Path("claims").mkdir(exist_ok=True)
-        claimed = sweep.claim(Path("claims"), cell.run_id)
+        cell.claims.mkdir(parents=True, exist_ok=True)
+        claimed = claims.take(cell.claims, cell.run_id)
         assert claimed is not None
         job = sweep.Job(cell, ["-c", "import os; print(os.environ['CUDA_VISIBLE_DEVICES'])"], {}, Path(f"{cell.run_id}.log"))
         process = launcher.start(job, claimed, taken)
@@ -282,29 +359,76 @@ exec "$@"
 """
 
 
-def test_jobs_of_slurm(tmp_path: Path) -> None:
-    """With programs of ours in the places of sbatch, srun and sacct: what is asked of the cluster, and that the runs are done."""
+PROGRAMS = {"sbatch": SBATCH, "sacct": SACCT, "srun": SRUN, "scancel": "#!/bin/sh\n", "scontrol": "#!/bin/sh\necho here\n"}
+
+
+def on_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Programs of ours in the places of Slurm's; the folder of their traces."""
     cluster, tools = tmp_path / "cluster", tmp_path / "bin"
     cluster.mkdir(), tools.mkdir()
-    for name, body in (
-        ("sbatch", SBATCH),
-        ("sacct", SACCT),
-        ("srun", SRUN),
-        ("scancel", "#!/bin/sh\n"),
-        ("scontrol", "#!/bin/sh\necho here\n"),
-    ):
+    for name, body in PROGRAMS.items():
         (tools / name).write_text(body)
         (tools / name).chmod(0o755)
+    monkeypatch.setenv("CLUSTER", str(cluster))
+    monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
+    return cluster
+
+
+def test_jobs_of_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is asked of the cluster, and that the runs are done."""
+    cluster = on_cluster(tmp_path, monkeypatch)
     (tmp_path / "e.yaml").write_text(GRID.replace("blocks: 2", "blocks: 1"))
     words = ["launcher=slurm", "slurm.partition=gpu", "slurm.time=90", "slurm.gpus_per_node=1", "slurm.cpus_per_task=2"]
-    code, out = ended(launched(tmp_path, *words, CLUSTER=str(cluster), PATH=f"{tools}:{os.environ['PATH']}"))
+    code, out = ended(launched(tmp_path, *words))
     assert code == 0 and "2 done, 0 failed" in out
     assert len(list((tmp_path / "results/runs").glob("*.json"))) == 2
     asked = (cluster / "script-1").read_text()
     for line in ("--partition=gpu", "--time=90", "--gpus-per-node=1", "--cpus-per-task=2", "--signal=USR2@300"):
         assert f"#SBATCH {line}" in asked
-    claims = [json.loads(p.read_text())["job"] for p in sorted((tmp_path / "runs/claims").glob("tiny-*"))]
-    assert sorted(claims) == ["1", "2"]
+    ids = [json.loads(p.read_text())["job"] for p in sorted((tmp_path / "runs/claims").glob("tiny-*"))]
+    assert sorted(ids) == ["1", "2"]
+
+
+@pytest.mark.parametrize(
+    ("state", "adopted"), [("RUNNING", True), ("PENDING", True), ("FAILED", False), ("COMPLETED", False), (None, False)]
+)
+def test_a_job_is_followed_if_slurm_says_that_it_lives(
+    state: str | None, adopted: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also one that left no result, or that Slurm has forgotten."""
+    cluster = on_cluster(tmp_path, monkeypatch)
+    (cluster / "job-6").write_text("RUNNING")
+    if state is not None:
+        (cluster / "job-7").write_text(state)
+    launcher = sweep.Slurm(tmp_path / "slurm", 1, {"timeout_min": 5})
+    assert (launcher.adopt({"job": "7"}) is not None) == adopted
+    assert launcher.adopt({"host": "here"}) is None
+
+
+CHECKPOINT = """
+import os, signal, sys, threading, time
+from gain_cl.sweep import Command
+saves = "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: (open('saved', 'w').close(), sys.exit(75))); "
+saves += "open('up', 'w').close(); time.sleep(600)"
+command = Command(["-c", saves], {}, ".", "log")
+def handler(*_):
+    again = command.checkpoint()
+    print(os.path.exists("saved"), again.function.words == command.words, flush=True)
+    os._exit(0)
+signal.signal(signal.SIGUSR2, handler)
+def when_up():
+    while not os.path.exists("up"):
+        time.sleep(0.02)
+    os.kill(os.getpid(), signal.SIGUSR2)
+threading.Thread(target=when_up, daemon=True).start()
+command()
+"""
+
+
+def test_a_job_that_runs_out_of_time_saves_and_is_queued_again(tmp_path: Path) -> None:
+    """submitit's handler interrupts the wait for the run."""
+    done = subprocess.run([sys.executable, "-c", CHECKPOINT], cwd=tmp_path, capture_output=True, text=True, timeout=LIMIT_SECONDS)
+    assert done.stdout.split() == ["True", "True"], done.stderr
 
 
 def test_slurm_without_slurm_is_one_line(tmp_path: Path) -> None:

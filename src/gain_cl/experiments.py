@@ -16,7 +16,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from gain_cl import build, lock, presets, spine, tasks
+from gain_cl import build, claims, lock, presets, spine, tasks
 from gain_cl.config import Finite, Name, RunConfig, Section
 from gain_cl.errors import ConfigError, DataError
 from gain_cl.explain import suggest
@@ -130,13 +130,18 @@ class Cell:
         return label(self.method, self.values)
 
     @property
+    def claims(self) -> Path:
+        """Folder of the claims of a sweep."""
+        return self.folder.parent / "claims"
+
+    @property
     def state(self) -> Literal["done", "running", "failed", "stopped", "missing"]:
-        """running: a process has its lock; stopped: some of it is saved."""
+        """running: a process has its lock; failed: it said why, or its launcher did; stopped: some of it is saved."""
         if self.record.exists():
             return "done"
         if lock.holder(self.folder) is not None:
             return "running"
-        if (self.folder / "failure.json").exists():
+        if (self.folder / "failure.json").exists() or "failed" in claims.about(self.claims, self.run_id):
             return "failed"
         return "stopped" if (self.folder / "run.json").exists() else "missing"
 

@@ -1,9 +1,7 @@
-"""Running what an experiment lacks: one fresh process a run, each claimed by one launcher, stage 0 first. Torch-free.
+"""Running what an experiment lacks: one fresh process a run, each claimed by one launcher (claims.py), stage 0 first. Torch-free.
 
-A claim is a lock on OUTPUT_DIR/claims/RUN_ID. A local run inherits it, so it lasts until launcher and run have both ended, however they
-end; a Slurm job's id is written into it, and it lasts until Slurm says that the job has ended. So two launchers on one grid, on one machine
-or on several that share a file system, never run a cell twice, and a launcher that was killed is followed by another that finds the
-runs it left behind.
+Two launchers on one grid, on one machine or on several that share a file system, never run a cell twice, and a launcher that was killed
+is followed by another that finds the runs it left behind.
 """
 
 from __future__ import annotations
@@ -18,16 +16,22 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import gain_cl
-from gain_cl import signals, terms
+from gain_cl import claims, signals, terms
 from gain_cl.errors import IN_USE, PREEMPTED, ConfigError, StorageError
 from gain_cl.experiments import Cell
+
+TIMEOUTS = 1000
+"""How often a Slurm job may run out of time and be queued again."""
+
+REFUSED_SECONDS = 30.0
+"""After a cluster refused a job."""
 
 POLL_SECONDS = 0.5
 SAY_SECONDS = 60.0
@@ -53,10 +57,19 @@ def worktree(root: Path, folder: Path) -> Path:
         )
     commit = _git(root, "rev-parse", "HEAD").strip()
     path = (folder / f"worktree-{commit[:12]}").resolve()
-    if not (path / "src/gain_cl/__init__.py").exists():
+    if path.exists() and not _whole(path, commit):  # it was made in part, or touched
+        _git(root, "worktree", "remove", "--force", str(path)) if (path / ".git").exists() else shutil.rmtree(path)
+    if not path.exists():
         _git(root, "worktree", "prune")
         _git(root, "worktree", "add", "--force", "--detach", str(path), commit)
     return path
+
+
+def _whole(tree: Path, commit: str) -> bool:
+    try:
+        return _git(tree, "rev-parse", "HEAD").strip() == commit and not _git(tree, "status", "--porcelain").strip()
+    except StorageError:
+        return False
 
 
 def _git(root: Path, *words: str) -> str:
@@ -65,73 +78,6 @@ def _git(root: Path, *words: str) -> str:
         why = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
         raise StorageError(f"git {words[0]} failed: {why}", str(root), "mend the checkout, or give worktree=false")
     return done.stdout
-
-
-# --- claims ------------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """One launcher at a time, for the short while in which it looks around and starts a run."""
-    import fcntl
-
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "LAUNCH", "w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-
-
-@dataclass
-class Claim:
-    """The right to run a cell: an open, locked file. about: JSON that was written into it (host, gpu; of a Slurm job, its id)."""
-
-    handle: int
-    path: Path
-
-    @property
-    def about(self) -> dict[str, Any]:
-        return _about(self.path)
-
-    def write(self, about: dict[str, Any]) -> None:
-        os.truncate(self.handle, 0)
-        os.pwrite(self.handle, json.dumps(about, allow_nan=False).encode(), 0)
-
-    def release(self) -> None:
-        """Of this process; a run that inherited it keeps it."""
-        with suppress(OSError):
-            os.close(self.handle)
-
-
-def claim(folder: Path, run_id: str) -> Claim | None:
-    """None: another launcher, or a run that one left behind, has it."""
-    import fcntl
-
-    path = folder / run_id
-    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(handle)
-        return None
-    return Claim(handle, path)
-
-
-def held(folder: Path, run_id: str) -> bool:
-    """Whether somebody has a claim on the run."""
-    if not (folder / run_id).exists():
-        return False
-    mine = claim(folder, run_id)
-    if mine is not None:
-        mine.release()
-    return mine is None
-
-
-def _about(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 # --- launchers ---------------------------------------------------------------------------------------------------------
@@ -162,7 +108,7 @@ class Launcher(Protocol):
 
     limit: int
 
-    def start(self, job: Job, claimed: Claim, taken: list[dict[str, Any]]) -> Process:
+    def start(self, job: Job, claimed: claims.Claim, taken: list[dict[str, Any]]) -> Process:
         """taken: what was written into the claims of the runs under way."""
 
     def adopt(self, about: dict[str, Any]) -> Process | None:
@@ -176,7 +122,7 @@ class Local:
     limit: int
     gpus: list[str] = field(default_factory=list)
 
-    def start(self, job: Job, claimed: Claim, taken: list[dict[str, Any]]) -> Process:
+    def start(self, job: Job, claimed: claims.Claim, taken: list[dict[str, Any]]) -> Process:
         about: dict[str, Any] = {"host": socket.gethostname()}
         environment = {**os.environ, **job.environment}
         if self.gpus:
@@ -198,6 +144,8 @@ class Local:
         return _Local(process)
 
     def adopt(self, about: dict[str, Any]) -> Process | None:
+        if "job" in about:
+            raise ConfigError(f"it is Slurm's job {about['job']}", "launcher=local", "follow it with launcher=slurm, or scancel it")
         return None  # a process that lives holds its claim
 
 
@@ -214,7 +162,8 @@ class _Local:
 
 
 class Command:
-    """What a Slurm job does: the run as a child, asked to save before the time is up, and then queued again (submitit calls checkpoint)."""
+    """What a Slurm job does: the run as a child, asked to save before the time is up, and then queued again (submitit calls checkpoint,
+    from a signal handler that interrupts the wait for the child)."""
 
     def __init__(self, words: list[str], environment: dict[str, str], folder: str, log: str) -> None:
         self.words, self.environment, self.folder, self.log = words, environment, folder, log
@@ -229,6 +178,7 @@ class Command:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
+                start_new_session=True,  # Slurm's own signal is for this process
             )
         if code := self.process.wait():
             raise RuntimeError(f"exit code {code}: {last_line(Path(self.log))}")
@@ -237,8 +187,9 @@ class Command:
         import submitit
 
         if self.process is not None:
-            self.process.send_signal(signal.SIGTERM)
-            self.process.wait()
+            with suppress(OSError):  # it has ended; Popen.wait is not entered twice
+                os.kill(self.process.pid, signal.SIGTERM)
+                os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOWAIT)
         return submitit.helpers.DelayedSubmission(Command(self.words, self.environment, self.folder, self.log))
 
 
@@ -253,20 +204,21 @@ class Slurm:
             raise ConfigError("launcher=slurm needs submitit", "gain_cl sweep", "pip install 'gain_cl[slurm]'") from None
         self.limit, self.folder = limit, folder.resolve()
         try:
-            self.executor = submitit.AutoExecutor(folder=self.folder, cluster=cluster)
+            self.job = {"slurm": submitit.SlurmJob, "local": submitit.LocalJob}[cluster]
+            self.executor = submitit.AutoExecutor(folder=self.folder, cluster=cluster, slurm_max_num_timeout=TIMEOUTS)
             self.executor.update_parameters(**parameters)
-        except (RuntimeError, NameError, TypeError, ValueError) as error:
+        except (RuntimeError, NameError, TypeError, ValueError, KeyError, AssertionError) as error:
             first = (str(error).splitlines() or [type(error).__name__])[0]
             raise ConfigError(f"launcher=slurm: {first}", "gain_cl sweep", "see docs/slurm.md") from None
 
-    def start(self, job: Job, claimed: Claim, taken: list[dict[str, Any]]) -> Process:
+    def start(self, job: Job, claimed: claims.Claim, taken: list[dict[str, Any]]) -> Process:
         words = Command(job.command, job.environment, str(Path.cwd()), str(job.log.resolve()))
         self.executor.update_parameters(name=job.cell.run_id[:80])
         try:
             submitted = self.executor.submit(words)
         except Exception as error:  # submitit's own, of sbatch
             first = (str(error).splitlines() or [type(error).__name__])[0]
-            raise StorageError(f"sbatch refuses: {first}", job.cell.run_id, "see python -m gain_cl doctor and docs/slurm.md") from None
+            raise StorageError(f"sbatch refuses: {first}", job.cell.run_id, "see docs/slurm.md, or lower max_parallel") from None
         claimed.write({"job": submitted.job_id})
         return _Slurm(submitted)
 
@@ -274,8 +226,9 @@ class Slurm:
         job_id = about.get("job")
         if not isinstance(job_id, str):
             return None
-        found = _Slurm(self.executor.job_class(folder=self.folder, job_id=job_id))
-        return None if found.poll() is not None else found
+        found = _Slurm(self.job(folder=self.folder, job_id=job_id))
+        gone = found.poll() is not None or found.job.state == "UNKNOWN"  # Slurm has forgotten it
+        return None if gone else found
 
 
 @dataclass
@@ -310,26 +263,30 @@ class Active:
 
     job: Job
     process: Process
-    claim: Claim
+    claim: claims.Claim
     since: float
 
 
 @dataclass
 class Outcome:
-    """What became of the cells that were asked for. stopped: name of the signal that ended the launcher."""
+    """What became of the cells that were asked for. left: asked to stop by somebody else, with what is done saved; stopped: name of the
+    signal that ended the launcher."""
 
     done: list[Cell] = field(default_factory=list)
+    left: list[Cell] = field(default_factory=list)
     failed: list[Failure] = field(default_factory=list)
     stopped: str | None = None
+    not_before: float = 0.0  # moment of time.monotonic, after a cluster refused a job
 
 
 def carry_out(
-    jobs: list[Job], launcher: Launcher, claims: Path, say: Callable[[str], None], ahead: Callable[[list[Cell]], float]
+    jobs: list[Job], launcher: Launcher, folder: Path, say: Callable[[str], None], ahead: Callable[[list[Cell]], float]
 ) -> Outcome:
     """Start what can be started and watch it until every job has ended, whoever runs it. One failure does not stop the rest; a signal
-    asks the runs to save. ahead: seconds that cells will take one after the other (nan: not known)."""
+    asks the runs to save. folder: of the claims; ahead: seconds that cells will take one after the other (nan: not known)."""
     waiting, outcome = list(jobs), Outcome()
     active: list[Active] = []
+    again = {job.cell.run_id for job in jobs if job.cell.state == "failed"}  # their failure is of before
     said = time.monotonic()
     with signals.listening():
         while waiting or active:
@@ -339,10 +296,9 @@ def carry_out(
                 code = a.process.poll()
                 if code is not None:
                     active.remove(a)
-                    a.claim.release()
                     _ended(a, code, outcome, say, waiting)
-            with alone(claims):
-                elsewhere = _start(waiting, active, launcher, claims, outcome, say)
+            with claims.alone(folder):
+                elsewhere = _start(waiting, active, launcher, folder, outcome, again, say)
             if time.monotonic() - said > SAY_SECONDS and (active or elsewhere):
                 said = time.monotonic()
                 say(_status(active, elsewhere, waiting, outcome, launcher, ahead))
@@ -358,64 +314,95 @@ def _start(
     waiting: list[Job],
     active: list[Active],
     launcher: Launcher,
-    claims: Path,
+    folder: Path,
     outcome: Outcome,
+    again: set[str],
     say: Callable[[str], None],
 ) -> list[Cell]:
-    """Take what may start off the waiting list. Returns the cells that others run."""
+    """Take what may start off the waiting list, and what others ended. Returns the cells that others run."""
+    mine = {a.job.cell.run_id for a in active}
+    others = {run_id: about for run_id, about in claims.under_way(folder).items() if run_id not in mine}
     elsewhere: list[Cell] = []
     for job in list(waiting):
-        run_id = job.cell.run_id
-        if job.cell.state == "done" and not held(claims, run_id):
+        cell, state = job.cell, job.cell.state
+        if cell.run_id in others or state == "running":
+            elsewhere.append(cell)
+            again.discard(cell.run_id)
+        elif state == "done":
             waiting.remove(job)
-            outcome.done.append(job.cell)
-            say(f"done elsewhere: {title(job.cell)}")
-        elif held(claims, run_id) or job.cell.state == "running":
-            elsewhere.append(job.cell)
-    here = [c for c in elsewhere if _about(claims / c.run_id).get("host") == socket.gethostname()]
+            outcome.done.append(cell)
+            say(f"done elsewhere: {title(cell)}")
+        elif state == "failed" and cell.run_id not in again:
+            waiting.remove(job)
+            outcome.failed.append(Failure(cell, None, reason(cell)))
+            say(f"FAILED elsewhere: {title(cell)}")
+    here = [about for about in others.values() if about.get("host") == socket.gethostname()]
     under_way = [*(a.job.cell for a in active), *elsewhere]
     scoring = {baseline(c) for c in under_way}
     scored = {baseline(c) for c in (*under_way, *outcome.done, *(job.cell for job in waiting)) if _scored(c)}
     for job in list(waiting):
-        if len(active) + len(here) >= launcher.limit:
+        if len(active) + len(here) >= launcher.limit or time.monotonic() < outcome.not_before:
             break
         kind = baseline(job.cell)
         if job.cell in elsewhere or (kind in scoring and kind not in scored):
             continue  # the first of its kind scores the pretrained model, for all
-        claimed = claim(claims, job.cell.run_id)
-        if claimed is None:
+        claim = claims.take(folder, job.cell.run_id)
+        if claim is None:
             continue
         try:
-            process = launcher.adopt(claimed.about)
+            process = launcher.adopt(claims.about(folder, job.cell.run_id))
             found = process is not None
             if process is None:
                 job.log.parent.mkdir(parents=True, exist_ok=True)
-                taken = [*(a.claim.about for a in active), *(_about(claims / c.run_id) for c in here)]
-                process = launcher.start(job, claimed, taken)
-        except BaseException:
-            claimed.release()
-            raise
+                taken = [*(claims.about(folder, run_id) for run_id in mine), *here]
+                process = launcher.start(job, claim, taken)
+        except ConfigError as error:
+            claim.release()
+            waiting.remove(job)
+            outcome.failed.append(Failure(job.cell, None, str(error)))
+            continue
+        except StorageError as error:
+            claim.release()
+            if not active:
+                raise
+            say(f"later      {title(job.cell)}: {error.what}")  # such as a limit on jobs
+            outcome.not_before = time.monotonic() + REFUSED_SECONDS
+            break
         say(f"{'found' if found else 'started':<10} {title(job.cell)}")
         waiting.remove(job)
-        active.append(Active(job, process, claimed, time.monotonic()))
+        active.append(Active(job, process, claim, time.monotonic()))
+        mine.add(job.cell.run_id)
         scoring.add(kind)
     return elsewhere
 
 
 def _ended(a: Active, code: int, outcome: Outcome, say: Callable[[str], None], waiting: list[Job]) -> None:
+    """Sort a run that ended, and give its claim back; of a failure the claim keeps why."""
     cell, line = a.job.cell, last_line(a.job.log)
     if code == IN_USE:  # started by hand meanwhile: wait for it
         waiting.append(a.job)
     elif code == 0 and cell.record.exists():
         outcome.done.append(cell)
         say(f"finished   {title(cell)} in {terms.duration(time.monotonic() - a.since)}")
+    elif code == PREEMPTED:
+        outcome.left.append(cell)
+        say(f"stopped    {title(cell)}: {line}")
     else:
         if code == 0:
             line = f"it ended well, but there is no {cell.record}"
         elif code < 0:
-            line = f"killed by {signal.Signals(-code).name}; {line}"
+            line = f"killed by {_signal(-code)}; {line}"
+        a.claim.write({"failed": line})
         outcome.failed.append(Failure(cell, code, line))
-        say(f"{'stopped' if code == PREEMPTED else 'FAILED':<10} {title(cell)}: {line}")
+        say(f"FAILED     {title(cell)}: {line}")
+    a.claim.release()
+
+
+def _signal(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
 
 
 def _stop(active: list[Active], outcome: Outcome, say: Callable[[str], None]) -> None:
@@ -443,7 +430,7 @@ def _status(
     """What is running, and the time left by what runs took."""
     running = [*(a.job.cell for a in active), *elsewhere]
     rest = [*running, *(job.cell for job in waiting if job.cell not in elsewhere)]
-    total = len(outcome.done) + len(outcome.failed) + len(rest)
+    total = len(outcome.done) + len(outcome.failed) + len(outcome.left) + len(rest)
     seconds = ahead(rest) / min(launcher.limit, max(1, len(rest)))
     left = "" if math.isnan(seconds) else f", about {terms.duration(seconds)} left"
     where = "; ".join(f"{title(c)} ({stage(c)})" for c in running)
@@ -460,7 +447,16 @@ def title(cell: Cell) -> str:
 def stage(cell: Cell) -> str:
     """How far a run is: stage 3 of 8."""
     done = [p.name for p in (cell.folder / "stages").glob("[0-9]*")]
-    return f"stage {len(done)} of {len(cell.config.stages)}" if done else "stage 0"
+    return f"stage {len(done)} of {len(cell.config.stages)}" if 0 < len(done) <= len(cell.config.stages) else "stage 0"
+
+
+def reason(cell: Cell) -> str:
+    """Why a run failed, by its folder or its claim."""
+    try:
+        told = json.loads((cell.folder / "failure.json").read_bytes())["error"]
+    except (OSError, ValueError, KeyError, TypeError):
+        told = claims.about(cell.claims, cell.run_id).get("failed")
+    return str(told or "no reason is known")
 
 
 def last_line(log: Path) -> str:

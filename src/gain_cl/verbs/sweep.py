@@ -8,11 +8,12 @@ import shlex
 import shutil
 import subprocess
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gain_cl import costs, experiments, record, sweep, terms
+from gain_cl import claims, costs, experiments, record, sweep, terms
 from gain_cl.errors import PREEMPTED, ConfigError, GainError
 from gain_cl.experiments import Cell, Experiment
 from gain_cl.verbs import Parser, console, printable
@@ -72,9 +73,11 @@ def main(argv: list[str]) -> int:
     todo = [c for c in cells if c.state != "done" and (options.retry_failed or c.state != "failed")]
     seconds = ahead(todo)
     cost = "cost not known before a run is done" if math.isnan(seconds) else f"{terms.duration(seconds)} one after the other"
+    untimed = any(c.config.tasks.names for c in todo) and not any(s.task_seconds for r in records for s in r.stages)
+    cost += ", tasks not included: none was timed yet" if untimed and not math.isnan(seconds) else ""
     say(f"{len(todo)} runs ahead: {cost}" if todo else "nothing to run")
     for c in failed:
-        say(f"failed before: {sweep.title(c)}: {_reason(c)}")
+        say(f"failed before: {sweep.title(c)}: {sweep.reason(c)}")
     if failed and not options.retry_failed:
         say("retry_failed=true runs what failed again")
     output = Path(cells[0].config.output_dir)
@@ -84,7 +87,7 @@ def main(argv: list[str]) -> int:
         for job in jobs:
             say(shlex.join(["python", *job.command]))
         return 1 if failed and not jobs else 0
-    outcome = sweep.carry_out(jobs, launcher, output / "claims", say, ahead)
+    outcome = sweep.carry_out(jobs, launcher, cells[0].claims, say, ahead)
     for failure in outcome.failed:
         say(f"failed: {sweep.title(failure.cell)}: {failure.last_line}", style="bold")
         say(f"  {shlex.join(['python', '-m', 'gain_cl', 'run', *failure.cell.overrides, *more])}")
@@ -92,7 +95,7 @@ def main(argv: list[str]) -> int:
     say(f"{len(outcome.done)} done, {len(outcome.failed)} failed" + (f", {left} not finished: start it again to go on" if left else ""))
     if outcome.stopped is not None:
         return PREEMPTED
-    return 1 if outcome.failed or (failed and not options.retry_failed) else 0
+    return 1 if outcome.failed or left or (failed and not options.retry_failed) else 0
 
 
 def build_formatter() -> Any:
@@ -150,29 +153,14 @@ def _only(cells: list[Cell], words: list[str]) -> list[Cell]:
 
 def _records(cells: list[Cell]) -> list[record.RunRecord]:
     """Of the runs that are done; else of whatever runs of these models there are: what the cost is told from."""
-    done = [record.load(c.record).record for c in cells if c.state == "done"]
-    if done:
-        return done
     models, found = {c.model for c in cells}, []
-    for path in sorted({c.record.parent for c in cells}.pop().glob("*.json")):
-        try:
+    done = [c.record for c in cells if c.state == "done"]
+    for path in done or sorted(cells[0].record.parent.glob("*.json")):
+        with suppress(GainError):  # a damaged one is named where it is read for its numbers
             r = record.load(path).record
-        except GainError:
-            continue
-        if r.model in models and r.interpolated is None:
-            found.append(r)
+            if r.model in models and r.interpolated is None:
+                found.append(r)
     return found
-
-
-def _reason(cell: Cell) -> str:
-    """Why a run failed, from its folder."""
-    import json
-
-    try:
-        told = json.loads((cell.folder / "failure.json").read_bytes())
-    except (OSError, ValueError):
-        return "no reason is known"
-    return str(told.get("error") or told.get("what") or told) if isinstance(told, dict) else str(told)
 
 
 # --- how it is run -----------------------------------------------------------------------------------------------------
@@ -196,11 +184,33 @@ def _parameters(given: dict[str, str]) -> tuple[dict[str, Any], str]:
     shared = ("timeout_min", "mem_gb", "nodes", "cpus_per_task", "gpus_per_node", "tasks_per_node", "stderr_to_stdout")
     found: dict[str, Any] = {"timeout_min": 24 * 60, "slurm_signal_delay_s": 300}
     for key, value in given.items():
-        if key == "cluster":
-            continue
-        typed: Any = int(value) if value.isdigit() else value
-        found[key if key in shared else "timeout_min" if key == "time" else f"slurm_{key}"] = typed
+        if key == "time":
+            found["timeout_min"] = _minutes(value)
+        elif key != "cluster":
+            found[key if key in shared else f"slurm_{key}"] = _typed(value)
     return found, cluster
+
+
+def _minutes(text: str) -> int:
+    """Slurm's own: minutes, M:S, H:M:S, D-H, D-H:M, D-H:M:S."""
+    days, _, rest = text.rpartition("-")
+    parts = rest.split(":")
+    if not all(p.isdigit() for p in parts) or len(parts) > 3 or (days and not days.isdigit()):
+        raise ConfigError(f"{text!r} is no time", "slurm.time", "give minutes, H:MM:SS or D-HH:MM:SS")
+    numbers = [int(p) for p in parts]
+    if days:
+        hours, minutes, seconds = (*numbers, 0, 0)[:3]
+    else:
+        hours, minutes, seconds = ((0, *numbers, 0) if len(numbers) < 3 else (*numbers,))[:3]
+    return max(1, int(days or 0) * 1440 + hours * 60 + minutes + (seconds > 0))
+
+
+def _typed(text: str) -> Any:
+    """A number, true or false, else the text."""
+    for kind in (int, float):
+        with suppress(ValueError):
+            return kind(text)
+    return {"true": True, "false": False}.get(text, text)
 
 
 def _gpus() -> list[str]:
@@ -220,7 +230,7 @@ def _jobs(
     environment: dict[str, str] = {}
     root = sweep.checkout() if options.worktree else None
     if root is not None and todo and not options.dry_run:
-        with sweep.alone(output / "claims"):
+        with claims.alone(todo[0].claims):
             tree = sweep.worktree(root, output / "sweeps")
         environment["PYTHONPATH"] = os.pathsep.join(p for p in (str(tree / "src"), os.environ.get("PYTHONPATH", "")) if p)
     words = list(more)
