@@ -196,8 +196,6 @@ def test_bold_only_where_a_declared_test_says_so(simulated: Book) -> None:
         if getattr(c, "bold", 0)
     }
     expected = set()
-    if verdicts["keeps"] == "better":
-        expected.add(("gain lr=0.01", "backward %"))
     if verdicts["boolq"] in ("better", "worse"):
         expected.add(("gain lr=0.01" if verdicts["boolq"] == "better" else "lora lr=0.001", "boolq@50 margin, nats"))
     assert bold == expected and verdicts["boolq"] == "better"
@@ -235,11 +233,60 @@ def test_numbers_are_those_of_the_tables(simulated: Book) -> None:
     quoted = build.numbers(simulated)
     (study,) = simulated.studies.values()
     j = {x.endpoint.name: x for x in comparison.judge(study)}
-    assert quoted["forgets verdict"] == j["forgets"].verdict and quoted["blocks"] == "4"
+    assert quoted["endpoint forgets verdict"] == j["forgets"].verdict and quoted["blocks"] == "4"
     assert quoted["gain backward"] == terms.percent(comparison.level(study.chosen["gain"], "backward").estimate.value)  # type: ignore[union-attr]
     commands = re.findall(r"\\newcommand\{\\([A-Za-z]+)\}", build.macros("study", quoted))
     assert len(commands) == len(set(commands)) == len(quoted)
     assert "studyGainMinusLoraBackward" in commands and "studyGainBackwardBlockTwo" in commands
+
+
+def test_csv_has_the_values_that_are_shown(simulated: Book) -> None:
+    """In the same unit: what stands in Markdown, read back, is the CSV's number, rounded."""
+    for t in tables.build(simulated):
+        rows = list(csv.DictReader(io.StringIO(as_csv(t))))
+        for row, out in zip(t.rows, rows, strict=True):
+            for column, c in zip(t.columns, row.cells, strict=True):
+                if isinstance(c, Value) and not math.isnan(c.value) and "<" not in c.shown:
+                    assert float(c.shown.replace(",", "")) == pytest.approx(float(out[column]), abs=0.0501 if "." in c.shown else 0.5), (
+                        column
+                    )
+
+
+def test_a_task_of_one_block_has_no_interval_over_blocks(tmp_path: Path) -> None:
+    """main shows the change alone; the tasks table has its interval, over items."""
+    e = an_experiment([], blocks=3)
+    study = a_study(tmp_path, e, tasks=True)
+    for s in study.settings:
+        for block, run in list(s.runs.items())[1:]:
+            run.items = run.items[:0]
+            for stage in run.record.stages:
+                stage.tasks = {}
+            assert block[0] > 0
+    runs = {run.record.run_id: run for s in study.settings for run in s.runs.values()}
+    cells = [
+        experiments.Cell("smollm2", s.method, s.values, k, [], None, run.record.run_id, run.path, run.path.parent)  # type: ignore[arg-type]
+        for s in study.settings
+        for k, run in enumerate(s.runs.values())
+    ]
+    found = named(Book(e, cells, {"smollm2": study}, runs, Path("results")))
+    value = found["main"].rows[0].cells[found["main"].columns.index("boolq@50 margin, nats")]
+    assert isinstance(value, Value) and not math.isnan(value.value) and not value.between
+    assert any("in 1 of 3 blocks" in note for note in found["main"].notes)
+    change = found["tasks"].rows[0].cells[-1]
+    assert isinstance(change, Value) and change.between and len(found["tasks"].rows) == 2
+
+
+def test_names_that_would_be_one_macro_are_refused() -> None:
+    with pytest.raises(DataError, match="two numbers would be"):
+        build.macros("e", {"a_b c": "1", "a b_c": "2"})
+
+
+def test_a_record_under_another_name_is_refused(at: Path) -> None:
+    one, two = sorted((at / "results/runs").glob("*lora*.json"))
+    two.write_bytes(one.read_bytes())
+    record.items_path(two).write_bytes(record.items_path(one).read_bytes())
+    with pytest.raises(DataError, match=f"the record of {one.stem} under another name"):
+        book(at)
 
 
 def test_tidy_holds_every_score(made: Path) -> None:
@@ -285,8 +332,14 @@ def test_what_is_stale_is_made_again(at: Path, capsys: pytest.CaptureFixture[str
     assert cli.main(line) == 0
     (at / "results/tables/e/main.md").write_text("by hand")
     (at / "results/tables/e/left.md").write_text("from before")
+    (at / "results/tables/e/own.md").write_text("a reader's")
+    stamp = at / "runs/paper/e-tables.json"
+    told = json.loads(stamp.read_bytes())
+    told["files"]["left.md"] = "0"
+    stamp.write_text(json.dumps(told))
     assert cli.main(line) == 0 and "made:" in capsys.readouterr().out
     assert "by hand" not in (at / "results/tables/e/main.md").read_text() and not (at / "results/tables/e/left.md").exists()
+    assert (at / "results/tables/e/own.md").exists()
 
 
 LATEX = r"""\documentclass{article}

@@ -10,8 +10,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from gain_cl import comparison, files, provenance
 from gain_cl.comparison import Study
+from gain_cl.errors import DataError
 from gain_cl.figures import heatmap
 from gain_cl.matrix import summary
 from gain_cl.paper import figures, tables
@@ -45,7 +48,7 @@ def made_tables(book: Book) -> Files:
 def made_figures(book: Book) -> Files:
     """Each figure as PDF and PNG, and captions.md."""
     found: Files = {}
-    captions = []
+    captions = [f"- GAP: {gap}" for gap in book.gaps]
     for name, caption, figure in drawn(book):
         found |= {f"{name}.pdf": style.vector(figure), f"{name}.png": style.png(figure)}
         captions.append(f"- `{name}`: {caption}")
@@ -119,8 +122,10 @@ def numbers(book: Book) -> dict[str, str]:
     their value, p and verdict; as the tables show it. Names begin with the model where there are several."""
     found: dict[str, str] = {}
     for model, study in book.studies.items():
-        start = "" if len(book.studies) == 1 else f"{model} "
+        start = "" if len(book.models) == 1 else f"{model} "
         found |= {f"{start}{name}": text for name, text in _numbers(study).items()}
+    if book.gaps:
+        found["gaps"] = str(len(book.gaps))
     return found
 
 
@@ -144,19 +149,18 @@ def _numbers(study: Study) -> dict[str, str]:
         found[f"{method} minutes"] = f"{tables.main.minutes(s):.1f}"
         for block in study.blocks:
             if block in s.runs:
-                for metric in ("own_step", "backward"):
-                    found[f"{method} {metric} block {block[0]}"] = signed(change(s.value(metric, block)))
+                values = {metric: s.value(metric, block) for metric in ("own_step", "backward")}
+                found |= {f"{method} {m} block {block[0]}": signed(change(x)) for m, x in values.items() if not math.isnan(x)}
     reference = study.chosen.get(study.reference)
     for method, s in study.chosen.items():
         if reference is not None and s is not reference:
             for metric in metrics:
                 add(f"{method} minus {study.reference} {metric}", metric, comparison.difference(s, reference, metric))
     for j in comparison.judge(study):
-        add(j.endpoint.name, j.endpoint.metric, j.compared)
-        for name, p in (("p", j.tests.difference), ("p equal", j.tests.equivalence)):
-            if not math.isnan(p):
-                found[f"{j.endpoint.name} {name}"] = p_value(p)
-        found[f"{j.endpoint.name} verdict"] = j.verdict
+        name = f"endpoint {j.endpoint.name}"
+        add(name, j.endpoint.metric, j.compared)
+        found |= {f"{name} {k}": p_value(p) for k, p in (("p", j.tests.difference), ("p equal", j.tests.equivalence)) if not math.isnan(p)}
+        found[f"{name} verdict"] = j.verdict
     return found
 
 
@@ -165,11 +169,13 @@ _DIGITS = ("Zero", "One", "Two", "Three", "Four", "Five", "Six", "Seven", "Eight
 
 def macros(experiment: str, quoted: dict[str, str]) -> str:
     """LaTeX commands: \\studyGainFfnOwnStep is the number named "gain_ffn own_step" of the experiment study."""
-    lines = []
+    lines, taken = [], dict[str, str]()
     for name, text in quoted.items():
         words = re.findall(r"[A-Za-z]+|\d", f"{experiment} {name}")
         command = "".join(_DIGITS[int(w)] if w.isdigit() else w[0].upper() + w[1:] for w in words)
         command = command[0].lower() + command[1:]
+        if taken.setdefault(command, name) != name:
+            raise DataError(f"two numbers would be \\{command}: {taken[command]!r} and {name!r}", "numbers.tex", "rename one")
         shown = f"\\ensuremath{{{text}}}" if re.fullmatch(r"[-+<]?[\d.,]+", text) else text
         lines.append(f"\\newcommand{{\\{command}}}{{{shown.replace(',', '{,}')}}} % {name}")
     return "\n".join(lines) + "\n"
@@ -192,9 +198,12 @@ def _records(book: Book) -> list[list[object]]:
 def inputs(book: Book) -> str:
     """A hash of all that the files depend on: the experiment, the records and their values, what was diagnosed, this program."""
     import matplotlib
+    import scipy
 
     digest = hashlib.sha256()
-    for part in (book.experiment.model_dump_json(), provenance.code(), matplotlib.__version__, json.dumps(book.gaps, allow_nan=False)):
+    page = Path(__file__).with_name("report.html.j2").read_text(encoding="utf-8")
+    versions = [module.__version__ for module in (matplotlib, np, scipy)]
+    for part in (book.experiment.model_dump_json(), provenance.code(), page, *versions, *book.gaps, *book.words):
         digest.update(part.encode())
     for run_id, run in sorted(book.runs.items()):
         for path in (run.path, items_path(run.path), book.results / "diagnostics" / f"{run_id}.json"):
@@ -206,19 +215,19 @@ def fresh(folder: Path, stamp: Path, made_of: str) -> bool:
     """Whether the folder holds what was made of these inputs, unchanged."""
     try:
         told = json.loads(stamp.read_bytes())
-        return bool(told["inputs"] == made_of and told["files"] == _hashes(folder))
-    except (OSError, ValueError, KeyError, TypeError):
+        return told["inputs"] == made_of and all(files.sha256(folder / name) == h for name, h in told["files"].items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
 
 def replace(folder: Path, made: Files, stamp: Path, made_of: str) -> None:
-    """Write the files, remove what is no longer made, and note what they were made of."""
-    for path in folder.glob("*"):
-        if path.is_file() and path.name not in made:
-            path.unlink()
+    """Write the files, remove those made before that are no longer made, and note what they were made of."""
+    try:
+        before = set(json.loads(stamp.read_bytes())["files"])
+    except (OSError, ValueError, KeyError, TypeError):
+        before = set()
+    for name in before - made.keys():
+        (folder / name).unlink(missing_ok=True)
     files.write_all({folder / name: content for name, content in made.items()})
-    files.write_bytes(stamp, (json.dumps({"inputs": made_of, "files": _hashes(folder)}, indent=1, allow_nan=False) + "\n").encode())
-
-
-def _hashes(folder: Path) -> dict[str, str]:
-    return {p.name: files.sha256(p) for p in sorted(folder.glob("*")) if p.is_file()}
+    told = {"inputs": made_of, "files": {name: files.sha256(folder / name) for name in sorted(made)}}
+    files.write_bytes(stamp, (json.dumps(told, indent=1, allow_nan=False) + "\n").encode())

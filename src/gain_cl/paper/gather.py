@@ -28,7 +28,7 @@ SHARED = {
 @dataclass(frozen=True)
 class Book:
     """An experiment and what is known of it. studies: one for each model; runs: by run id; gaps: cells that may not be printed, and why
-    (only of a partial book)."""
+    (only of a partial book); words: of the command line that asks for it, but where results lie."""
 
     experiment: Experiment
     cells: list[Cell]
@@ -36,11 +36,11 @@ class Book:
     runs: dict[str, Run]
     results: Path
     gaps: list[str] = field(default_factory=list)
+    words: list[str] = field(default_factory=list)
 
     @property
-    def folder(self) -> str:
-        """Where what is built of it lies, below tables/, figures/ and reports/."""
-        return self.experiment.name
+    def models(self) -> list[str]:
+        return list(dict.fromkeys(c.model for c in self.cells))
 
     def ids(self, model: str, setting: str) -> list[str]:
         """Runs of a setting, by block."""
@@ -48,8 +48,10 @@ class Book:
         return [c.run_id for c in mine if c.run_id in self.runs]
 
 
-def gather(experiment: Experiment, more: list[str] | None = None, partial: bool = False) -> Book:
-    """DataError names every cell that is missing, failed, running, stale, tainted, limited, damaged or unlike the others; partial: such
+def gather(experiment: Experiment, more: list[str] | None = None, partial: bool = False, given: str | None = None) -> Book:
+    """given: how the experiment was named (default: its name).
+
+    DataError names every cell that is missing, failed, running, stale, tainted, limited, damaged or unlike the others; partial: such
     cells are left out and listed."""
     cells = experiments.cells(experiment, more)
     runs: dict[str, Run] = {}
@@ -59,7 +61,7 @@ def gather(experiment: Experiment, more: list[str] | None = None, partial: bool 
         try:
             if c.state == "done":
                 run = record.load(c.record)
-                fault = _fault(run)
+                fault = _fault(run) if run.record.run_id == c.run_id else f"the record of {run.record.run_id} under another name"
                 if fault is None:
                     runs[c.run_id] = run
                 else:
@@ -76,7 +78,8 @@ def gather(experiment: Experiment, more: list[str] | None = None, partial: bool 
         raise DataError(what, f"experiment {experiment.name}", "run or mend them, or give partial=true to show gaps")
     there = [c for c in cells if c.run_id in runs]
     studies = comparison.studies(experiment, there)
-    return Book(experiment, cells, studies, runs, cells[0].record.parent.parent, gaps)
+    words = [w for w in more or [] if w.partition("=")[0] not in ("results_dir", "output_dir")]
+    return Book(experiment, cells, studies, runs, cells[0].record.parent.parent, gaps, [f"experiment={given or experiment.name}", *words])
 
 
 def _fault(run: Run) -> str | None:

@@ -50,26 +50,37 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """name: of its files; title: what it shows, with units; notes: below it."""
+    """name: of its files; title: what it shows, with units; notes: below it; grouped: a first cell like the one above is left blank where
+    people read it."""
 
     name: str
     title: str
     columns: Sequence[str]
     rows: Sequence[Row]
     notes: Sequence[str] = field(default_factory=list)
+    grouped: bool = False
+
+    @property
+    def read(self) -> list[list[Value | str | None]]:
+        """The cells as people read them."""
+        cells = [list(row.cells) for row in self.rows]
+        return [["", *row[1:]] if self.grouped and i and row[0] == cells[i - 1][0] else row for i, row in enumerate(cells)]
 
 
 # --- numbers -----------------------------------------------------------------------------------------------------------
 
 
 def of(metric: str, found: Compared | None, bold: bool = False, interval: bool = True) -> Value | None:
-    """A summary or difference in the unit its metric is shown in: % of perplexity; of a task's margin nats, of its accuracy points."""
+    """A summary or difference in the unit its metric is shown in: % of perplexity; of a task's margin nats, of its accuracy points (100
+    times the share)."""
     if found is None or math.isnan(found.estimate.value):
         return None
     e = found.estimate if interval else Estimate(found.estimate.value, math.nan, math.nan, found.estimate.n)
     if lower_is_better(metric):
         return percent(e, bold)
-    return Value(e.value, e.low, e.high, nats if metric.startswith("margin") else points, bold)
+    if metric.startswith("margin"):
+        return Value(e.value, e.low, e.high, nats, bold)
+    return Value(100 * e.value, 100 * e.low, 100 * e.high, signed, bold)
 
 
 def percent(e: Estimate, bold: bool = False) -> Value:
@@ -84,11 +95,6 @@ def signed(x: float) -> str:
 
 def nats(x: float) -> str:
     return "+0.000" if f"{x:+.3f}" == "-0.000" else f"{x:+.3f}"
-
-
-def points(x: float) -> str:
-    """A share as percentage points."""
-    return signed(100 * x)
 
 
 def count(x: float) -> str:
@@ -107,7 +113,7 @@ def p_value(p: float) -> str:
 
 
 def markdown(t: Table) -> str:
-    cells = [[_md(c) for c in row.cells] for row in t.rows]
+    cells = [[_md(c) for c in row] for row in t.read]
     heads = [_md(c) for c in t.columns]
     widths = [max(len(heads[j]), 3, *(len(row[j]) for row in cells)) if cells else max(len(heads[j]), 3) for j in range(len(heads))]
     left = [textual(t, j) for j in range(len(heads))]
@@ -129,11 +135,11 @@ def latex(t: Table) -> str:
     columns = "".join("l" if textual(t, j) else "r" for j in range(len(t.columns)))
     head = " & ".join(_tex(h) for h in t.columns) + r" \\"
     out = [f"% {_comment(t.title)}", f"\\begin{{tabular}}{{{columns}}}", r"\toprule", head, r"\midrule"]
-    for i, row in enumerate(t.rows):
+    for i, (row, cells) in enumerate(zip(t.rows, t.read, strict=True)):
         if row.rule and i:
             out.append("\\midrule")
         runs = f" % {_comment(', '.join(row.runs))}" if row.runs else ""
-        out.append(" & ".join(_tex(c) for c in row.cells) + f" \\\\{runs}")
+        out.append(" & ".join(_tex(c) for c in cells) + f" \\\\{runs}")
     out += ["\\bottomrule", "\\end{tabular}", *(f"% {_comment(note)}" for note in t.notes)]
     return "\n".join(out) + "\n"
 

@@ -25,7 +25,9 @@ def main(what: str, argv: list[str]) -> int:
         description=f"{ABOUT[what]} They go to RESULTS_DIR/{'tables, figures, reports' if what == 'paper' else _place(what)}.",
     )
     parser.add_argument("words", nargs="+", metavar="experiment=NAME | KEY=VALUE", help="the experiment; results_dir= and other overrides")
-    experiment, words = asked(parser.parse_intermixed_args(argv).words, what)
+    asked_for = parser.parse_intermixed_args(argv).words
+    experiment, words = asked(asked_for, what)
+    given = next(w.partition("=")[2] for w in asked_for if w.startswith("experiment="))
     flags = {"partial": False, "force": False}
     for word in [w for w in words if w.partition("=")[0] in flags]:
         key, _, value = word.partition("=")
@@ -33,7 +35,7 @@ def main(what: str, argv: list[str]) -> int:
             raise ConfigError(f"{value!r} is neither true nor false", key, f"give {key}=true or {key}=false")
         flags[key] = value == "true"
         words.remove(word)
-    book = gather.gather(experiment, words, flags["partial"])
+    book = gather.gather(experiment, words, flags["partial"], given)
     for gap in book.gaps:
         print(f"gap: {printable(gap)}")
     made_of, output = build.inputs(book), Path(book.cells[0].config.output_dir)

@@ -30,9 +30,9 @@ def _of(book: Book, model: str, study: Study) -> Table:
             if reference is not None and s is not reference and block in reference.runs:
                 less = [s.value(m, block) - reference.value(m, block) for m in ("own_step", "backward")]
             cells = [Value(change(x), write=signed) if not math.isnan(x) else None for x in (*values, *less)]
-            rows.append(Row([str(block[0]) if first else "", s.label, *cells], [s.runs[block].record.run_id], first))
+            rows.append(Row([str(block[0]), s.label, *cells], [s.runs[block].record.run_id], first))
             first = False
     order = [f"Block {seed}, seed {seed}: {', '.join(order)}." for seed, order in study.blocks]
     differences = [f"{h} minus {study.reference} %" for h in ("own step", "backward")]
     heads = ["block", "method", *(f"{h} %" for h in SHOWN.values()), *differences]
-    return Table(tables.named("blocks", book, model), f"{model}: every block (seed and order of the domains)", heads, rows, order)
+    return Table(tables.named("blocks", book, model), f"{model}: every block (seed and order of the domains)", heads, rows, order, True)

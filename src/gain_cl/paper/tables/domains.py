@@ -12,7 +12,6 @@ from gain_cl.inference import Parts
 from gain_cl.paper import tables
 from gain_cl.paper.gather import Book
 from gain_cl.paper.table import Row, Table, Value, of, plain
-from gain_cl.paper.tables.main import gaps
 
 
 def build(book: Book) -> list[Table]:
@@ -35,16 +34,16 @@ def _perplexity(book: Book, model: str, study: Study) -> Table:
             cells = [_mean(s, d, when) for d in domains]
             rows.append(Row([f"{s.label}, {when}", *cells], book.ids(model, s.label), when == "after its stage"))
     notes = ["Perplexity: exp of the loss in nats per token, mean over blocks of the loss. Controls are never trained."]
-    return Table(tables.named("domains", book, model), f"{model}: perplexity of each domain", ["model", *domains], rows, notes + gaps(book))
+    return Table(tables.named("domains", book, model), f"{model}: perplexity of each domain", ["model", *domains], rows, notes)
 
 
 def _mean(s: Setting, domain: str, when: str) -> Value | None:
     losses = []
     for m in s.matrices.values():
         j = m.domains.index(domain)
-        if when == "at the end":
+        if when == "at the end" and m.regime != "individual":  # else there is no model that has seen them all
             losses.append(m.loss[-1, j])
-        elif m.regime == "sequential" and domain in m.trained:
+        elif when != "at the end" and m.regime != "joint" and domain in m.trained:
             losses.append(m.loss[m.trained.index(domain) + 1, j])
     return Value(math.exp(float(np.mean(losses))), write=plain(2)) if losses else None
 
@@ -54,12 +53,14 @@ def _change(book: Book, model: str, study: Study) -> Table:
     rows = [Row([s.label, *(of("from_base", from_base(s, d)) for d in domains)], book.ids(model, s.label)) for s in study.chosen.values()]
     notes = ["95% intervals over " + ("the domain's documents." if len(study.blocks) == 1 else "blocks and the documents they share.")]
     title = f"{model}: change of each domain's perplexity from the pretrained model to the end, %"
-    return Table(tables.named("domains-change", book, model), title, ["method", *domains], rows, notes + gaps(book))
+    return Table(tables.named("domains-change", book, model), title, ["method", *domains], rows, notes)
 
 
 def from_base(s: Setting, domain: str) -> comparison.Compared | None:
-    """Change of one domain's loss from the pretrained model to the end."""
+    """Change of one domain's loss from the pretrained model to the end; None where domains were learned alone."""
     parts: list[Parts] = []
+    if any(m.regime == "individual" for m in s.matrices.values()):
+        return None
     for m in s.matrices.values():
         c = np.zeros_like(m.loss)
         c[-1, m.domains.index(domain)], c[0, m.domains.index(domain)] = 1.0, -1.0

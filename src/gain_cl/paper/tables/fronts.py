@@ -7,7 +7,7 @@ from gain_cl.comparison import Study
 from gain_cl.paper import tables
 from gain_cl.paper.gather import Book
 from gain_cl.paper.table import Row, Table, Value, count, of, percent, signed
-from gain_cl.paper.tables.main import METRICS, gaps, parameters
+from gain_cl.paper.tables.main import METRICS, parameters
 
 
 def build(book: Book) -> list[Table]:
@@ -26,7 +26,7 @@ def _settings(book: Book, model: str, study: Study) -> Table:
         )
     notes = ["Change of perplexity, mean over domains; below 0 is better. *: no other setting of its method learns more and forgets less."]
     heads = ["setting", "blocks", "trains", *(METRICS[m] for m in shown), "front"]
-    return Table(tables.named("settings", book, model), f"{model}: every setting", heads, rows, notes + gaps(book))
+    return Table(tables.named("settings", book, model), f"{model}: every setting", heads, rows, notes)
 
 
 def _skill(book: Book, model: str, study: Study) -> list[Table]:
@@ -45,9 +45,7 @@ def _skill(book: Book, model: str, study: Study) -> list[Table]:
     if not any(isinstance(row.cells[4], Value) for row in rows):
         return []
     heads = ["method", "at own step %", "backward %", f"backward of {study.reference} %", "difference %", "why not"]
-    notes = [
-        "Read off both fronts by monotone interpolation; 95% intervals over " + ("documents." if len(study.blocks) == 1 else "blocks.")
-    ]
+    notes = ["Read off both fronts by monotone interpolation; 95% intervals over the blocks that have both, of one block over documents."]
     return [
         Table(
             tables.named("skill", book, model), f"{model}: backward change at equal own step, against {study.reference}", heads, rows, notes

@@ -33,28 +33,31 @@ def _of(book: Book, model: str, study: Study) -> Table:
     for s in settings:
         cells: list[Value | str | None] = [s.label, Value(len(s.runs), write=count), Value(parameters(s), write=count)]
         cells += [of(m, comparison.level(s, m), (s.method, m) in bold) for m in shown]
-        cells += [of(m, comparison.level(s, m), (s.method, m) in bold) for t in tasks for m in (f"margin:{t}", f"accuracy:{t}")]
+        for m in (m for t in tasks for m in (f"margin:{t}", f"accuracy:{t}")):
+            found = comparison.level(s, m)
+            everywhere = found is not None and found.blocks == len(s.runs)  # else over items alone, not as the row says
+            cells.append(of(m, found, (s.method, m) in bold, interval=everywhere))
         cells += [Value(minutes(s), write=plain(1)), Value(s.one(lambda run: run.record.peak_memory_bytes / 1e9), write=plain(2))]
         rows.append(Row(cells, book.ids(model, s.label)))
     over = "documents of the one block" if len(study.blocks) == 1 else "blocks and the documents they share"
     notes = [
         f"Change of perplexity, mean over domains; below 0 is better. 95% intervals over {over}.",
-        "Bold: better by a declared endpoint's test (endpoints table).",
+        f"Bold: better than {study.reference} by a declared endpoint's test, paired within blocks (endpoints table).",
     ]
     if tasks:
-        notes.append("Margin, accuracy: change from the pretrained model, in the blocks that scored the task; above 0 is better.")
-    return Table(tables.named("main", book, model), f"{model}: methods at their chosen settings", heads, rows, notes + gaps(book))
+        blocks = " or ".join(str(n) for n in sorted(set(blocks_of(study, tasks))))
+        where = f"in {blocks} of {len(study.blocks)} blocks"
+        notes.append(f"Margin, accuracy: change from the pretrained model, {where}; above 0 is better. Intervals over items: tasks table.")
+    return Table(tables.named("main", book, model), f"{model}: methods at their chosen settings", heads, rows, notes)
 
 
 def bolded(study: Study) -> set[tuple[str, str]]:
-    """(method, metric) that a declared endpoint's test calls better, at chosen settings."""
+    """(method, metric) that a declared endpoint's test calls better than another method, at chosen settings."""
     found = set()
     for j in comparison.judge(study):
         e = j.endpoint
-        if e.at == "chosen" and j.verdict in ("better", "worse"):
-            winner = e.of if j.verdict == "better" else e.minus
-            if winner is not None:
-                found.add((winner, e.metric))
+        if e.at == "chosen" and e.minus is not None and j.verdict in ("better", "worse"):
+            found.add((e.of if j.verdict == "better" else e.minus, e.metric))
     return found
 
 
@@ -67,8 +70,10 @@ def minutes(s: Setting) -> float:
     return s.one(lambda run: sum(x.train.seconds for x in run.record.stages if x.train is not None) / 60)
 
 
-def gaps(book: Book) -> list[str]:
-    return [f"GAP: {gap}" for gap in book.gaps]
+def blocks_of(study: Study, tasks: list[str]) -> list[int]:
+    """In how many blocks each task was scored, by the chosen settings."""
+    found = [comparison.level(s, f"margin:{t}") for s in study.chosen.values() for t in tasks]
+    return [f.blocks for f in found if f is not None]
 
 
 def scored(study: Study) -> list[str]:

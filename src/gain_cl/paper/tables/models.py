@@ -5,7 +5,7 @@ from __future__ import annotations
 from gain_cl import comparison
 from gain_cl.paper.gather import Book
 from gain_cl.paper.table import Row, Table, Value, count, of
-from gain_cl.paper.tables.main import METRICS, gaps, parameters
+from gain_cl.paper.tables.main import METRICS, parameters
 
 
 def build(book: Book) -> list[Table]:
@@ -18,11 +18,11 @@ def build(book: Book) -> list[Table]:
             cells = [of(m, comparison.level(s, m)) for m in METRICS]
             rows.append(
                 Row(
-                    [model if i == 0 else "", Value(size, write=count), s.label, Value(parameters(s), write=count), *cells],
+                    [model, Value(size, write=count), s.label, Value(parameters(s), write=count), *cells],
                     book.ids(model, s.label),
                     i == 0,
                 )
             )
     heads = ["model", "parameters", "method", "trains", *METRICS.values()]
     notes = ["Perplexities of models with other tokenizers cannot be compared; methods are compared within a model."]
-    return [Table("models", "Methods at their chosen settings, by model", heads, rows, notes + gaps(book))]
+    return [Table("models", "Methods at their chosen settings, by model", heads, rows, notes, True)]

@@ -12,11 +12,11 @@ def build(book: Book) -> list[Table]:
         for i, s in enumerate(study.chosen.values()):
             trains, total = s.one(lambda run: run.record.trainable_parameters), s.one(lambda run: run.record.total_parameters)
             cells: list[Value | str | None] = [
-                model if i == 0 else "",
+                model,
                 s.method,
                 Value(trains, write=count),
                 Value(total, write=count),
                 Value(100 * trains / total, write=plain(3)),
             ]
             rows.append(Row(cells, book.ids(model, s.label), i == 0))
-    return [Table("parameters", "Trained parameters", ["model", "method", "trains", "of", "%"], rows)]
+    return [Table("parameters", "Trained parameters", ["model", "method", "trains", "of", "%"], rows, grouped=True)]

@@ -48,13 +48,13 @@ def _of(book: Book, model: str, study: Study) -> Table:
     heads = ["what", "GAIN, published", "LoRA, published", "status", f"{gain.label}, ours", f"{lora.label if lora else 'lora'}, ours"]
     notes = [
         f"Published: five models of 774M to 70B, eight domains, budgets and rates not known. Ours: {model}, "
-        f"{tokens(study):,} training tokens a domain, {len(study.blocks)} blocks.",
+        f"{tokens(study)} training tokens a domain, {len(study.blocks)} blocks.",
         "Whether published changes are against the model just after it learned a domain or the pretrained one is not known: both are here.",
     ]
     return Table(tables.named("published", book, model), f"{model}: ours beside the published headline numbers", heads, rows, notes)
 
 
-def tokens(study: Study) -> int:
-    """Training tokens of a stage."""
-    first = next(iter(study.settings[0].runs.values())).record
-    return next((s.train.tokens for s in first.stages if s.train is not None), 0)
+def tokens(study: Study) -> str:
+    """Training tokens of a stage, of all runs."""
+    seen = {s.train.tokens for x in study.settings for run in x.runs.values() for s in run.record.stages if s.train is not None}
+    return " to ".join(f"{n:,}" for n in sorted({min(seen), max(seen)})) if seen else "0"
