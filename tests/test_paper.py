@@ -148,18 +148,24 @@ def test_a_run_of_other_data_is_stale(at: Path) -> None:
 # --- what they say -----------------------------------------------------------------------------------------------------
 
 
+def of_studies(e: experiments.Experiment, *studies: comparison.Study) -> Book:
+    """A book of simulated studies, each of a model."""
+    cells = [
+        experiments.Cell(x.model, s.method, s.values, k, [], None, run.record.run_id, run.path, run.path.parent)  # type: ignore[arg-type]
+        for x in studies
+        for s in x.settings
+        for k, run in enumerate(s.runs.values())
+    ]
+    runs = {run.record.run_id: run for x in studies for s in x.settings for run in s.runs.values()}
+    return Book(e, cells, {x.model: x for x in studies}, runs, Path("results"))
+
+
 @pytest.fixture(scope="module")
 def simulated(tmp_path_factory: pytest.TempPathFactory) -> Book:
     """Two methods, two rates, four blocks, a task."""
     e = an_experiment(FOUR)  # type: ignore[arg-type]
     study = a_study(tmp_path_factory.mktemp("runs"), e, tasks=True)
-    runs = {run.record.run_id: run for s in study.settings for run in s.runs.values()}
-    cells = [
-        experiments.Cell("smollm2", s.method, s.values, k, [], None, run.record.run_id, run.path, run.path.parent)  # type: ignore[arg-type]
-        for s in study.settings
-        for k, run in enumerate(s.runs.values())
-    ]
-    return Book(e, cells, {"smollm2": study}, runs, Path("results"))
+    return of_studies(e, study)
 
 
 def named(found: Book) -> dict[str, Table]:
@@ -262,18 +268,44 @@ def test_a_task_of_one_block_has_no_interval_over_blocks(tmp_path: Path) -> None
             for stage in run.record.stages:
                 stage.tasks = {}
             assert block[0] > 0
-    runs = {run.record.run_id: run for s in study.settings for run in s.runs.values()}
-    cells = [
-        experiments.Cell("smollm2", s.method, s.values, k, [], None, run.record.run_id, run.path, run.path.parent)  # type: ignore[arg-type]
-        for s in study.settings
-        for k, run in enumerate(s.runs.values())
-    ]
-    found = named(Book(e, cells, {"smollm2": study}, runs, Path("results")))
+    found = named(of_studies(e, study))
     value = found["main"].rows[0].cells[found["main"].columns.index("boolq@50 margin, nats")]
     assert isinstance(value, Value) and not math.isnan(value.value) and not value.between
     assert any("in 1 of 3 blocks" in note for note in found["main"].notes)
     change = found["tasks"].rows[0].cells[-1]
     assert isinstance(change, Value) and change.between and len(found["tasks"].rows) == 2
+
+
+def test_two_models_stay_apart(tmp_path: Path) -> None:
+    """A table of each, one of both; numbers and macros begin with the model; the page has both verdicts."""
+    from gain_cl.paper import report
+
+    e = an_experiment(FOUR[:3], blocks=2)  # type: ignore[arg-type]
+    (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
+    one, two = a_study(tmp_path / "a", e), a_study(tmp_path / "b", e, seed=1)
+    for s in two.settings:
+        for run in s.runs.values():
+            run.record = run.record.model_copy(
+                update={"model": "larger", "run_id": f"larger-{run.record.run_id}", "total_parameters": 10**8}
+            )
+    found = of_studies(e, one, two)
+    made = named(found)
+    assert {"main-smollm2", "main-larger", "models", "blocks-larger", "endpoints-smollm2"} <= made.keys()
+    rows = made["models"].rows
+    assert [row.cells[0] for row in rows] == ["smollm2", "smollm2", "larger", "larger"] and all(len(row.runs) == 2 for row in rows)
+    assert [row[0] for row in made["models"].read] == ["smollm2", "", "larger", ""]
+    quoted = build.numbers(found)
+    assert quoted["smollm2 gain backward"] != quoted["larger gain backward"] and "\\eLargerGainBackward" in build.macros("e", quoted)
+    text = report.page(found).decode()
+    assert text.count('<ul class="verdicts">') == 2 and "<h3>larger</h3>" in text
+
+
+def test_the_page_survives_hostile_words(tmp_path: Path) -> None:
+    from gain_cl.paper import report
+
+    e = an_experiment([], blocks=1, question="<script>alert(1)</script> & {{ x }}", expect="</style><b>")
+    text = report.page(of_studies(e, a_study(tmp_path, e))).decode()
+    assert "<script>alert" not in text and "&lt;script&gt;alert(1)&lt;/script&gt; &amp; {{ x }}" in text and "&lt;/style&gt;" in text
 
 
 def test_names_that_would_be_one_macro_are_refused() -> None:

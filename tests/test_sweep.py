@@ -272,6 +272,23 @@ def test_words(grid: list[Cell]) -> None:
         verb._only(grid, ["lore"])
 
 
+def test_runs_share_cores_and_a_group(grid: list[Cell]) -> None:
+    """compute.threads where several run at a time on a CPU, track.group where wandb is on, unless they are given."""
+    e = experiments.load("e.yaml")
+    options = verb.Options(worktree=False)
+
+    def words(more: list[str], launcher: Any) -> list[str]:
+        cells = experiments.cells(e, ["output_dir=runs", "results_dir=results", *more])
+        return verb._jobs(e, cells, more, options, launcher, Path("runs"))[0].command
+
+    threads = f"compute.threads={max(1, (os.cpu_count() or 1) // 2)}"
+    assert threads in words([], sweep.Local(2)) and not [w for w in words([], sweep.Local(1)) if w.startswith("compute.")]
+    assert not [w for w in words([], sweep.Local(2, ["0", "1"])) if w.startswith("compute.")]
+    assert words(["compute.threads=7"], sweep.Local(2))[-1] == "compute.threads=7"
+    assert "track.group=e" in words(["track=wandb"], sweep.Local(1)) and "track.group=e" not in words([], sweep.Local(1))
+    assert "track.group=e" not in words(["track=wandb", "track.group=mine"], sweep.Local(1))
+
+
 def test_nothing_starts_in_a_dry_run(grid: list[Cell], capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["sweep", "experiment=e.yaml", "dry_run=true", "only=lora", "output_dir=runs", "results_dir=results"]) == 0
     out = capsys.readouterr().out
