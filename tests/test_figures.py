@@ -21,6 +21,7 @@ from gain_cl import comparison, diagnostics, experiments, record
 from gain_cl.comparison import Study
 from gain_cl.experiments import Experiment
 from gain_cl.files import sha256
+from gain_cl.matrix import Estimate
 from gain_cl.paper.figures import ages, curves, forest, fronts, gains, margins, style
 from gain_cl.terms import change
 
@@ -343,3 +344,18 @@ def test_the_same_study_gives_the_same_bytes_in_another_process(three: Study) ->
     (results / "mpl/matplotlibrc").write_text("font.size: 20\nlines.linewidth: 9\npdf.fonttype: 3\nsavefig.bbox: tight\n")
     there = subprocess.run([sys.executable, "-c", AGAIN, str(results)], env=env, capture_output=True, text=True, check=True)
     assert there.stdout.split() == here
+
+
+def test_an_interval_that_allows_anything_is_cut() -> None:
+    """Two blocks give a t of one degree of freedom: from almost -100% to beyond float64. The axis stays readable, the ends have no caps."""
+    with style.rules():
+        figure = style.new(style.SINGLE, 2.0)
+        (axes,) = style.grid(figure, 1)
+        wide, narrow = Estimate(-45.0, -99.9999, 1e9, 2), Estimate(10.0, 5.0, 20.0, 2)
+        style.points(axes, [0, 1, 2], [wide, narrow, Estimate(3.0, math.nan, math.nan, 1)], color="k", marker="o", linestyle="")
+        style.percent_axis(axes, "y")
+    low, high = axes.get_ylim()
+    assert -100 < low < 100 * (0.55 / style.CUT - 1) and high < 300
+    capped, cut = axes.containers
+    assert capped.lines[1] and not cut.lines[1]
+    assert style.png(figure)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 CAPTION = (
     "Change of perplexity since a domain was learned (%; above 0: forgotten) by the stages since: each method's chosen setting, mean over"
     " the domains that have that age (fewer and earlier ones the higher it is) and over blocks. 95% intervals over test documents (one"
-    " block), or over blocks and the documents they share (several)."
+    " block), or over blocks and the documents they share (several); one without caps goes on."
 )
 
 

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 CAPTION = (
     "Backward change of each method's chosen setting minus that of the reference, % of perplexity, by domain and as the mean over domains;"
     " below 0: forgets less. A domain that is last in a block has none there. 95% intervals, paired: over test documents (one block), or"
-    " over blocks and the documents they share (several; open: a single block, no interval)."
+    " over blocks and the documents they share (several; open: a single block, no interval); one without caps"
+    " goes on."
 )
 MEAN = "mean over domains"
 

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 CAPTION = (
     "Own step (change of perplexity in a domain's own stage, %) against backward change (from then to the end, %): each method's settings,"
     " means over domains and blocks; filled: chosen; dots: interpolated. Vertical: the own step at which methods are matched (marks at the"
-    " foot: each with the reference). 95% intervals over test documents (one block), or over blocks and the documents they share (several)."
+    " foot: each with the reference). 95% intervals over test documents (one block), or over blocks and the documents they share"
+    " (several); one without caps goes on."
 )
 
 

@@ -151,6 +151,9 @@ def title(axes: Any, text: str, size: float = TEXT) -> None:
 
 # --- values ------------------------------------------------------------------------------------------------------------
 
+CUT = 4.0
+"""Longest side of an interval that is drawn, as a factor of perplexity."""
+
 
 def percent(e: Estimate) -> Estimate:
     """A difference of losses in nats as a change of perplexity in %; what is not known stays so."""
@@ -158,11 +161,19 @@ def percent(e: Estimate) -> Estimate:
 
 
 def points(axes: Any, at: Sequence[float], estimates: Sequence[Estimate], *, across: bool = False, **style: Any) -> None:
-    """Values with their intervals, upright or (across) lying: at is the other coordinate. No interval where it is not known."""
+    """Values in % with their intervals, upright or (across) lying: at is the other coordinate. No interval where it is not known; one
+    that is wider than a factor CUT on a side is cut there, and has no caps (few blocks can be compatible with anything)."""
     value, low, high = (np.array([getattr(e, k) for e in estimates], dtype=np.float64) for k in ("value", "low", "high"))
-    bars = {"xerr" if across else "yerr": np.stack([value - low, high - value])}
-    x, y = (value, at) if across else (at, value)
-    axes.errorbar(x, y, **bars, **{"elinewidth": 0.8, "capsize": 1.5, "capthick": 0.8, **style})
+    ends = [100 * ((1 + value / 100) * factor - 1) for factor in (1 / CUT, CUT)]
+    cut = (low < ends[0]) | (high > ends[1])
+    bars = np.stack([value - np.fmax(low, ends[0]), np.fmin(high, ends[1]) - value])
+    bars[:, np.isnan(low) | np.isnan(high)] = np.nan
+    x, y = (value, np.asarray(at, dtype=np.float64)) if across else (np.asarray(at, dtype=np.float64), value)
+    axis, look = "xerr" if across else "yerr", {"elinewidth": 0.8, "capsize": 1.5, "capthick": 0.8, **style}
+    axes.errorbar(x, y, **{axis: np.where(cut, np.nan, bars)}, **look)
+    if cut.any():
+        bare = {"fmt": "none", "ecolor": style.get("color"), "elinewidth": look["elinewidth"], "capsize": 0}
+        axes.errorbar(x[cut], y[cut], **{axis: bars[:, cut]}, **bare)
 
 
 def dodged(at: Sequence[float], place: int, of: int) -> np.ndarray:
@@ -173,7 +184,16 @@ def dodged(at: Sequence[float], place: int, of: int) -> np.ndarray:
 def percent_axis(axes: Any, which: str, most: int = 6) -> None:
     """An axis in % of perplexity with even steps of log loss, as which the means are taken: a factor is as long everywhere. Call it
     when everything is drawn."""
-    scale, bounds = (axes.set_xscale, axes.get_xlim) if which == "x" else (axes.set_yscale, axes.get_ylim)
+    scale, bounds, limit = (
+        (axes.set_xscale, axes.get_xlim, axes.set_xlim) if which == "x" else (axes.set_yscale, axes.get_ylim, axes.set_ylim)
+    )
+    if axes.get_autoscalex_on() if which == "x" else axes.get_autoscaley_on():  # the margins, in log loss: in % they may pass -100
+        margin = axes.margins()[which == "y"]
+        low, high = bounds()
+        span = (high - low) / (1 + 2 * margin)
+        ends = [math.log1p(max(x, -99.99) / 100) for x in (low + margin * span, high - margin * span)]
+        pad = margin * (ends[1] - ends[0])
+        limit(100 * math.expm1(ends[0] - pad), 100 * math.expm1(ends[1] + pad))
     scale("function", functions=(lambda p: np.log1p(np.maximum(p, -100 + 1e-9) / 100), lambda x: 100 * np.expm1(np.minimum(x, 700))))
     ticks = ticks_percent(bounds(), most)
     axis = axes.xaxis if which == "x" else axes.yaxis
