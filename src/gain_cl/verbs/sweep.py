@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 import os
 import shlex
@@ -53,7 +54,7 @@ class Options:
 
 def main(argv: list[str]) -> int:
     """Exit code: 0 every run asked for is done, 1 some failed, 75 stopped by a signal."""
-    parser = Parser("sweep", usage=USAGE, description=ABOUT, formatter_class=build_formatter())
+    parser = Parser("sweep", usage=USAGE, description=ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("words", nargs="+", metavar="experiment=NAME | KEY=VALUE", help="the experiment, the sweep's words, overrides")
     experiment, words = asked(parser.parse_intermixed_args(argv).words, "sweep")
     options, more = _options(words)
@@ -87,7 +88,8 @@ def main(argv: list[str]) -> int:
         for job in jobs:
             say(shlex.join(["python", *job.command]))
         return 1 if failed and not jobs else 0
-    outcome = sweep.carry_out(jobs, launcher, cells[0].claims, say, ahead)
+    left_of = (lambda _: math.nan) if untimed else ahead  # better no time left than one without the tasks
+    outcome = sweep.carry_out(jobs, launcher, cells[0].claims, say, left_of)
     for failure in outcome.failed:
         say(f"failed: {sweep.title(failure.cell)}: {failure.last_line}", style="bold")
         say(f"  {shlex.join(['python', '-m', 'gain_cl', 'run', *failure.cell.overrides, *more])}")
@@ -96,12 +98,6 @@ def main(argv: list[str]) -> int:
     if outcome.stopped is not None:
         return PREEMPTED
     return 1 if outcome.failed or left or (failed and not options.retry_failed) else 0
-
-
-def build_formatter() -> Any:
-    import argparse
-
-    return argparse.RawDescriptionHelpFormatter
 
 
 # --- what was asked ----------------------------------------------------------------------------------------------------
