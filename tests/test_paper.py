@@ -414,7 +414,7 @@ def test_the_page_says_what_the_records_say(page: Path, made: Path) -> None:
     assert "Does it work?" in text and "inconclusive" in text
     for run_id, run in found.runs.items():
         assert run_id in text and run.record.seal in text
-    assert "python -m gain_cl sweep experiment=e" in text
+    assert f"python -m gain_cl sweep experiment={made}/e.yaml" in text  # as it was given: by its path
     assert not re.search(r"(?:src|href)=[\"'](?:https?:)?//", text)
 
 

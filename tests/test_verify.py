@@ -356,7 +356,7 @@ def test_a_wrong_summary_is_found(run: Made, monkeypatch: pytest.MonkeyPatch) ->
     """The broken twin: change from base that forgets the last domain."""
 
     def from_base(m: matrix.LossMatrix) -> np.ndarray:
-        return m._mean([m.stages] * (m.stages - 1), [0] * (m.stages - 1), m.trained[:-1])
+        return m.mean_change([m.stages] * (m.stages - 1), [0] * (m.stages - 1), m.trained[:-1])
 
     others = [f for f in matrix.METRICS if f.__name__ != "from_base"]
     monkeypatch.setattr(matrix, "METRICS", (*others, from_base))

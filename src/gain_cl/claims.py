@@ -33,7 +33,6 @@ class Claim:
     """The right to run a cell: an open, locked file."""
 
     handle: int
-    path: Path
 
     def write(self, about: dict[str, Any]) -> None:
         """about: host and gpu of a local run, the id of a Slurm job, or that it failed and why."""
@@ -57,7 +56,7 @@ def take(folder: Path, run_id: str) -> Claim | None:
     except BlockingIOError:
         os.close(handle)
         return None
-    return Claim(handle, path)
+    return Claim(handle)
 
 
 def held(folder: Path, run_id: str) -> bool:

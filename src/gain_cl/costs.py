@@ -22,7 +22,7 @@ def seconds(config: RunConfig, method: str, records: Sequence[RunRecord], speed:
     records = [r for r in records if r.model == config.model.name]
     timed = [s.task_seconds / sum(t.items for t in s.tasks.values()) for r in records for s in r.stages if s.task_seconds and s.tasks]
     due = sum(tasks.due(config.tasks.stages, i, stages) for i in range(stages + 1)) if config.tasks.names else 0
-    answering = due * task_items(config) * float(np.median(timed)) if timed and due else 0.0
+    answering = due * _task_items(config) * float(np.median(timed)) if timed and due else 0.0
     mine = [r for r in records if r.method == method] or records
     trained = [s.train for r in mine for s in r.stages if s.train is not None]
     if speed is not None or not trained:
@@ -34,7 +34,7 @@ def seconds(config: RunConfig, method: str, records: Sequence[RunRecord], speed:
     return train_tokens * per_token + scored * per_score + answering
 
 
-def task_items(config: RunConfig) -> int:
+def _task_items(config: RunConfig) -> int:
     """Items of all tasks of one scored stage."""
     counts = [tasks.parse(name) for name in config.tasks.names]
     return sum(tasks.STOCK[task].items if count is None else count for task, count in counts)

@@ -141,7 +141,7 @@ class LossMatrix:
         c[stage, self.domains.index(domain)] = 1.0
         return c
 
-    def _mean(self, later: list[int], earlier: list[int], domains: list[str]) -> np.ndarray:
+    def mean_change(self, later: list[int], earlier: list[int], domains: list[str]) -> np.ndarray:
         """Coefficients of mean over domains of L[later, d] - L[earlier, d]."""
         c = np.zeros_like(self.loss)
         for a, b, d in zip(later, earlier, domains, strict=True):
@@ -159,7 +159,7 @@ def learned(m: LossMatrix) -> Coefficients:
     part and its own step; of the means, learned = own_step + (T - 1) / T * zero_shot, which leaves out the first domain. Joint
     training learns every domain in stage 1."""
     stages = [1] * len(m.trained) if m.regime == "joint" else list(range(1, m.stages + 1))
-    return m._mean(stages, [0] * len(m.trained), m.trained)
+    return m.mean_change(stages, [0] * len(m.trained), m.trained)
 
 
 def own_step(m: LossMatrix) -> Coefficients:
@@ -170,7 +170,7 @@ def own_step(m: LossMatrix) -> Coefficients:
     if m.regime == "individual":
         return learned(m)
     stages = list(range(1, m.stages + 1))
-    return m._mean(stages, [k - 1 for k in stages], m.trained)
+    return m.mean_change(stages, [k - 1 for k in stages], m.trained)
 
 
 def zero_shot(m: LossMatrix) -> Coefficients:
@@ -179,7 +179,7 @@ def zero_shot(m: LossMatrix) -> Coefficients:
     if m.stages < 2 or m.regime != "sequential":
         return None
     stages = list(range(2, m.stages + 1))
-    return m._mean([k - 1 for k in stages], [0] * len(stages), m.trained[1:])
+    return m.mean_change([k - 1 for k in stages], [0] * len(stages), m.trained[1:])
 
 
 def backward(m: LossMatrix) -> Coefficients:
@@ -188,7 +188,7 @@ def backward(m: LossMatrix) -> Coefficients:
     if m.stages < 2 or m.regime != "sequential":
         return None
     earlier = m.trained[:-1]
-    return m._mean([m.stages] * len(earlier), list(range(1, m.stages)), earlier)
+    return m.mean_change([m.stages] * len(earlier), list(range(1, m.stages)), earlier)
 
 
 def backward_net(m: LossMatrix) -> Coefficients:
@@ -198,7 +198,7 @@ def backward_net(m: LossMatrix) -> Coefficients:
     if c is None or not m.controls:
         return None
     for k in range(1, m.stages):
-        c = c - m._mean([m.stages] * len(m.controls), [k] * len(m.controls), m.controls) / (m.stages - 1)
+        c = c - m.mean_change([m.stages] * len(m.controls), [k] * len(m.controls), m.controls) / (m.stages - 1)
     return c
 
 
@@ -206,7 +206,7 @@ def from_base(m: LossMatrix) -> Coefficients:
     """Change from base: mean over trained domains of L[T, k] - L[0, k]."""
     if m.regime == "individual":
         return None
-    return m._mean([m.stages] * len(m.trained), [0] * len(m.trained), m.trained)
+    return m.mean_change([m.stages] * len(m.trained), [0] * len(m.trained), m.trained)
 
 
 def controls_from_base(m: LossMatrix) -> Coefficients:
@@ -215,8 +215,10 @@ def controls_from_base(m: LossMatrix) -> Coefficients:
         return None
     if m.regime == "individual":
         ends = range(1, m.stages + 1)
-        return sum((m._mean([k] * len(m.controls), [0] * len(m.controls), m.controls) for k in ends), np.zeros_like(m.loss)) / m.stages
-    return m._mean([m.stages] * len(m.controls), [0] * len(m.controls), m.controls)
+        return (
+            sum((m.mean_change([k] * len(m.controls), [0] * len(m.controls), m.controls) for k in ends), np.zeros_like(m.loss)) / m.stages
+        )
+    return m.mean_change([m.stages] * len(m.controls), [0] * len(m.controls), m.controls)
 
 
 def forgetting_by_age(m: LossMatrix) -> dict[int, np.ndarray]:
@@ -226,7 +228,7 @@ def forgetting_by_age(m: LossMatrix) -> dict[int, np.ndarray]:
     if m.regime != "sequential":
         return {}
     later = {a: list(range(a + 1, m.stages + 1)) for a in range(1, m.stages)}
-    return {a: m._mean(stages, [t - a for t in stages], m.trained[: len(stages)]) for a, stages in later.items()}
+    return {a: m.mean_change(stages, [t - a for t in stages], m.trained[: len(stages)]) for a, stages in later.items()}
 
 
 def forward_transfer(m: LossMatrix) -> Coefficients:

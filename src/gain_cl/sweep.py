@@ -104,7 +104,7 @@ class Process(Protocol):
 
 
 class Launcher(Protocol):
-    """Where runs are started. limit: how many of one experiment at a time."""
+    """Where runs are started. limit: how many at a time, on this machine."""
 
     limit: int
 

@@ -49,7 +49,7 @@ def made_figures(book: Book) -> Files:
     """Each figure as PDF and PNG, and captions.md."""
     found: Files = {}
     captions = [f"- GAP: {gap}" for gap in book.gaps]
-    for name, caption, figure in drawn(book):
+    for name, caption, figure in (*drawn(book), *heat_maps(book)):
         found |= {f"{name}.pdf": style.vector(figure), f"{name}.png": style.png(figure)}
         captions.append(f"- `{name}`: {caption}")
     found["captions.md"] = ("\n".join(captions) + "\n").encode()
@@ -63,13 +63,15 @@ def drawn(book: Book) -> Iterable[tuple[str, str, Figure]]:
             figure = module.build(study, book.results) if name == "gains" else module.build(study)
             if figure is not None:
                 yield tables.named(name, book, model), module.CAPTION, figure
+
+
+def heat_maps(book: Book) -> Iterable[tuple[str, str, Figure]]:
+    """The same of the matrix of each run of a chosen setting."""
+    caption = "perplexity, its colour the change from the pretrained model."
+    for study in book.studies.values():
         for s in study.chosen.values():
             for run in s.runs.values():
-                yield (
-                    f"matrix-{run.record.run_id}",
-                    f"{s.label}: perplexity, its colour the change from the pretrained model.",
-                    heatmap.build(run),
-                )
+                yield f"matrix-{run.record.run_id}", f"{s.label}: {caption}", heatmap.build(run)
 
 
 # --- numbers -----------------------------------------------------------------------------------------------------------

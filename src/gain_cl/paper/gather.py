@@ -9,6 +9,7 @@ from typing import Any
 
 from gain_cl import comparison, experiments, provenance, record
 from gain_cl.comparison import Study
+from gain_cl.config import RunConfig
 from gain_cl.errors import DataError, GainError
 from gain_cl.experiments import Cell, Experiment
 from gain_cl.record import Run
@@ -107,8 +108,6 @@ def _absent(c: Cell) -> str:
 
 
 def _settings(config: dict[str, Any]) -> Any:
-    from gain_cl.config import RunConfig
-
     try:
         return RunConfig.model_validate(config).scientific()
     except ValueError:

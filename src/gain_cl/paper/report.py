@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import math
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ def page(book: Book) -> bytes:
         demonstration=_demonstration(book),
         gaps=book.gaps,
         tables=[_table(t) for t in found if not t.name.startswith("matrix-")],
-        figures=[_figure(name, caption, f) for name, caption, f in build.drawn(book) if not name.startswith("matrix-")],
+        figures=[_figure(name, caption, f) for name, caption, f in build.drawn(book)],
         matrices=[_matrix(s.label, run) for study in book.studies.values() for s in study.chosen.values() for run in s.runs.values()],
         runs=[_run(book, c.run_id, c.label, c.block) for c in book.cells if c.run_id in book.runs],
         reproduce=_commands(book),
@@ -191,9 +192,4 @@ def _run(book: Book, run_id: str, setting: str, block: int) -> dict[str, Any]:
 
 
 def _commands(book: Book) -> list[str]:
-    name = book.experiment.name
-    return [
-        f"python -m gain_cl sweep experiment={name}",
-        f"python -m gain_cl compare experiment={name}",
-        f"python -m gain_cl paper experiment={name}",
-    ]
+    return [shlex.join(["python", "-m", "gain_cl", verb, *book.words]) for verb in ("sweep", "compare", "paper")]

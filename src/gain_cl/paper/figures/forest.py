@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
-
 from gain_cl import comparison, inference
 from gain_cl.comparison import Setting, Study
 from gain_cl.inference import Parts
@@ -42,12 +40,10 @@ def build(study: Study) -> Figure | None:
 
 def of_domain(m: LossMatrix, domain: str) -> Parts | None:
     """Parts of the domain's backward change L[T, k] - L[k, k]; None for the last domain, and unless stages follow each other."""
-    k, j = m.trained.index(domain) + 1, m.domains.index(domain)
+    k = m.trained.index(domain) + 1
     if m.regime != "sequential" or k == m.stages:
         return None
-    c = np.zeros_like(m.loss)
-    c[m.stages, j], c[k, j] = 1, -1
-    return m.contributions(c)
+    return m.contributions(m.mean_change([m.stages], [k], [domain]))
 
 
 def rows(study: Study, a: Setting, b: Setting) -> list[Row]:

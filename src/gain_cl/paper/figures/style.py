@@ -157,12 +157,12 @@ CUT = 4.0
 
 def percent(e: Estimate) -> Estimate:
     """A difference of losses in nats as a change of perplexity in %; what is not known stays so."""
-    return e.map(lambda x: math.nan if math.isnan(x) else change(x))
+    return e.map(change)
 
 
 def points(axes: Any, at: Sequence[float], estimates: Sequence[Estimate], *, across: bool = False, **style: Any) -> None:
-    """Values in % with their intervals, upright or (across) lying: at is the other coordinate. No interval where it is not known; one
-    that is wider than a factor CUT on a side is cut there, and has no caps (few blocks can be compatible with anything)."""
+    """Values with their intervals, upright or (across) lying: at is the other coordinate. No interval where it is not known; one that,
+    in %, is wider than a factor CUT on a side is cut there, and has no caps (few blocks can be compatible with anything)."""
     value, low, high = (np.array([getattr(e, k) for e in estimates], dtype=np.float64) for k in ("value", "low", "high"))
     ends = [100 * ((1 + value / 100) * factor - 1) for factor in (1 / CUT, CUT)]
     cut = (low < ends[0]) | (high > ends[1])

@@ -62,7 +62,5 @@ def from_base(s: Setting, domain: str) -> comparison.Compared | None:
     if any(m.regime == "individual" for m in s.matrices.values()):
         return None
     for m in s.matrices.values():
-        c = np.zeros_like(m.loss)
-        c[-1, m.domains.index(domain)], c[0, m.domains.index(domain)] = 1.0, -1.0
-        parts.append(m.contributions(c))
+        parts.append(m.contributions(m.mean_change([m.stages], [0], [domain])))
     return comparison.compared(parts)
