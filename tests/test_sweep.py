@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 import signal
 import subprocess
@@ -14,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from gain_cl import claims, cli, experiments, record, sweep
+from gain_cl import claims, cli, costs, experiments, record, sweep
 from gain_cl.errors import IN_USE, PREEMPTED, ConfigError, StorageError
 from gain_cl.experiments import Cell
 from gain_cl.verbs import sweep as verb
@@ -93,7 +94,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def carried_out(cells: list[Cell], launcher: Fake) -> tuple[sweep.Outcome, list[str]]:
     said: list[str] = []
-    found = sweep.carry_out(jobs(cells), launcher, cells[0].claims, said.append, lambda some: float(len(some)))  # type: ignore[arg-type]
+    found = sweep.carry_out(jobs(cells), launcher, cells[0].claims, said.append, lambda some: [1.0] * len(some))  # type: ignore[arg-type]
     return found, said
 
 
@@ -287,6 +288,44 @@ def test_runs_share_cores_and_a_group(grid: list[Cell]) -> None:
     assert words(["compute.threads=7"], sweep.Local(2))[-1] == "compute.threads=7"
     assert "track.group=e" in words(["track=wandb"], sweep.Local(1)) and "track.group=e" not in words([], sweep.Local(1))
     assert "track.group=e" not in words(["track=wandb", "track.group=mine"], sweep.Local(1))
+
+
+def test_the_time_left_falls_with_what_is_done(grid: list[Cell], monkeypatch: pytest.MonkeyPatch) -> None:
+    """By stages that are saved, by one stage 0 for all, and by the time spent on a stage."""
+    training, scoring, stages = 8.0, 1.0, len(grid[0].config.stages)
+
+    def seconds(config: Any, method: str, records: Any, speed: float | None = None, saved: int = 0) -> float:
+        return (stages - max(saved, 1) + 1) * training + (stages + 1 - saved) * scoring
+
+    monkeypatch.setattr(verb.costs, "seconds", seconds)
+    whole = stages * training + (stages + 1) * scoring
+    assert verb._left(grid, grid, []) == [whole] + [whole - scoring] * 3
+    for name in ("00-pretrained", "01-a"):
+        (grid[1].folder / "stages" / name).mkdir(parents=True)
+    left = verb._left(grid, grid, [])
+    assert left == [whole - scoring, whole - 2 * scoring - training, whole - scoring, whole - scoring]
+    old = time.time() - 5  # the stage under way was begun five seconds ago
+    for path in (grid[1].folder / "stages").iterdir():
+        os.utime(path, (old, old))
+    active = [sweep.Active(jobs(grid)[1], None, None, 0.0)]  # type: ignore[arg-type]
+    told: list[float] = []
+    monkeypatch.setattr(sweep.terms, "duration", lambda s: told.append(s) or "soon")
+    line = sweep._status(active, [], jobs(grid[:1]), sweep.Outcome(), Fake(2), lambda some: verb._left(some, grid, []))
+    assert "about soon left" in line and "stage 2 of" in line
+    assert told == [pytest.approx(max(left[0], (left[0] + left[1] - 5) / 2), abs=1.0)]
+    line = sweep._status(active, [], jobs(grid[:1]), sweep.Outcome(), Fake(2), lambda some: [math.nan] * len(some))
+    assert "left" not in line
+
+
+def test_what_is_left_of_a_run_is_its_later_stages(grid: list[Cell]) -> None:
+    """At a speed of 1 token a second for training and 2 for scoring: every stage costs the same, stage 0 only its scoring."""
+    config = grid[0].config
+    stages, names = len(config.stages), len(config.sequence.trained) + len(config.sequence.controls)
+    scoring = names * config.eval.documents * (config.eval.window or config.eval.context) / 2
+    training = config.stage.stage_steps * config.train.batch_tokens
+    assert costs.seconds(config, "lora", [], 1.0) == pytest.approx(stages * training + (stages + 1) * scoring)
+    for saved in range(1, stages + 2):
+        assert costs.seconds(config, "lora", [], 1.0, saved=saved) == pytest.approx((stages + 1 - saved) * (training + scoring))
 
 
 def test_nothing_starts_in_a_dry_run(grid: list[Cell], capsys: pytest.CaptureFixture[str]) -> None:

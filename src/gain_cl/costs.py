@@ -12,16 +12,17 @@ from gain_cl.config import RunConfig
 from gain_cl.record import RunRecord
 
 
-def seconds(config: RunConfig, method: str, records: Sequence[RunRecord], speed: float | None = None) -> float:
+def seconds(config: RunConfig, method: str, records: Sequence[RunRecord], speed: float | None = None, saved: int = 0) -> float:
     """Of one run: training tokens at the method's speed, scored tokens at the records', its tasks at the stages they are due (as far as
     any were timed); nan when nothing tells. records: of the model, of the method where there are any, else all. speed: training tokens
-    a second; scoring twice that."""
+    a second; scoring twice that. saved: stages that are done, stage 0 included: the run goes on after them."""
     stages, names = len(config.stages), len(config.sequence.trained) + len(config.sequence.controls)
-    train_tokens = config.stage.stage_steps * config.train.batch_tokens * stages
-    scored = (stages + 1) * names * config.eval.documents * (config.eval.window or config.eval.context)
+    ahead = range(saved, stages + 1)
+    train_tokens = config.stage.stage_steps * config.train.batch_tokens * (len(ahead) - (0 in ahead))
+    scored = len(ahead) * names * config.eval.documents * (config.eval.window or config.eval.context)
     records = [r for r in records if r.model == config.model.name]
     timed = [s.task_seconds / sum(t.items for t in s.tasks.values()) for r in records for s in r.stages if s.task_seconds and s.tasks]
-    due = sum(tasks.due(config.tasks.stages, i, stages) for i in range(stages + 1)) if config.tasks.names else 0
+    due = sum(tasks.due(config.tasks.stages, i, stages) for i in ahead) if config.tasks.names else 0
     answering = due * _task_items(config) * float(np.median(timed)) if timed and due else 0.0
     mine = [r for r in records if r.method == method] or records
     trained = [s.train for r in mine for s in r.stages if s.train is not None]

@@ -280,10 +280,10 @@ class Outcome:
 
 
 def carry_out(
-    jobs: list[Job], launcher: Launcher, folder: Path, say: Callable[[str], None], ahead: Callable[[list[Cell]], float]
+    jobs: list[Job], launcher: Launcher, folder: Path, say: Callable[[str], None], ahead: Callable[[list[Cell]], list[float]]
 ) -> Outcome:
     """Start what can be started and watch it until every job has ended, whoever runs it. One failure does not stop the rest; a signal
-    asks the runs to save. folder: of the claims; ahead: seconds that cells will take one after the other (nan: not known)."""
+    asks the runs to save. folder: of the claims; ahead: seconds that each cell will take from its last saved stage on (nan: not known)."""
     waiting, outcome = list(jobs), Outcome()
     active: list[Active] = []
     again = {job.cell.run_id for job in jobs if job.cell.state == "failed"}  # their failure is of before
@@ -339,12 +339,12 @@ def _start(
     here = [about for about in others.values() if about.get("host") == socket.gethostname()]
     under_way = [*(a.job.cell for a in active), *elsewhere]
     scoring = {baseline(c) for c in under_way}
-    scored = {baseline(c) for c in (*under_way, *outcome.done, *(job.cell for job in waiting)) if _scored(c)}
+    known = {baseline(c) for c in (*under_way, *outcome.done, *(job.cell for job in waiting)) if scored(c)}
     for job in list(waiting):
         if len(active) + len(here) >= launcher.limit or time.monotonic() < outcome.not_before:
             break
         kind = baseline(job.cell)
-        if job.cell in elsewhere or (kind in scoring and kind not in scored):
+        if job.cell in elsewhere or (kind in scoring and kind not in known):
             continue  # the first of its kind scores the pretrained model, for all
         claim = claims.take(folder, job.cell.run_id)
         if claim is None:
@@ -425,13 +425,15 @@ def _status(
     waiting: list[Job],
     outcome: Outcome,
     launcher: Launcher,
-    ahead: Callable[[list[Cell]], float],
+    ahead: Callable[[list[Cell]], list[float]],
 ) -> str:
     """What is running, and the time left by what runs took."""
     running = [*(a.job.cell for a in active), *elsewhere]
     rest = [*running, *(job.cell for job in waiting if job.cell not in elsewhere)]
     total = len(outcome.done) + len(outcome.failed) + len(outcome.left) + len(rest)
-    seconds = ahead(rest) / min(launcher.limit, max(1, len(rest)))
+    gone = [*map(_since_saved, running), *([0.0] * (len(rest) - len(running)))]
+    each = [seconds if math.isnan(seconds) else max(0.0, seconds - past) for seconds, past in zip(ahead(rest), gone, strict=True)]
+    seconds = sum(each) if math.isnan(sum(each)) else max(sum(each) / launcher.limit, *each)
     left = "" if math.isnan(seconds) else f", about {terms.duration(seconds)} left"
     where = "; ".join(f"{title(c)} ({stage(c)})" for c in running)
     return f"{len(outcome.done)} of {total} done, {len(outcome.failed)} failed{left}; running: {where}"
@@ -446,8 +448,19 @@ def title(cell: Cell) -> str:
 
 def stage(cell: Cell) -> str:
     """How far a run is: stage 3 of 8."""
-    done = [p.name for p in (cell.folder / "stages").glob("[0-9]*")]
-    return f"stage {len(done)} of {len(cell.config.stages)}" if 0 < len(done) <= len(cell.config.stages) else "stage 0"
+    last = len(cell.config.stages)
+    return f"stage {min(saved(cell), last)} of {last}" if saved(cell) else "stage 0"
+
+
+def saved(cell: Cell) -> int:
+    """How many stages of a run are saved, stage 0 included."""
+    return len(list((cell.folder / "stages").glob("[0-9]*")))
+
+
+def _since_saved(cell: Cell) -> float:
+    """Seconds that a run under way has been at its stage: since the stage before was saved, or since its process started."""
+    marks = [cell.folder / "attempts.jsonl", *(cell.folder / "stages").glob("[0-9]*")]
+    return max(0.0, time.time() - max((p.stat().st_mtime for p in marks if p.exists()), default=math.inf))
 
 
 def reason(cell: Cell) -> str:
@@ -477,6 +490,6 @@ def baseline(cell: Cell) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 
-def _scored(cell: Cell) -> bool:
+def scored(cell: Cell) -> bool:
     """Whether stage 0 is known."""
     return cell.state == "done" or (cell.folder / "stages" / "00-pretrained").exists()

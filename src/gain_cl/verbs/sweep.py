@@ -67,12 +67,12 @@ def main(argv: list[str]) -> int:
     grid(experiment, cells, out)
     records = _records(cells)
 
-    def ahead(some: Sequence[Cell]) -> float:
-        return sum(costs.seconds(c.config, c.method, records) for c in some)
+    def ahead(some: Sequence[Cell]) -> list[float]:
+        return _left(some, cells, records)
 
     failed = [c for c in cells if c.state == "failed"]
     todo = [c for c in cells if c.state != "done" and (options.retry_failed or c.state != "failed")]
-    seconds = ahead(todo)
+    seconds = sum(ahead(todo))
     cost = "cost not known before a run is done" if math.isnan(seconds) else f"{terms.duration(seconds)} one after the other"
     untimed = any(c.config.tasks.names for c in todo) and not any(s.task_seconds for r in records for s in r.stages)
     cost += ", tasks not included: none was timed yet" if untimed and not math.isnan(seconds) else ""
@@ -88,7 +88,7 @@ def main(argv: list[str]) -> int:
         for job in jobs:
             say(shlex.join(["python", *job.command]))
         return 1 if failed and not jobs else 0
-    left_of = (lambda _: math.nan) if untimed else ahead  # better no time left than one without the tasks
+    left_of = (lambda some: [math.nan] * len(some)) if untimed else ahead  # better no time left than one without the tasks
     outcome = sweep.carry_out(jobs, launcher, cells[0].claims, say, left_of)
     for failure in outcome.failed:
         say(f"failed: {sweep.title(failure.cell)}: {failure.last_line}", style="bold")
@@ -156,6 +156,17 @@ def _records(cells: list[Cell]) -> list[record.RunRecord]:
             r = record.load(path).record
             if r.model in models and r.interpolated is None:
                 found.append(r)
+    return found
+
+
+def _left(some: Sequence[Cell], cells: Sequence[Cell], records: list[record.RunRecord]) -> list[float]:
+    """Seconds that each of some cells of a grid will take from its last saved stage on; of those that share stage 0, one scores it."""
+    shared = {sweep.baseline(c) for c in cells if sweep.scored(c)}
+    found = []
+    for c in some:
+        kind = sweep.baseline(c)
+        found.append(costs.seconds(c.config, c.method, records, saved=max(sweep.saved(c), int(kind in shared))))
+        shared.add(kind)
     return found
 
 
