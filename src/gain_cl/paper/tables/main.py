@@ -10,6 +10,7 @@ from gain_cl.paper.table import Row, Table, Value, count, of, plain
 
 METRICS = {
     "own_step": "own step %",
+    "learned": "learned %",
     "backward": "backward %",
     "backward_net": "backward net of controls %",
     "from_base": "from base %",
@@ -42,6 +43,7 @@ def _of(book: Book, model: str, study: Study) -> Table:
     over = "documents of the one block" if len(study.blocks) == 1 else "blocks and the documents they share"
     notes = [
         f"Change of perplexity, mean over domains; below 0 is better. 95% intervals over {over}.",
+        "Own step: from just before a domain's stage to its end, relearning included; learned: from the pretrained model to its end.",
         f"Bold: better than {study.reference} by a declared endpoint's test, paired within blocks (endpoints table).",
     ]
     if tasks:
