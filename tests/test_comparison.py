@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import doctest
 import json
 import math
@@ -160,6 +161,13 @@ def test_equal_skill_is_read_off_both_fronts(study: comparison.Study) -> None:
     assert found.differences.mean() == pytest.approx(truth, abs=0.03)
     unreached = comparison.matched(study, "gain", "lora", skill=-0.28)
     assert math.isnan(comparison.interval(unreached).value) and "gain does not reach the own step" in unreached.reason
+
+
+def test_one_setting_is_no_front(study: comparison.Study) -> None:
+    """It would be given for any lesser skill what it forgot at its own."""
+    settings = [s for s in study.settings if s.method == "gain" or s is study.chosen["lora"]]
+    found = comparison.matched(dataclasses.replace(study, settings=settings), "gain", "lora")
+    assert found.reason == "one setting of lora: no front to read" and math.isnan(comparison.interval(found).value)
 
 
 def test_verdicts_over_blocks(study: comparison.Study) -> None:

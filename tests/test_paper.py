@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import json
 import math
@@ -170,6 +171,13 @@ def simulated(tmp_path_factory: pytest.TempPathFactory) -> Book:
 
 def named(found: Book) -> dict[str, Table]:
     return {t.name: t for t in tables.build(found)}
+
+
+def test_without_fronts_there_is_no_table_of_equal_skill(simulated: Book) -> None:
+    (study,) = simulated.studies.values()
+    alone = dataclasses.replace(study, settings=list(study.chosen.values()))
+    found = named(dataclasses.replace(simulated, studies={study.name: alone}))
+    assert "skill" not in found and {"settings", "main", "published"} <= found.keys()
 
 
 def test_every_table_is_there(simulated: Book) -> None:

@@ -389,7 +389,10 @@ def front(settings: list[Setting], block: Block) -> fronts.Front:
 
 
 def matched(study: Study, a: str, b: str, skill: float | None = None) -> fronts.Matched:
-    """Backward change of two methods at equal own step, a minus b, in the blocks that have both."""
+    """Backward change of two methods at equal own step, a minus b, in the blocks that have both. A method with one setting has no
+    front: it would be read at a skill that it never had."""
+    if lone := [m for m in dict.fromkeys((a, b)) if len(study.of(m)) == 1]:
+        return NOTHING._replace(reason=f"one setting of {' and of '.join(lone)}: no front to read")
     shared = [k for k in study.blocks if any(k in s.runs for s in study.of(a)) and any(k in s.runs for s in study.of(b))]
     if not shared:
         return NOTHING._replace(reason=f"no block has runs of both {a} and {b}")
