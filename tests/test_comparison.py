@@ -170,6 +170,13 @@ def test_one_setting_is_no_front(study: comparison.Study) -> None:
     assert found.reason == "one setting of lora: no front to read" and math.isnan(comparison.interval(found).value)
 
 
+def test_a_skill_below_every_setting_of_a_method_is_not_read(study: comparison.Study) -> None:
+    """What learned more would be said to forget as much at less."""
+    found = comparison.matched(study, "gain", "lora", skill=-0.11)  # gain's least is 0.10 learned, lora's 0.12
+    assert found.reason.startswith("lora has no setting that learns as little as -10.4%: its least is -1")
+    assert math.isnan(comparison.interval(found).value)
+
+
 def test_verdicts_over_blocks(study: comparison.Study) -> None:
     judged = {j.endpoint.name: j for j in comparison.judge(study)}
     assert judged["learns"].verdict == "equivalent"  # 0.02 nats apart, margin 5%
@@ -179,7 +186,7 @@ def test_verdicts_over_blocks(study: comparison.Study) -> None:
 
 
 def test_a_clear_difference_is_a_verdict(tmp_path: Path) -> None:
-    line = {"gain": {1e-2: (0.2, 0.0), 3e-2: (0.3, 0.01)}, "lora": {1e-3: (0.2, 0.2), 3e-3: (0.3, 0.3)}}
+    line = {"gain": {1e-2: (0.1, 0.0), 3e-2: (0.3, 0.01)}, "lora": {1e-3: (0.1, 0.2), 3e-3: (0.3, 0.3)}}
     judged = comparison.judge(a_study(tmp_path, an_experiment(FOUR[:2]), line))
     assert [j.verdict for j in judged] == ["equivalent", "better"]
 
@@ -195,7 +202,7 @@ def test_without_a_positive_control_nothing_is_decided(tmp_path: Path) -> None:
 
 
 def test_one_block_decides_nothing(tmp_path: Path) -> None:
-    line = {"gain": {1e-2: (0.2, 0.0), 3e-2: (0.3, 0.01)}, "lora": {1e-3: (0.2, 0.2), 3e-3: (0.3, 0.3)}}
+    line = {"gain": {1e-2: (0.1, 0.0), 3e-2: (0.3, 0.01)}, "lora": {1e-3: (0.1, 0.2), 3e-3: (0.3, 0.3)}}
     judged = comparison.judge(a_study(tmp_path, an_experiment(FOUR[:3], blocks=1), line))
     assert {j.verdict for j in judged} == {"inconclusive"} and "one block" in judged[0].why
     assert judged[1].compared is not None and judged[1].compared.estimate.high < 0  # over documents, shown as such
@@ -209,7 +216,7 @@ def test_a_method_without_runs_is_said(tmp_path: Path) -> None:
     assert [j.why for j in comparison.judge(study)] == ["no finished run of the chosen setting of lora", "no finished run of lora"]
 
 
-CLEAR = {"gain": {1e-2: (0.2, 0.0), 3e-2: (0.3, 0.01)}, "lora": {1e-3: (0.2, 0.2), 3e-3: (0.3, 0.3)}}
+CLEAR = {"gain": {1e-2: (0.1, 0.0), 3e-2: (0.3, 0.01)}, "lora": {1e-3: (0.1, 0.2), 3e-3: (0.3, 0.3)}}
 
 
 def test_an_unfinished_experiment_decides_nothing(tmp_path: Path) -> None:
@@ -220,8 +227,8 @@ def test_an_unfinished_experiment_decides_nothing(tmp_path: Path) -> None:
     runs = {(s.label, k): run for s in study.settings for k, run in enumerate(s.runs.values())}
     del runs["lora lr=0.003", 3]
     judged = comparison.judge(comparison.from_experiment(e, runs))
-    assert {j.verdict for j in judged} == {"inconclusive"} and judged[1].why == "1 runs of its methods are not finished"
-    assert judged[1].compared is not None and judged[1].compared.estimate.high < 0  # shown, but no verdict
+    assert {j.verdict for j in judged} == {"inconclusive"} and judged[0].why == "1 run of its methods is not finished"
+    assert judged[0].compared is not None and judged[0].tests.equivalence < 0.05  # shown, but no verdict
 
 
 def test_what_diverged_is_no_positive_control(tmp_path: Path) -> None:

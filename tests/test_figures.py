@@ -206,7 +206,8 @@ def test_curves_are_means_of_losses_by_stages_since_learned(name: str, request: 
                 for t, row in enumerate(run.record.losses()):
                     by_hand.setdefault(t - j - 1, []).append(row[j] - run.record.losses()[0, j])
             line = line_of(axes, s.label)
-            assert line == pytest.approx({x: 100 * math.expm1(np.mean(y)) for x, y in by_hand.items()}, abs=1e-9)
+            everywhere = {x: y for x, y in by_hand.items() if len(y) == len(s.runs)}
+            assert line == pytest.approx({x: 100 * math.expm1(np.mean(y)) for x, y in everywhere.items()}, abs=1e-9)
     controls = [np.mean(run.record.losses()[:, len(run.record.trained) :], axis=1) for run in s.runs.values()]
     expected = [100 * math.expm1(x) for x in np.mean([c - c[0] for c in controls], axis=0)]
     assert list(line_of(figure.axes[-1], s.label).values()) == pytest.approx(expected, abs=1e-9)

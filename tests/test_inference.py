@@ -217,7 +217,18 @@ def test_shared_error_is_what_blocks_have_in_common() -> None:
         ([{str(i): (e, ones)} for i, e in enumerate(noise)], 0.0),
     ]:
         assert abs(inference.shared_error(parts).standard_error - expected) < 0.05 * 0.02 / np.sqrt(n)
-    assert np.allclose(inference.shared_error([{"a": (own, ones)}]), inference.error({"a": (own, ones)}))
+    alone = inference.shared_error([{"a": (own, ones)}])
+    assert np.allclose(alone[:2], inference.error({"a": (own, ones)})[:2]) and alone.least == alone.standard_error
+
+
+def test_blocks_that_agree_by_chance_are_no_surer_than_their_documents() -> None:
+    error = Error(0.004, 60.0, 0.01)
+    close, apart = (inference.blocks(np.array([0.1, 0.1 + gap]), documents=error) for gap in (1e-5, 0.2))
+    assert close.high - close.low == pytest.approx(2 * stats.t.ppf(0.975, 60) * 0.01, rel=0.01)
+    assert apart.high - apart.low > 10 * (close.high - close.low)
+    assert inference.t_test(np.array([0.01, 0.01001]), error) == pytest.approx(2 * stats.t.sf(0.010005 / 0.01, 60), abs=0.01)
+    plain = inference.blocks(np.array([0.1, 0.3]), documents=Error(0.004, 60.0))
+    assert (apart.low, apart.high) == pytest.approx((plain.low, plain.high))  # where blocks say more, nothing changes
 
 
 # --- families and verdicts ---------------------------------------------------------------------------------------------

@@ -233,7 +233,9 @@ def test_a_hand_made_table_in_every_format() -> None:
     md = markdown(t)
     assert "| gain\\_ffn " in md and "**-1.2 (-2.5 to +0.0)**" in md and "a\\|b \\<c\\>" in md and "`run-2`, `run-3`" in md
     tex = latex(t)
-    assert r"gain\_ffn & $\mathbf{-1.2}$ ($\mathbf{-2.5}$ to $\mathbf{+0.0}$) & $63{,}360$ \\ % run-1" in tex
+    number = r"\begin{tabular}[t]{@{}r@{}}$\mathbf{-1.2}$\\\scriptsize $-2.5$ to $+0.0$\end{tabular}"
+    assert rf"gain\_ffn & {number} & $63{{,}}360$ \\ % run-1" in tex and "PARTIAL" not in tex
+    assert r"\multicolumn{3}{l}{\textbf{PARTIAL: 1 gap}} \\" in latex(dataclasses.replace(t, notes=["GAP: a is missing"]))
     assert r"a|b $<$c$>$ & -- & -- \\ % run-2, run-3" in tex and tex.count(r"\midrule") == 2
     rows = list(csv.reader(io.StringIO(as_csv(t))))
     assert rows == [

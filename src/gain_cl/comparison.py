@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from gain_cl import fronts, inference, items, record
+from gain_cl import fronts, inference, items, record, terms
 from gain_cl.config import RunConfig
 from gain_cl.errors import DataError
 from gain_cl.experiments import Cell, Endpoint, Experiment, Values, label
@@ -327,9 +327,8 @@ def difference(a: Setting, b: Setting, metric: str) -> Compared | None:
 
 
 def compared(parts: list[Parts]) -> Compared | None:
-    """The mean over blocks of what each block's parts come to: over documents of the one block, or over blocks and the documents they
-    share. Parts of paired differences: inference.combined."""
-    """Mean over blocks of a summary or of a paired difference, whose parts in each block are given; None without any."""
+    """The mean over blocks of a summary or paired difference (inference.combined), whose parts in each block are given, with its interval
+    over documents of the one block, or over blocks and the documents they share; None without any."""
     if not parts:
         return None
     values = np.array([_ratio(part) for part in parts])
@@ -391,13 +390,19 @@ def front(settings: list[Setting], block: Block) -> fronts.Front:
 def matched(study: Study, a: str, b: str, skill: float | None = None) -> fronts.Matched:
     """Backward change of two methods at equal own step, a minus b, in the blocks that have both. A method with one setting has no
     front: it would be read at a skill that it never had."""
-    if lone := [m for m in dict.fromkeys((a, b)) if len(study.of(m)) == 1]:
-        return NOTHING._replace(reason=f"one setting of {' and of '.join(lone)}: no front to read")
     shared = [k for k in study.blocks if any(k in s.runs for s in study.of(a)) and any(k in s.runs for s in study.of(b))]
     if not shared:
         return NOTHING._replace(reason=f"no block has runs of both {a} and {b}")
+    if lone := [m for m in dict.fromkeys((a, b)) if len(study.of(m)) == 1]:
+        return NOTHING._replace(reason=f"one setting of {' and of '.join(lone)}: no front to read")
     sides = [[front(study.of(m), block) for block in shared] for m in (a, b)]
-    return fronts.matched(sides[0], sides[1], study.skill if skill is None else skill)
+    found = fronts.matched(sides[0], sides[1], study.skill if skill is None else skill)
+    for side in sides if not found.reason else []:
+        least = float(np.mean([f.x.max() for f in side]))  # what learns no less than asked would be read there
+        if found.skill > least:
+            little = f"{side[0].name} has no setting that learns as little as {terms.percent(found.skill)}%"
+            return NOTHING._replace(skill=found.skill, reason=f"{little}: its least is {terms.percent(least)}%")
+    return found
 
 
 _NONE = Estimate(math.nan, math.nan, math.nan, 0)
@@ -490,7 +495,7 @@ def judge(study: Study) -> list[Judged]:
             said = inference.verdict(found.estimate.value, tests[e.name], e.kind, lower_is_better(e.metric), study.alpha)
             absent = sum(study.absent.get(m, 0) for m in (e.of, e.minus) if m)
             if absent:
-                said, why = "inconclusive", f"{absent} runs of its methods are not finished"
+                said, why = "inconclusive", f"{terms.counted(absent, 'run')} of its methods {'is' if absent == 1 else 'are'} not finished"
             elif not forgets:
                 said, why = "inconclusive", f"no setting forgets by {study.forgets:g}%"
             elif found.blocks < 2:

@@ -138,7 +138,7 @@ def of_resamples(at: float, a: np.ndarray, b: np.ndarray, draws: np.ndarray | No
         if not reason and n > 1:
             covariance = np.atleast_2d(np.cov(drawn)) * n / (n - 1)
             shared = covariance[~np.eye(len(a), dtype=bool)] if len(a) > 1 else covariance  # as in inference.shared_error
-            error = Error(float(np.sqrt(max(shared.mean(), 0.0))), n - 1.0)
+            error = Error(float(np.sqrt(max(shared.mean(), 0.0))), n - 1.0, float(np.sqrt(covariance.mean())))
             half = float(stats.t.ppf(0.975, n - 1) * np.sqrt(covariance.mean()))
     over, across = Estimate(value, value - half, value + half, n), blocks(a - b, documents=error)
     return Matched(at, float(a.mean()), float(b.mean()), a - b, error, over, across, reason)

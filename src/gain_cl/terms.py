@@ -45,6 +45,11 @@ def duration(seconds: float) -> str:
     return f"{whole // 60} min {whole % 60} s" if whole >= 60 else f"{seconds:.1f} s"
 
 
+def counted(n: int, noun: str) -> str:
+    """1 run, 3 runs."""
+    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
+
+
 def finite(value: Any, name: str = "") -> tuple[Any, dict[str, str]]:
     """The value with plain Python numbers and null for what is not finite, and the names and values of those."""
     if hasattr(value, "item"):  # a numpy or torch scalar

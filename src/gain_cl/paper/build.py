@@ -135,16 +135,16 @@ def _numbers(study: Study) -> dict[str, str]:
     found: dict[str, str] = {"blocks": str(len(study.blocks))}
     metrics = [*tables.main.METRICS, *(f"{m}:{t}" for t in tables.main.scored(study) for m in ("margin", "accuracy"))]
 
-    def add(name: str, metric: str, compared: comparison.Compared | None) -> None:
+    def add(name: str, metric: str, compared: comparison.Compared | None, blocks: int = 0) -> None:
         value = of(metric, compared)
-        if value is not None:
+        if value is not None and compared is not None:
             found[name] = value.write(value.value)
-            if not math.isnan(value.low):
+            if not math.isnan(value.low) and compared.blocks >= blocks:  # else over the items of some blocks alone
                 found.update({f"{name} low": value.write(value.low), f"{name} high": value.write(value.high)})
 
     for method, s in study.chosen.items():
         for metric in metrics:
-            add(f"{method} {metric}", metric, comparison.level(s, metric))
+            add(f"{method} {metric}", metric, comparison.level(s, metric), len(s.runs))
         for d in tables.domains.names(study):
             add(f"{method} from_base of {d}", "from_base", tables.domains.from_base(s, d))
         found[f"{method} trains"] = f"{tables.main.parameters(s):,.0f}"
@@ -157,7 +157,8 @@ def _numbers(study: Study) -> dict[str, str]:
     for method, s in study.chosen.items():
         if reference is not None and s is not reference:
             for metric in metrics:
-                add(f"{method} minus {study.reference} {metric}", metric, comparison.difference(s, reference, metric))
+                shared = len(s.runs.keys() & reference.runs.keys())
+                add(f"{method} minus {study.reference} {metric}", metric, comparison.difference(s, reference, metric), shared)
     for j in comparison.judge(study):
         name = f"endpoint {j.endpoint.name}"
         add(name, j.endpoint.metric, j.compared)

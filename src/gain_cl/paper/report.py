@@ -20,12 +20,7 @@ from gain_cl.paper.gather import Book
 from gain_cl.paper.table import Table, Value, number, of, textual
 from gain_cl.record import Run
 
-MEANING = {
-    "better": "the first is better, by a test over blocks",
-    "worse": "the first is worse, by a test over blocks",
-    "equivalent": "no difference that matters, by a test over blocks",
-    "inconclusive": "not decided",
-}
+MEANING = {"equivalent": "No difference that matters, by a test over blocks", "inconclusive": "Not decided"}
 
 
 def page(book: Book) -> bytes:
@@ -69,7 +64,7 @@ def _facts(model: str, study: Study) -> dict[str, Any]:
                 "what": f"{_words(e.metric)} of {e.of}" + (f" minus {e.minus}" if e.minus else ", against 0"),
                 "value": f"{value.text()} {unit}" if value is not None else "not measured",
                 "verdict": j.verdict,
-                "means": j.why or MEANING[j.verdict],
+                "means": j.why or MEANING.get(j.verdict) or f"{e.of} is {j.verdict} than {e.minus or 'no change'}, by a test over blocks",
             }
         )
     control_text = "no setting has a backward change"

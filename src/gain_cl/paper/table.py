@@ -6,13 +6,21 @@ import csv
 import io
 import math
 import re
+import textwrap
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from gain_cl import terms
 from gain_cl.comparison import Compared, lower_is_better
 from gain_cl.matrix import Estimate
+from gain_cl.terms import counted
+
+GAP = "GAP: "
+"""Begins a note on a cell that is not in the table."""
+
+HEAD, LONG, PROSE = 11, 24, "p{2.6cm}"
+"""In LaTeX: characters in a line of a head; characters from which a column is set as prose, and that column."""
 
 
 @dataclass(frozen=True)
@@ -131,16 +139,22 @@ def markdown(t: Table) -> str:
 
 
 def latex(t: Table) -> str:
-    """A tabular with booktabs rules, to be \\input inside a table; the runs of each row as a comment behind it."""
-    columns = "".join("l" if textual(t, j) else "r" for j in range(len(t.columns)))
-    head = " & ".join(_tex(h) for h in t.columns) + r" \\"
+    """A tabular with booktabs rules, to be \\input inside a table; the runs of each row as a comment behind it. So that it fits a page,
+    heads are broken, intervals stand below their numbers, long text is set in a narrow column. A partial one says so at its foot."""
+    sides = ["l" if textual(t, j) else "r" for j in range(len(t.columns))]
+    prose = [side == "l" and any(len(str(row[j] or "")) > LONG for row in t.read) for j, side in enumerate(sides)]
+    columns = "".join(PROSE if long else side for long, side in zip(prose, sides, strict=True))
+    head = " & ".join(_stacked([_tex(x) for x in textwrap.wrap(h, HEAD)], s, "b") for h, s in zip(t.columns, sides, strict=True)) + r" \\"
     out = [f"% {_comment(t.title)}", f"\\begin{{tabular}}{{{columns}}}", r"\toprule", head, r"\midrule"]
     for i, (row, cells) in enumerate(zip(t.rows, t.read, strict=True)):
         if row.rule and i:
             out.append("\\midrule")
         runs = f" % {_comment(', '.join(row.runs))}" if row.runs else ""
-        out.append(" & ".join(_tex(c) for c in cells) + f" \\\\{runs}")
-    out += ["\\bottomrule", "\\end{tabular}", *(f"% {_comment(note)}" for note in t.notes)]
+        texts = [f"{{\\raggedright {_tex(c)}\\par}}" if long else _cell(c) for c, long in zip(cells, prose, strict=True)]
+        out.append(" & ".join(texts) + f" \\\\{runs}")
+    gaps = sum(note.startswith(GAP) for note in t.notes)
+    partial = [f"\\multicolumn{{{len(sides)}}}{{l}}{{\\textbf{{PARTIAL: {counted(gaps, 'gap')}}}}} \\\\"] if gaps else []
+    out += ["\\bottomrule", *partial, "\\end{tabular}", *(f"% {_comment(note)}" for note in t.notes)]
     return "\n".join(out) + "\n"
 
 
@@ -166,8 +180,8 @@ def written(rows: Sequence[Sequence[Any]]) -> str:
 
 
 def number(x: float) -> str:
-    """Six digits, so that the last bits of a sum, which differ between processors, do not show; empty for nan."""
-    return "" if math.isnan(x) else f"{x:.6g}"
+    """Six digits, so that the last bits of a sum, which differ between processors, do not show; whole numbers in full; empty for nan."""
+    return "" if math.isnan(x) else f"{x:.0f}" if float(x).is_integer() and abs(x) < 1e15 else f"{x:.6g}"
 
 
 def textual(t: Table, j: int) -> bool:
@@ -209,6 +223,21 @@ def _tex(c: Value | str | None) -> str:
         text = "--" if text == "-" else text
         return re.sub(r"\$([^$]*)\$", r"$\\mathbf{\1}$", text) if c.bold else text
     return "".join(_TEX.get(ch, ch) for ch in c)
+
+
+def _cell(c: Value | str | None) -> str:
+    """A number above its interval."""
+    if not isinstance(c, Value) or not c.between:
+        return _tex(c)
+    between = _tex(replace(c, bold=False)).partition(" (")[2].removesuffix(")")
+    return _stacked([_tex(replace(c, low=math.nan)), f"\\scriptsize {between}"], "r", "t")
+
+
+def _stacked(lines: Sequence[str], side: str, at: str) -> str:
+    """Lines below each other, beside the others' first (at t) or last (b) line."""
+    if len(lines) < 2:
+        return "".join(lines)
+    return f"\\begin{{tabular}}[{at}]{{@{{}}{side}@{{}}}}" + r"\\".join(lines) + r"\end{tabular}"
 
 
 def _comment(text: str) -> str:

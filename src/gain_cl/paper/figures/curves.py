@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 CAPTION = (
     "Change of perplexity from the pretrained model (%), of each trained domain by stages since it was learned (0: just after; vertical"
-    " line) and of the controls by stage: each method's chosen setting, mean over the blocks that have the position. Pale: single blocks."
-    " No intervals."
+    " line) and of the controls by stage: each method's chosen setting, mean over blocks at the positions that all of them have. Pale:"
+    " single blocks. No intervals."
 )
 
 Curve = dict[int, float]
@@ -52,8 +52,8 @@ def of_controls(m: LossMatrix) -> Curve:
 
 
 def mean(curves: list[Curve]) -> Curve:
-    """At each position over the curves that have it."""
-    return {x: float(np.mean([c[x] for c in curves if x in c])) for x in sorted({x for c in curves for x in c})}
+    """At each position that all curves have: where one ends, a mean of the others would jump though none of them does."""
+    return {x: float(np.mean([c[x] for c in curves])) for x in sorted(set.intersection(*(set(c) for c in curves)))} if curves else {}
 
 
 def _build(study: Study) -> Figure | None:

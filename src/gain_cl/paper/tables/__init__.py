@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from gain_cl.paper.gather import Book
-from gain_cl.paper.table import Table
+from gain_cl.paper.table import GAP, Table
 from gain_cl.paper.tables import blocks, domains, endpoints, fronts, main, matrix, models, parameters, published, tasks
 
 ALL = (main, endpoints, fronts, domains, blocks, tasks, models, parameters, published, matrix)
@@ -13,7 +13,7 @@ ALL = (main, endpoints, fronts, domains, blocks, tasks, models, parameters, publ
 
 def build(book: Book) -> list[Table]:
     """Every table that the experiment has something for."""
-    gaps = [f"GAP: {gap}" for gap in book.gaps]
+    gaps = [f"{GAP}{gap}" for gap in book.gaps]
     return [replace(table, notes=[*table.notes, *gaps]) for module in ALL for table in module.build(book)]
 
 

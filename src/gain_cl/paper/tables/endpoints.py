@@ -36,4 +36,4 @@ def _of(book: Book, model: str, study: Study) -> Table:
         most_is = f"the most is {control.label}, {terms.percent(most.estimate.value)}%"
         notes.append(f"Positive control, some setting forgets by {study.forgets:g}%: {reached}; {most_is}.")
     heads = ["endpoint", "what", "kind", "measured", "p", "p equal", "blocks", "units", "verdict", "why"]
-    return Table(tables.named("endpoints", book, model), f"{model}: endpoints declared before the runs", heads, rows, notes)
+    return Table(tables.named("endpoints", book, model), f"{model}: declared endpoints", heads, rows, notes)

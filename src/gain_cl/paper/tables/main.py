@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from gain_cl import comparison
-from gain_cl.comparison import Setting, Study
+from gain_cl.comparison import Compared, Setting, Study
+from gain_cl.experiments import Endpoint
 from gain_cl.paper import tables
 from gain_cl.paper.gather import Book
 from gain_cl.paper.table import Row, Table, Value, count, of, plain
@@ -26,7 +27,7 @@ def _of(book: Book, model: str, study: Study) -> Table:
     settings = list(study.chosen.values())
     shown = [m for m in METRICS if any(comparison.level(s, m) is not None for s in settings)]
     tasks = [t for t in scored(study) if any(comparison.level(s, f"margin:{t}") is not None for s in settings)]
-    bold = bolded(study)
+    bold = {(better, e.metric): e for better, e in wins(study)}
     heads = ["method", "blocks", "trains", *(METRICS[m] for m in shown)]
     heads += [h for t in tasks for h in (f"{t} margin, nats", f"{t} accuracy, points")]
     heads += ["training min", "memory GB"]
@@ -36,16 +37,16 @@ def _of(book: Book, model: str, study: Study) -> Table:
         cells += [of(m, comparison.level(s, m), (s.method, m) in bold) for m in shown]
         for m in (m for t in tasks for m in (f"margin:{t}", f"accuracy:{t}")):
             found = comparison.level(s, m)
-            everywhere = found is not None and found.blocks == len(s.runs)  # else over items alone, not as the row says
-            cells.append(of(m, found, (s.method, m) in bold, interval=everywhere))
+            cells.append(of(m, found, (s.method, m) in bold, interval=everywhere(found, s)))
         cells += [Value(minutes(s), write=plain(1)), Value(s.one(lambda run: run.record.peak_memory_bytes / 1e9), write=plain(2))]
         rows.append(Row(cells, book.ids(model, s.label)))
     over = "documents of the one block" if len(study.blocks) == 1 else "blocks and the documents they share"
     notes = [
         f"Change of perplexity, mean over domains; below 0 is better. 95% intervals over {over}.",
         "Own step: from just before a domain's stage to its end, relearning included; learned: from the pretrained model to its end.",
-        f"Bold: better than {study.reference} by a declared endpoint's test, paired within blocks (endpoints table).",
     ]
+    for (better, metric), e in bold.items():
+        notes.append(f"Bold: {better} is better in {metric} than {e.minus if better == e.of else e.of}, by the test of {e.name}.")
     if tasks:
         blocks = " or ".join(str(n) for n in sorted(set(blocks_of(study, tasks))))
         where = f"in {blocks} of {len(study.blocks)} blocks"
@@ -53,14 +54,15 @@ def _of(book: Book, model: str, study: Study) -> Table:
     return Table(tables.named("main", book, model), f"{model}: methods at their chosen settings", heads, rows, notes)
 
 
-def bolded(study: Study) -> set[tuple[str, str]]:
-    """(method, metric) that a declared endpoint's test calls better than another method, at chosen settings."""
-    found = set()
-    for j in comparison.judge(study):
-        e = j.endpoint
-        if e.at == "chosen" and e.minus is not None and j.verdict in ("better", "worse"):
-            found.add((e.of if j.verdict == "better" else e.minus, e.metric))
-    return found
+def wins(study: Study) -> list[tuple[str, Endpoint]]:
+    """Methods that a declared endpoint's test calls better than another one, at chosen settings."""
+    judged = [j for j in comparison.judge(study) if j.endpoint.at == "chosen" and j.verdict in ("better", "worse")]
+    return [(j.endpoint.of if j.verdict == "better" else j.endpoint.minus, j.endpoint) for j in judged if j.endpoint.minus is not None]
+
+
+def everywhere(found: Compared | None, s: Setting) -> bool:
+    """Whether a task was scored in all blocks of a setting: if not, its interval is over items alone, and not as the row's others."""
+    return found is not None and found.blocks == len(s.runs)
 
 
 def parameters(s: Setting) -> float:
