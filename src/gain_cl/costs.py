@@ -14,8 +14,9 @@ from gain_cl.record import RunRecord
 
 def seconds(config: RunConfig, method: str, records: Sequence[RunRecord], speed: float | None = None, saved: int = 0) -> float:
     """Of one run: training tokens at the method's speed, scored tokens at the records', its tasks at the stages they are due (as far as
-    any were timed); nan when nothing tells. records: of the model, of the method where there are any, else all. speed: training tokens
-    a second; scoring twice that. saved: stages that are done, stage 0 included: the run goes on after them."""
+    any were timed), and what runs took beside these (loading, checks, files); nan when nothing tells. records: of the model, of the
+    method where there are any, else all. speed: training tokens a second; scoring twice that. saved: stages that are done, stage 0
+    included: the run goes on after them."""
     stages, names = len(config.stages), len(config.sequence.trained) + len(config.sequence.controls)
     ahead = range(saved, stages + 1)
     train_tokens = config.stage.stage_steps * config.train.batch_tokens * (len(ahead) - (0 in ahead))
@@ -32,7 +33,15 @@ def seconds(config: RunConfig, method: str, records: Sequence[RunRecord], speed:
     per_score = sum(s.eval_seconds for r in mine for s in r.stages) / sum(
         d.tokens for r in mine for s in r.stages for d in s.domains.values()
     )
-    return train_tokens * per_token + scored * per_score + answering
+    beside = [x for r in mine if not math.isnan(x := _beside(r))]
+    return train_tokens * per_token + scored * per_score + answering + (float(np.median(beside)) if beside else 0.0)
+
+
+def _beside(r: RunRecord) -> float:
+    """Seconds of a run outside of training, scoring and tasks; nan where its whole time is not known."""
+    named = sum((s.train.seconds if s.train else 0.0) + s.eval_seconds + s.task_seconds for s in r.stages)
+    whole = r.provenance.get("seconds")
+    return max(0.0, whole - named) if isinstance(whole, int | float) else math.nan
 
 
 def _task_items(config: RunConfig) -> int:

@@ -408,7 +408,7 @@ def _signal(number: int) -> str:
 def _stop(active: list[Active], outcome: Outcome, say: Callable[[str], None]) -> None:
     """Ask local runs to save, and wait for it."""
     if active:
-        say(f"stopping by {outcome.stopped}: {len(active)} runs save what is done")
+        say(f"stopping by {outcome.stopped}: {terms.counted(len(active), 'run')} to save what is done")
     for a in active:
         a.process.stop()
     for a in active:
@@ -434,7 +434,7 @@ def _status(
     gone = [*map(_since_saved, running), *([0.0] * (len(rest) - len(running)))]
     each = [seconds if math.isnan(seconds) else max(0.0, seconds - past) for seconds, past in zip(ahead(rest), gone, strict=True)]
     seconds = sum(each) if math.isnan(sum(each)) else max(sum(each) / launcher.limit, *each)
-    left = "" if math.isnan(seconds) else f", about {terms.duration(seconds)} left"
+    left = "" if math.isnan(seconds) or seconds < 1 else f", about {terms.duration(seconds)} left"
     where = "; ".join(f"{title(c)} ({stage(c)})" for c in running)
     return f"{len(outcome.done)} of {total} done, {len(outcome.failed)} failed{left}; running: {where}"
 

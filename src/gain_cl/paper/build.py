@@ -20,9 +20,9 @@ from gain_cl.matrix import summary
 from gain_cl.paper import figures, tables
 from gain_cl.paper.figures import style
 from gain_cl.paper.gather import Book
-from gain_cl.paper.table import as_csv, latex, markdown, of, p_value, signed, written
+from gain_cl.paper.table import GAP, as_csv, latex, markdown, of, p_value, signed, written
 from gain_cl.record import items_path
-from gain_cl.terms import change
+from gain_cl.terms import change, counted
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -41,6 +41,8 @@ def made_tables(book: Book) -> Files:
     found["tidy.csv"] = written([TIDY, *tidy(book)])
     found["numbers.csv"] = written([["name", "value"], *quoted.items()])
     found["numbers.tex"] = macros(book.experiment.name, quoted)
+    if book.gaps:
+        found["PARTIAL.txt"] = "".join(f"{GAP}{gap}\n" for gap in book.gaps)
     found["records.csv"] = written([["run", "model", "setting", "block", "commit", "sha256"], *_records(book)])
     return {name: text.encode() for name, text in found.items()}
 
@@ -48,8 +50,10 @@ def made_tables(book: Book) -> Files:
 def made_figures(book: Book) -> Files:
     """Each figure as PDF and PNG, and captions.md."""
     found: Files = {}
-    captions = [f"- GAP: {gap}" for gap in book.gaps]
+    captions = [f"- {GAP}{gap}" for gap in book.gaps]
     for name, caption, figure in (*drawn(book), *heat_maps(book)):
+        if book.gaps:
+            style.partial(figure, counted(len(book.gaps), "gap"))
         found |= {f"{name}.pdf": style.vector(figure), f"{name}.png": style.png(figure)}
         captions.append(f"- `{name}`: {caption}")
     found["captions.md"] = ("\n".join(captions) + "\n").encode()
@@ -71,7 +75,7 @@ def heat_maps(book: Book) -> Iterable[tuple[str, str, Figure]]:
     for study in book.studies.values():
         for s in study.chosen.values():
             for run in s.runs.values():
-                yield f"matrix-{run.record.run_id}", f"{s.label}: {caption}", heatmap.build(run)
+                yield f"matrix-{run.record.run_id}", f"{s.label}: {caption}", heatmap.build(run, s.label, style.DOUBLE)
 
 
 # --- numbers -----------------------------------------------------------------------------------------------------------
@@ -104,7 +108,7 @@ def tidy(book: Book) -> list[list[object]]:
             if (x := s.train) is not None:
                 add([s.index, after, "training", after], {"steps": x.steps, "tokens": x.tokens, "seconds": x.seconds, "lr": x.lr})
         for metric, e in summary(comparison.loss_matrix(run)).items():
-            found = {"nats": e.value, "low": e.low, "high": e.high, "percent": change(e.value)}
+            found = {"nats": e.value, "nats_low_t": e.low, "nats_high_t": e.high, "percent": change(e.value)}
             add(["", "", "summary", metric], {k: _short(x) for k, x in found.items()})
         cost = {"trains": r.trainable_parameters, "parameters": r.total_parameters, "peak_memory_bytes": r.peak_memory_bytes}
         add(["", "", "cost", "run"], dict(cost))
@@ -228,7 +232,7 @@ def replace(folder: Path, made: Files, stamp: Path, made_of: str) -> None:
     try:
         before = set(json.loads(stamp.read_bytes())["files"])
     except (OSError, ValueError, KeyError, TypeError):
-        before = set()
+        before = {p.name for p in folder.glob("matrix-*")} | {"PARTIAL.txt"}  # made elsewhere: those that are named after runs
     for name in before - made.keys():
         (folder / name).unlink(missing_ok=True)
     files.write_all({folder / name: content for name, content in made.items()})

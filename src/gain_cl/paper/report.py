@@ -17,7 +17,7 @@ from gain_cl.figures import heatmap
 from gain_cl.paper import build, tables
 from gain_cl.paper.figures import style
 from gain_cl.paper.gather import Book
-from gain_cl.paper.table import Table, Value, number, of, textual
+from gain_cl.paper.table import Table, Value, named, number, of, textual
 from gain_cl.record import Run
 
 MEANING = {"equivalent": "No difference that matters, by a test over blocks", "inconclusive": "Not decided"}
@@ -115,6 +115,7 @@ def _table(t: Table) -> dict[str, Any]:
         "columns": [(c, textual(t, j)) for j, c in enumerate(t.columns)],
         "rows": rows,
         "notes": list(t.notes),
+        "named": named(t),
     }
 
 

@@ -19,8 +19,9 @@ from gain_cl.terms import counted
 GAP = "GAP: "
 """Begins a note on a cell that is not in the table."""
 
-HEAD, LONG, PROSE = 11, 24, "p{2.6cm}"
-"""In LaTeX: characters in a line of a head; characters from which a column is set as prose, and that column."""
+HEAD, LONG, PROSE, MANY = 11, 24, "p{2.6cm}", 8
+"""In LaTeX: characters in a line of a head; characters from which a column is set as prose, and that column; columns that fit a page with
+intervals in one line."""
 
 
 @dataclass(frozen=True)
@@ -132,8 +133,8 @@ def markdown(t: Table) -> str:
     rule = "|" + "|".join("-" * (w + 2) if a else "-" * (w + 1) + ":" for w, a in zip(widths, left, strict=True)) + "|"
     out = [f"**{t.title}**", "", line(heads), rule, *(line(row) for row in cells), ""]
     out += [f"{note}  " for note in t.notes] + ([""] if t.notes else [])
-    if named := _named(t):
-        runs = [f"- {_escaped(name)}: {', '.join(f'`{r}`' for r in ids)}" for name, ids in named]
+    if found := named(t):
+        runs = [f"- {_escaped(name)}: {', '.join(f'`{r}`' for r in ids)}" for name, ids in found]
         out += ["<details><summary>runs</summary>", "", *runs, "", "</details>", ""]
     return "\n".join(out).rstrip() + "\n"
 
@@ -150,7 +151,7 @@ def latex(t: Table) -> str:
         if row.rule and i:
             out.append("\\midrule")
         runs = f" % {_comment(', '.join(row.runs))}" if row.runs else ""
-        texts = [f"{{\\raggedright {_tex(c)}\\par}}" if long else _cell(c) for c, long in zip(cells, prose, strict=True)]
+        texts = [f"{{\\raggedright {_tex(c)}\\par}}" if long else _cell(c, len(sides) > MANY) for c, long in zip(cells, prose, strict=True)]
         out.append(" & ".join(texts) + f" \\\\{runs}")
     gaps = sum(note.startswith(GAP) for note in t.notes)
     partial = [f"\\multicolumn{{{len(sides)}}}{{l}}{{\\textbf{{PARTIAL: {counted(gaps, 'gap')}}}}} \\\\"] if gaps else []
@@ -189,12 +190,12 @@ def textual(t: Table, j: int) -> bool:
     return not any(isinstance(row.cells[j], Value) for row in t.rows)
 
 
-def _named(t: Table) -> list[tuple[str, Sequence[str]]]:
+def named(t: Table) -> list[tuple[str, Sequence[str]]]:
     """What a row is called, and its runs."""
     found = []
     for row in t.rows:
         if row.runs:
-            words = [c for j, c in enumerate(row.cells) if isinstance(c, str) and c and textual(t, j)]
+            words = [c for j, c in enumerate(row.cells) if isinstance(c, str) and c.strip("*") and textual(t, j)]
             found.append((", ".join(words[:2]), row.runs))
     return found
 
@@ -225,12 +226,13 @@ def _tex(c: Value | str | None) -> str:
     return "".join(_TEX.get(ch, ch) for ch in c)
 
 
-def _cell(c: Value | str | None) -> str:
-    """A number above its interval."""
+def _cell(c: Value | str | None, narrow: bool) -> str:
+    """A number above its interval, narrow: above the interval's ends."""
     if not isinstance(c, Value) or not c.between:
         return _tex(c)
     between = _tex(replace(c, bold=False)).partition(" (")[2].removesuffix(")")
-    return _stacked([_tex(replace(c, low=math.nan)), f"\\scriptsize {between}"], "r", "t")
+    ends = between.replace(" to ", " to|", narrow).split("|")
+    return _stacked([_tex(replace(c, low=math.nan)), *(f"\\scriptsize {end}" for end in ends)], "r", "t")
 
 
 def _stacked(lines: Sequence[str], side: str, at: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 from gain_cl.errors import ConfigError
@@ -40,7 +41,9 @@ def main(what: str, argv: list[str]) -> int:
         print(f"gap: {printable(gap)}")
     made_of, output = build.inputs(book), Path(book.cells[0].config.output_dir)
     for kind in ("tables", "figures", "report") if what == "paper" else (what,):
-        folder, stamp = book.results / _place(kind) / experiment.name, output / "paper" / f"{experiment.name}-{kind}.json"
+        folder = book.results / _place(kind) / experiment.name
+        place = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:8]
+        stamp = output / "paper" / f"{experiment.name}-{kind}-{place}.json"
         if not flags["force"] and build.fresh(folder, stamp, made_of):
             print(f"up to date: {folder}")
             continue

@@ -76,7 +76,7 @@ def main(argv: list[str]) -> int:
     cost = "cost not known before a run is done" if math.isnan(seconds) else f"{terms.duration(seconds)} one after the other"
     untimed = any(c.config.tasks.names for c in todo) and not any(s.task_seconds for r in records for s in r.stages)
     cost += ", tasks not included: none was timed yet" if untimed and not math.isnan(seconds) else ""
-    say(f"{len(todo)} runs ahead: {cost}" if todo else "nothing to run")
+    say(f"{terms.counted(len(todo), 'run')} ahead: {cost}" if todo else "nothing to run")
     for c in failed:
         say(f"failed before: {sweep.title(c)}: {sweep.reason(c)}")
     if failed and not options.retry_failed:

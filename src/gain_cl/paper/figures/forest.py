@@ -88,7 +88,7 @@ def _build(study: Study) -> Figure | None:
         axes.tick_params(axis="x", labelbottom=i + columns >= len(panels))
     every[0].set_yticks(range(len(names)), [style.name(n, 24) for n in names])
     every[0].set_ylim(len(names) - 0.4, -0.6)
-    style.percent_axis(every[0], "x", most=5 if columns > 2 else 6)
+    style.percent_axis(every[0], "x", most=6 if columns > 2 else 8)
     text = f"Difference of backward change, % of perplexity\n(below 0: forgets less than {style.name(reference.label, 60)})"
     figure.supxlabel(text, fontsize=style.TEXT)
     return style.finish(figure)

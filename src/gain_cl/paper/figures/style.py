@@ -79,6 +79,13 @@ def finish(figure: Figure) -> Figure:
     return figure
 
 
+def partial(figure: Figure, gaps: str) -> None:
+    """Says on a finished figure that it lacks cells."""
+    figure.text(
+        0.995, 0.005, f"PARTIAL: {gaps}", ha="right", va="bottom", fontsize=SMALL, color="#b00020", fontweight="bold", gid="partial"
+    )
+
+
 # --- methods and names -------------------------------------------------------------------------------------------------
 
 
