@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import math
 import os
 import shlex
@@ -38,6 +39,10 @@ Run the runs of an experiment that are missing or were stopped, each in a proces
 Other KEY=VALUE words are overrides of every run (output_dir=, results_dir=, compute.threads=, track=wandb). Started again, or beside
 another launcher, it runs nothing twice.
 """
+
+
+OWN = ("only", "gpus", "max_parallel", "dry_run", "retry_failed", "worktree", "launcher")
+"""The sweep's own words; the rest are overrides."""
 
 
 @dataclass
@@ -124,6 +129,8 @@ def _options(words: list[str]) -> tuple[Options, list[str]]:
             options.launcher = value
         elif key.startswith("slurm."):
             options.slurm[key.removeprefix("slurm.")] = value
+        elif close := difflib.get_close_matches(key, OWN, cutoff=0.8):
+            raise ConfigError(f"unknown key {key}", "gain_cl sweep", f"did you mean {close[0]}?")
         else:
             more.append(word)
     return options, more

@@ -30,7 +30,7 @@ def _of(book: Book, model: str, study: Study) -> Table:
         rows.append(Row([e.name, what, kind, of(e.metric, c), *p, n, documents, j.verdict, j.why], runs))
     control, most, forgets = comparison.positive_control(study)
     units = "Changes of perplexity in %, margins in nats, accuracies in points."
-    notes = [f"p adjusted over the declared endpoints (Holm), alpha {study.alpha:g}. {units}"]
+    notes = [f"p and verdict are adjusted over the declared endpoints (Holm, alpha {study.alpha:g}); intervals are not. {units}"]
     if control is not None and most is not None:
         reached = "reached" if forgets else "not reached, so nothing is decided"
         most_is = f"the most is {control.label}, {terms.percent(most.estimate.value)}%"
