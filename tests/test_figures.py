@@ -215,6 +215,13 @@ def test_curves_are_means_of_losses_by_stages_since_learned(name: str, request: 
     assert len(pale) == (len(study.blocks) * len(study.chosen) if len(study.blocks) > 1 else 0)
 
 
+def test_a_partial_figure_says_so(three: Study) -> None:
+    figure = drawn(forest, three)
+    before = style.png(figure)
+    style.partial(figure, "2 gaps")
+    assert [t.get_text() for t in figure.texts if t.get_gid() == "partial"] == ["PARTIAL: 2 gaps"] and style.png(figure) != before
+
+
 @pytest.mark.parametrize("name", ["pilot", "three"])
 def test_fronts_are_levels(name: str, request: pytest.FixtureRequest) -> None:
     study = request.getfixturevalue(name)

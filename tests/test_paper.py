@@ -213,7 +213,30 @@ def test_bold_only_where_a_declared_test_says_so(simulated: Book) -> None:
     if verdicts["boolq"] in ("better", "worse"):
         expected.add(("gain lr=0.01" if verdicts["boolq"] == "better" else "lora lr=0.001", "boolq@50 margin, nats"))
     assert bold == expected and verdicts["boolq"] == "better"
+    notes = [note for note in named(simulated)["main"].notes if note.startswith("Bold")]
+    assert notes == ["Bold: gain is better in margin:boolq@50 than lora, by the test of boolq."]
     assert all(not getattr(c, "bold", False) for name, t in named(simulated).items() if name != "main" for row in t.rows for c in row.cells)
+
+
+def test_the_winner_is_bold_also_where_it_is_the_reference(tmp_path: Path) -> None:
+    line = {"gain": {1e-2: (0.1, 0.3), 3e-2: (0.3, 0.4)}, "lora": {1e-3: (0.1, 0.0), 3e-3: (0.3, 0.1)}}
+    worse = {"name": "forgets", "metric": "backward", "of": "gain", "minus": "lora"}
+    e = an_experiment([worse])
+    (t,) = (x for x in tables.main.build(of_studies(e, a_study(tmp_path, e, line))))
+    column = t.columns.index("backward %")
+    assert [getattr(row.cells[column], "bold", False) for row in t.rows] == [False, True]
+    assert "Bold: lora is better in backward than gain, by the test of forgets." in t.notes
+
+
+def test_published_replay_is_compared_at_equal_own_step() -> None:
+    """Chosen settings learn unequally: replay's less forgetting at more learning would be GAIN's."""
+    e = experiments.load("pilot")
+    found = gather.gather(e, [f"results_dir={Path(__file__).parents[1]}/results"])
+    (t,), (study,) = tables.published.build(found), found.studies.values()
+    row = next(r for r in t.rows if "replay" in str(r.cells[0]))
+    expected = comparison.interval(comparison.matched(study, "gain_ffn", "lora_replay"))
+    assert isinstance(row.cells[4], Value) and row.cells[4].value == pytest.approx(terms.change(expected.value)) and row.cells[4].value > 0
+    assert len(row.runs) == 6 and any(note.startswith("backward % minus EWC") for note in t.notes)
 
 
 def test_a_hand_made_table_in_every_format() -> None:

@@ -414,11 +414,13 @@ SHAPES: dict[str, dict[str, object]] = {
 }
 
 
+@pytest.mark.parametrize("width", [None, 7.0])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_no_text_of_the_picture_is_cut_or_crosses_another(tmp_path: Path, shape: str) -> None:
+def test_no_text_of_the_picture_is_cut_or_crosses_another(tmp_path: Path, shape: str, width: float | None) -> None:
     from matplotlib.text import Text
 
-    figure = heatmap.build(small(tmp_path, **SHAPES[shape]))
+    figure = heatmap.build(small(tmp_path, **SHAPES[shape]), None if width is None else "method lr=0.01", width)
+    assert width is None or figure.get_figwidth() <= width + 1e-9
     renderer = figure.canvas.get_renderer()  # type: ignore[attr-defined]
     figure.draw(renderer)
     boxes = {}
