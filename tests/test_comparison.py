@@ -177,6 +177,16 @@ def test_a_skill_below_every_setting_of_a_method_is_not_read(study: comparison.S
     assert math.isnan(comparison.interval(found).value)
 
 
+def test_every_block_must_have_settings_on_both_sides(tmp_path: Path) -> None:
+    runs = {}
+    for method, rate, learn in (("gain", 1e-2, 0.05), ("gain", 3e-2, 0.3), ("lora", 1e-3, 0.05), ("lora", 3e-3, 0.3)):
+        for block in range(3):
+            more = 0.25 if (method, rate, block) == ("lora", 1e-3, 2) else learn  # over the blocks its mean is still below the skill
+            runs[label(method, {"train.lr": rate}), block] = simulated(tmp_path, method, rate, block, learn=more, forget=0.1)
+    study = comparison.from_experiment(an_experiment([], blocks=3), runs)
+    assert comparison.matched(study, "gain", "lora", skill=-0.15).reason.startswith("lora has no setting that learns as little as -13.9%")
+
+
 def test_verdicts_over_blocks(study: comparison.Study) -> None:
     judged = {j.endpoint.name: j for j in comparison.judge(study)}
     assert judged["learns"].verdict == "equivalent"  # 0.02 nats apart, margin 5%

@@ -388,20 +388,19 @@ def front(settings: list[Setting], block: Block) -> fronts.Front:
 
 
 def matched(study: Study, a: str, b: str, skill: float | None = None) -> fronts.Matched:
-    """Backward change of two methods at equal own step, a minus b, in the blocks that have both. A method with one setting has no
-    front: it would be read at a skill that it never had."""
+    """Backward change of two methods at equal own step, a minus b, in the blocks that have both. In each, both must have
+    settings that learn more and less: one that learns more than asked would be said to forget as much at less."""
     shared = [k for k in study.blocks if any(k in s.runs for s in study.of(a)) and any(k in s.runs for s in study.of(b))]
     if not shared:
         return NOTHING._replace(reason=f"no block has runs of both {a} and {b}")
-    if lone := [m for m in dict.fromkeys((a, b)) if len(study.of(m)) == 1]:
-        return NOTHING._replace(reason=f"one setting of {' and of '.join(lone)}: no front to read")
     sides = [[front(study.of(m), block) for block in shared] for m in (a, b)]
+    if lone := [f.name for side in sides for f in side if np.isfinite(f.x).sum() == 1]:
+        return NOTHING._replace(reason=f"one setting of {' and of '.join(dict.fromkeys(lone))}: no front to read")
     found = fronts.matched(sides[0], sides[1], study.skill if skill is None else skill)
-    for side in sides if not found.reason else []:
-        least = float(np.mean([f.x.max() for f in side]))  # what learns no less than asked would be read there
-        if found.skill > least:
-            little = f"{side[0].name} has no setting that learns as little as {terms.percent(found.skill)}%"
-            return NOTHING._replace(skill=found.skill, reason=f"{little}: its least is {terms.percent(least)}%")
+    for f in [f for side in sides for f in side] if not found.reason else []:
+        if found.skill > (least := np.nanmax(f.x)):  # what learns more would be read there
+            little = f"{f.name} has no setting that learns as little as {terms.percent(found.skill)}%"
+            return NOTHING._replace(skill=found.skill, reason=f"{little}: its least is {terms.percent(float(least))}%")
     return found
 
 

@@ -38,10 +38,11 @@ def seconds(config: RunConfig, method: str, records: Sequence[RunRecord], speed:
 
 
 def _beside(r: RunRecord) -> float:
-    """Seconds of a run outside of training, scoring and tasks; nan where its whole time is not known."""
+    """Seconds of a run outside of training, scoring and tasks; nan where its whole time is not known, and where scores that it shares with
+    another run, which took that one's time, are more than it."""
     named = sum((s.train.seconds if s.train else 0.0) + s.eval_seconds + s.task_seconds for s in r.stages)
     whole = r.provenance.get("seconds")
-    return max(0.0, whole - named) if isinstance(whole, int | float) else math.nan
+    return whole - named if isinstance(whole, int | float) and whole >= named else math.nan
 
 
 def _task_items(config: RunConfig) -> int:

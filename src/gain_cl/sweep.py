@@ -431,7 +431,8 @@ def _status(
     running = [*(a.job.cell for a in active), *elsewhere]
     rest = [*running, *(job.cell for job in waiting if job.cell not in elsewhere)]
     total = len(outcome.done) + len(outcome.failed) + len(outcome.left) + len(rest)
-    gone = [*map(_since_saved, running), *([0.0] * (len(rest) - len(running)))]
+    here = [min(_since_saved(a.job.cell), time.monotonic() - a.since) for a in active]
+    gone = [*here, *map(_since_saved, elsewhere), *([0.0] * (len(rest) - len(running)))]
     each = [seconds if math.isnan(seconds) else max(0.0, seconds - past) for seconds, past in zip(ahead(rest), gone, strict=True)]
     seconds = sum(each) if math.isnan(sum(each)) else max(sum(each) / launcher.limit, *each)
     left = "" if math.isnan(seconds) or seconds < 1 else f", about {terms.duration(seconds)} left"

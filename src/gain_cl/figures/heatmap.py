@@ -28,12 +28,11 @@ INK, PALE_INK, SOFT, PAPER, UNSCORED = "#1a1a1a", "#ffffff", "#5f5f5f", "#ffffff
 
 
 def build(run: Run, setting: str | None = None, width: float | None = None) -> Figure:
-    """setting: how the run is called in its title (default: its method); width: in inches at most, with smaller type (default: as wide as
-    its text needs).
-
-    Stages (0 = pretrained, at the top) by domains in training order, controls set apart on the right; the domain learned
+    """Stages (0 = pretrained, at the top) by domains in training order, controls set apart on the right; the domain learned
     in a stage is outlined. Blue: perplexity fell since stage 0, red: it rose (a map that colour-blind readers can tell
-    apart, white at no change); a cell that was not scored is grey."""
+    apart, white at no change); a cell that was not scored is grey. setting: how the run is called in its title (default: its
+    method); width: in inches, with smaller type and narrow cells, more only where many domains need it (default: as wide as is easy to
+    read)."""
     import matplotlib as mpl
 
     with mpl.rc_context(defaults()):
@@ -93,7 +92,8 @@ def _build(run: Run, setting: str | None = None, most: float | None = None) -> F
     slanting = longest * math.cos(math.radians(35))  # of the last tilted name, beyond its column
     wide = k * min(max(CELL_WIDE, longest / k + 0.14), CELL_WIDEST)
     if most is not None:
-        wide = min(wide, (most - before - max(bar_wide, slanting) - 0.2 * k) / (float(left[-1]) + 1))
+        room = (most - before - max(bar_wide, slanting) - 0.2 * k) / (float(left[-1]) + 1)
+        wide = min(wide, max(room, max(width(perplexity(x), 10) for x in losses.ravel()) + 0.06))
     tilted = longest + 0.1 * k > wide
     title = f"{r.model} · {setting or r.method} · {r.sequence} · seed {r.seed}{' · TAINTED' if r.tainted else ''}"
     legend = "Perplexity after each stage. Outlined: the domain learned in that stage."
@@ -102,8 +102,10 @@ def _build(run: Run, setting: str | None = None, most: float | None = None) -> F
     beyond = max(bar_wide, slanting if tilted else 0.0) + 0.2 * k
     over = 0.95 * k + (longest * math.sin(math.radians(35)) + 0.1 * k if tilted else 0.2 * k)
     under = 0.78 * k
+    about = f"{r.run_id}   {r.protocol}"
+    shrunk = {t: 1.0 if most is None else min(1.0, (most - 0.5 * k) / (1.08 * width(t, size))) for t, size in ((title, 13), (about, 8))}
     size_wide = max(
-        before + across + beyond, 0.5 * k + max(width(title, 13) * 1.08, width(legend, 10), width(f"{r.run_id}   {r.protocol}", 8))
+        before + across + beyond, 0.5 * k + max(width(title, 13) * 1.08 * shrunk[title], width(legend, 10), width(about, 8) * shrunk[about])
     )
     size_high = over + down + under
     figure.set_size_inches(size_wide, size_high)
@@ -168,9 +170,9 @@ def _build(run: Run, setting: str | None = None, most: float | None = None) -> F
         figure.text(x / size_wide, 1 - y / size_high, text, ha="left", **style)
 
     write(before - max(width(s, 10) for s in stages) - 0.1 * k, over - 0.07 * k, "stage", va="bottom", fontsize=9 * k, color=SOFT)
-    write(0.25 * k, 0.2 * k, title, va="top", fontsize=13 * k, color=INK, fontweight="bold")
+    write(0.25 * k, 0.2 * k, title, va="top", fontsize=13 * k * shrunk[title], color=INK, fontweight="bold")
     write(0.25 * k, 0.47 * k, legend, va="top", fontsize=10 * k, color=SOFT)
-    write(0.25 * k, size_high - 0.1 * k, f"{r.run_id}   {r.protocol}", va="bottom", fontsize=8 * k, color=SOFT)
+    write(0.25 * k, size_high - 0.1 * k, about, va="bottom", fontsize=8 * k * shrunk[about], color=SOFT)
     return figure
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gain_cl import comparison, files, provenance
-from gain_cl.comparison import Study
+from gain_cl.comparison import Setting, Study
 from gain_cl.errors import DataError
 from gain_cl.figures import heatmap
 from gain_cl.matrix import summary
@@ -52,8 +52,6 @@ def made_figures(book: Book) -> Files:
     found: Files = {}
     captions = [f"- {GAP}{gap}" for gap in book.gaps]
     for name, caption, figure in (*drawn(book), *heat_maps(book)):
-        if book.gaps:
-            style.partial(figure, counted(len(book.gaps), "gap"))
         found |= {f"{name}.pdf": style.vector(figure), f"{name}.png": style.png(figure)}
         captions.append(f"- `{name}`: {caption}")
     found["captions.md"] = ("\n".join(captions) + "\n").encode()
@@ -66,7 +64,7 @@ def drawn(book: Book) -> Iterable[tuple[str, str, Figure]]:
         for name, module in figures.ALL.items():
             figure = module.build(study, book.results) if name == "gains" else module.build(study)
             if figure is not None:
-                yield tables.named(name, book, model), module.CAPTION, figure
+                yield tables.named(name, book, model), module.CAPTION, _marked(figure, book)
 
 
 def heat_maps(book: Book) -> Iterable[tuple[str, str, Figure]]:
@@ -75,7 +73,13 @@ def heat_maps(book: Book) -> Iterable[tuple[str, str, Figure]]:
     for study in book.studies.values():
         for s in study.chosen.values():
             for run in s.runs.values():
-                yield f"matrix-{run.record.run_id}", f"{s.label}: {caption}", heatmap.build(run, s.label, style.DOUBLE)
+                yield f"matrix-{run.record.run_id}", f"{s.label}: {caption}", _marked(heatmap.build(run, s.label, style.DOUBLE), book)
+
+
+def _marked(figure: Figure, book: Book) -> Figure:
+    if book.gaps:
+        style.partial(figure, counted(len(book.gaps), "gap"))
+    return figure
 
 
 # --- numbers -----------------------------------------------------------------------------------------------------------
@@ -124,7 +128,7 @@ def _short(x: float) -> float:
 
 
 def numbers(book: Book) -> dict[str, str]:
-    """What a text may quote, by name: METHOD METRIC [low|high] of chosen settings, METHOD minus REFERENCE METRIC, and of endpoints
+    """What a text may quote, by name: METHOD METRIC [low|high] of chosen settings, METHOD minus METHOD METRIC, and of endpoints
     their value, p and verdict; as the tables show it. Names begin with the model where there are several."""
     found: dict[str, str] = {}
     for model, study in book.studies.items():
@@ -157,18 +161,23 @@ def _numbers(study: Study) -> dict[str, str]:
             if block in s.runs:
                 values = {metric: s.value(metric, block) for metric in ("own_step", "backward")}
                 found |= {f"{method} {m} block {block[0]}": signed(change(x)) for m, x in values.items() if not math.isnan(x)}
-    reference = study.chosen.get(study.reference)
-    for method, s in study.chosen.items():
-        if reference is not None and s is not reference:
-            for metric in metrics:
-                shared = len(s.runs.keys() & reference.runs.keys())
-                add(f"{method} minus {study.reference} {metric}", metric, comparison.difference(s, reference, metric), shared)
+    for a, b in _pairs(study):
+        for metric in metrics:
+            shared = len(a.runs.keys() & b.runs.keys())
+            add(f"{a.method} minus {b.method} {metric}", metric, comparison.difference(a, b, metric), shared)
     for j in comparison.judge(study):
         name = f"endpoint {j.endpoint.name}"
         add(name, j.endpoint.metric, j.compared)
         found |= {f"{name} {k}": p_value(p) for k, p in (("p", j.tests.difference), ("p equal", j.tests.equivalence)) if not math.isnan(p)}
         found[f"{name} verdict"] = j.verdict
     return found
+
+
+def _pairs(study: Study) -> list[tuple[Setting, Setting]]:
+    """Every two chosen settings: the reference second, else the one that is named later first."""
+    settings, reference = list(study.chosen.values()), study.chosen.get(study.reference)
+    others = [s for s in settings if s is not reference]
+    return [(s, reference) for s in others if reference is not None] + [(a, b) for i, a in enumerate(others) for b in others[:i]]
 
 
 _DIGITS = ("Zero", "One", "Two", "Three", "Four", "Five", "Six", "Seven", "Eight", "Nine")
@@ -197,6 +206,9 @@ def _records(book: Book) -> list[list[object]]:
             commit = f"{p.get('commit') or 'not known'}{' with changes' if p.get('dirty') else ''}"
             found.append([c.run_id, c.model, c.label, c.block, commit, files.sha256(run.path)])
     return found
+
+
+OF_A_RUN = re.compile(r"matrix-.+-s\d+-[0-9a-f]{10}\.(md|tex|csv|pdf|png)")
 
 
 # --- out of date or not ------------------------------------------------------------------------------------------------
@@ -232,7 +244,7 @@ def replace(folder: Path, made: Files, stamp: Path, made_of: str) -> None:
     try:
         before = set(json.loads(stamp.read_bytes())["files"])
     except (OSError, ValueError, KeyError, TypeError):
-        before = {p.name for p in folder.glob("matrix-*")} | {"PARTIAL.txt"}  # made elsewhere: those that are named after runs
+        before = {p.name for p in folder.glob("matrix-*") if OF_A_RUN.fullmatch(p.name)} | {"PARTIAL.txt"}  # made elsewhere
     for name in before - made.keys():
         (folder / name).unlink(missing_ok=True)
     files.write_all({folder / name: content for name, content in made.items()})

@@ -140,18 +140,26 @@ def markdown(t: Table) -> str:
 
 
 def latex(t: Table) -> str:
-    """A tabular with booktabs rules, to be \\input inside a table; the runs of each row as a comment behind it. So that it fits a page,
+    """A tabular with booktabs rules, to be \\input inside a table; the runs of each row as a comment behind it. So that more of it fits,
     heads are broken, intervals stand below their numbers, long text is set in a narrow column. A partial one says so at its foot."""
     sides = ["l" if textual(t, j) else "r" for j in range(len(t.columns))]
     prose = [side == "l" and any(len(str(row[j] or "")) > LONG for row in t.read) for j, side in enumerate(sides)]
     columns = "".join(PROSE if long else side for long, side in zip(prose, sides, strict=True))
-    head = " & ".join(_stacked([_tex(x) for x in textwrap.wrap(h, HEAD)], s, "b") for h, s in zip(t.columns, sides, strict=True)) + r" \\"
+    head = (
+        " & ".join(
+            _stacked([_tex(x) for x in textwrap.wrap(h, HEAD, break_long_words=False)], s, "b")
+            for h, s in zip(t.columns, sides, strict=True)
+        )
+        + r" \\"
+    )
     out = [f"% {_comment(t.title)}", f"\\begin{{tabular}}{{{columns}}}", r"\toprule", head, r"\midrule"]
     for i, (row, cells) in enumerate(zip(t.rows, t.read, strict=True)):
         if row.rule and i:
             out.append("\\midrule")
         runs = f" % {_comment(', '.join(row.runs))}" if row.runs else ""
-        texts = [f"{{\\raggedright {_tex(c)}\\par}}" if long else _cell(c, len(sides) > MANY) for c, long in zip(cells, prose, strict=True)]
+        texts = [
+            f"{{\\raggedright {_broken(c)}\\par}}" if long else _cell(c, len(sides) > MANY) for c, long in zip(cells, prose, strict=True)
+        ]
         out.append(" & ".join(texts) + f" \\\\{runs}")
     gaps = sum(note.startswith(GAP) for note in t.notes)
     partial = [f"\\multicolumn{{{len(sides)}}}{{l}}{{\\textbf{{PARTIAL: {counted(gaps, 'gap')}}}}} \\\\"] if gaps else []
@@ -192,12 +200,10 @@ def textual(t: Table, j: int) -> bool:
 
 def named(t: Table) -> list[tuple[str, Sequence[str]]]:
     """What a row is called, and its runs."""
-    found = []
-    for row in t.rows:
-        if row.runs:
-            words = [c for j, c in enumerate(row.cells) if isinstance(c, str) and c.strip("*") and textual(t, j)]
-            found.append((", ".join(words[:2]), row.runs))
-    return found
+    rows = [row for row in t.rows if row.runs]
+    words = [[c for j, c in enumerate(row.cells) if isinstance(c, str) and c.strip("*") and textual(t, j)] for row in rows]
+    enough = 1 if len({w[0] for w in words}) == len(words) else 2
+    return [(", ".join(w[:enough]), row.runs) for w, row in zip(words, rows, strict=True)]
 
 
 def _md(c: Value | str | None) -> str:
@@ -233,6 +239,11 @@ def _cell(c: Value | str | None, narrow: bool) -> str:
     between = _tex(replace(c, bold=False)).partition(" (")[2].removesuffix(")")
     ends = between.replace(" to ", " to|", narrow).split("|")
     return _stacked([_tex(replace(c, low=math.nan)), *(f"\\scriptsize {end}" for end in ends)], "r", "t")
+
+
+def _broken(c: Value | str | None) -> str:
+    """Text that may be broken in a name, too."""
+    return _tex(c).replace(r"\_", r"\_\allowbreak{}")
 
 
 def _stacked(lines: Sequence[str], side: str, at: str) -> str:

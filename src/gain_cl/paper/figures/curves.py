@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 CAPTION = (
     "Change of perplexity from the pretrained model (%), of each trained domain by stages since it was learned (0: just after; vertical"
-    " line) and of the controls by stage: each method's chosen setting, mean over blocks at the positions that all of them have. Pale:"
-    " single blocks. No intervals."
+    " line) and of the controls by stage: each method's chosen setting, mean over the blocks that have the position, two at least; a line"
+    " is broken where they change. Pale: single blocks. No intervals."
 )
 
 Curve = dict[int, float]
@@ -51,9 +51,18 @@ def of_controls(m: LossMatrix) -> Curve:
     return {t: float(x - mean[0]) for t, x in enumerate(mean)}
 
 
-def mean(curves: list[Curve]) -> Curve:
-    """At each position that all curves have: where one ends, a mean of the others would jump though none of them does."""
-    return {x: float(np.mean([c[x] for c in curves])) for x in sorted(set.intersection(*(set(c) for c in curves)))} if curves else {}
+def means(curves: list[Curve]) -> list[Curve]:
+    """Means at the positions that at least two curves have (all, of one curve), in pieces over the same curves each: where one begins or
+    ends, a mean would jump though none of them does."""
+    pieces: list[tuple[list[int], Curve]] = []
+    for x in sorted({x for c in curves for x in c}):
+        there = [i for i, c in enumerate(curves) if x in c]
+        if len(there) < min(2, len(curves)):
+            continue
+        if not pieces or pieces[-1][0] != there:
+            pieces.append((there, {}))
+        pieces[-1][1][x] = float(np.mean([curves[i][x] for i in there]))
+    return [piece for _, piece in pieces]
 
 
 def _build(study: Study) -> Figure | None:
@@ -73,8 +82,8 @@ def _build(study: Study) -> Figure | None:
             curves = [c for m in s.matrices.values() if (c := curves_of(m))]
             for c in curves if len(curves) > 1 else []:
                 axes.plot(list(c), [change(y) for y in c.values()], color=look["color"], linewidth=0.5, alpha=0.25, zorder=1)
-            c = mean(curves)
-            axes.plot(list(c), [change(y) for y in c.values()], **look, markersize=2.5, label=s.label, zorder=3)
+            for c in means(curves):
+                axes.plot(list(c), [change(y) for y in c.values()], **look, markersize=2.5, label=s.label, zorder=3)
         axes.axhline(0, color=style.FAINT, linewidth=0.6, zorder=0)
 
     for axes, domain in zip(every, first.trained, strict=False):

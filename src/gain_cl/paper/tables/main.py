@@ -27,7 +27,8 @@ def _of(book: Book, model: str, study: Study) -> Table:
     settings = list(study.chosen.values())
     shown = [m for m in METRICS if any(comparison.level(s, m) is not None for s in settings)]
     tasks = [t for t in scored(study) if any(comparison.level(s, f"margin:{t}") is not None for s in settings)]
-    bold = {(better, e.metric): e for better, e in wins(study)}
+    won = wins(study)
+    bold = {(better, e.metric) for better, e in won}
     heads = ["method", "blocks", "trains", *(METRICS[m] for m in shown)]
     heads += [h for t in tasks for h in (f"{t} margin, nats", f"{t} accuracy, points")]
     heads += ["training min", "memory GB"]
@@ -43,10 +44,11 @@ def _of(book: Book, model: str, study: Study) -> Table:
     over = "documents of the one block" if len(study.blocks) == 1 else "blocks and the documents they share"
     notes = [
         f"Change of perplexity, mean over domains; below 0 is better. 95% intervals over {over}.",
-        "Own step: from just before a domain's stage to its end, relearning included; learned: from the pretrained model to its end.",
     ]
-    for (better, metric), e in bold.items():
-        notes.append(f"Bold: {better} is better in {metric} than {e.minus if better == e.of else e.of}, by the test of {e.name}.")
+    if "learned" in shown:
+        notes.append("Own step: from just before a domain's stage to its end, relearning included; learned: from the pretrained model on.")
+    for better, e in won:
+        notes.append(f"Bold: {better} is better in {e.metric} than {e.minus if better == e.of else e.of}, by the test of {e.name}.")
     if tasks:
         blocks = " or ".join(str(n) for n in sorted(set(blocks_of(study, tasks))))
         where = f"in {blocks} of {len(study.blocks)} blocks"

@@ -26,8 +26,8 @@ def _of(book: Book, model: str, study: Study) -> Table | None:
                 f = items.flips(run.items, task, first.index, last.index)
                 before, after = (100 * x.mean() for x in (items.correct(a), items.correct(b)))
                 margins = [float(items.margin(x).mean()) for x in (a, b)]
-                auc = [items.auc(x) for x in (a, b)]
-                change = items.change(run.items, task, first.index, last.index)["margin"]
+                found = items.change(run.items, task, first.index, last.index)
+                change, auc, base = found["margin"], found.get("auc"), items.auc(a)
                 rows.append(
                     Row(
                         [
@@ -38,7 +38,8 @@ def _of(book: Book, model: str, study: Study) -> Table | None:
                             *(Value(float(x), write=plain(1)) for x in (before, after)),
                             *(Value(x, write=count) for x in (f.lost, f.gained)),
                             Value(inference.mcnemar(f.lost, f.gained), write=p_value),
-                            *(None if x is None else Value(x, write=plain(3)) for x in auc),
+                            None if base is None else Value(base, write=plain(3)),
+                            None if auc is None else Value(auc.value, auc.low, auc.high, nats),
                             *(Value(x, write=nats) for x in margins),
                             Value(change.value, change.low, change.high, nats),
                         ],
@@ -48,7 +49,7 @@ def _of(book: Book, model: str, study: Study) -> Table | None:
     if not rows:
         return None
     heads = ["task", "method", "block", "items", "accuracy before %", "after %", "lost", "gained", "p (McNemar)"]
-    heads += ["AUC before", "after", "margin before, nats", "after, nats", "change, nats"]
+    heads += ["AUC before", "change", "margin before, nats", "after, nats", "change, nats"]
     notes = [
         "lost, gained: items answered right before and not after, and the reverse.",
         "AUC: chance that a yes item leans to yes more than a no item does; 0.5 is no knowledge, whatever the accuracy.",
