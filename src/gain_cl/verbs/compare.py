@@ -200,17 +200,20 @@ def _settings(study: Study, results_dir: Path, out: Any) -> None:
     norms = _norms(study, results_dir)
     shown = [m for m in SHOWN if any(comparison.level(s, m) is not None for s in study.settings)]
     efficient = comparison.efficient(study)
-    wide, blocks = out.width >= 110, len(study.blocks)
+    blocks, ends = len(study.blocks), _diagnosed(study, results_dir)
+    moved = [x for s in study.settings for x in _kl(s, ends)] if norms else []
+    kl = ["KL new", "KL controls"] if not all(map(math.isnan, moved)) else []
+    wide = out.width >= 110 + 8 * (blocks > 1) + 8 * bool(norms) + 18 * bool(kl)
     table = _table("Change of perplexity, % (mean over domains)")
     table.add_column("setting", no_wrap=wide)
-    for head in (*(["trains"] if wide else []), *(["blocks"] if blocks > 1 else []), *(["|dW|", "KL new", "KL controls"] if norms else [])):
+    for head in (*(["trains"] if wide else []), *(["blocks"] if blocks > 1 else []), *(["|dW|", *kl] if norms else [])):
         table.add_column(head, justify="right")
     for metric in shown:
         table.add_column(HEADS[metric], justify="right", no_wrap=True)
         if wide and metric in ("own_step", "backward"):
             table.add_column("95% interval", justify="right", no_wrap=True)
     table.add_column("front", justify="center")
-    method, ends = study.settings[0].method, _diagnosed(study, results_dir)
+    method = study.settings[0].method
     for s in study.settings:
         if s.method != method:
             table.add_section()
@@ -219,7 +222,7 @@ def _settings(study: Study, results_dir: Path, out: Any) -> None:
         row += [_count(comparison.axis(s, "parameters", norms))] if wide else []
         row += [str(len(s.runs))] if blocks > 1 else []
         if norms:
-            row += ["-" if math.isnan(x) else f"{x:.3g}" for x in (comparison.axis(s, "norm", norms), *_kl(s, ends))]
+            row += ["-" if math.isnan(x) else f"{x:.3g}" for x in (comparison.axis(s, "norm", norms), *(_kl(s, ends) if kl else ()))]
         for metric in shown:
             found = comparison.level(s, metric)
             value, between = ("-", "-") if found is None else (terms.percent(found.estimate.value), _range(found.estimate))
