@@ -49,7 +49,7 @@ def _of(book: Book, model: str, study: Study) -> Table | None:
     if not rows:
         return None
     heads = ["task", "method", "block", "items", "accuracy before %", "after %", "lost", "gained", "p (McNemar)"]
-    heads += ["AUC before", "change", "margin before, nats", "after, nats", "change, nats"]
+    heads += ["AUC before", "AUC change", "margin before, nats", "after, nats", "change, nats"]
     notes = [
         "lost, gained: items answered right before and not after, and the reverse.",
         "AUC: chance that a yes item leans to yes more than a no item does; 0.5 is no knowledge, whatever the accuracy.",
