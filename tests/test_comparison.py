@@ -218,6 +218,17 @@ def test_one_block_decides_nothing(tmp_path: Path) -> None:
     assert judged[1].compared is not None and judged[1].compared.estimate.high < 0  # over documents, shown as such
 
 
+def test_two_blocks_decide_nothing(tmp_path: Path) -> None:
+    """What three of the same show."""
+    line = {"gain": {1e-2: (0.1, 0.0), 3e-2: (0.3, 0.01)}, "lora": {1e-3: (0.1, 0.2), 3e-3: (0.3, 0.3)}}
+    backward = [{"name": "forgets", "metric": "backward", "of": "gain", "minus": "lora"}]
+    (two,) = comparison.judge(study := a_study(tmp_path / "two", an_experiment(backward, blocks=2), line))
+    assert (two.verdict, two.why) == ("inconclusive", "two blocks: a verdict takes 3") and two.tests.difference < 0.05
+    assert any(text.startswith("two blocks: set blocks: 3 or more") for text in comparison.advice(study))
+    (three,) = comparison.judge(a_study(tmp_path / "three", an_experiment(backward, blocks=3), line))
+    assert three.verdict == "better"
+
+
 def test_a_method_without_runs_is_said(tmp_path: Path) -> None:
     e = an_experiment(FOUR[:2])
     run = simulated(tmp_path, "gain", 1e-2, 0, learn=0.1, forget=0.2)

@@ -395,9 +395,8 @@ def test_built_again_the_bytes_are_the_same(at: Path, capsys: pytest.CaptureFixt
 def test_what_is_stale_is_made_again(at: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = ["tables", f"experiment={at}/e.yaml", *words(at)]
     shutil.rmtree(at / "runs/paper", ignore_errors=True)
-    of_a_run_that_went = (
-        at / "results/tables/e/matrix-tiny-lora-custom-s0-0123456789.md"
-    )  # as in a fresh clone, which knows nothing of how they were made
+    # as in a fresh clone, which knows nothing of how they were made
+    of_a_run_that_went = at / "results/tables/e/matrix-tiny-lora-custom-s0-0123456789.md"
     of_a_run_that_went.parent.mkdir(parents=True, exist_ok=True)
     of_a_run_that_went.write_text("of a run that is no longer chosen")
     (of_a_run_that_went.parent / "matrix-notes.md").write_text("a reader's")

@@ -471,9 +471,14 @@ def positive_control(study: Study) -> tuple[Setting | None, Compared | None, boo
     return setting, most, any(c.estimate.value >= math.log1p(study.forgets / 100) and c.estimate.low > 0 for _, c in found)
 
 
+FEWEST = 3
+"""Blocks of a verdict. With two, the t-test leans on one difference between blocks: of experiments with four endpoints and nothing to find,
+up to 11% find a winner, where 5% is promised (tests/test_inference.py)."""
+
+
 def judge(study: Study) -> list[Judged]:
     """Every declared endpoint with its verdict: inconclusive as long as runs of its methods are missing (looking until something
-    shows up, or leaving out what diverged, is no test), with one block, or when the positive control failed."""
+    shows up, or leaving out what diverged, is no test), with fewer than FEWEST blocks, or when the positive control failed."""
     measured = {e.name: _measure(study, e) for e in study.endpoints}
     raw = {}
     for e in study.endpoints:
@@ -497,8 +502,9 @@ def judge(study: Study) -> list[Judged]:
                 said, why = "inconclusive", f"{terms.counted(absent, 'run')} of its methods {'is' if absent == 1 else 'are'} not finished"
             elif not forgets:
                 said, why = "inconclusive", f"no setting forgets by {study.forgets:g}%"
-            elif found.blocks < 2:
-                said, why = "inconclusive", "one block: documents cannot tell methods apart, seeds and orders can"
+            elif found.blocks < FEWEST:
+                too_few = "documents cannot tell methods apart, seeds and orders can" if found.blocks < 2 else f"a verdict takes {FEWEST}"
+                said, why = "inconclusive", f"{('one block', 'two blocks')[found.blocks - 1]}: {too_few}"
         judged.append(Judged(e, found, tests[e.name], said, why, skill))
     return judged
 
@@ -530,6 +536,7 @@ def advice(study: Study) -> list[str]:
         seen = f"{100 * math.expm1(most.estimate.value):+.1f}%" if most is not None else "nothing"
         more = "a higher learning rate, more training tokens a domain, or domains further apart"
         help_.append(f"no setting forgets by {study.forgets:g}% (the most: {seen}), so nothing can be decided; try {more}")
-    if len(study.blocks) < 2:
-        help_.append("one block: set blocks: 3 or more in the experiment (python -m gain_cl power says how many)")
+    if len(study.blocks) < FEWEST:
+        few = ("one block", "two blocks")[len(study.blocks) - 1]
+        help_.append(f"{few}: set blocks: {FEWEST} or more in the experiment (python -m gain_cl power says how many)")
     return help_

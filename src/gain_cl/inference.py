@@ -155,10 +155,10 @@ def blocks(differences: np.ndarray, confidence: float = 0.95, documents: Error |
 
     documents: their shared_error. Then the interval holds for other documents too, and should: blocks share their documents, so
     that noise does not shrink with more blocks. The variances add (crossed random effects, Clark 1973). Tail probabilities of
-    the two degrees of freedom are weighted by the variances (Cochran & Cox 1957 weigh the quantiles): 95-96.5% for 95%, where
-    Satterthwaite's gives 92% with 3 blocks and a size of 0.037 for 0.0125. Never less than the error over documents alone, which few
-    blocks fall below by chance. nan with fewer than two blocks, and with identical
-    ones: runs that cannot differ say nothing about runs that could."""
+    the two degrees of freedom are weighted by the variances (Cochran & Cox 1957 weigh the quantiles): 94.5-97% for 95% with 3 to 8
+    blocks, where Satterthwaite's gives 92% with 3 blocks and a size of 0.037 for 0.0125. Never less than the error over documents
+    alone, which few blocks fall below by chance. nan with fewer than two blocks, and with identical ones: runs that cannot differ
+    say nothing about runs that could."""
     fit, half = _fit(differences, documents), np.nan
     if fit.se > 0:
         low, high = sorted(stats.t.ppf((1 + confidence) / 2, fit.df))

@@ -144,10 +144,10 @@ def _numbers(study: Study) -> dict[str, str]:
     metrics = [*tables.main.METRICS, *(f"{m}:{t}" for t in tables.main.scored(study) for m in ("margin", "accuracy"))]
 
     def add(name: str, metric: str, compared: comparison.Compared | None, blocks: int = 0) -> None:
-        value = of(metric, compared)
-        if value is not None and compared is not None:
+        value = of(metric, compared, blocks=blocks)
+        if value is not None:
             found[name] = value.write(value.value)
-            if not math.isnan(value.low) and compared.blocks >= blocks:  # else over the items of some blocks alone
+            if not math.isnan(value.low):
                 found.update({f"{name} low": value.write(value.low), f"{name} high": value.write(value.high)})
 
     for method, s in study.chosen.items():

@@ -75,7 +75,7 @@ def _facts(model: str, study: Study) -> dict[str, Any]:
         "verdicts": verdicts,
         "reached": reached,
         "control": control_text,
-        "blocks": len(study.blocks),
+        "blocks": terms.counted(len(study.blocks), "block"),
         "protocol": first.protocol,
         "tokens": tables.published.tokens(study),
     }

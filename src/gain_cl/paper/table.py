@@ -79,12 +79,12 @@ class Table:
 # --- numbers -----------------------------------------------------------------------------------------------------------
 
 
-def of(metric: str, found: Compared | None, bold: bool = False, interval: bool = True) -> Value | None:
+def of(metric: str, found: Compared | None, bold: bool = False, interval: bool = True, blocks: int = 0) -> Value | None:
     """A summary or difference in the unit its metric is shown in: % of perplexity; of a task's margin nats, of its accuracy points (100
-    times the share)."""
+    times the share). blocks: of which it is said to be; a task that fewer have scored has an interval over items alone: left out."""
     if found is None or math.isnan(found.estimate.value):
         return None
-    e = found.estimate if interval else Estimate(found.estimate.value, math.nan, math.nan, found.estimate.n)
+    e = found.estimate if interval and found.blocks >= blocks else Estimate(found.estimate.value, math.nan, math.nan, found.estimate.n)
     if lower_is_better(metric):
         return percent(e, bold)
     if metric.startswith("margin"):

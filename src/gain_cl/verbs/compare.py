@@ -166,7 +166,7 @@ def _show(study: Study, skill: float | None, equal: str, results_dir: Path) -> N
     first = study.settings[0].runs[next(iter(study.settings[0].runs))].record
     say(f"{study.name}: {study.question}" if study.question else f"{len(study.settings)} settings", style="bold")
     blocks = len(study.blocks)
-    kinds = f"{blocks} block{'s' if blocks > 1 else ''} (order of the domains and seed)"
+    kinds = f"{terms.counted(blocks, 'block')} (order of the domains and seed)"
     say(f"{first.model}, {kinds}, {first.protocol}, {_documents(study)} test documents of trained domains")
     if study.absent:
         say(f"not finished: {', '.join(f'{n} of {method}' for method, n in study.absent.items())}", style="yellow")

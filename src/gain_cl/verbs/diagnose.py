@@ -162,7 +162,7 @@ def _announce(bench: rescore.Bench, work: _Weights, tuned: dict[str, Tensor], st
     parameters = sum(p.numel() for p in work.base.values())
     vectors = sum(min(s) * math.prod(s) // max(s) if s[0] < s[1] else math.prod(s) for s in shapes) if work.keep else 0
     other = 0 if work.own else 2 * parameters  # the run's own model beside it
-    what = f"{len(shapes)} linear layers, {len(stages)} stage{'s' if len(stages) > 1 else ''}"
+    what = f"{len(shapes)} linear layers, {terms.counted(len(stages), 'stage')}"
     kl = f" ({terms.duration(for_kl)} of it for KL)" if with_kl else ""
     memory = size(4 * (2 * parameters + vectors) + other)
     print(f"diagnose: {what}: about {terms.duration(for_weights + for_kl)}{kl}, {memory} for weights", file=sys.stderr)

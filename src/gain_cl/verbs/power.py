@@ -128,7 +128,7 @@ def _noise(e: Endpoint, study: Study | None, args: Any, config: RunConfig) -> No
         seen = comparison.level(a, e.metric) if e.minus is None else comparison.difference(a, b, e.metric) if b is not None else None
     block_sd, document_se, sources = math.nan, math.nan, []
     if seen is not None and study is not None:
-        sources.append(f"pilot of {seen.blocks} block{'s' if seen.blocks > 1 else ''}")
+        sources.append(f"pilot of {terms.counted(seen.blocks, 'block')}")
         block_sd = float(np.std(seen.values, ddof=1)) if seen.blocks > 1 else math.nan
         first = next(iter(study.settings[0].runs.values())).record
         pilot = first.config["eval"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from gain_cl import comparison
-from gain_cl.comparison import Compared, Setting, Study
+from gain_cl.comparison import Setting, Study
 from gain_cl.experiments import Endpoint
 from gain_cl.paper import tables
 from gain_cl.paper.gather import Book
@@ -35,10 +35,8 @@ def _of(book: Book, model: str, study: Study) -> Table:
     rows = []
     for s in settings:
         cells: list[Value | str | None] = [s.label, Value(len(s.runs), write=count), Value(parameters(s), write=count)]
-        cells += [of(m, comparison.level(s, m), (s.method, m) in bold) for m in shown]
-        for m in (m for t in tasks for m in (f"margin:{t}", f"accuracy:{t}")):
-            found = comparison.level(s, m)
-            cells.append(of(m, found, (s.method, m) in bold, interval=everywhere(found, s)))
+        for m in (*shown, *(m for t in tasks for m in (f"margin:{t}", f"accuracy:{t}"))):
+            cells.append(of(m, comparison.level(s, m), (s.method, m) in bold, blocks=len(s.runs)))
         cells += [Value(minutes(s), write=plain(1)), Value(s.one(lambda run: run.record.peak_memory_bytes / 1e9), write=plain(2))]
         rows.append(Row(cells, book.ids(model, s.label)))
     over = "documents of the one block" if len(study.blocks) == 1 else "blocks and the documents they share"
@@ -60,11 +58,6 @@ def wins(study: Study) -> list[tuple[str, Endpoint]]:
     """Methods that a declared endpoint's test calls better than another one, at chosen settings."""
     judged = [j for j in comparison.judge(study) if j.endpoint.at == "chosen" and j.verdict in ("better", "worse")]
     return [(j.endpoint.of if j.verdict == "better" else j.endpoint.minus, j.endpoint) for j in judged if j.endpoint.minus is not None]
-
-
-def everywhere(found: Compared | None, s: Setting) -> bool:
-    """Whether a task was scored in all blocks of a setting: if not, its interval is over items alone, and not as the row's others."""
-    return found is not None and found.blocks == len(s.runs)
 
 
 def parameters(s: Setting) -> float:

@@ -10,7 +10,6 @@ from gain_cl.paper import tables
 from gain_cl.paper.gather import Book
 from gain_cl.paper.table import Row, Table, Value, count, percent
 from gain_cl.paper.table import of as of_
-from gain_cl.paper.tables.main import everywhere
 from gain_cl.terms import counted
 
 STATUS = "seen in an abstract"
@@ -36,12 +35,10 @@ def _of(book: Book, model: str, study: Study) -> Table:
     def row(what: str, published: tuple[str, str], values: Sequence[Value | None], *of: Setting | None, status: str = STATUS) -> None:
         rows.append(Row([what, *published, status, *values], [r for s in of if s is not None for r in book.ids(model, s.label)]))
 
-    def ours(s: Setting, metric: str) -> Value | None:
-        found = comparison.level(s, metric)
-        return of_(metric, found, interval=everywhere(found, s) or ":" not in metric)
-
     def both(what: str, published: tuple[str, str], metric: str) -> None:
-        row(what, published, [ours(s, metric) if s is not None else None for s in (gain, lora)], gain, lora)
+        row(
+            what, published, [of_(metric, comparison.level(s, metric), blocks=len(s.runs)) if s else None for s in (gain, lora)], gain, lora
+        )
 
     def at_equal_step(what: str, published: str, method: str) -> None:
         found = comparison.matched(study, gain.method, method)
