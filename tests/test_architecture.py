@@ -96,6 +96,26 @@ def test_opening_data_never_runs_code(path: Path) -> None:
                 )
 
 
+def opens(call: ast.Call) -> bool:
+    """Whether a call opens a model, config or tokenizer of transformers. PEFT's open none."""
+    owner, _, name = ast.unparse(call.func).rpartition(".")
+    return name in ("from_pretrained", "from_config") and not owner.startswith("peft.")
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(SOURCE)))
+def test_no_model_brings_code(path: Path) -> None:
+    """Find trust_remote_code=False, spelt out, in every call that opens something of a model."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call) and opens(node):
+            said = {k.arg: ast.unparse(k.value) for k in node.keywords}
+            assert said.get("trust_remote_code") == "False", f"{path.name}:{node.lineno}"
+
+
+def test_the_calls_that_open_a_model_are_seen() -> None:
+    tree = ast.parse((SOURCE / "models.py").read_text())
+    assert sum(isinstance(n, ast.Call) and opens(n) for n in ast.walk(tree)) >= 7
+
+
 def test_heavy_imports_wait() -> None:
     """Importing any torch-free module leaves torch and transformers out."""
     free = [name for name, layer in layers().items() if layer <= 1] + [

@@ -329,7 +329,7 @@ MODELS = [
         model(weights="pytorch_model.bin")),
     Bad("weights cut off", M, 65, ["the weights are cut off or no safetensors file (m/model.safetensors)", "download the model again"],
         model(cut=1)),
-    Bad("needs remote code", M, 65, ["the model needs code from its repository (m)", "gain_cl never runs it"],
+    Bad("needs remote code", M, 65, ["the model needs code from its repository (m/config.json)", "gain_cl never runs it"],
         model(model_type="mystery", auto_map={"AutoModelForCausalLM": "modeling.Mystery"})),
     Bad("not a causal LM", M, 65, ["not a causal language model: BertForMaskedLM (m)", "...ForCausalLM"],
         model(architectures=["BertForMaskedLM"])),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import base64
+import contextlib
 import io
 import json
 import os
@@ -18,8 +19,10 @@ from urllib.parse import quote
 import pytest
 from rich.console import Console
 
+import fake_hub
 import synthetic
-from gain_cl import build, cli, export, record, show, sources
+from conftest import tiny
+from gain_cl import build, cli, config, export, models, record, show, sources
 from gain_cl.config import PackageFile
 from gain_cl.errors import ConfigError, DataError, GainError
 from gain_cl.tables import matrix as table
@@ -63,12 +66,19 @@ def home(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def gain_cl(home: Path, *argv: str, code: int, **env: str) -> bytes:
+def gain_cl(home: Path, *argv: str, code: int, stdin: str = "", **env: str) -> bytes:
     """stdout and stderr of a command."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "WANDB_", "GAIN_CL_"))}
     places = {"HOME": str(home), "HF_HOME": str(home / "hf"), "GAIN_CL_CACHE": str(home / "cache"), "XDG_CACHE_HOME": str(home / "xdg")}
     clean |= {**places, "XDG_CONFIG_HOME": str(home / "xdg"), "OMP_NUM_THREADS": "1", **env}
-    done = subprocess.run([sys.executable, "-m", "gain_cl", *argv], cwd=home, env=clean, capture_output=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-m", "gain_cl", *argv],
+        cwd=home,
+        env=clean,
+        capture_output=True,
+        timeout=300,
+        input=stdin.encode(),
+    )
     assert done.returncode == code, done
     return done.stdout + done.stderr
 
@@ -454,3 +464,158 @@ def test_export_of_a_record_from_elsewhere(stage: int | None, tmp_path: Path) ->
     with pytest.raises(GainError, match="the trained state of this stage is not there"):
         export.export(run.record, "merged", tmp_path / "out", stage, str(tmp_path))
     assert not (tmp_path / "out").exists()
+
+
+# --- code in a model folder ------------------------------------------------------------------
+
+CODE = {
+    "AutoConfig": ("config.json", {"AutoConfig": "evil.Evil"}),
+    "AutoConfig of a version": ("config.4.0.0.json", {"AutoConfig": "evil.Evil"}),
+    "AutoModelForCausalLM": ("config.json", {"AutoModelForCausalLM": "evil.Evil"}),
+    "AutoTokenizer, fast": ("tokenizer_config.json", {"AutoTokenizer": [None, "evil.Evil"]}),
+    "AutoTokenizer, slow": ("tokenizer_config.json", {"AutoTokenizer": ["evil.Evil", None]}),
+    "AutoTokenizer, a list": ("tokenizer_config.json", [None, "evil.Evil"]),
+}
+"""Who would run the code, the file that names it, and its auto_map there."""
+
+YES = "y\n" * 20
+
+
+def plant(folder: Path, kind: str, family: str = "llama") -> Path:
+    """Write a whole model whose files name code; return the file that the code would leave."""
+    loaded = tiny("llama")
+    loaded.model.save_pretrained(folder)
+    loaded.tokenizer.save_pretrained(folder)
+    marker = folder.parent / "it_ran"
+    (folder / "evil.py").write_text(f"open({str(marker)!r}, 'w').close()\nclass Evil: pass\n")
+    file, auto_map = CODE[kind]
+    whole = json.loads((folder / "config.json").read_text()) | {"model_type": family}
+    if file == "config.4.0.0.json":
+        (folder / file).write_text(json.dumps(whole))
+        whole = whole | {"configuration_files": [file]}
+    (folder / "config.json").write_text(json.dumps(whole))
+    told = json.loads((folder / file).read_text()) | {"auto_map": auto_map}
+    if file == "tokenizer_config.json":
+        told["tokenizer_class"] = "Evil"
+    (folder / file).write_text(json.dumps(told))
+    return marker
+
+
+def refused_code(said: bytes, marker: Path, file: str) -> None:
+    """One line names the file; nobody was asked, and the code left no mark."""
+    assert said.startswith(b"gain_cl: error: the model needs code from its repository (")
+    assert f"{file}); gain_cl never runs it".encode() in said and said.count(b"\n") == 1
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("kind", CODE)
+def test_code_in_a_model_folder_never_runs(kind: str, tmp_path: Path) -> None:
+    marker = plant(tmp_path / "m", kind)
+    said = gain_cl(tmp_path, "run", *RUN, "model.path=m", code=65, stdin=YES)
+    refused_code(said, marker, f"m/{CODE[kind][0]}")
+
+
+def test_code_in_a_model_of_an_unknown_family_never_runs(tmp_path: Path) -> None:
+    marker = plant(tmp_path / "m", "AutoConfig", family="mystery")
+    said = gain_cl(tmp_path, "run", *RUN, "model.path=m", code=65, stdin=YES)
+    refused_code(said, marker, "m/config.json")
+
+
+def test_code_in_a_scored_checkpoint_never_runs(tmp_path: Path) -> None:
+    marker = plant(tmp_path / "m", "AutoTokenizer, fast")
+    words = [w for w in RUN if not w.startswith("train.")]
+    said = gain_cl(tmp_path, "score", "m", *words, code=65, stdin=YES)
+    refused_code(said, marker, "m/tokenizer_config.json")
+
+
+def test_code_in_a_scored_snapshot_never_runs(tmp_path: Path) -> None:
+    """A hub checkpoint is opened after torch is there, and passes the same check first."""
+    from gain_cl.adapters.given import GivenAdapter
+
+    marker = plant(tmp_path / "m", "AutoTokenizer, fast")
+    adapter = GivenAdapter([str(tmp_path / "m")])
+    adapter.attach(tiny("llama"))
+    with pytest.raises(DataError, match="the model needs code from its repository"):
+        adapter.take(1)
+    assert not marker.exists()
+
+
+def test_code_in_a_hub_repository_never_runs(tmp_path: Path) -> None:
+    """The snapshot passes the same check; the code is not even fetched."""
+    marker = plant(tmp_path / "hub/models/org/evil", "AutoTokenizer, fast")
+    argv = ["run", *RUN, "model.path=org/evil", f"model.revision={fake_hub.SHA}"]
+    with fake_hub.serve(tmp_path / "hub") as (address, log):
+        said = gain_cl(tmp_path, *argv, code=65, stdin=YES, HF_ENDPOINT=address)
+    refused_code(said, marker, "tokenizer_config.json")
+    assert not any("evil.py" in line for line in log)
+
+
+def test_a_model_folder_is_refused_before_torch(tmp_path: Path) -> None:
+    plant(tmp_path / "m", "AutoTokenizer, fast")
+    code = (
+        "import sys; from gain_cl import cli\n"
+        f"assert cli.main({['run', *RUN, 'model.path=m']!r}) == 65\n"
+        "assert not {'torch', 'transformers'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True)
+
+
+@pytest.fixture
+def answered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever is asked says yes, and code would be copied to a folder of the test."""
+    from transformers import dynamic_module_utils
+
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+
+
+@pytest.mark.parametrize("kind", CODE)
+def test_the_second_wall_holds(
+    kind: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    answered: None,
+) -> None:
+    """Were such a folder not refused, no call that opens it would run its code."""
+    import torch
+
+    marker = plant(tmp_path / "m", kind)
+    monkeypatch.setattr(models, "_inspect_code", lambda folder: None)
+    given = config.Model(name="m", path=str(tmp_path / "m"), dtype="float32")
+    for call in (
+        lambda: models.load(given, torch.device("cpu")),
+        lambda: models.load_tokenizer(given),
+        lambda: models.tokenizer_hash(tmp_path / "m"),
+        lambda: models.parameters_of(tmp_path / "m", "float32"),
+        lambda: models.vocabulary(given),
+        lambda: models.meta(given),
+    ):
+        with contextlib.suppress(DataError, ValueError):
+            call()
+        assert not marker.exists()
+
+
+@pytest.mark.parametrize("kind", CODE)
+def test_the_planted_code_would_run(kind: str, tmp_path: Path, answered: None) -> None:
+    """The tests above have teeth: where code is trusted, each of these folders runs its own."""
+    import transformers
+
+    marker = plant(tmp_path / "m", kind)
+    with contextlib.suppress(Exception):
+        opened = getattr(transformers, kind.split()[0].strip(","))
+        opened.from_pretrained(tmp_path / "m", trust_remote_code=True)
+    assert marker.exists()
+
+
+def test_code_that_an_architecture_names_never_runs(tmp_path: Path, answered: None) -> None:
+    """model.arch may hold auto_map too: the family's own class is taken."""
+    import torch
+
+    marker = plant(tmp_path / "m", "AutoModelForCausalLM")
+    auto_map = {"AutoModelForCausalLM": f"{tmp_path / 'm'}--evil.Evil"}
+    arch = {**tiny("llama").model.config.to_dict(), "auto_map": auto_map}
+    given = config.Model(name="m", arch=arch, dtype="float32")
+    models.load(given, torch.device("cpu"))
+    models.meta(given)
+    assert not marker.exists()

