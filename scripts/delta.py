@@ -10,8 +10,8 @@ from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 
-from gain_cl import record
-from gain_cl.files import sha256
+from gain_cl.measure import record
+from gain_cl.system.files import sha256
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("record", type=Path)

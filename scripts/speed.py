@@ -20,13 +20,17 @@ def worker(method: str, overrides: list[str]) -> None:
     """One step a line of input; prints seconds, and at the end the peak memory in bytes."""
     import torch
 
-    from gain_cl import adapters, build, domains, forward, models, provenance, train
-    from gain_cl.evaluate import evaluating
+    from gain_cl import adapters, domains
+    from gain_cl.compose import hydra
     from gain_cl.guards.base import Guard
+    from gain_cl.measure import provenance
+    from gain_cl.measure.perplexity import evaluating
+    from gain_cl.models import forward, load
+    from gain_cl.runs import train
 
-    config = build.compose([*overrides, *([] if method == "forward" else [f"method={method}"])], [], [])
+    config = hydra.compose([*overrides, *([] if method == "forward" else [f"method={method}"])], [], [])
     torch.set_num_threads(config.compute.threads or torch.get_num_threads())
-    loaded = models.load(config.model, models.device_of(config.compute.device, config.model.dtype))
+    loaded = load.load(config.model, load.device_of(config.compute.device, config.model.dtype))
     domain = domains.prepare(config.domains[config.sequence.trained[0]], loaded.tokenizer, loaded.tokenizer_hash)
     blocks = domain.train_blocks(config.seed, config.train.block, loaded.separator_id)
     if method == "forward":
@@ -76,9 +80,9 @@ def main() -> None:
     if args.worker:
         worker(args.worker, args.overrides)
         return
-    from gain_cl import build
+    from gain_cl.compose import hydra
 
-    tokens = build.compose(args.overrides, [], []).train.batch_tokens
+    tokens = hydra.compose(args.overrides, [], []).train.batch_tokens
     seconds: dict[str, list[float]] = {m: [] for m in METHODS}
     processes = {}
     for m in METHODS:

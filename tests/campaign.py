@@ -128,7 +128,7 @@ EVIDENCE = ("results/runs/*.items.parquet", "runs/*/matrix.csv", "runs/*/stages/
 def evidence(folder: Path) -> dict[str, str]:
     """SHA-256 of everything that must not depend on interruptions: scores, per-item values, matrix, trained weights, and the
     record but for times and places."""
-    from gain_cl import record
+    from gain_cl.measure import record
 
     found: dict[str, str] = {}
     for pattern in EVIDENCE:
@@ -170,8 +170,10 @@ def serve() -> None:
     import transformers.models.llama.modeling_llama
     from matplotlib import pyplot
 
-    from gain_cl import build, spine, track, train  # noqa: F401
-    from gain_cl.figures import heatmap  # noqa: F401
+    from gain_cl.runs import (
+        heatmap,  # noqa: F401
+        train,  # noqa: F401
+    )
 
     wanted = json.loads(sys.stdin.readline())
     for name in wanted["imports"]:
@@ -203,7 +205,7 @@ _composed: dict[tuple[str, ...], Any] = {}
 
 def compose_once(argv: list[str]) -> None:
     """Let build.compose answer for this command (and leave others to it) without composing again; only the folders differ."""
-    from gain_cl import build
+    from gain_cl.compose import hydra as build
     from gain_cl.errors import GainError
 
     compose = build.compose.__wrapped__ if hasattr(build.compose, "__wrapped__") else build.compose

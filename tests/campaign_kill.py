@@ -118,7 +118,8 @@ REAL = tuple(
 
 def log_work(path: str) -> None:
     """In the child: append each optimiser step and each cell that is computed to a file."""
-    from gain_cl import cells, train
+    from gain_cl.measure import cells
+    from gain_cl.runs import train
 
     def note(text: str) -> None:
         with open(path, "a") as file:
@@ -151,13 +152,13 @@ def redone(folder: Path, kind: str) -> int:
 
 def own_cache(folder: Path) -> Path:
     """A cache of a trial's own without tokens; what would have to be fetched is that of the usual cache."""
-    from gain_cl import sources
+    from gain_cl.system import hashes
 
     cache = folder / "cache"
     cache.mkdir(parents=True, exist_ok=True)
     for name in ("packages", "models", "hashes"):
-        if (sources.cache_dir() / name).exists() and not (cache / name).exists():
-            (cache / name).symlink_to(sources.cache_dir() / name)
+        if (hashes.cache_dir() / name).exists() and not (cache / name).exists():
+            (cache / name).symlink_to(hashes.cache_dir() / name)
     return cache
 
 
@@ -292,14 +293,16 @@ PLACES = ("train", "score", "tokenise", "load")
 
 def signal_in(place: str, name: str, number: str) -> None:
     """In the child: it gets the signal ``name`` when ``place`` (of PLACES) is reached for the ``number``-th time, from 1."""
-    from gain_cl import evaluate, models, train
-    from gain_cl.domains import base
+    from gain_cl.domains import domain
+    from gain_cl.measure import perplexity
+    from gain_cl.models import load
+    from gain_cl.runs import train
 
     module, function = {
         "train": (train, "_gradient"),
-        "score": (evaluate, "score"),
-        "tokenise": (base, "tokenize"),
-        "load": (models, "load"),
+        "score": (perplexity, "score"),
+        "tokenise": (domain, "tokenize"),
+        "load": (load, "load"),
     }[place]
     original, reached = getattr(module, function), 0
 
@@ -315,9 +318,9 @@ def signal_in(place: str, name: str, number: str) -> None:
 
 def mark_listening(path: str) -> None:
     """In the child: note when the run begins and ends to listen for signals, in seconds of the monotonic clock."""
-    from gain_cl import spine
+    from gain_cl.runs import run
 
-    execute = spine.execute
+    execute = run.execute
 
     def marked(*arguments: Any) -> Any:
         Path(path).write_text(f"{time.monotonic()}\n")
@@ -327,7 +330,7 @@ def mark_listening(path: str) -> None:
             with open(path, "a") as file:
                 file.write(f"{time.monotonic()}\n")
 
-    spine.execute = marked  # type: ignore[assignment]
+    run.execute = marked  # type: ignore[assignment]
 
 
 def preempt(warm: Warm, root: Path, trials: int, cases: Sequence[Case] = CASES, patch: str | None = None, seed: int = 0) -> Outcome:
@@ -377,7 +380,7 @@ def preempt(warm: Warm, root: Path, trials: int, cases: Sequence[Case] = CASES, 
 
 def stuck(path: str) -> None:
     """In the child: the third training step never ends, and says that it has begun."""
-    from gain_cl import train
+    from gain_cl.runs import train
 
     gradient, reached = train._gradient, 0
 

@@ -58,11 +58,12 @@ def tiny(family: str, dtype: str = "float32", **keys: Any) -> Any:
     """models.Loaded of a random model of the family, with a byte tokenizer and biases that are not zero."""
     import torch
 
-    from gain_cl import config, models
+    from gain_cl.config import schema
+    from gain_cl.models import load
 
     attention = "eager" if family == "gemma2" else "sdpa"  # its logit softcap inside attention has no sdpa version
-    settings = config.Model(name=f"tiny-{family}", arch={**FAMILIES[family], **keys}, dtype=dtype, attention=attention)  # type: ignore[arg-type]
-    loaded = models.load(settings, torch.device("cpu"))
+    settings = schema.Model(name=f"tiny-{family}", arch={**FAMILIES[family], **keys}, dtype=dtype, attention=attention)  # type: ignore[arg-type]
+    loaded = load.load(settings, torch.device("cpu"))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, p in loaded.model.named_parameters():

@@ -25,7 +25,7 @@ _parameters: list[Any] = []
 
 
 def _watch() -> None:
-    from gain_cl import train
+    from gain_cl.runs import train
 
     real = train.stage
 
@@ -77,11 +77,11 @@ def not_finite(where: str, value: str, at: str) -> None:
         return nll
 
     places: dict[str, tuple[str, Callable[..., Any]]] = {
-        "loss": ("gain_cl.train.loss_sum", loss),
-        "gradient": ("gain_cl.train.loss_sum", gradient),
-        "gain": ("gain_cl.train.loss_sum", gain),
-        "hidden": ("gain_cl.forward.sum_cross_entropy", hidden),
-        "score": ("gain_cl.evaluate.token_nll", score),
+        "loss": ("gain_cl.runs.train.loss_sum", loss),
+        "gradient": ("gain_cl.runs.train.loss_sum", gradient),
+        "gain": ("gain_cl.runs.train.loss_sum", gain),
+        "hidden": ("gain_cl.models.forward.sum_cross_entropy", hidden),
+        "score": ("gain_cl.measure.perplexity.token_nll", score),
     }
     _watch()
     _at(places[where][0], int(at), places[where][1])
@@ -89,7 +89,7 @@ def not_finite(where: str, value: str, at: str) -> None:
 
 def parameters_untouched(file: str) -> None:
     """Tells in ``file`` whether the trained parameters are, after the error, the bytes they were when the gradient was known."""
-    from gain_cl import train
+    from gain_cl.runs import train
 
     stage, gradient = train.stage, train._gradient
     before: list[bytes] = []
@@ -116,7 +116,7 @@ def in_task(fault: str, at: str) -> None:
     """In batch ``at`` of the tasks: logits that are nan, or no memory (cuda)."""
     import torch
 
-    from gain_cl import tasks
+    from gain_cl.measure import tasks
 
     scorer = tasks._scorer()
     real, calls = scorer._model_call, itertools.count(1)
@@ -133,17 +133,17 @@ def in_task(fault: str, at: str) -> None:
 
 def twin_nan_is_zero() -> None:
     """NaN filtered: a token whose loss is not a number counts as nothing."""
-    from gain_cl import evaluate
+    from gain_cl.measure import perplexity
 
-    real = evaluate.token_nll
-    evaluate.token_nll = lambda *a: real(*a).nan_to_num(0, 0, 0)  # type: ignore[assignment]
+    real = perplexity.token_nll
+    perplexity.token_nll = lambda *a: real(*a).nan_to_num(0, 0, 0)  # type: ignore[assignment]
 
 
 def twin_step_skipped() -> None:
     """NaN filtered: a step whose loss is not a number is passed over, as some trainers do."""
     import math
 
-    from gain_cl import train
+    from gain_cl.runs import train
 
     real = train._gradient
 
@@ -161,15 +161,16 @@ def twin_step_skipped() -> None:
 
 def spike(at: str, jump: str) -> None:
     """The loss of one forward pass is ``jump`` nats higher a token; its gradient is as it was."""
-    _at("gain_cl.train.loss_sum", int(at), lambda real, loaded, tokens, *a: real(loaded, tokens, *a) + float(jump) * tokens.size)
+    _at("gain_cl.runs.train.loss_sum", int(at), lambda real, loaded, tokens, *a: real(loaded, tokens, *a) + float(jump) * tokens.size)
 
 
 def keep_checkpoints() -> None:
     """Every checkpoint stays, also after the end."""
-    from gain_cl import checkpoint, spine
+    from gain_cl.runs import run
+    from gain_cl.system import checkpoint
 
     checkpoint.prune = lambda *_: None  # type: ignore[assignment]
-    spine._sweep = lambda _: None
+    run._sweep = lambda _: None
 
 
 # --- memory ----------------------------------------------------------------------------------------------------------
@@ -195,9 +196,9 @@ def out_of_memory(where: str, kind: str, *at: str) -> None:
         return total
 
     places: dict[str, tuple[str, Callable[..., Any]]] = {
-        "forward": ("gain_cl.forward.sum_cross_entropy", fail),
-        "backward": ("gain_cl.train.loss_sum", backward),
-        "score": ("gain_cl.evaluate.token_nll", fail),
+        "forward": ("gain_cl.models.forward.sum_cross_entropy", fail),
+        "backward": ("gain_cl.runs.train.loss_sum", backward),
+        "score": ("gain_cl.measure.perplexity.token_nll", fail),
     }
     if where == "update":
         real, calls = torch.optim.AdamW.step, itertools.count(1)
@@ -210,7 +211,7 @@ def out_of_memory(where: str, kind: str, *at: str) -> None:
 
 def smaller_from(at: str, sequences: str) -> None:
     """What running out of memory must come to: from step ``at`` on, so many sequences a forward pass, without any fault."""
-    from gain_cl import train
+    from gain_cl.runs import train
 
     real, calls = train._gradient, itertools.count(1)
 
@@ -222,7 +223,7 @@ def smaller_from(at: str, sequences: str) -> None:
 
 def trace_batches(file: str) -> None:
     """A line for each step that was carried through: hash of its tokens, in order."""
-    from gain_cl import train
+    from gain_cl.runs import train
 
     real = train._gradient
 
@@ -238,7 +239,7 @@ def trace_batches(file: str) -> None:
 
 def twin_gradient_kept() -> None:
     """What was added up before memory ran out stays in the gradient."""
-    from gain_cl import train
+    from gain_cl.runs import train
 
     real = train._gradient
     kept: list[tuple[Any, Any]] = []
@@ -257,7 +258,7 @@ def twin_gradient_kept() -> None:
 
 def twin_batch_dropped() -> None:
     """When memory runs out, only the first half of the sequences is learned."""
-    from gain_cl import train
+    from gain_cl.runs import train
 
     real = train._gradient
 
@@ -292,7 +293,7 @@ def disk_full(name: str, at: str, room: str) -> None:
 
 def twin_in_place() -> None:
     """Checkpoints are written where they are read, not under another name first."""
-    from gain_cl import checkpoint
+    from gain_cl.system import checkpoint
 
     def save(folder: Path, files: Any) -> None:
         try:
@@ -329,9 +330,11 @@ def refused(name: str, at: str, code: str) -> None:
 
 def _reached(reach: Callable[[str], None]) -> None:
     """Put a function in the place of failpoints.reach wherever it was imported."""
-    from gain_cl import cells, checkpoint, files, measure, spine
+    from gain_cl.measure import cells, scoring
+    from gain_cl.runs import run
+    from gain_cl.system import checkpoint, files
 
-    for module in (cells, checkpoint, files, measure, spine):
+    for module in (cells, checkpoint, files, scoring, run):
         module.reach = reach  # type: ignore[attr-defined]
 
 
@@ -374,9 +377,9 @@ def unprivileged() -> None:
 
 def hold(file: str) -> None:
     """The owner of a run waits until ``file`` is there before it works."""
-    from gain_cl import spine
+    from gain_cl.runs import run
 
-    real = spine._execute
+    real = run._execute
 
     def execute(*a: Any) -> Any:
         until = time.monotonic() + 120
@@ -384,21 +387,21 @@ def hold(file: str) -> None:
             time.sleep(0.01)
         return real(*a)
 
-    spine._execute = execute
+    run._execute = execute
 
 
 def fail_seeds(*seeds: str) -> None:
     """The runs with these seeds fail."""
-    from gain_cl import spine
+    from gain_cl.runs import run
 
-    real = spine._execute
+    real = run._execute
 
     def execute(config: Any, plan: Any) -> Any:
         if str(config.seed) in seeds:
             raise DataError("planted", f"seed {config.seed}", "run it again")
         return real(config, plan)
 
-    spine._execute = execute
+    run._execute = execute
 
 
 # --- the hub ---------------------------------------------------------------------------------------------------------

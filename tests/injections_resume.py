@@ -9,7 +9,7 @@ from typing import Any
 
 def signal_at_step(stage: str, step: str) -> None:
     """TERM while a step is being computed."""
-    from gain_cl import train
+    from gain_cl.runs import train
 
     original = train._gradient
 
@@ -22,6 +22,6 @@ def signal_at_step(stage: str, step: str) -> None:
 
 
 def numerics(version: str) -> None:
-    from gain_cl import provenance
+    from gain_cl.measure import provenance
 
     provenance.NUMERICS = int(version)

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from gain_cl import record
-from gain_cl.config import RunConfig
+from gain_cl.config.schema import RunConfig
+from gain_cl.measure import record
 
 OFFLINE = {  # domain -> perplexity of the pretrained model (shared/data.md; the rest of the same order)
     "medicine": 23.3,

@@ -14,16 +14,20 @@ from pydantic import TypeAdapter
 from torch import nn
 
 from conftest import FAMILIES, ListBlocks, tiny
-from gain_cl import adapters, config, evaluate, forward, models, presets, train
+from gain_cl import adapters
 from gain_cl.adapters.gain import DiagonalGain, Gains, attach_gains
+from gain_cl.config import presets, schema
 from gain_cl.errors import ConfigError, DataError
-from gain_cl.files import sha256
 from gain_cl.guards.base import Guard
+from gain_cl.measure import perplexity
+from gain_cl.models import families, forward, load
+from gain_cl.runs import train
+from gain_cl.system.files import sha256
 
-ADAPTER: TypeAdapter[config.Adapter] = TypeAdapter(config.Adapter)
+ADAPTER: TypeAdapter[schema.Adapter] = TypeAdapter(schema.Adapter)
 
 
-def shipped(method: str) -> config.Adapter:
+def shipped(method: str) -> schema.Adapter:
     """The adapter of a method's YAML: composing all of them by Hydra would take a minute."""
     read = lambda group, name: yaml.safe_load((presets.configs_dir() / group / f"{name}.yaml").read_text())  # noqa: E731
     row = read("method", method)
@@ -64,14 +68,14 @@ IDS = torch.arange(1, 25).reshape(2, 12)
 made = functools.cache(tiny)
 
 
-def copy_of(family: str, dtype: str) -> models.Loaded:
+def copy_of(family: str, dtype: str) -> load.Loaded:
     """What tiny makes, in a fifth of the time."""
-    original: models.Loaded = made(family, dtype)
+    original: load.Loaded = made(family, dtype)
     return dataclasses.replace(original, model=copy.deepcopy(original.model))
 
 
 @pytest.fixture
-def loaded(family: str, dtype: str, method: str) -> models.Loaded:
+def loaded(family: str, dtype: str, method: str) -> load.Loaded:
     """A tiny model; a pair that is refused has no contract, but says so."""
     loaded = copy_of(family, dtype)
     if (method, family) in REFUSED:
@@ -81,20 +85,20 @@ def loaded(family: str, dtype: str, method: str) -> models.Loaded:
     return loaded
 
 
-def attach(loaded: models.Loaded, method: str, seed: int = 0) -> adapters.base.Adapter:
+def attach(loaded: load.Loaded, method: str, seed: int = 0) -> adapters.base.Adapter:
     torch.manual_seed(seed)
     adapter = adapters.build(ADAPTERS[method])
     adapter.attach(loaded)
     return adapter
 
 
-def logits(loaded: models.Loaded) -> torch.Tensor:
+def logits(loaded: load.Loaded) -> torch.Tensor:
     with torch.no_grad():
         return loaded.model(IDS).logits
 
 
 def restarts(method: str) -> bool:
-    return not isinstance(ADAPTERS[method], config.Full) and method not in ("dora", "oft")
+    return not isinstance(ADAPTERS[method], schema.Full) and method not in ("dora", "oft")
 
 
 def shake(adapter: adapters.base.Adapter, size: float = 0.05) -> None:
@@ -106,17 +110,17 @@ def shake(adapter: adapters.base.Adapter, size: float = 0.05) -> None:
     adapter.after_step()
 
 
-def settings(**keys: object) -> config.Train:
-    return config.Train(**{"steps": 2, "block": 16, "batch_tokens": 64, "lr": 1e-3, **keys})  # type: ignore[arg-type]
+def settings(**keys: object) -> schema.Train:
+    return schema.Train(**{"steps": 2, "block": 16, "batch_tokens": 64, "lr": 1e-3, **keys})  # type: ignore[arg-type]
 
 
-def run_stage(loaded: models.Loaded, adapter: adapters.base.Adapter, setup: config.Train, micro: int | None = None) -> list[dict]:
+def run_stage(loaded: load.Loaded, adapter: adapters.base.Adapter, setup: schema.Train, micro: int | None = None) -> list[dict]:
     blocks = ListBlocks(np.random.default_rng(0).integers(1, 257, (8, setup.block)))
     return list(train.stage(loaded, adapter, Guard(), blocks, setup, train.optimizer(adapter, setup), index=1, seed=0, micro_batch=micro))
 
 
 @contract
-def test_starts_as_the_base(loaded: models.Loaded, method: str, dtype: str) -> None:
+def test_starts_as_the_base(loaded: load.Loaded, method: str, dtype: str) -> None:
     before = logits(loaded)
     attach(loaded, method)
     now = logits(loaded)
@@ -127,7 +131,7 @@ def test_starts_as_the_base(loaded: models.Loaded, method: str, dtype: str) -> N
 
 
 @contract
-def test_trains_only_its_own_fp32_parameters_and_all_of_them(loaded: models.Loaded, method: str) -> None:
+def test_trains_only_its_own_fp32_parameters_and_all_of_them(loaded: load.Loaded, method: str) -> None:
     frozen = {n: p.detach().clone() for n, p in loaded.model.named_parameters()}
     adapter = attach(loaded, method)
     own = adapter.parameters()
@@ -142,13 +146,13 @@ def test_trains_only_its_own_fp32_parameters_and_all_of_them(loaded: models.Load
     still = [n for n, p in own.items() if torch.equal(p, before[n])]
     # a position that no text reaches and q/k of a uniform attention have exact zero gradients in these tiny models
     assert len(still) <= (0 if method not in ("full", "ewc") else 2), still
-    if not isinstance(ADAPTERS[method], config.Full):
+    if not isinstance(ADAPTERS[method], schema.Full):
         now = {n.replace(".base_layer", ""): p for n, p in loaded.model.named_parameters()}
         assert all(torch.equal(now[n], p) for n, p in frozen.items())
 
 
 @contract
-def test_absorbed_weights_compute_the_same(loaded: models.Loaded, method: str, dtype: str) -> None:
+def test_absorbed_weights_compute_the_same(loaded: load.Loaded, method: str, dtype: str) -> None:
     names = {n for n, _ in loaded.model.named_parameters()}
     adapter = attach(loaded, method)
     shake(adapter)
@@ -161,7 +165,7 @@ def test_absorbed_weights_compute_the_same(loaded: models.Loaded, method: str, d
 
 
 @contract
-def test_the_identity_differs_from_the_shaken(loaded: models.Loaded, method: str) -> None:
+def test_the_identity_differs_from_the_shaken(loaded: load.Loaded, method: str) -> None:
     """So that the tests above cannot pass on an adapter that does nothing."""
     before = logits(loaded)
     shake(attach(loaded, method), 0.2)
@@ -169,7 +173,7 @@ def test_the_identity_differs_from_the_shaken(loaded: models.Loaded, method: str
 
 
 @contract
-def test_state_rebuilds_the_model(loaded: models.Loaded, method: str, family: str, dtype: str) -> None:
+def test_state_rebuilds_the_model(loaded: load.Loaded, method: str, family: str, dtype: str) -> None:
     adapter = attach(loaded, method)
     shake(adapter)
     other = copy_of(family, dtype)
@@ -181,7 +185,7 @@ def test_state_rebuilds_the_model(loaded: models.Loaded, method: str, family: st
 
 
 @contract
-def test_restart_keeps_the_function_and_trains_the_new_part(loaded: models.Loaded, method: str, family: str, dtype: str) -> None:
+def test_restart_keeps_the_function_and_trains_the_new_part(loaded: load.Loaded, method: str, family: str, dtype: str) -> None:
     adapter = attach(loaded, method)
     if not restarts(method):
         with pytest.raises(ConfigError, match="does not offer handover=restart"):
@@ -193,12 +197,12 @@ def test_restart_keeps_the_function_and_trains_the_new_part(loaded: models.Loade
         adapter.restart()
         assert (logits(loaded) - before).abs().max() <= ULPS[dtype] * before.abs().max()
         names = adapter.parameters().keys()
-        assert len(names) == len(old) / stage or isinstance(ADAPTERS[method], config.Gain)
+        assert len(names) == len(old) / stage or isinstance(ADAPTERS[method], schema.Gain)
         run_stage(loaded, adapter, settings(lr=1e-2))
         now = adapter.state()
         kept = {n: t for n, t in now.items() if n not in names}
         assert kept and (adapter.parameters().keys() == names)
-        if isinstance(ADAPTERS[method], config.Peft):
+        if isinstance(ADAPTERS[method], schema.Peft):
             assert old.keys() == kept.keys()
             assert all(torch.equal(old[n], t) for n, t in kept.items()), "what earlier stages learned stays"
         assert not torch.equal(logits(loaded), before)
@@ -213,7 +217,7 @@ def test_restart_keeps_the_function_and_trains_the_new_part(loaded: models.Loade
 
 
 @contract
-def test_disabled_is_the_base(loaded: models.Loaded, method: str) -> None:
+def test_disabled_is_the_base(loaded: load.Loaded, method: str) -> None:
     before = logits(loaded)
     adapter = attach(loaded, method)
     adapter.keep_base()
@@ -232,7 +236,7 @@ def test_disabled_is_the_base(loaded: models.Loaded, method: str) -> None:
 
 
 @pytest.mark.parametrize(("family", "dtype", "method"), [c for c in CASES if c.values[1] == "float32"])  # absorbed bf16 is rounded
-def test_shift_is_the_distance_of_the_absorbed_weights(loaded: models.Loaded, method: str) -> None:
+def test_shift_is_the_distance_of_the_absorbed_weights(loaded: load.Loaded, method: str) -> None:
     before = {n: p.detach().clone() for n, p in loaded.model.named_parameters()}
     adapter = attach(loaded, method)
     adapter.keep_base()
@@ -254,8 +258,8 @@ def test_shift_is_the_distance_of_the_absorbed_weights(loaded: models.Loaded, me
 
 def test_checks_know_what_adapters_can() -> None:
     """The tables of checks.py, which are read before torch is imported, say what the adapters do."""
-    assert {a.peft_type for m, a in ALL.items() if isinstance(a, config.Peft) and restarts(m)} == set(config.KNOWN_CHANGE)
-    assert {a.peft_type for m, a in ALL.items() if isinstance(a, config.Peft) and m not in ("dora", "oft")} == set(config.KNOWN_CHANGE)
+    assert {a.peft_type for m, a in ALL.items() if isinstance(a, schema.Peft) and restarts(m)} == set(schema.KNOWN_CHANGE)
+    assert {a.peft_type for m, a in ALL.items() if isinstance(a, schema.Peft) and m not in ("dora", "oft")} == set(schema.KNOWN_CHANGE)
 
 
 def test_counts_are_the_widths() -> None:
@@ -386,7 +390,7 @@ def test_peft_mistakes_are_one_line() -> None:
         ("LORA", {"r": 4, "target_modules": ["lm_head"]}, "output head"),
     ):
         with pytest.raises(ConfigError, match=match):
-            adapters.build(config.Peft(kind="peft", peft_type=peft_type, config=keys)).attach(tiny("llama"))
+            adapters.build(schema.Peft(kind="peft", peft_type=peft_type, config=keys)).attach(tiny("llama"))
 
 
 def test_full_keeps_fp32_masters_of_a_bf16_model() -> None:
@@ -403,7 +407,7 @@ def test_full_keeps_fp32_masters_of_a_bf16_model() -> None:
 def test_evaluation_sees_the_adapter(family: str) -> None:
     loaded = tiny(family)
     adapter = attach(loaded, "gain_ffn")
-    window = evaluate.windows(np.arange(1, 30), loaded.prefix_id, 32, 32)
+    window = perplexity.windows(np.arange(1, 30), loaded.prefix_id, 32, 32)
     assert len(window) == 1
     before = forward.loss_sum(loaded, np.arange(1, 17)[None]).item()
     shake(adapter)
@@ -411,7 +415,7 @@ def test_evaluation_sees_the_adapter(family: str) -> None:
 
 
 def test_every_family_in_roles_is_tested() -> None:
-    assert set(models.ROLES) == set(FAMILIES)
+    assert set(families.ROLES) == set(FAMILIES)
 
 
 def test_gains_can_be_taken_off() -> None:

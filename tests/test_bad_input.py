@@ -22,7 +22,9 @@ from typing import Any
 import pytest
 
 import fake_hub
-from gain_cl import build, checkpoint, spine
+from gain_cl.compose import hydra
+from gain_cl.runs import plan as plan_
+from gain_cl.system import checkpoint
 
 COMMIT = fake_hub.SHA
 SMALL = ["sequence=smoke", "tasks=none"]
@@ -449,7 +451,7 @@ def test_run_in_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     here = tmp_path / "here"
     here.mkdir()
     monkeypatch.chdir(here)
-    folder = here / spine.prepare(build.compose(SMOKE)).folder
+    folder = here / plan_.prepare(hydra.compose(SMOKE)).folder
     folder.mkdir(parents=True)
     with open(folder / "LOCK", "w") as lock:
         lock.write(json.dumps({"pid": 4321, "host": "elsewhere"}))
@@ -460,8 +462,8 @@ def test_run_in_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def begun(here: Path, *overrides: str, seed: int = 0) -> Path:
     """The folder of a run that an earlier attempt began: run.json of ``seed``."""
-    config = build.compose([*SMOKE, *overrides])
-    plan, other = spine.prepare(config), build.compose([*SMOKE, f"seed={seed}"])
+    config = hydra.compose([*SMOKE, *overrides])
+    plan, other = plan_.prepare(config), hydra.compose([*SMOKE, f"seed={seed}"])
     folder = here / plan.folder
     folder.mkdir(parents=True)
     facts = {"run_id": plan.run_id, "settings": other.scientific(), "pins": plan.pins, "facts": {}, "environment": {}}

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from gain_cl import cli
-from gain_cl.lock import owned
-from gain_cl.verbs import clean
+from gain_cl.system.lock import owned
+from gain_cl.tools import clean
 
 DAY = 86_400
 ID = "tiny-gain_ffn-smoke-s0-0123456789"

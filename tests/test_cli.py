@@ -12,7 +12,9 @@ from typing import Any
 
 import pytest
 
-from gain_cl import build, checks, cli, presets
+from gain_cl import cli
+from gain_cl.compose import checks, hydra
+from gain_cl.config import presets
 from gain_cl.errors import ConfigError
 
 SMALL = ["sequence=smoke", "tasks=none"]
@@ -210,7 +212,7 @@ def test_secrets_stay_out_of_the_configuration(monkeypatch: pytest.MonkeyPatch, 
 def test_cuda_without_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checks, "version", lambda _: "2.13.0+cpu")
     with pytest.raises(ConfigError, match=r"this torch .* has no CUDA .*; use compute.device=cpu"):
-        build.compose(["compute.device=cuda", *SMALL])
+        hydra.compose(["compute.device=cuda", *SMALL])
 
 
 def test_model_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -223,14 +225,14 @@ def test_model_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     (folder / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
     words = [f'model.path="{folder}"', *SMALL]
     assert "eval.context=1024 exceeds the context of My-model--v2-, 512 tokens" in refused(capsys, "run", *words)
-    run = build.compose([*words, "eval.context=512", f"model.revision={'a' * 40}"])
+    run = hydra.compose([*words, "eval.context=512", f"model.revision={'a' * 40}"])
     assert (run.model.name, run.model.revision, run.model.dtype, run.model.path) == ("My-model--v2-", None, "float32", str(folder))
     assert "exceeds the width" in refused(capsys, "run", *words, "eval.context=512", "method=lora")
     (folder / "file").touch()
     assert "is a file" in refused(capsys, "run", f'model.path="{folder}/file"', *SMALL)
-    run = build.compose(["model=gpt2", *words, "eval.context=512"])
+    run = hydra.compose(["model=gpt2", *words, "eval.context=512"])
     assert (run.model.name, run.model.revision) == ("gpt2", None), "a preset keeps its name when its weights come from a folder"
-    run = build.compose(["model=smollm2", *words, "eval.context=512"])
+    run = hydra.compose(["model=smollm2", *words, "eval.context=512"])
     assert run.model.package is None, "the path stands in for the package"
 
 
@@ -245,26 +247,26 @@ def test_hub_model_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     words = ["model.path=org/name", f"model.revision={commit}", *SMALL]
     assert "exceeds the context of name, 256 tokens" in refused(capsys, "run", *words)
-    assert build.compose([*words, "eval.context=256"]).model.name == "name"
+    assert hydra.compose([*words, "eval.context=256"]).model.name == "name"
 
 
 # --- grammar ---------------------------------------------------------------------------------------------------------
 
 
 def test_domain_list() -> None:
-    run = build.compose(["domain=[smoke_c,smoke_control]", *SMALL, "domains.smoke_c.source.documents=50"])
+    run = hydra.compose(["domain=[smoke_c,smoke_control]", *SMALL, "domains.smoke_c.source.documents=50"])
     assert run.sequence.name == "custom"
     assert run.sequence.domains == ["smoke_c", "smoke_control"]
     assert run.sequence.controls == [], "a control that is trained controls nothing"
     assert list(run.domains) == ["smoke_c", "smoke_control"]
     assert run.domains["smoke_c"].source.documents == 50  # type: ignore[union-attr]
-    run = build.compose(["domain=smoke_b", "sequence.controls=[smoke_a]", "sequence.name=mine", *SMALL])
+    run = hydra.compose(["domain=smoke_b", "sequence.controls=[smoke_a]", "sequence.name=mine", *SMALL])
     assert (run.sequence.name, run.sequence.domains, run.sequence.controls) == ("mine", ["smoke_b"], ["smoke_a"])
 
 
 def test_keys_that_presets_leave_out() -> None:
     """The schema says which keys there are: no + is needed for one that the YAML at hand does not spell out."""
-    run = build.compose(["domains.smoke_a.split.test=0.3", "model.roles={attn_out: x, ffn_down: y}", *SMALL])
+    run = hydra.compose(["domains.smoke_a.split.test=0.3", "model.roles={attn_out: x, ffn_down: y}", *SMALL])
     assert run.domains["smoke_a"].split.test == 0.3
     assert run.model.roles == {"attn_out": "x", "ffn_down": "y"}
 
@@ -328,7 +330,7 @@ def test_params_json(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_params_table(capsys: pytest.CaptureFixture[str]) -> None:
     """Methods as rows, whole lines in a pipe: no number is cut, no model left out."""
-    from gain_cl import params
+    from gain_cl.tools import params
 
     numbers = {"full": 124_439_808, "gain_ffn": 46_080, "oft": "PEFT refuses: no Conv1D"}
     params.show({f"a_model_of_some_name_{i:02d}": {"total": 68_976_648_192, "methods": numbers} for i in range(12)})
@@ -462,9 +464,7 @@ def test_plugin_of_an_installed_package(tmp_path: Path) -> None:
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: myplug\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text("[gain_cl.plugins]\nmyplug = myplug\n")
     (tmp_path / "myplug.py").write_text(PLUGIN)
-    code = (
-        "from gain_cl import build, spine; c = build.compose(['debug=smoke', 'guard.kind=watch']); print(spine.prepare(c).pins['plugins'])"
-    )
+    code = "from gain_cl.compose.hydra import compose; from gain_cl.runs import plan; c = compose(['debug=smoke', 'guard.kind=watch']); print(plan.prepare(c).pins['plugins'])"
     done = python("-c", code, PYTHONPATH=str(tmp_path))
     assert done.returncode == 0, done.stderr
     assert "'adapter': None" in done.stdout and "'guard': '" in done.stdout

@@ -15,9 +15,12 @@ import pytest
 
 import gain_cl
 import synthetic
-from gain_cl import cli, comparison, experiments, record
+from gain_cl import cli
 from gain_cl.errors import ConfigError, DataError
-from gain_cl.experiments import Endpoint, Experiment, label, latin_order
+from gain_cl.measure import record
+from gain_cl.studies import equal, experiments, verdicts
+from gain_cl.studies import study as comparison
+from gain_cl.studies.experiments import Endpoint, Experiment, label, latin_order
 from synthetic import config
 
 DOMAINS = ["a", "b", "c", "d"]
@@ -156,25 +159,25 @@ def test_levels_and_differences_are_the_truth(study: comparison.Study) -> None:
 
 
 def test_equal_skill_is_read_off_both_fronts(study: comparison.Study) -> None:
-    found = comparison.matched(study, "gain", "lora", skill=-0.15)
+    found = equal.matched(study, "gain", "lora", skill=-0.15)
     truth = (0.02 + 0.05) - (0.05 + 0.2 * 0.03 / 0.18)  # on each line at 0.15 learned
     assert found.differences.mean() == pytest.approx(truth, abs=0.03)
-    unreached = comparison.matched(study, "gain", "lora", skill=-0.28)
-    assert math.isnan(comparison.interval(unreached).value) and "gain does not reach the own step" in unreached.reason
+    unreached = equal.matched(study, "gain", "lora", skill=-0.28)
+    assert math.isnan(equal.interval(unreached).value) and "gain does not reach the own step" in unreached.reason
 
 
 def test_one_setting_is_no_front(study: comparison.Study) -> None:
     """It would be given for any lesser skill what it forgot at its own."""
     settings = [s for s in study.settings if s.method == "gain" or s is study.chosen["lora"]]
-    found = comparison.matched(dataclasses.replace(study, settings=settings), "gain", "lora")
-    assert found.reason == "one setting of lora: no front to read" and math.isnan(comparison.interval(found).value)
+    found = equal.matched(dataclasses.replace(study, settings=settings), "gain", "lora")
+    assert found.reason == "one setting of lora: no front to read" and math.isnan(equal.interval(found).value)
 
 
 def test_a_skill_below_every_setting_of_a_method_is_not_read(study: comparison.Study) -> None:
     """What learned more would be said to forget as much at less."""
-    found = comparison.matched(study, "gain", "lora", skill=-0.11)  # gain's least is 0.10 learned, lora's 0.12
+    found = equal.matched(study, "gain", "lora", skill=-0.11)  # gain's least is 0.10 learned, lora's 0.12
     assert found.reason.startswith("lora has no setting that learns as little as -10.4%: its least is -1")
-    assert math.isnan(comparison.interval(found).value)
+    assert math.isnan(equal.interval(found).value)
 
 
 def test_every_block_must_have_settings_on_both_sides(tmp_path: Path) -> None:
@@ -184,11 +187,11 @@ def test_every_block_must_have_settings_on_both_sides(tmp_path: Path) -> None:
             more = 0.25 if (method, rate, block) == ("lora", 1e-3, 2) else learn  # over the blocks its mean is still below the skill
             runs[label(method, {"train.lr": rate}), block] = simulated(tmp_path, method, rate, block, learn=more, forget=0.1)
     study = comparison.from_experiment(an_experiment([], blocks=3), runs)
-    assert comparison.matched(study, "gain", "lora", skill=-0.15).reason.startswith("lora has no setting that learns as little as -13.9%")
+    assert equal.matched(study, "gain", "lora", skill=-0.15).reason.startswith("lora has no setting that learns as little as -13.9%")
 
 
 def test_verdicts_over_blocks(study: comparison.Study) -> None:
-    judged = {j.endpoint.name: j for j in comparison.judge(study)}
+    judged = {j.endpoint.name: j for j in verdicts.judge(study)}
     assert judged["learns"].verdict == "equivalent"  # 0.02 nats apart, margin 5%
     assert judged["keeps"].verdict in ("worse", "inconclusive")  # it forgets 0.02 nats: never better
     assert judged["boolq"].compared is not None and judged["boolq"].compared.estimate.n == 50
@@ -197,23 +200,23 @@ def test_verdicts_over_blocks(study: comparison.Study) -> None:
 
 def test_a_clear_difference_is_a_verdict(tmp_path: Path) -> None:
     line = {"gain": {1e-2: (0.1, 0.0), 3e-2: (0.3, 0.01)}, "lora": {1e-3: (0.1, 0.2), 3e-3: (0.3, 0.3)}}
-    judged = comparison.judge(a_study(tmp_path, an_experiment(FOUR[:2]), line))
+    judged = verdicts.judge(a_study(tmp_path, an_experiment(FOUR[:2]), line))
     assert [j.verdict for j in judged] == ["equivalent", "better"]
 
 
 def test_without_a_positive_control_nothing_is_decided(tmp_path: Path) -> None:
     line = {"gain": {1e-2: (0.2, 0.0), 3e-2: (0.3, 0.01)}, "lora": {1e-3: (0.2, 0.05), 3e-3: (0.3, 0.06)}}
     study = a_study(tmp_path, an_experiment(FOUR[:3]), line)
-    setting, most, reached = comparison.positive_control(study)
+    setting, most, reached = verdicts.positive_control(study)
     assert not reached and setting is not None and setting.method == "lora" and most is not None
-    judged = comparison.judge(study)
+    judged = verdicts.judge(study)
     assert {j.verdict for j in judged} == {"inconclusive"} and "no setting forgets by 10%" in judged[0].why
-    assert any("higher learning rate" in text for text in comparison.advice(study))
+    assert any("higher learning rate" in text for text in verdicts.advice(study))
 
 
 def test_one_block_decides_nothing(tmp_path: Path) -> None:
     line = {"gain": {1e-2: (0.1, 0.0), 3e-2: (0.3, 0.01)}, "lora": {1e-3: (0.1, 0.2), 3e-3: (0.3, 0.3)}}
-    judged = comparison.judge(a_study(tmp_path, an_experiment(FOUR[:3], blocks=1), line))
+    judged = verdicts.judge(a_study(tmp_path, an_experiment(FOUR[:3], blocks=1), line))
     assert {j.verdict for j in judged} == {"inconclusive"} and "one block" in judged[0].why
     assert judged[1].compared is not None and judged[1].compared.estimate.high < 0  # over documents, shown as such
 
@@ -222,10 +225,10 @@ def test_two_blocks_decide_nothing(tmp_path: Path) -> None:
     """What three of the same show."""
     line = {"gain": {1e-2: (0.1, 0.0), 3e-2: (0.3, 0.01)}, "lora": {1e-3: (0.1, 0.2), 3e-3: (0.3, 0.3)}}
     backward = [{"name": "forgets", "metric": "backward", "of": "gain", "minus": "lora"}]
-    (two,) = comparison.judge(study := a_study(tmp_path / "two", an_experiment(backward, blocks=2), line))
+    (two,) = verdicts.judge(study := a_study(tmp_path / "two", an_experiment(backward, blocks=2), line))
     assert (two.verdict, two.why) == ("inconclusive", "two blocks: a verdict takes 3") and two.tests.difference < 0.05
-    assert any(text.startswith("two blocks: set blocks: 3 or more") for text in comparison.advice(study))
-    (three,) = comparison.judge(a_study(tmp_path / "three", an_experiment(backward, blocks=3), line))
+    assert any(text.startswith("two blocks: set blocks: 3 or more") for text in verdicts.advice(study))
+    (three,) = verdicts.judge(a_study(tmp_path / "three", an_experiment(backward, blocks=3), line))
     assert three.verdict == "better"
 
 
@@ -234,7 +237,7 @@ def test_a_method_without_runs_is_said(tmp_path: Path) -> None:
     run = simulated(tmp_path, "gain", 1e-2, 0, learn=0.1, forget=0.2)
     study = comparison.from_experiment(e, {("gain lr=0.01", 0): run})
     assert study.absent == {"gain": 7, "lora": 8}
-    assert [j.why for j in comparison.judge(study)] == ["no finished run of the chosen setting of lora", "no finished run of lora"]
+    assert [j.why for j in verdicts.judge(study)] == ["no finished run of the chosen setting of lora", "no finished run of lora"]
 
 
 CLEAR = {"gain": {1e-2: (0.1, 0.0), 3e-2: (0.3, 0.01)}, "lora": {1e-3: (0.1, 0.2), 3e-3: (0.3, 0.3)}}
@@ -244,10 +247,10 @@ def test_an_unfinished_experiment_decides_nothing(tmp_path: Path) -> None:
     """Looking after every block until something shows up, or leaving out the runs that diverged, is no test."""
     e = an_experiment(FOUR[:2])
     study = a_study(tmp_path, e, CLEAR)
-    assert {j.verdict for j in comparison.judge(study)} == {"better", "equivalent"}
+    assert {j.verdict for j in verdicts.judge(study)} == {"better", "equivalent"}
     runs = {(s.label, k): run for s in study.settings for k, run in enumerate(s.runs.values())}
     del runs["lora lr=0.003", 3]
-    judged = comparison.judge(comparison.from_experiment(e, runs))
+    judged = verdicts.judge(comparison.from_experiment(e, runs))
     assert {j.verdict for j in judged} == {"inconclusive"} and judged[0].why == "1 run of its methods is not finished"
     assert judged[0].compared is not None and judged[0].tests.equivalence < 0.05  # shown, but no verdict
 
@@ -256,7 +259,7 @@ def test_what_diverged_is_no_positive_control(tmp_path: Path) -> None:
     """A setting that learned nothing and lost everything shows no forgetting."""
     line = {"gain": {1e-2: (0.2, 0.0), 3e-2: (0.3, 0.01)}, "lora": {1e-3: (0.2, 0.05), 3e-3: (-2.0, 3.0)}}
     study = a_study(tmp_path, an_experiment(FOUR[:1], blocks=2), line)
-    setting, _, reached = comparison.positive_control(study)
+    setting, _, reached = verdicts.positive_control(study)
     assert not reached and setting is not None and setting.label != "lora lr=0.003"
 
 
@@ -265,7 +268,7 @@ def test_no_common_block_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[s
         simulated(tmp_path / "runs", "gain", 1e-2, 0, learn=0.1, forget=0.2),
         simulated(tmp_path / "runs", "lora", 1e-3, 1, learn=0.1, forget=0.2),
     ]
-    assert "no block has runs of both" in comparison.matched(comparison.from_records(runs), "gain", "lora").reason
+    assert "no block has runs of both" in equal.matched(comparison.from_records(runs), "gain", "lora").reason
     assert cli.main(["compare", *(r.record.run_id for r in runs), "--results-dir", str(tmp_path)]) == 0
     assert "no block has runs of both" in " ".join(capsys.readouterr().out.split())
 
@@ -309,7 +312,7 @@ def test_a_planted_null_gives_no_winner() -> None:
         settings = [Drawn(m, {"x": x, "y": y}, places) for m in ("gain", "lora") for x, y in line]
         chosen = {"gain": settings[0], "lora": settings[3]}
         study = comparison.Study("null", "", settings, chosen, "lora", e.endpoints, 10.0, -0.15, 0.05)
-        won += any(j.verdict in ("better", "worse") for j in comparison.judge(study))
+        won += any(j.verdict in ("better", "worse") for j in verdicts.judge(study))
     assert won <= 0.05 * 200 + 3 * math.sqrt(200 * 0.05 * 0.95)
 
 
@@ -545,10 +548,10 @@ def test_at_equal_cost(study: comparison.Study) -> None:
         for s in study.settings
         for run in s.runs.values()
     }
-    found = comparison.at_equal(study, "gain", "lora", "norm", "backward", norms)
+    found = equal.at_equal(study, "gain", "lora", "norm", "backward", norms)
     assert found.skill == pytest.approx(math.sqrt(2))  # of 1..4 and 0.5..2 the middle of 1..2
     gain = 0.02 + 0.10 * math.log(math.sqrt(2)) / math.log(4)
     lora = 0.05 + 0.20 * math.log(2 * math.sqrt(2)) / math.log(4)
     assert found.differences.mean() == pytest.approx(gain - lora, abs=0.02) and found.over_blocks.low < gain - lora < found.over_blocks.high
-    assert "do not differ in parameters" in comparison.at_equal(study, "gain", "lora", "parameters", "backward", {}).reason
-    assert "diagnose RUN" in comparison.at_equal(study, "gain", "lora", "norm", "backward", {}).reason
+    assert "do not differ in parameters" in equal.at_equal(study, "gain", "lora", "parameters", "backward", {}).reason
+    assert "diagnose RUN" in equal.at_equal(study, "gain", "lora", "norm", "backward", {}).reason

@@ -13,7 +13,9 @@ from typing import Any
 import pytest
 import yaml
 
-from gain_cl import build, config, explain, presets
+from gain_cl.compose import hydra as build
+from gain_cl.compose import messages
+from gain_cl.config import presets, schema
 
 ROOT = presets.configs_dir()
 LIGHT = ["sequence=smoke", "tasks=none"]
@@ -31,7 +33,7 @@ def test_model(name: str) -> None:
     assert model.arch is not None and model.arch["model_type"], "the architecture is known without a network"
     assert model.prefix_token_id is not None or model.arch.get("bos_token_id", model.arch.get("eos_token_id")) is not None
     if model.path is not None:
-        assert re.fullmatch(r"[\w.-]+/[\w.-]+", model.path) and config.SHA1.match(model.revision or "")
+        assert re.fullmatch(r"[\w.-]+/[\w.-]+", model.path) and schema.SHA1.match(model.revision or "")
     elif model.package is not None:
         assert model.package.sha256 and "==" in model.package.package
 
@@ -64,7 +66,7 @@ def test_sequence(name: str) -> None:
 
 @pytest.mark.parametrize("name", presets.names("domain"))
 def test_domain(name: str) -> None:
-    domain = config.Domain.model_validate({"name": name, **read("domain", name)})
+    domain = schema.Domain.model_validate({"name": name, **read("domain", name)})
     assert domain.name == name
     if domain.source.kind != "generated":
         assert domain.licence != "unknown", "the licence of the text is named"
@@ -85,7 +87,7 @@ def test_small_groups(group: str) -> None:
 def test_every_setting_stands_in_run_yaml() -> None:
     """A setting that changes a result has no hidden default."""
     filled_by_presets = {"method", "adapter", "guard", "sequence", "domains"}
-    for key in explain.schema():
+    for key in messages.schema():
         section, _, rest = key.partition(".")
         if section in filled_by_presets or key in ("model.name", "model.dtype") or rest.count("."):
             continue
@@ -145,7 +147,7 @@ PAPER = {  # shared/paper.md: W_O inputs; W_O and W_down inputs. Totals: shared/
 
 
 def test_parameter_counts_of_the_paper() -> None:
-    from gain_cl import params
+    from gain_cl.tools import params
 
     table = params.count([f"model={','.join(PAPER)}", "method=gain_attn,gain_ffn"])
     assert {m: (row["total"], *row["methods"].values()) for m, row in table.items()} == PAPER
@@ -153,7 +155,7 @@ def test_parameter_counts_of_the_paper() -> None:
 
 def test_parameter_counts_of_the_output_side(tmp_path: Path) -> None:
     """The other reading of S W: paper.md's middle column."""
-    from gain_cl import params
+    from gain_cl.tools import params
 
     (tmp_path / "method").mkdir()
     text = (ROOT / "method" / "gain_ffn.yaml").read_text()
@@ -186,9 +188,7 @@ def test_wheel_carries_the_presets(tmp_path: Path) -> None:
     for kind in ("*.yaml", "*.safetensors"):
         assert {p.relative_to(ROOT) for p in ROOT.rglob(kind)} == {p.relative_to(installed) for p in installed.rglob(kind)}
     assert (installed.parent / "experiments/pilot.yaml").is_file()
-    code = (
-        "import gain_cl, sys; from gain_cl import cli, presets; print(presets.configs_dir()); sys.exit(cli.main(['run', '--cfg', 'job']))"
-    )
+    code = "import gain_cl, sys; from gain_cl import cli; from gain_cl.config import presets; print(presets.configs_dir()); sys.exit(cli.main(['run', '--cfg', 'job']))"
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=60)
     assert done.returncode == 0, done.stderr

@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 
 import gain_cl
-from gain_cl import cli, matrix, record
+from gain_cl import cli
 from gain_cl.domains.generate import generate
-from gain_cl.matrix import LossMatrix
+from gain_cl.measure import record
+from gain_cl.stats import matrix
+from gain_cl.stats.matrix import LossMatrix
 
 # --- by hand ---------------------------------------------------------------------------------------------------------
 

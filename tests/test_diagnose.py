@@ -12,12 +12,14 @@ import pytest
 import torch
 
 from conftest import tiny
-from gain_cl import api, cli, diagnostics, evaluate, models, record, weights
+from gain_cl import api, cli
 from gain_cl.adapters.gain import GainAdapter, MultiplicativeLoraAdapter
 from gain_cl.domains import Doc
 from gain_cl.errors import ConfigError, DataError
-from gain_cl.loss import token_divergence
-from gain_cl.verbs import diagnose
+from gain_cl.measure import diagnosis, perplexity, record
+from gain_cl.models import families, load
+from gain_cl.models.loss import token_divergence
+from gain_cl.tools import diagnose, weights
 
 
 def known(o: int, i: int, values: list[float], seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -34,8 +36,8 @@ def intruders(base: np.ndarray, tuned: np.ndarray, k: int = 10, threshold: float
 
 
 def ours(base: torch.Tensor, tuned: torch.Tensor) -> int:
-    cosines = weights.closest_cosines(weights.left_vectors(tuned)[:, : diagnostics.TOP], weights.left_vectors(base))
-    return int((cosines < diagnostics.THRESHOLD).sum())
+    cosines = weights.closest_cosines(weights.left_vectors(tuned)[:, : diagnosis.TOP], weights.left_vectors(base))
+    return int((cosines < diagnosis.THRESHOLD).sum())
 
 
 # --- one layer -------------------------------------------------------------------------------------------------------
@@ -121,8 +123,8 @@ def test_gains_are_read_off_the_weights(side: str) -> None:
 def test_counts_of_the_histogram() -> None:
     s = torch.tensor([-0.5, 0.0, 0.93, 0.9995, 1.0, 1.0005, 1.001, 1.03, 2.0, 9.0], dtype=torch.float64)
     found = diagnose._gains(weights.Scaling("input", s), heads=5)
-    assert found is not None and sum(found.counts) == len(s) and len(found.counts) == len(diagnostics.EDGES) + 1
-    edges = [-np.inf, *diagnostics.EDGES, np.inf]
+    assert found is not None and sum(found.counts) == len(s) and len(found.counts) == len(diagnosis.EDGES) + 1
+    edges = [-np.inf, *diagnosis.EDGES, np.inf]
     assert found.counts == [int(((s >= a) & (s < b)).sum()) for a, b in itertools.pairwise(edges)]
     assert found.drift == pytest.approx((s - 1).abs().mean().item()) and (found.least, found.largest) == (-0.5, 9.0)
     assert found.heads == pytest.approx((s - 1).abs().reshape(5, 2).mean(1).tolist())
@@ -163,7 +165,7 @@ def documents(lengths: list[int]) -> list[Doc]:
 def test_divergence_of_tokens_is_the_plain_one(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
     draw = torch.Generator().manual_seed(0)
     h, g, w, v = (torch.randn(n, 8, generator=draw) for n in (7, 7, 50, 50))
-    monkeypatch.setattr("gain_cl.loss.CHUNK_LOGITS", {"cpu": 50 * chunk})
+    monkeypatch.setattr("gain_cl.models.loss.CHUNK_LOGITS", {"cpu": 50 * chunk})
     for softcap in (None, 2.0):
         cap = (lambda x: 2.0 * torch.tanh(x / 2.0)) if softcap else (lambda x: x)
         p, q = (cap(x.double() @ y.double().T).softmax(-1) for x, y in ((g, v), (h, w)))
@@ -180,14 +182,14 @@ def test_divergence_of_documents_is_that_of_the_models_own_logits(batch: int) ->
     for p in adapter.parameters().values():
         p.data = 0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0))
     docs = documents([5, 30, 12])
-    found = evaluate.divergence(base, tuned, docs, 20, 64, batch=batch)
+    found = perplexity.divergence(base, tuned, docs, 20, 64, batch=batch)
     assert found.tokens.tolist() == [5, 20, 12] and found.document.tolist() == [d.id for d in docs]
     for row, d in zip(found.itertuples(), docs, strict=True):
         ids = torch.tensor([[base.prefix_id, *d.tokens[:20].tolist()]])[:, :-1]
         with torch.no_grad():
             p, q = (m.model(ids).logits[0].double().log_softmax(-1) for m in (base, tuned))
         assert row.kl_nats == pytest.approx((p.exp() * (p - q)).sum().item(), rel=1e-4)
-    assert (evaluate.divergence(base, base, docs, 20, 64).kl_nats == 0).all()
+    assert (perplexity.divergence(base, base, docs, 20, 64).kl_nats == 0).all()
 
 
 # --- the verb --------------------------------------------------------------------------------------------------------
@@ -210,10 +212,10 @@ def ask(capsys: pytest.CaptureFixture[str], *argv: str) -> dict[str, Any]:
 
 def changes(made: record.Run, stage: int) -> dict[str, np.ndarray]:
     """dW of every parameter that changed, by an independent way: the adapter's state, folded in here."""
-    from gain_cl.verbs.rescore import Bench
+    from gain_cl.tools.rescore import Bench
 
     bench = Bench(made, None)
-    plain, tuned = (models.load(bench.config.model, torch.device("cpu")) for _ in range(2))
+    plain, tuned = (load.load(bench.config.model, torch.device("cpu")) for _ in range(2))
     adapter = bench.attach(tuned)
     adapter.load_state(bench.state(stage))
     adapter.absorb()
@@ -250,7 +252,7 @@ def test_the_verb_on_runs_of_every_kind(folder: Path, capsys: pytest.CaptureFixt
         assert gains == [None] * len(gains)
     else:
         assert all(gains) and len(gains)
-    read = diagnostics.load(folder / "results", made.record.run_id)
+    read = diagnosis.load(folder / "results", made.record.run_id)
     assert read is not None and read.total_norm == end["total_norm"] and read.kl is not None and read.model_dump(mode="json") == found
     for kind, head in (("png", b"\x89PNG"), ("pdf", b"%PDF")):
         assert (folder / "runs" / made.record.run_id / f"diagnostics.{kind}").read_bytes().startswith(head)
@@ -259,14 +261,14 @@ def test_the_verb_on_runs_of_every_kind(folder: Path, capsys: pytest.CaptureFixt
 def test_intruders_of_a_run_are_those_that_peft_finds(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """PEFT has the authors' definition in its repair of intruder dimensions, whose log counts them."""
     peft_lora = pytest.importorskip("peft.tuners.lora.intruders")
-    from gain_cl.verbs.rescore import Bench
+    from gain_cl.tools.rescore import Bench
 
     made = api.run(
         "debug=smoke", "method=lora", "train.lr=0.3", *[f"{k}_dir={folder}/{v}" for k, v in (("output", "runs"), ("results", "results"))]
     )
     end = ask(capsys, str(made.path), "--stage", "3", "--no-kl")["stages"][-1]
     bench, told = Bench(made, None), []
-    adapter = bench.attach(models.load(bench.config.model, torch.device("cpu")))
+    adapter = bench.attach(load.load(bench.config.model, torch.device("cpu")))
     adapter.load_state(bench.state(3))
     peft_lora.reduce_intruder_dimension(adapter.peft, logging_sink=told.append)  # type: ignore[attr-defined]
     lines = dict(line.removeprefix("base_model.model.").split(": ", 1) for line in told if "ntruders" in line)
@@ -275,7 +277,7 @@ def test_intruders_of_a_run_are_those_that_peft_finds(folder: Path, capsys: pyte
 
 
 def test_gains_of_the_weights_are_the_runs_own(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from gain_cl.verbs.rescore import Bench
+    from gain_cl.tools.rescore import Bench
 
     made = run(folder, "method=gain_ffn")
     found = ask(capsys, str(made.path), "--stage", "2", "--no-kl")
@@ -372,17 +374,17 @@ def test_an_unknown_run_and_a_state_that_was_not_kept(folder: Path) -> None:
 def test_a_diagnosis_of_another_record_is_noticed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     made = run(folder, "method=gain_attn")
     results, name = folder / "results", made.record.run_id
-    assert diagnostics.load(results, name) is None
+    assert diagnosis.load(results, name) is None
     ask(capsys, str(made.path), "--no-kl")
-    assert diagnostics.load(results, name) is not None
+    assert diagnosis.load(results, name) is not None
     text = made.path.read_text()
     made.path.write_text(text + " ")
     with pytest.raises(DataError, match="of another record"):
-        diagnostics.load(results, name)
+        diagnosis.load(results, name)
     assert ask(capsys, str(made.path), "--stage", "3", "--no-kl")["stages"][0]["index"] == 3  # nothing of it is taken over
-    diagnostics.place(results, name).write_text("{}")
+    diagnosis.place(results, name).write_text("{}")
     with pytest.raises(DataError, match="no diagnosis: "):
-        diagnostics.load(results, name)
+        diagnosis.load(results, name)
     made.path.write_text(text)
 
 
@@ -398,10 +400,10 @@ def test_changes_are_measured_in_every_layout(family: str) -> None:
         adapter.absorb()
         before, after = (dict(weights.linear_layers(x.model)) for x in (base, tuned))
         moved = [n for n in before if not torch.equal(before[n].weight, after[n].weight)]
-        assert moved == list(models.targets(base.model, ["attn_out", "ffn_down"]))
+        assert moved == list(families.targets(base.model, ["attn_out", "ffn_down"]))
         for n in moved:
             w, t = weights.out_in(before[n]), weights.out_in(after[n])
-            assert w.shape == (models.output_width(before[n]), models.input_width(before[n]))
+            assert w.shape == (families.output_width(before[n]), families.input_width(before[n]))
             energies = weights.residual_energies(t - w, weights.left_vectors(w))
             assert (energies[-1] / energies[0]).sqrt() < 1e-5
             found = weights.scaling(w, t)

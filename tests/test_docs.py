@@ -7,8 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from gain_cl import cli, experiments, presets, record
+from gain_cl import cli
+from gain_cl.config import presets
+from gain_cl.measure import record
 from gain_cl.paper import build, gather
+from gain_cl.studies import experiments
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -81,7 +84,7 @@ def test_readme_shows_a_record_that_is_there() -> None:
     """The figures in the README are those of docs/example, as `show` prints them."""
     from rich.console import Console
 
-    from gain_cl import show
+    from gain_cl.paper import show
 
     (path,) = (ROOT / "docs/example").glob("*.json")
     console = Console(width=120, record=True, force_terminal=False, color_system=None, file=open("/dev/null", "w"))  # noqa: SIM115
@@ -95,7 +98,7 @@ def test_readme_shows_a_record_that_is_there() -> None:
 
 def test_files_of_the_map_exist() -> None:
     chart = README[README.index("## File map") :]
-    places = [ROOT, ROOT / "src/gain_cl", ROOT / "src/gain_cl/adapters"]
+    places = [ROOT, ROOT / "src/gain_cl", *(p for p in (ROOT / "src/gain_cl").iterdir() if p.is_dir())]
     for name in re.findall(r"(?<![\w/])([\w/]+\.py|[\w]+/)", blocks(chart, "")[0]):
         assert any((place / name).exists() for place in places), name
 

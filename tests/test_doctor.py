@@ -17,10 +17,12 @@ from typing import Any
 
 import pytest
 
-from gain_cl import cli, presets, sources
-from gain_cl.build import compose
-from gain_cl.verbs import doctor
-from gain_cl.verbs.doctor import Finding, Places
+from gain_cl import cli
+from gain_cl.compose.hydra import compose
+from gain_cl.config import presets
+from gain_cl.system import hashes
+from gain_cl.tools import doctor
+from gain_cl.tools.doctor import Finding, Places
 
 CANARY = "cAnArY0123456789"
 NAMES = [
@@ -99,7 +101,7 @@ def black_hole() -> Iterator[str]:
 
 def cached(*pins: str) -> None:
     for pin in pins or doctor.default_packages():
-        folder = sources.cache_dir() / "packages" / pin
+        folder = hashes.cache_dir() / "packages" / pin
         folder.mkdir(parents=True)
         (folder / "x.whl").touch()
 
@@ -326,7 +328,7 @@ def test_tested_versions_travel_in_the_wheel() -> None:
     [("a" * 40, False, "ok", "commit aaaaaaaaaaaa"), ("a" * 40, True, "warning", "with changes"), (None, None, "ok", "not a git checkout")],
 )
 def test_code(places: Places, monkeypatch: pytest.MonkeyPatch, commit: str | None, dirty: bool | None, status: str, words: str) -> None:
-    monkeypatch.setattr("gain_cl.provenance.commit", lambda: {"commit": commit, "dirty": dirty})
+    monkeypatch.setattr("gain_cl.measure.provenance.commit", lambda: {"commit": commit, "dirty": dirty})
     found = doctor.code(places)
     assert found.status == status and words in found.finding
 
@@ -413,7 +415,7 @@ def test_where_logins_are_found(places: Places, tmp_path: Path, monkeypatch: pyt
 
 
 def test_default_packages_are_those_of_the_default_run() -> None:
-    from gain_cl import tasks
+    from gain_cl.measure import tasks
 
     config = compose([])
     used = {s.files.package for d in config.domains.values() if (s := d.source).kind == "package"}

@@ -19,15 +19,19 @@ import numpy as np
 import pytest
 import yaml
 
-from gain_cl import config, signals, sources
-from gain_cl.config import SHA1
-from gain_cl.domains import Blocks, Doc, Domain, base, check, collect, documents, pin, prepare, text, tokenize
+from gain_cl.config import schema
+from gain_cl.config.schema import SHA1
+from gain_cl.domains import Blocks, Doc, Domain, check, collect, documents, pin, prepare, text, tokenize
+from gain_cl.domains import domain as base
+from gain_cl.domains import tokens as tokens_
 from gain_cl.domains.recipes import RECIPES
 from gain_cl.errors import ConfigError, DataError, PreemptedError
+from gain_cl.system import hashes as hashes_
+from gain_cl.system import signals
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-DOMAINS = {path.stem: config.Domain(**yaml.safe_load(path.read_text())) for path in sorted((CONFIGS / "domain").glob("*.yaml"))}
-SEQUENCES = {path.stem: config.Sequence(**yaml.safe_load(path.read_text())) for path in sorted((CONFIGS / "sequence").glob("*.yaml"))}
+DOMAINS = {path.stem: schema.Domain(**yaml.safe_load(path.read_text())) for path in sorted((CONFIGS / "domain").glob("*.yaml"))}
+SEQUENCES = {path.stem: schema.Sequence(**yaml.safe_load(path.read_text())) for path in sorted((CONFIGS / "sequence").glob("*.yaml"))}
 
 
 @pytest.fixture
@@ -52,22 +56,22 @@ def tokenizer() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<end>")
 
 
-def generated(name: str, seed: int = 1, count: int = 60, **split: float) -> config.Domain:
+def generated(name: str, seed: int = 1, count: int = 60, **split: float) -> schema.Domain:
     source = {"kind": "generated", "seed": seed, "documents": count}
-    return config.Domain(name=name, source=source, split=split or {"test": 0.3, "dev": 0.2})  # type: ignore[arg-type]
+    return schema.Domain(name=name, source=source, split=split or {"test": 0.3, "dev": 0.2})  # type: ignore[arg-type]
 
 
-def files(path: Path, name: str = "own", **keys: Any) -> config.Domain:
+def files(path: Path, name: str = "own", **keys: Any) -> schema.Domain:
     split = keys.pop("split", {"test": 0.3, "dev": 0.2})
-    return config.Domain(name=name, source={"kind": "files", "path": str(path), **keys}, split=split)  # type: ignore[arg-type]
+    return schema.Domain(name=name, source={"kind": "files", "path": str(path), **keys}, split=split)  # type: ignore[arg-type]
 
 
-def train(**keys: Any) -> config.Train:
-    return config.Train(**{"steps": 2, "block": 32, "batch_tokens": 64, "lr": 1e-3, **keys})
+def train(**keys: Any) -> schema.Train:
+    return schema.Train(**{"steps": 2, "block": 32, "batch_tokens": 64, "lr": 1e-3, **keys})
 
 
-def evaluation(count: int = 4, **keys: Any) -> config.Eval:
-    return config.Eval(documents=count, **keys)
+def evaluation(count: int = 4, **keys: Any) -> schema.Eval:
+    return schema.Eval(documents=count, **keys)
 
 
 # --- the shipped YAMLs -------------------------------------------------------------------------------------------------
@@ -99,7 +103,7 @@ def test_shipped_sequences_name_shipped_domains() -> None:
 def test_reading_domains_needs_no_torch(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("text")
     program = (
-        "import sys; from gain_cl import config, domains\n"
+        "import sys; from gain_cl import domains; from gain_cl.config import schema as config\n"
         f"d = config.Domain(name='a', source={{'kind': 'files', 'path': {str(tmp_path)!r}}})\n"
         "domains.pin(d); list(domains.documents(d))\n"
         "assert not {'torch', 'transformers', 'datasets'} & set(sys.modules)"
@@ -253,8 +257,8 @@ def test_max_bytes_takes_a_fair_sample(cache: Path) -> None:
     """The cut must not follow the hash that splits: it would leave test documents only."""
     package(cache, {f"demo/{i:03d}.txt": f"speech {i} ".encode() * 40 for i in range(300)})
     source = {"kind": "package", "recipe": "politics", "files": {"package": "demo==1.0", "members": "*.txt"}}
-    whole = config.Domain(name="d", source=source)  # type: ignore[arg-type]
-    part = config.Domain(name="d", source={**source, "max_bytes": 40_000})  # type: ignore[arg-type]
+    whole = schema.Domain(name="d", source=source)  # type: ignore[arg-type]
+    part = schema.Domain(name="d", source={**source, "max_bytes": 40_000})  # type: ignore[arg-type]
     assert len(collect(whole)) == 300
     texts = collect(part)
     assert 80 < len(texts) < 130 and set(texts) < set(collect(whole))
@@ -265,11 +269,11 @@ def test_recipe_on_the_wrong_archive(cache: Path) -> None:
     package(cache, {"demo/x.json": b"[1, 2"})
     source = {"kind": "package", "recipe": "geography", "files": {"package": "demo==1.0", "members": "*.json"}}
     with pytest.raises(DataError, match="recipe geography cannot read it"):
-        collect(config.Domain(name="d", source=source))  # type: ignore[arg-type]
+        collect(schema.Domain(name="d", source=source))  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=r"no recipe 'cooking'.*known: medicine"):
-        pin(config.Domain(name="d", source={**source, "recipe": "cooking"}))  # type: ignore[arg-type]
+        pin(schema.Domain(name="d", source={**source, "recipe": "cooking"}))  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="no sha256 is pinned"):
-        pin(config.Domain(name="d", source=source))  # type: ignore[arg-type]
+        pin(schema.Domain(name="d", source=source))  # type: ignore[arg-type]
 
 
 # --- generated ---------------------------------------------------------------------------------------------------------
@@ -395,9 +399,9 @@ def hub_tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path) -> Pa
     return folder
 
 
-def hub(pattern: str, fields: list[str], max_bytes: int = 10_000, revision: str | None = "a" * 40) -> config.Domain:
+def hub(pattern: str, fields: list[str], max_bytes: int = 10_000, revision: str | None = "a" * 40) -> schema.Domain:
     source = {"kind": "hub", "path": "org/data", "revision": revision, "files": pattern, "fields": fields, "max_bytes": max_bytes}
-    return config.Domain(name="h", source=source)  # type: ignore[arg-type]
+    return schema.Domain(name="h", source=source)  # type: ignore[arg-type]
 
 
 def test_hub_parquet_joins_fields_and_stops_at_the_budget(hub_tree: Path) -> None:
@@ -498,14 +502,14 @@ def test_token_cache(cache: Path, tokenizer: Any, capsys: pytest.CaptureFixture[
     settings = generated("g")
     first = prepare(settings, tokenizer, "t")
     (folder,) = (cache / "tokens").iterdir()
-    assert {p.name for p in folder.iterdir()} == {"meta.json", *(f"{name}.npy" for name in base._ARRAYS)}
+    assert {p.name for p in folder.iterdir()} == {"meta.json", *(f"{name}.npy" for name in tokens_._ARRAYS)}
     assert isinstance(first._tokens, np.memmap) and isinstance(first._words, np.memmap)
     written = {p: p.stat().st_mtime_ns for p in folder.iterdir()}
     assert prepare(settings, None, "t").hash == first.hash  # no tokenizer needed: it comes from the cache
     assert written == {p: p.stat().st_mtime_ns for p in folder.iterdir()}
     other = prepare(settings, tokenizer, "another tokenizer")
     assert other.hash != first.hash and len(list((cache / "tokens").iterdir())) == 2
-    assert prepare(settings.model_copy(update={"split": config.Split(test=0.5, dev=0.0)}), None, "t").n_documents("dev") == 0
+    assert prepare(settings.model_copy(update={"split": schema.Split(test=0.5, dev=0.0)}), None, "t").n_documents("dev") == 0
 
     data = bytearray((folder / "tokens.npy").read_bytes())
     data[-2] ^= 1  # one bit
@@ -547,9 +551,9 @@ def test_words_are_kept_with_the_tokens(cache: Path, tokenizer: Any) -> None:
         words, offsets = domain.words(split)
         assert words.dtype == np.uint32 and len(offsets) == domain.n_documents(split) + 1 and offsets[-1] == len(words)
         for i, name in enumerate(domain.ids(split)):
-            assert words[offsets[i] : offsets[i + 1]].tolist() == base.word_hashes(by_id[name]).tolist() != []
-    assert base.word_hashes("One, two!  ONE\n--").tolist() == base.word_hashes("one TWO one").tolist()
-    assert base.word_hashes("one")[0] == 1_189_970_830  # the same on every machine: it lies in caches
+            assert words[offsets[i] : offsets[i + 1]].tolist() == tokens_.word_hashes(by_id[name]).tolist() != []
+    assert tokens_.word_hashes("One, two!  ONE\n--").tolist() == tokens_.word_hashes("one TWO one").tolist()
+    assert tokens_.word_hashes("one")[0] == 1_189_970_830  # the same on every machine: it lies in caches
 
 
 def test_split_hash_names_the_documents(cache: Path, tokenizer: Any) -> None:
@@ -571,12 +575,12 @@ def test_asked_to_stop_while_tokenising(cache: Path, tokenizer: Any, monkeypatch
         monkeypatch.setattr(signals, "_asked", "SIGTERM")
         return tokenize(texts, tokenizer)
 
-    monkeypatch.setattr(base, "BATCH", 25)
-    monkeypatch.setattr(base, "tokenize", tokenize_then_ask)
+    monkeypatch.setattr(tokens_, "BATCH", 25)
+    monkeypatch.setattr(tokens_, "tokenize", tokenize_then_ask)
     with pytest.raises(PreemptedError, match="stopped by SIGTERM"):
         prepare(generated("g"), tokenizer, "t")
     assert batches == [25] and not (cache / "tokens").exists()
-    monkeypatch.setattr(base, "tokenize", tokenize)
+    monkeypatch.setattr(tokens_, "tokenize", tokenize)
     monkeypatch.setattr(signals, "_asked", None)
     assert prepare(generated("g"), tokenizer, "t").n_documents("train") > 0
 
@@ -672,7 +676,7 @@ def test_too_few_documents_to_score(pair: dict[str, Domain], cache: Path, tokeni
     with pytest.raises(DataError, match="less than one block of 8 tokens"):
         Domain(
             "x",
-            config.Split(test=0.99, dev=0.0),
+            schema.Split(test=0.99, dev=0.0),
             "h",
             arrays([b"0" * 16], tokens=1),
         ).train_blocks(0, 8, 0)
@@ -711,7 +715,7 @@ def arrays(ids: list[bytes], tokens: int) -> dict[str, np.ndarray]:
 
 def test_split_is_by_document_before_packing() -> None:
     """No trained block holds a token of a scored document. Planted: blocks of everything, packed first and split afterwards."""
-    domain = Domain("d", config.Split(test=0.3, dev=0.2), "h", arrays([f"{i:x}{'0' * 15}".encode() for i in range(16)], tokens=5))
+    domain = Domain("d", schema.Split(test=0.3, dev=0.2), "h", arrays([f"{i:x}{'0' * 15}".encode() for i in range(16)], tokens=5))
     scored = {int(d.tokens[0]) for split in ("test", "dev") for d in domain.split_documents(split)}  # type: ignore[arg-type]
     assert len(scored) == 8
 
@@ -727,10 +731,10 @@ def test_split_is_by_document_before_packing() -> None:
 
 def test_overlap_within_a_domain() -> None:
     """The split makes it impossible; a split by position would not (planted here: the same id on both sides)."""
-    domain = Domain("d", config.Split(test=0.5, dev=0.0), "h", arrays([b"0" * 16, b"f" * 16, b"0" * 16], tokens=50))
+    domain = Domain("d", schema.Split(test=0.5, dev=0.0), "h", arrays([b"0" * 16, b"f" * 16, b"0" * 16], tokens=50))
     domain._ranges = {"test": range(1), "dev": range(0), "train": range(1, 3)}
     with pytest.raises(DataError, match="1 documents are in the training split of d"):
-        check({"d": domain}, train(), config.Eval.model_construct(documents=1, split="test"), vocab=300)
+        check({"d": domain}, train(), schema.Eval.model_construct(documents=1, split="test"), vocab=300)
 
 
 def test_file_changed_since_pinned(tmp_path: Path, cache: Path, tokenizer: Any) -> None:
@@ -740,7 +744,7 @@ def test_file_changed_since_pinned(tmp_path: Path, cache: Path, tokenizer: Any) 
     first = prepare(files(path), tokenizer, "t")
     path.write_text("".join(json.dumps({"text": t + " changed"}) + "\n" for t in documents(generated("g"))))
     assert prepare(files(path), tokenizer, "t").hash != first.hash
-    assert len(list((sources.cache_dir() / "tokens").iterdir())) == 2
+    assert len(list((hashes_.cache_dir() / "tokens").iterdir())) == 2
 
 
 def test_file_changed_during_the_run(tmp_path: Path, cache: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -754,7 +758,7 @@ def test_file_changed_during_the_run(tmp_path: Path, cache: Path, tokenizer: Any
     with pytest.raises(DataError, match=r"the text of own changed since the run began \(.*a\.jsonl\); leave the files alone"):
         prepare(files(path), tokenizer, "t", pinned)
 
-    def read_and_change(domain: config.Domain) -> list[tuple[str, str]]:
+    def read_and_change(domain: schema.Domain) -> list[tuple[str, str]]:
         path.write_text("".join(lines[2:]))
         return collect(domain)
 

@@ -9,10 +9,12 @@ import pytest
 import torch
 
 from conftest import ListBlocks, tiny
-from gain_cl import config, evaluate, train
 from gain_cl.adapters.gain import GainAdapter
+from gain_cl.config import schema
 from gain_cl.domains import Doc
 from gain_cl.guards.base import Guard
+from gain_cl.measure import perplexity
+from gain_cl.runs import train
 
 
 def documents(lengths: list[int], seed: int = 0) -> list:
@@ -24,7 +26,7 @@ def documents(lengths: list[int], seed: int = 0) -> list:
 @pytest.mark.parametrize("length", [1, 15, 16, 17, 40, 64])
 def test_every_token_is_scored_exactly_once(length: int, stride: int | None) -> None:
     tokens = np.arange(1, length + 1)
-    cuts = evaluate.windows(tokens, 0, 16, stride or 16)
+    cuts = perplexity.windows(tokens, 0, 16, stride or 16)
     assert np.concatenate([w.targets for w in cuts]).tolist() == tokens.tolist()
     stream = [0, *tokens]
     for w in cuts:
@@ -37,7 +39,7 @@ def test_every_token_is_scored_exactly_once(length: int, stride: int | None) -> 
 def test_equals_the_models_own_loss() -> None:
     loaded = tiny("llama")
     doc = documents([30])
-    rows = evaluate.score(loaded, doc, None, 64)
+    rows = perplexity.score(loaded, doc, None, 64)
     ids = torch.tensor([[loaded.prefix_id, *doc[0].tokens.tolist()]])
     with torch.no_grad():
         mean = loaded.model(ids, labels=ids).loss.item()
@@ -57,7 +59,7 @@ def test_equals_lm_evals_rolling_log_likelihood(family: str) -> None:
         ids = loaded.tokenizer(text, add_special_tokens=False)["input_ids"]
         docs.append(Doc(str(i), np.array(ids), np.arange(1, len(ids) + 1)))
     context = 48
-    ours = evaluate.score(loaded, docs, None, context, batch=3)
+    ours = perplexity.score(loaded, docs, None, context, batch=3)
     lm = HFLM(
         pretrained=loaded.model,
         tokenizer=loaded.tokenizer,
@@ -75,7 +77,7 @@ def test_equals_lm_evals_rolling_log_likelihood(family: str) -> None:
 def test_batch_1_equals_batch_8(family: str) -> None:
     loaded = tiny(family)
     docs = documents([40, 3, 17, 33, 60, 5, 29, 2, 51])
-    one, eight = (evaluate.score(loaded, docs, 48, 32, batch=b) for b in (1, 8))
+    one, eight = (perplexity.score(loaded, docs, 48, 32, batch=b) for b in (1, 8))
     np.testing.assert_allclose(one.nll_nats, eight.nll_nats, rtol=1e-6)
     assert one.drop(columns="nll_nats").equals(eight.drop(columns="nll_nats"))
 
@@ -83,22 +85,22 @@ def test_batch_1_equals_batch_8(family: str) -> None:
 def test_documents_do_not_see_each_other() -> None:
     loaded = tiny("llama")
     docs = documents([20, 30, 25])
-    before = evaluate.score(loaded, docs, None, 64)
+    before = perplexity.score(loaded, docs, None, 64)
     docs[0] = documents([20], seed=9)[0]
-    after = evaluate.score(loaded, docs, None, 64)
+    after = perplexity.score(loaded, docs, None, 64)
     assert before.nll_nats[0] != after.nll_nats[0]
     assert before.nll_nats[1:].tolist() == after.nll_nats[1:].tolist()
 
 
 def test_window_takes_the_first_tokens_and_their_bytes() -> None:
-    rows = evaluate.score(tiny("llama"), documents([50, 10]), 16, 64)
+    rows = perplexity.score(tiny("llama"), documents([50, 10]), 16, 64)
     assert rows.tokens.tolist() == [16, 10] and rows.bytes.tolist() == [32, 20]
 
 
 def test_ratios_come_from_sums() -> None:
     """Means of means would give another number on documents of unequal length."""
-    rows = evaluate.score(tiny("llama"), documents([50, 10]), None, 64)
-    total = evaluate.total(rows)
+    rows = perplexity.score(tiny("llama"), documents([50, 10]), None, 64)
+    total = perplexity.total(rows)
     assert total.loss_nats == pytest.approx(rows.nll_nats.sum() / 60)
     assert total.loss_nats != pytest.approx((rows.nll_nats / rows.tokens).mean(), rel=1e-6)
     assert total.perplexity == pytest.approx(math.exp(total.loss_nats))
@@ -107,7 +109,7 @@ def test_ratios_come_from_sums() -> None:
 
 def test_context_and_stride_change_the_name() -> None:
     names = {
-        evaluate.protocol(config.Eval(documents=d, window=w, context=c, stride=s), 0)
+        perplexity.protocol(schema.Eval(documents=d, window=w, context=c, stride=s), 0)
         for d, w, c, s in [
             (32, 128, 1024, None),
             (64, 128, 1024, None),
@@ -127,13 +129,13 @@ def test_evaluation_does_not_disturb_training() -> None:
         loaded = tiny("gpt2")
         adapter = GainAdapter(["attn_out", "ffn_down"])
         adapter.attach(loaded)
-        settings = config.Train(steps=3, block=16, batch_tokens=32, lr=1e-2)
+        settings = schema.Train(steps=3, block=16, batch_tokens=32, lr=1e-2)
         blocks = ListBlocks(np.random.default_rng(0).integers(1, 257, (8, 16)))
         optimizer = train.optimizer(adapter, settings)
         for _ in train.stage(loaded, adapter, Guard(), blocks, settings, optimizer, index=1, seed=0):
             if evaluating:
                 assert loaded.model.training
-                evaluate.score(loaded, documents([20, 30]), None, 64)
+                perplexity.score(loaded, documents([20, 30]), None, 64)
                 assert loaded.model.training
         assert not loaded.model.training
         ends.append(adapter.state())
@@ -143,5 +145,5 @@ def test_evaluation_does_not_disturb_training() -> None:
 def test_evaluation_has_no_dropout() -> None:
     loaded = tiny("gpt2")
     loaded.model.train()
-    one, two = (evaluate.score(loaded, documents([30]), None, 64).nll_nats[0] for _ in range(2))
+    one, two = (perplexity.score(loaded, documents([30]), None, 64).nll_nats[0] for _ in range(2))
     assert one == two

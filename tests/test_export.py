@@ -18,9 +18,16 @@ from safetensors.torch import load_file, save_file
 
 import gain_cl
 from conftest import tiny
-from gain_cl import adapters, build, checks, cli, config, export, measure, models, record, spine
+from gain_cl import adapters, cli
 from gain_cl.adapters import portable
+from gain_cl.compose import checks, hydra
+from gain_cl.config import schema
 from gain_cl.errors import ConfigError, DataError
+from gain_cl.measure import record, scoring
+from gain_cl.models import families, load
+from gain_cl.runs import plan as plan_
+from gain_cl.runs import run
+from gain_cl.tools import exported
 
 SMALL = ["debug=smoke", "compute.threads=1", "train.steps=2", "eval.documents=2"]
 
@@ -52,7 +59,7 @@ def settings(method: str, family: str = "llama") -> Any:
         "ln_only": {"kind": "full", "select": "norms"},
         "gain_random_basis": {**GAIN, "basis": "random"},
     }[method]
-    kinds = {"gain": config.Gain, "multiplicative_lora": config.MultiplicativeLora, "peft": config.Peft, "full": config.Full}
+    kinds = {"gain": schema.Gain, "multiplicative_lora": schema.MultiplicativeLora, "peft": schema.Peft, "full": schema.Full}
     return kinds[told["kind"]](**told)
 
 
@@ -128,7 +135,7 @@ METHODS = ["gain_attn", "gain_ffn", "gain_ffn_output", "lora", "dora", "ia3", "h
 VANILLA = """
 import importlib.util, json, sys
 where = importlib.util.find_spec("gain_cl")  # its presets lie among the packages, a folder without code
-assert where is None or importlib.util.find_spec("gain_cl.spine") is None, "not a clean environment"
+assert where is None or importlib.util.find_spec("gain_cl.runs.run") is None, "not a clean environment"
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
@@ -244,7 +251,7 @@ LM_EVALS = [("llama", "gain_ffn"), ("gpt2", "gain_ffn_output")]
 LM_EVAL = """
 import importlib.util, json, sys
 where = importlib.util.find_spec("gain_cl")
-assert where is None or importlib.util.find_spec("gain_cl.spine") is None, "not a clean environment"
+assert where is None or importlib.util.find_spec("gain_cl.runs.run") is None, "not a clean environment"
 import torch
 torch.set_num_threads(1)
 from lm_eval.__main__ import cli_evaluate
@@ -260,7 +267,7 @@ def test_lm_evals_command_line(clean: Path, tmp_path: Path) -> None:
     """`lm_eval --model hf --model_args pretrained=BASE,peft=DIR`, and with the merged folder: gain_cl's own scores, item by item."""
     from lm_eval.tasks import TaskManager
 
-    from gain_cl import tasks
+    from gain_cl.measure import tasks
 
     rows = [
         {"text": f"The {a} said {i}:", "choices": [" yes", " no", f" {a}"], "label": i % 3}
@@ -276,7 +283,7 @@ def test_lm_evals_command_line(clean: Path, tmp_path: Path) -> None:
         loaded, adapter = trained(method, family)
         name = f"{family}-{method}"
         folder = put(adapter, loaded, tmp_path / name)
-        found = tasks.TaskSet(config.Tasks(), loaded.tokenizer)
+        found = tasks.TaskSet(schema.Tasks(), loaded.tokenizer)
         found.items = {"animals": tasks._items(task, 0)}
         scored = found.score(loaded)[1]
         by_row = {item.row: i for i, item in enumerate(found.items["animals"])}
@@ -330,7 +337,7 @@ def test_what_the_verb_writes_is_what_the_run_scored(method: str, clean: Path, t
     outside(clean, VANILLA, json.dumps([job]), tmp_path / "out.safetensors", cwd=tmp_path)
     theirs = load_file(tmp_path / "out.safetensors")[job[1]]
     torch.testing.assert_close(theirs, theirs[:1].expand_as(theirs), rtol=1e-5, atol=2e-6)
-    loaded = models.load(config.RunConfig.model_validate(made.record.config).model, torch.device("cpu"))
+    loaded = load.load(schema.RunConfig.model_validate(made.record.config).model, torch.device("cpu"))
     assert (logits(loaded.model) - theirs[0]).abs().max() > 1e-3
     from transformers import AutoModelForCausalLM
 
@@ -341,11 +348,12 @@ def test_what_the_verb_writes_is_what_the_run_scored(method: str, clean: Path, t
 
 def _loss(made: record.Run, loaded: Any) -> float:
     """nats, of smoke_a as the run scores it."""
-    from gain_cl import domains, evaluate
+    from gain_cl import domains
+    from gain_cl.measure import perplexity
 
-    settings = config.RunConfig.model_validate(made.record.config)
+    settings = schema.RunConfig.model_validate(made.record.config)
     domain = domains.prepare(settings.domains["smoke_a"], loaded.tokenizer, loaded.tokenizer_hash)
-    return evaluate.total(measure.score_domain(loaded, domain, settings.eval, 16)).nll_nats
+    return perplexity.total(scoring.score_domain(loaded, domain, settings.eval, 16)).nll_nats
 
 
 @pytest.mark.parametrize("method", ["gain_ffn", "lora", "full"])
@@ -359,7 +367,7 @@ def test_merged_is_the_model_that_was_scored(method: str, tmp_path: Path, capsys
     assert float(re.findall(r"merge error in float32: (\S+) nats per token, on 384 tokens", printed)[0]) == pytest.approx(0, abs=1e-6)
     rounded = float(re.findall(r"merge error in bfloat16: (\S+) nats", printed)[0])
     assert (rounded == 0) == (method == "full")  # its weights are rounded either way
-    loaded = models.load(build.compose([*SMALL, f"method={method}"], [], []).model, torch.device("cpu"))
+    loaded = load.load(hydra.compose([*SMALL, f"method={method}"], [], []).model, torch.device("cpu"))
     loaded.model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert AutoTokenizer.from_pretrained(tmp_path / "merged").get_vocab() == loaded.tokenizer.get_vocab()
     assert _loss(made, loaded) == pytest.approx(made.record.stages[-1].domains["smoke_a"].nll_nats, rel=1e-5)
@@ -442,8 +450,8 @@ def test_the_card_says_what_it_is(first: record.Run, tmp_path: Path, capsys: pyt
 def test_text_of_a_record_commands_no_markdown(first: record.Run) -> None:
     hostile = "[x](http://evil) <script> | `a` \n# head **b**"
     made = first.record.model_copy(update={"tainted": [hostile], "provenance": {**first.record.provenance, "commit": hostile}})
-    settings = config.RunConfig.model_validate(made.config)
-    card = export.card(made, settings, 1, "peft", "float32", export.Exported(Path("x"), None, [], 0))
+    settings = schema.RunConfig.model_validate(made.config)
+    card = exported.card(made, settings, 1, "peft", "float32", exported.Exported(Path("x"), None, [], 0))
     assert "<script>" not in card and "](" not in card and "\n# head" not in card
     assert r"\[x\]\(http://evil\) \<script\> \|" in card
 
@@ -483,13 +491,13 @@ def test_methods_without_a_peft_form(method: str, what: str, first: record.Run, 
     adapter = {"adapter": settings(method).model_dump(mode="json")}
     made = first.record.model_copy(update={"config": {**first.record.config, **adapter}})
     with pytest.raises(ConfigError, match=rf"{what}.*to=merged works"):
-        export.export(made, "peft", tmp_path / "x", output_dir=str(first.path.parents[2] / "runs"))
+        exported.export(made, "peft", tmp_path / "x", output_dir=str(first.path.parents[2] / "runs"))
 
 
 def test_earlier_stage_of_full_is_gone_and_said(tmp_path: Path) -> None:
     made = go(tmp_path, "method=full")
     with pytest.raises(DataError, match="not there"):
-        export.export(made.record, "merged", tmp_path / "x", 1)
+        exported.export(made.record, "merged", tmp_path / "x", 1)
 
 
 # --- begin from an adapter -------------------------------------------------------------------------------------------
@@ -502,9 +510,9 @@ def saved(first: record.Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def again(made: record.Run, *words: str) -> config.RunConfig:
+def again(made: record.Run, *words: str) -> schema.RunConfig:
     base = made.record.config["model"]["path"]
-    return build.compose([*SMALL, f"model.path={base}", *SHORT, *words], [], [])
+    return hydra.compose([*SMALL, f"model.path={base}", *SHORT, *words], [], [])
 
 
 def test_round_trip(first: record.Run, saved: Path) -> None:
@@ -512,8 +520,8 @@ def test_round_trip(first: record.Run, saved: Path) -> None:
     settings = again(first, f"adapter.init_from={saved}")
     state = load_file(next((first.path.parents[2] / "runs").glob("*/stages/02-*/adapter.safetensors")))
     found = []
-    for of in (settings.adapter, config.Gain(**GAIN)):
-        loaded = models.load(settings.model, torch.device("cpu"))
+    for of in (settings.adapter, schema.Gain(**GAIN)):
+        loaded = load.load(settings.model, torch.device("cpu"))
         adapter = adapters.build(of)
         adapter.attach(loaded)
         portable.begin(of, adapter, loaded)
@@ -522,7 +530,7 @@ def test_round_trip(first: record.Run, saved: Path) -> None:
         found.append(logits(loaded.model))
         assert all(p.requires_grad for p in adapter.parameters().values())
     assert torch.equal(*found)
-    assert not torch.equal(found[0], logits(models.load(settings.model, torch.device("cpu")).model))
+    assert not torch.equal(found[0], logits(load.load(settings.model, torch.device("cpu")).model))
 
 
 @pytest.mark.parametrize("method", ["lora", "ia3"])
@@ -542,7 +550,7 @@ def test_round_trip_through_peft(method: str, tmp_path: Path) -> None:
 def test_stage_0_stays_the_base(first: record.Run, saved: Path, tmp_path: Path) -> None:
     words = [f"adapter.init_from={saved}", f"output_dir={tmp_path}/runs", f"results_dir={tmp_path}/results", "train.lr=1e-12"]
     settings = again(first, *words)
-    made = spine.execute(settings, plan := spine.prepare(settings))
+    made = run.execute(settings, plan := plan_.prepare(settings))
     assert made.record.stages[0].domains == first.record.stages[0].domains
     a, b = made.record.stages[1].domains["smoke_a"].nll_nats, first.record.stages[2].domains["smoke_a"].nll_nats
     assert a == pytest.approx(b, rel=1e-9) and a != made.record.stages[0].domains["smoke_a"].nll_nats
@@ -554,10 +562,10 @@ def test_its_bytes_are_in_the_run_id_and_its_place_is_not(first: record.Run, sav
     import shutil
 
     moved = shutil.copytree(saved, tmp_path / "moved")
-    ids = [spine.prepare(again(first, f"adapter.init_from={p}")).run_id for p in (saved, moved)]
+    ids = [plan_.prepare(again(first, f"adapter.init_from={p}")).run_id for p in (saved, moved)]
     tensors = load_file(moved / portable.WEIGHTS)
     save_file({n: t + 1e-3 for n, t in tensors.items()}, moved / portable.WEIGHTS)
-    ids += [spine.prepare(again(first, f"adapter.init_from={moved}")).run_id, spine.prepare(again(first)).run_id]
+    ids += [plan_.prepare(again(first, f"adapter.init_from={moved}")).run_id, plan_.prepare(again(first)).run_id]
     assert ids[0] == ids[1] and len(set(ids)) == 3
 
 
@@ -613,8 +621,8 @@ def test_a_peft_config_that_differs_is_named(tmp_path: Path) -> None:
 
 
 def test_nothing_of_it_needs_torch(saved: Path, first: record.Run) -> None:
-    script = "import sys; from gain_cl import build, spine, export; from gain_cl.adapters import portable;"
-    script += "spine.prepare(build.compose(sys.argv[1:], [], [])); assert 'torch' not in sys.modules"
+    script = "import sys; from gain_cl.compose import hydra; from gain_cl.runs import plan; from gain_cl.tools import exported; from gain_cl.adapters import portable;"
+    script += "plan.prepare(hydra.compose(sys.argv[1:], [], [])); assert 'torch' not in sys.modules"
     words = [*SMALL, f"model.path={first.record.config['model']['path']}", *SHORT]
     subprocess.run([sys.executable, "-c", script, *words, f"adapter.init_from={saved}"], check=True)
 
@@ -626,7 +634,7 @@ def test_load_in_is_refused_where_it_cannot_be(first: record.Run, monkeypatch: p
     with pytest.raises(ConfigError, match="needs a CUDA GPU"):
         again(first, "model.load_in=4bit")
     with pytest.raises(ConfigError, match="random weights"):
-        build.compose([*SMALL, "model.load_in=4bit"], [], [])
+        hydra.compose([*SMALL, "model.load_in=4bit"], [], [])
     with pytest.raises(ConfigError, match="cannot be trained themselves"):
         again(first, "model.load_in=4bit", "method=full")
     monkeypatch.setattr(checks, "_compute_capabilities", lambda: [9.0])
@@ -640,8 +648,8 @@ def test_nothing_is_merged_into_a_quantised_model(first: record.Run, tmp_path: P
     model = {**first.record.config["model"], "load_in": "4bit"}
     made = first.record.model_copy(update={"config": {**first.record.config, "model": model}})
     with pytest.raises(ConfigError, match="is not merged"):
-        export.export(made, "merged", tmp_path / "x", output_dir=str(first.path.parents[2] / "runs"))
-    done = export.export(made, "peft", tmp_path / "y", output_dir=str(first.path.parents[2] / "runs"))
+        exported.export(made, "merged", tmp_path / "x", output_dir=str(first.path.parents[2] / "runs"))
+    done = exported.export(made, "peft", tmp_path / "y", output_dir=str(first.path.parents[2] / "runs"))
     assert done.gap is None and "nothing is merged into quantised weights" in (tmp_path / "y/README.md").read_text()
 
 
@@ -650,9 +658,9 @@ def test_a_packed_layer_refuses_absorb() -> None:
         pass
 
     loaded = tiny("llama")
-    for layer in models.targets(loaded.model, ["attn_out", "ffn_down"]).values():
+    for layer in families.targets(loaded.model, ["attn_out", "ffn_down"]).values():
         layer.__class__ = Linear4bit
-    adapter = adapters.build(config.Gain(**GAIN))
+    adapter = adapters.build(schema.Gain(**GAIN))
     adapter.attach(loaded)
     with pytest.raises(ConfigError, match="is quantised: nothing can be merged"):
         adapter.absorb()

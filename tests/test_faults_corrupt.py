@@ -10,7 +10,8 @@ import pytest
 import twins
 from campaign import Outcome, Warm
 from campaign_corrupt import STATES, State, bad_ones_stay_out, decide, kill_while_replacing, run_on
-from gain_cl import checkpoint, resume
+from gain_cl.runs import resume
+from gain_cl.system import checkpoint
 
 
 @pytest.fixture(scope="module")

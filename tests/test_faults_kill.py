@@ -10,7 +10,7 @@ import pytest
 
 from campaign import Outcome, Warm
 from campaign_kill import CASES, GAIN, TASK, Case, boundaries, kill_at_boundaries, kill_at_random, preempt, quit_at_once, trace
-from gain_cl import resume
+from gain_cl.runs import resume
 
 FULL, LORA, MEMORY = CASES[2], CASES[1], CASES[5]
 SOURCE = Path(resume.__file__).parent

@@ -22,10 +22,13 @@ import pytest
 import torch
 
 from campaign import SMOKE, Outcome, Result, Warm, evidence, evidence_bytes, leftovers, steps
-from gain_cl import build, checkpoint, evaluate, models, record
 from gain_cl import domains as domains_
+from gain_cl.compose import hydra
 from gain_cl.domains import Doc
 from gain_cl.errors import DataError
+from gain_cl.measure import perplexity, record
+from gain_cl.models import load
+from gain_cl.system import checkpoint
 
 TRAINED, STEPS, SEQUENCES = ["smoke_a", "smoke_b"], 3, 4
 BASE = (*SMOKE, f"domain=[{','.join(TRAINED)}]", f"train.steps={STEPS}")
@@ -78,8 +81,8 @@ class Bench:
     @functools.cached_property
     def documents(self) -> dict[int, tuple[str, list[list[set[str]]]]]:
         """Stage -> domain, and for each block of its stream and each part of it the ids of the documents that have this text."""
-        config = build.compose([*BASE, f"output_dir={self.root}/x", f"results_dir={self.root}/x"], [], [])
-        loaded = models.load(config.model, torch.device("cpu"))
+        config = hydra.compose([*BASE, f"output_dir={self.root}/x", f"results_dir={self.root}/x"], [], [])
+        loaded = load.load(config.model, torch.device("cpu"))
         found = {}
         for stage, name in enumerate(TRAINED, start=1):
             domain = domains_.prepare(config.domains[name], loaded.tokenizer, loaded.tokenizer_hash)
@@ -293,11 +296,11 @@ def by_hand(broken: bool = False) -> None:
         weight_VD[2, 1] = math.nan
     loaded = SimpleNamespace(model=model, body=model, prefix_id=0, device=torch.device("cpu"), output=(weight_VD, None), softcap=None)
     documents = [Doc(str(i), np.array(d, np.uint32), np.arange(1, len(d) + 1, dtype=np.uint32)) for i, d in enumerate(DOCUMENTS)]
-    scored = evaluate.score(loaded, documents, None, context=2)  # type: ignore[arg-type]
+    scored = perplexity.score(loaded, documents, None, context=2)  # type: ignore[arg-type]
     assert not broken
     assert scored.tokens.tolist() == [5, 2]
     assert scored.nll_nats.tolist() == pytest.approx([math.log(2) * bits for bits in BY_HAND], rel=1e-6)
-    total = evaluate.total(scored)
+    total = perplexity.total(scored)
     assert (total.tokens, total.documents) == (7, 2)
     assert total.loss_nats == pytest.approx(math.log(2) * Fraction(sum(BY_HAND), 7), rel=1e-6)
 
@@ -308,7 +311,7 @@ def mean_of_means(rows: Any) -> record.DomainScore:
     return record.DomainScore(nll_nats=mean * tokens, tokens=tokens, bytes=int(rows.bytes.sum()), documents=len(rows))
 
 
-def last_block_dropped(*a: Any) -> list[evaluate.Window]:
+def last_block_dropped(*a: Any) -> list[perplexity.Window]:
     return windows(*a)[:-1] or windows(*a)
 
 
@@ -316,7 +319,7 @@ def nan_filtered(*a: Any) -> torch.Tensor:
     return token_nll(*a).nan_to_num(0)
 
 
-windows, token_nll = evaluate.windows, evaluate.token_nll
+windows, token_nll = perplexity.windows, perplexity.token_nll
 TWINS: list[tuple[str, Callable[..., Any], bool]] = [
     ("total", mean_of_means, False),
     ("windows", last_block_dropped, False),
@@ -332,7 +335,7 @@ def test_scores_by_hand() -> None:
 
 @pytest.mark.parametrize(("place", "twin", "broken"), TWINS, ids=[twin.__name__ for _, twin, _ in TWINS])
 def test_a_broken_score_is_noticed(place: str, twin: Callable[..., Any], broken: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evaluate, place, twin)
+    monkeypatch.setattr(perplexity, place, twin)
     with pytest.raises(AssertionError):
         by_hand(broken)
 

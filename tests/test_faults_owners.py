@@ -25,8 +25,9 @@ import pytest
 
 import synthetic
 from campaign import SMOKE, Outcome, Result, Warm, evidence, evidence_bytes, leftovers, steps
-from gain_cl import lock, record
 from gain_cl.errors import GainError, InUseError
+from gain_cl.measure import record
+from gain_cl.system import lock
 
 BASE = (*SMOKE, "domain=[smoke_a,smoke_b]", "train.steps=3")
 STARTERS, WRITERS = 16, 64
@@ -86,14 +87,16 @@ def at_once(count: int, work: Callable[[int], int], meanwhile: Callable[[list[in
 def start_all(folder: str, stale: str) -> list[int]:
     """In a light process without torch: 16 start one run; its owner does nothing until the others have ended. Their exit codes."""
     import injections
-    from gain_cl import build, cli, show, spine  # noqa: F401 - show: each of the 15 would spend two seconds on importing it
+    from gain_cl import cli
+    from gain_cl.compose import hydra
+    from gain_cl.runs import plan as plan_
 
     root, told = Path(folder), Path(folder) / "told"
     told.mkdir(parents=True)
     words = [*BASE, f"output_dir={root}/runs", f"results_dir={root}/results"]
-    config = build.compose(words)
-    plan = spine.prepare(config)
-    build.compose = lambda *_, **__: config
+    config = hydra.compose(words)
+    plan = plan_.prepare(config)
+    hydra.compose = lambda *_, **__: config
     plan.folder.mkdir(parents=True)
     if stale:
         (plan.folder / "LOCK").write_text(stale)
@@ -378,7 +381,7 @@ def test_a_lock_nobody_holds_is_taken_over(tmp_path: Path, stale: str) -> None:
 ORPHAN = """
 import os, sys, time
 from pathlib import Path
-from gain_cl.lock import owned
+from gain_cl.system.lock import owned
 with owned(Path(sys.argv[1])):
     if os.fork() == 0:
         print(os.getpid(), flush=True)

@@ -25,8 +25,9 @@ import pytest
 
 import fake_hub
 from campaign import SMOKE, Outcome, Result, Warm, evidence, evidence_bytes, leftovers, steps
-from gain_cl import checkpoint, record
 from gain_cl.errors import GainError
+from gain_cl.measure import record
+from gain_cl.system import checkpoint
 
 STEPS = 3
 BASE = (*SMOKE, "domain=[smoke_a,smoke_b]", f"train.steps={STEPS}")

@@ -17,13 +17,15 @@ import numpy as np
 import pytest
 
 import test_comparison
-from gain_cl import comparison, diagnostics, experiments, record
-from gain_cl.comparison import Study
-from gain_cl.experiments import Experiment
-from gain_cl.files import sha256
-from gain_cl.matrix import Estimate
+from gain_cl.measure import diagnosis, record
 from gain_cl.paper.figures import ages, curves, forest, fronts, gains, margins, style
-from gain_cl.terms import change
+from gain_cl.stats.format import change
+from gain_cl.stats.matrix import Estimate
+from gain_cl.studies import equal, experiments
+from gain_cl.studies import study as comparison
+from gain_cl.studies.experiments import Experiment
+from gain_cl.studies.study import Study
+from gain_cl.system.files import sha256
 
 EVERY = [curves, fronts, forest, ages, margins]
 EIGHT = ["medicine", "law", "code", "maths", "news", "science", "politics", "scripture"]
@@ -48,7 +50,7 @@ def three(tmp_path_factory: pytest.TempPathFactory) -> Study:
     results = tmp_path_factory.mktemp("results")
     study = test_comparison.a_study(results / "runs", test_comparison.an_experiment(test_comparison.FOUR, blocks=3), tasks=True)
     for k, run in enumerate(study.chosen["gain"].runs.values()):
-        diagnostics.save(diagnosed(run, 0.01 * (k + 1)), results)
+        diagnosis.save(diagnosed(run, 0.01 * (k + 1)), results)
     return study
 
 
@@ -56,22 +58,22 @@ def results_of(study: Study) -> Path:
     return next(iter(study.settings[0].runs.values())).path.parents[1]
 
 
-def diagnosed(run: record.Run, drift: float, layers: int = 30) -> diagnostics.Diagnostics:
+def diagnosed(run: record.Run, drift: float, layers: int = 30) -> diagnosis.Diagnostics:
     """Gains of two roles, of which one half lies just above 1 and the other far below."""
-    bins = len(diagnostics.EDGES) + 1
+    bins = len(diagnosis.EDGES) + 1
     found = []
     for role, block in itertools.product(("self_attn.o_proj", "mlp.down_proj"), range(layers)):
         counts = [0] * bins
         counts[bins // 2 + block % 5], counts[4] = 32, 32
-        of = diagnostics.Gains(side="input", drift=drift * (1 + block), rms=0.1, least=0.9, largest=1.1, counts=counts, heads=None)
+        of = diagnosis.Gains(side="input", drift=drift * (1 + block), rms=0.1, least=0.9, largest=1.1, counts=counts, heads=None)
         shape: dict[str, Any] = {"name": f"{block}.{role}", "role": role, "block": block, "shape": (64, 64), "norm": 1.0, "relative": 0.1}
         nothing: dict[str, Any] = dict.fromkeys(("residual", "own", "intruders", "cosines", "heads"))
-        found.append(diagnostics.Layer(**shape, **nothing, gains=of))
+        found.append(diagnosis.Layer(**shape, **nothing, gains=of))
     last = len(run.record.stages) - 1
     rest: dict[str, Any] = {"others": [], "residual": {}, "chance": {}, "own": {}, "intruders": None, "analysed": 0, "seconds": 1.0}
     rest |= {"kl": None, "kl_new": None, "kl_controls": None, "layers": found, "total_norm": 1.0, "total_relative": 0.1}
-    settings: dict[str, Any] = {"directions": [8], "top": 10, "threshold": 0.5, "edges": list(diagnostics.EDGES), "not_kept": []}
-    return diagnostics.Diagnostics(
+    settings: dict[str, Any] = {"directions": [8], "top": 10, "threshold": 0.5, "edges": list(diagnosis.EDGES), "not_kept": []}
+    return diagnosis.Diagnostics(
         run_id=run.record.run_id,
         record_sha256=sha256(run.path),
         method=run.record.method,
@@ -79,7 +81,7 @@ def diagnosed(run: record.Run, drift: float, layers: int = 30) -> diagnostics.Di
         dtype="float32",
         protocol=run.record.protocol,
         last=last,
-        stages=[diagnostics.Stage(index=last, domain=run.record.trained[-1], **rest)],
+        stages=[diagnosis.Stage(index=last, domain=run.record.trained[-1], **rest)],
         **settings,
         estimate_seconds=1.0,
         seconds=1.0,
@@ -253,7 +255,7 @@ def test_fronts_are_levels(name: str, request: pytest.FixtureRequest) -> None:
     if study.skill is not None:
         assert skills == pytest.approx([change(study.skill)])
     else:
-        found = [comparison.matched(study, m, study.reference) for m in study.methods if m != study.reference]
+        found = [equal.matched(study, m, study.reference) for m in study.methods if m != study.reference]
         assert skills == pytest.approx([change(f.skill) for f in found if not f.reason])
 
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from scipy.interpolate import PchipInterpolator
 
-from gain_cl import fronts, inference
-from gain_cl.fronts import Front
+from gain_cl.stats import fronts, inference
+from gain_cl.stats.fronts import Front
 
 SETTINGS = {"a": np.array([-0.03, -0.06, -0.10, -0.15, -0.19, -0.22]), "b": np.array([-0.05, -0.10, -0.16, -0.21, -0.24])}
 

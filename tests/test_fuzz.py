@@ -21,10 +21,11 @@ import pytest
 from rich.console import Console
 
 import synthetic
-from gain_cl import items, record, show
 from gain_cl.errors import GainError
-from gain_cl.figures import heatmap
-from gain_cl.tables import matrix as table
+from gain_cl.measure import matrix_csv, record
+from gain_cl.paper import show
+from gain_cl.runs import heatmap
+from gain_cl.stats import answers
 
 EXAMPLE = Path(__file__).parents[1] / "docs/example"
 MUTATIONS, SHARDS = 10_000, 10
@@ -196,7 +197,7 @@ def consume(path: Path, picture: bool) -> bool:
     except GainError as error:
         assert "\n" not in str(error) and "\x1b" not in str(error)
         return False
-    uses: list[Callable[[], object]] = [lambda: table.csv(run), lambda: repr(run), lambda: _shown(run)]
+    uses: list[Callable[[], object]] = [lambda: matrix_csv.csv(run), lambda: repr(run), lambda: _shown(run)]
     uses += [lambda: heatmap.png(run)] * picture
     for use in uses:
         with contextlib.suppress(GainError):
@@ -204,7 +205,7 @@ def consume(path: Path, picture: bool) -> bool:
     for stage in run.record.stages:
         for task in stage.tasks:
             with contextlib.suppress(GainError):
-                items.answers(run.items, task, stage.index)
+                answers.answers(run.items, task, stage.index)
     return True
 
 
@@ -235,7 +236,7 @@ def campaign(source: Path, folder: Path, numbers: range) -> float:
 @pytest.fixture(autouse=True)
 def _few_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
     """The bootstrap is most of the time."""
-    monkeypatch.setattr(items, "RESAMPLES", 20)
+    monkeypatch.setattr(answers, "RESAMPLES", 20)
 
 
 def small(folder: Path, tasks: bool) -> record.Run:

@@ -18,22 +18,27 @@ from torch.nn import functional as F
 
 from campaign import Warm, evidence, leftovers
 from conftest import ListBlocks, tiny
-from gain_cl import adapters, api, build, config, forward, guards, loss, models, presets, spine, train
+from gain_cl import adapters, api, guards
+from gain_cl.compose import hydra
+from gain_cl.config import presets, schema
 from gain_cl.domains import Block, Doc, Mixture
-from gain_cl.domains.base import Blocks
+from gain_cl.domains.stream import Blocks
 from gain_cl.errors import ConfigError
 from gain_cl.guards.base import Batch, Guard
 from gain_cl.guards.ewc import EwcGuard, fisher
 from gain_cl.guards.near_base import EmaGuard, KlBaseGuard, L2BaseGuard, OrthogonalGuard
 from gain_cl.guards.replay import ReplayGuard, SelfReplayGuard, sample
-from gain_cl.verbs.rescore import Bench
+from gain_cl.models import forward, load, loss
+from gain_cl.runs import inputs as inputs_
+from gain_cl.runs import train
+from gain_cl.tools.rescore import Bench
 
-GAIN = config.Gain(kind="gain", roles=["attn_out", "ffn_down"])
-FULL = config.Full(kind="full")
-LORA = config.Peft(kind="peft", peft_type="LORA", config={"r": 2, "lora_alpha": 4, "target_modules": "all-linear"})
+GAIN = schema.Gain(kind="gain", roles=["attn_out", "ffn_down"])
+FULL = schema.Full(kind="full")
+LORA = schema.Peft(kind="peft", peft_type="LORA", config={"r": 2, "lora_alpha": 4, "target_modules": "all-linear"})
 
 
-def attached(settings: config.Adapter, family: str = "llama", dtype: str = "float32") -> tuple[models.Loaded, adapters.base.Adapter]:
+def attached(settings: schema.Adapter, family: str = "llama", dtype: str = "float32") -> tuple[load.Loaded, adapters.base.Adapter]:
     loaded = tiny(family, dtype)
     torch.manual_seed(0)
     adapter = adapters.build(settings)
@@ -106,7 +111,7 @@ def test_fisher_does_not_depend_on_the_batch_and_is_not_the_square_of_its_mean()
         loaded, adapter = attached(GAIN)
         guard = EwcGuard(1e5, sequences=6)
         guard.attach(loaded, adapter, 0)
-        setup = config.Train(steps=1, block=16, batch_tokens=16 * rows, lr=1e-9)
+        setup = schema.Train(steps=1, block=16, batch_tokens=16 * rows, lr=1e-9)
         stream = blocks()
         list(train.stage(loaded, adapter, guard, stream, setup, train.optimizer(adapter, setup), index=1, seed=0, micro_batch=micro))  # type: ignore[arg-type]
         guard.after_stage(1, "a", stream)  # type: ignore[arg-type]
@@ -208,7 +213,7 @@ def test_a_run_with_replay_trains_on_exactly_that_stream(tmp_path: Path, monkeyp
     seen: list[np.ndarray] = []
     real = train._gradient
 
-    def spy(loaded: models.Loaded, guard: Guard, batch: Batch, *rest: object) -> float | None:
+    def spy(loaded: load.Loaded, guard: Guard, batch: Batch, *rest: object) -> float | None:
         seen.append(batch.tokens_ST)
         return real(loaded, guard, batch, *rest)  # type: ignore[arg-type]
 
@@ -219,7 +224,7 @@ def test_a_run_with_replay_trains_on_exactly_that_stream(tmp_path: Path, monkeyp
     bench = Bench(made, None)
     bench.open(rows=1)
     bench.close()
-    streams = spine._streams(bench.config, bench.inputs)
+    streams = inputs_._streams(bench.config, bench.inputs)
     seed = train.seed_of("guard", 0)
 
     def share(*parts: int | str) -> float:
@@ -349,7 +354,7 @@ def test_ema_ends_a_stage_at_the_weighted_mean_of_what_it_passed() -> None:
     guard, path = EmaGuard(0.8), []
     guard.attach(loaded, adapter, 0)
     name = next(iter(adapter.parameters()))
-    setup = config.Train(steps=5, block=16, batch_tokens=32, lr=1e-2)
+    setup = schema.Train(steps=5, block=16, batch_tokens=32, lr=1e-2)
     for _ in train.stage(loaded, adapter, guard, blocks(), setup, train.optimizer(adapter, setup), index=1, seed=0):  # type: ignore[arg-type]
         path.append(adapter.parameters()[name].detach().clone())
     guard.after_stage(1, "a", blocks())  # type: ignore[arg-type]
@@ -378,7 +383,7 @@ def test_orthogonal_is_the_sum_of_squared_products() -> None:
 
 def test_every_guard_preset_builds_and_none_moves_a_step_without_a_past() -> None:
     for name in presets.names("guard"):
-        settings = build.compose(["debug=smoke", f"guard={name}", *(["method=lora", "handover=restart"] if name == "orthogonal" else [])])
+        settings = hydra.compose(["debug=smoke", f"guard={name}", *(["method=lora", "handover=restart"] if name == "orthogonal" else [])])
         assert settings.guard.kind == name
         assert isinstance(guards.build(settings.guard), Guard)
 
@@ -403,7 +408,7 @@ def test_every_guard_preset_builds_and_none_moves_a_step_without_a_past() -> Non
 )
 def test_refused_before_torch(overrides: list[str], why: str) -> None:
     with pytest.raises(ConfigError, match=why):
-        build.compose(["debug=smoke", *overrides])
+        hydra.compose(["debug=smoke", *overrides])
 
 
 # --- in a run --------------------------------------------------------------------------------------------------------

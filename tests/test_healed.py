@@ -8,8 +8,11 @@ from typing import Any
 
 import pytest
 
-from gain_cl import build, config, models, record
+from gain_cl.compose import hydra
+from gain_cl.config import schema
 from gain_cl.errors import DataError
+from gain_cl.measure import record
+from gain_cl.models import convert, load, source
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs/healed.md").read_text()
@@ -40,7 +43,7 @@ def test_the_recipe_is_the_run_s() -> None:
     settings = RUN.record.config
     words = re.search(r"python -m gain_cl run (.*?)\npython", PAGE, flags=re.S)
     assert words is not None
-    composed = build.compose(words[1].replace("\\\n", " ").split())
+    composed = hydra.compose(words[1].replace("\\\n", " ").split())
     for part in ("method", "adapter", "train", "sequence", "seed"):
         assert composed.model_dump(mode="json")[part] == settings[part], part
     assert composed.eval.window == settings["eval"]["window"] and settings["model"]["name"] == "smollm2"
@@ -63,7 +66,7 @@ def test_a_delta_is_added_in_fp32(tmp_path: Path) -> None:
     before = {k: p.detach().clone() for k, p in net.named_parameters()}
     a, b = torch.randn(2, 24).half(), torch.randn(16, 2).half()
     save_file({f"{name}.lora_A": a, f"{name}.lora_B": b}, tmp_path / "d.safetensors")
-    models.add_delta(net, tmp_path / "d.safetensors")
+    convert.add_delta(net, tmp_path / "d.safetensors")
     for k, p in net.named_parameters():
         expected = before[k] + b.float() @ a.float() if k == f"{name}.weight" else before[k]
         assert torch.equal(p, expected), k
@@ -80,25 +83,25 @@ def test_another_model_s_delta_is_refused(broken: str, tmp_path: Path) -> None:
         del tensors[f"{name}.lora_B"]
     save_file(tensors, tmp_path / "d.safetensors")
     with pytest.raises(DataError, match="the delta is of another model"):
-        models.add_delta(small(), tmp_path / "d.safetensors")
+        convert.add_delta(small(), tmp_path / "d.safetensors")
 
 
 def test_the_delta_is_pinned(tmp_path: Path) -> None:
-    healed = build.compose(["tasks=none"]).model
+    healed = hydra.compose(["tasks=none"]).model
     assert healed.name == "smollm2_healed" and healed.delta is not None
-    assert models.pin(healed)["delta"] == healed.delta.sha256 and models._delta_file(healed) is not None
-    other = healed.model_copy(update={"delta": config.Delta(file=healed.delta.file, sha256="0" * 64)})
+    assert source.pin(healed)["delta"] == healed.delta.sha256 and convert._delta_file(healed) is not None
+    other = healed.model_copy(update={"delta": schema.Delta(file=healed.delta.file, sha256="0" * 64)})
     with pytest.raises(DataError, match="not the one that is pinned"):
-        models._delta_file(other)
+        convert._delta_file(other)
     with pytest.raises(DataError, match="no such file"):
-        models._delta_file(healed.model_copy(update={"delta": config.Delta(file="nosuch.safetensors", sha256="0" * 64)}))
+        convert._delta_file(healed.model_copy(update={"delta": schema.Delta(file="nosuch.safetensors", sha256="0" * 64)}))
 
 
 def test_where_a_delta_lies_does_not_matter_to_the_id() -> None:
     """The run id covers bytes, not places; without a delta the settings are those of before there were any."""
-    healed = build.compose(["tasks=none"])
+    healed = hydra.compose(["tasks=none"])
     assert healed.model.delta is not None and healed.scientific()["model"]["delta"] == healed.model.delta.sha256
-    assert "delta" not in build.compose(["tasks=none", "model=smollm2"]).scientific()["model"]
+    assert "delta" not in hydra.compose(["tasks=none", "model=smollm2"]).scientific()["model"]
 
 
 @pytest.mark.data
@@ -108,13 +111,14 @@ def test_the_shipped_model_is_the_run_s(tmp_path: Path) -> None:
     import numpy as np
     import torch
 
-    from gain_cl import domains, measure
+    from gain_cl import domains
+    from gain_cl.measure import scoring
 
-    asked = build.compose(["tasks=none", "domain=[medicine]", "eval.documents=8", "eval.window=64"])
-    loaded = models.load(asked.model, torch.device("cpu"))
+    asked = hydra.compose(["tasks=none", "domain=[medicine]", "eval.documents=8", "eval.window=64"])
+    loaded = load.load(asked.model, torch.device("cpu"))
     geography = asked.domains["geography"]
     text = domains.prepare(geography, loaded.tokenizer, loaded.tokenizer_hash, domains.pin(geography), loaded.prefix_id)
-    rows = measure.score_domain(loaded, text, asked.eval, 8)
+    rows = scoring.score_domain(loaded, text, asked.eval, 8)
     kept = RUN.documents[(RUN.documents.stage == 1) & (RUN.documents.domain == "geography")].set_index("document").nll_nats
     assert np.allclose(rows.nll_nats, kept[rows.document], rtol=2e-4)
 
@@ -123,4 +127,4 @@ def test_a_delta_without_a_package_is_refused() -> None:
     from gain_cl.errors import ConfigError
 
     with pytest.raises(ConfigError, match="delta is for a model from a package"):
-        build.compose(["model=gpt2", "tasks=none", "++model.delta.file=x.safetensors", f"++model.delta.sha256={'0' * 64}"])
+        hydra.compose(["model=gpt2", "tasks=none", "++model.delta.file=x.safetensors", f"++model.delta.sha256={'0' * 64}"])

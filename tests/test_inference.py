@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from gain_cl import inference
-from gain_cl.inference import Error, Parts
-from gain_cl.matrix import Estimate
+from gain_cl.stats import inference
+from gain_cl.stats.inference import Error, Parts
+from gain_cl.stats.matrix import Estimate
 
 Rng = np.random.Generator
 P = inference.Tests

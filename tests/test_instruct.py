@@ -15,11 +15,16 @@ import yaml
 from pydantic import ValidationError
 
 from conftest import tiny
-from gain_cl import cli, config, domains, evaluate, forward, record, train
-from gain_cl.domains import Blocks, Doc, Domain, base, instruct, read
+from gain_cl import cli, domains
+from gain_cl.config import schema
+from gain_cl.domains import Blocks, Doc, Domain, instruct, read
+from gain_cl.domains import domain as base
 from gain_cl.domains.text import Pair, document_hash, text_hash
 from gain_cl.errors import DataError
 from gain_cl.guards.base import Guard
+from gain_cl.measure import perplexity, record
+from gain_cl.models import forward
+from gain_cl.runs import train
 
 ROOT = Path(__file__).parents[1]
 ROWS = [{"q": f"What is {i} plus {i}?", "a": f"It is {2 * i}, naïvely – {'so ' * (i % 5)}it is."} for i in range(60)]
@@ -45,9 +50,9 @@ def written(folder: Path, rows: list[dict[str, Any]] = ROWS, name: str = "pairs.
     return path
 
 
-def pairs(path: Path, **keys: Any) -> config.Domain:
+def pairs(path: Path, **keys: Any) -> schema.Domain:
     source = {"kind": "files", "path": str(path), "prompt": "q", "completion": "a", **keys}
-    return config.Domain(name="pairs", source=source, split={"test": 0.3, "dev": 0.2})  # type: ignore[arg-type]
+    return schema.Domain(name="pairs", source=source, split={"test": 0.3, "dev": 0.2})  # type: ignore[arg-type]
 
 
 def template(folder: Path, text: str = TEMPLATE) -> str:
@@ -62,7 +67,7 @@ def log_probabilities(loaded: Any, ids: list[int]) -> torch.Tensor:
     return torch.log_softmax(logits, -1)[torch.arange(len(ids)), torch.tensor(ids)]
 
 
-def prepared(loaded: Any, domain: config.Domain) -> Domain:
+def prepared(loaded: Any, domain: schema.Domain) -> Domain:
     return domains.prepare(domain, loaded.tokenizer, "t", None, loaded.prefix_id)
 
 
@@ -109,13 +114,13 @@ def test_identity_is_prompt_and_completion_and_no_template(tmp_path: Path, loade
 def test_plain_text_has_the_pins_it_had(tmp_path: Path) -> None:
     """Runs made before instruction data came keep their ids."""
     path = written(tmp_path, [{"text": "x"}])
-    plain = config.Domain(name="p", source={"kind": "files", "path": str(path)})  # type: ignore[arg-type]
+    plain = schema.Domain(name="p", source={"kind": "files", "path": str(path)})  # type: ignore[arg-type]
     assert set(read.pin(plain)) == {"kind", "text_version", "sha256", "field"}
     hub = {"kind": "hub", "path": "o/d", "revision": "a" * 40, "files": "*", "fields": ["x"], "max_bytes": 9}
-    pin = read.pin(config.Domain(name="h", source=hub))  # type: ignore[arg-type]
+    pin = read.pin(schema.Domain(name="h", source=hub))  # type: ignore[arg-type]
     assert pin == {"text_version": read.TEXT_VERSION, **hub}
     own = {**hub, "fields": [], "prompt": "q", "completion": "a", "chat_template": template(tmp_path)}
-    assert read.pin(config.Domain(name="h", source=own))["chat_template"] == TEMPLATE  # type: ignore[arg-type]
+    assert read.pin(schema.Domain(name="h", source=own))["chat_template"] == TEMPLATE  # type: ignore[arg-type]
 
 
 # --- evaluation ----------------------------------------------------------------------------------------------------------
@@ -124,7 +129,7 @@ def test_plain_text_has_the_pins_it_had(tmp_path: Path) -> None:
 @pytest.mark.parametrize("window", [None, 6])
 def test_evaluation_equals_transformers_on_the_completion(tmp_path: Path, loaded: Any, window: int | None) -> None:
     docs = prepared(loaded, pairs(written(tmp_path))).split_documents("test")
-    rows = evaluate.score(loaded, docs, window, 256, batch=4)
+    rows = perplexity.score(loaded, docs, window, 256, batch=4)
     for doc, row in zip(docs, rows.itertuples(), strict=True):
         end = len(doc.tokens) if window is None else min(len(doc.tokens), doc.prompt + window)
         expected = -log_probabilities(loaded, doc.tokens[:end].tolist())[doc.prompt :].sum().item()
@@ -135,8 +140,8 @@ def test_evaluation_equals_transformers_on_the_completion(tmp_path: Path, loaded
 def test_prompt_tokens_counted_would_be_seen(tmp_path: Path, loaded: Any) -> None:
     """Planted: the same documents without knowing of their prompts."""
     docs = prepared(loaded, pairs(written(tmp_path))).split_documents("test")
-    right = evaluate.score(loaded, docs, None, 256)
-    wrong = evaluate.score(loaded, [Doc(d.id, d.tokens, d.ends) for d in docs], None, 256)
+    right = perplexity.score(loaded, docs, None, 256)
+    wrong = perplexity.score(loaded, [Doc(d.id, d.tokens, d.ends) for d in docs], None, 256)
     assert (wrong.nll_nats > right.nll_nats + 1).all() and (wrong.tokens > right.tokens).all()
     assert right.bytes.tolist() == wrong.bytes.tolist()
 
@@ -145,7 +150,7 @@ def test_prompt_tokens_counted_would_be_seen(tmp_path: Path, loaded: Any) -> Non
 @pytest.mark.parametrize(("prompt", "length"), [(0, 40), (5, 9), (5, 21), (15, 1), (16, 16), (40, 7), (40, 40)])
 def test_every_completion_token_once_and_the_prompt_cut_on_the_left(prompt: int, length: int, stride: int) -> None:
     tokens = np.arange(1, prompt + length + 1)
-    cuts = evaluate.windows(tokens, 0, 16, stride, prompt=prompt)
+    cuts = perplexity.windows(tokens, 0, 16, stride, prompt=prompt)
     assert np.concatenate([w.targets for w in cuts]).tolist() == tokens[prompt:].tolist()
     for w in cuts:
         last = int(w.targets[-1])
@@ -192,7 +197,7 @@ def test_the_trainer_reports_that_loss(tmp_path: Path, loaded: Any) -> None:
     batch = train.batch_at(stream, 0, 2)
     per_token = torch.stack([log_probabilities(model, row.tolist()) for row in batch.tokens_ST])
     expected = -per_token[torch.from_numpy(batch.scored_ST)].mean().item()
-    settings = config.Train(steps=1, block=48, batch_tokens=96, lr=1e-3, warmup=0)
+    settings = schema.Train(steps=1, block=48, batch_tokens=96, lr=1e-3, warmup=0)
     adapter = GainAdapter(["ffn_down"])
     adapter.attach(model)
     (row,) = train.stage(model, adapter, Guard(), stream, settings, train.optimizer(adapter, settings), index=1, seed=0)
@@ -307,9 +312,9 @@ def test_bad_keys(tmp_path: Path, keys: dict[str, Any], message: str) -> None:
 def test_bad_keys_of_the_hub() -> None:
     hub = {"kind": "hub", "path": "o/d", "revision": "a" * 40, "files": "*", "max_bytes": 9}
     with pytest.raises(ValidationError, match=r"source\.fields is given beside"):
-        config.Domain(name="h", source={**hub, "fields": ["x"], "prompt": "q", "completion": "a"})  # type: ignore[arg-type]
+        schema.Domain(name="h", source={**hub, "fields": ["x"], "prompt": "q", "completion": "a"})  # type: ignore[arg-type]
     with pytest.raises(ValidationError, match=r"no field is named; give source\.fields, or source\.prompt and source\.completion"):
-        config.Domain(name="h", source=hub)  # type: ignore[arg-type]
+        schema.Domain(name="h", source=hub)  # type: ignore[arg-type]
 
 
 GOOD = {"q": "x", "a": "y"}
@@ -353,7 +358,7 @@ def test_hub_pairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [{"q": "one ", "a": {"text": ["yes"]}}, {"q": "two", "a": {"text": []}}, {"q": "three", "a": {"text": ["no"]}}]
     written(folder, rows, "train.jsonl")
     keys = {"kind": "hub", "path": "o/d", "revision": "a" * 40, "files": "*.jsonl", "max_bytes": 999, "prompt": "q", "completion": "a.text"}
-    hub = config.Domain(name="h", source=keys)  # type: ignore[arg-type]
+    hub = schema.Domain(name="h", source=keys)  # type: ignore[arg-type]
     assert list(domains.documents(hub)) == [Pair("one ", "yes"), Pair("three", "no")]  # without the row that has no answer
     written(folder, [{"q": "two", "a": {"text": ["yes", "no"]}}], "train.jsonl")
     with pytest.raises(DataError, match=r"field 'a\.text' is a list of 2 texts \(.*line 1\); name a field with one"):
@@ -362,7 +367,7 @@ def test_hub_pairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_reading_pairs_needs_no_torch(tmp_path: Path) -> None:
     program = (
-        "import sys; from gain_cl import config, domains\n"
+        "import sys; from gain_cl import domains; from gain_cl.config import schema as config\n"
         f"source = {{'kind': 'files', 'path': {str(written(tmp_path))!r}, 'prompt': 'q', 'completion': 'a',\n"
         f"          'chat_template': {template(tmp_path)!r}}}\n"
         "d = config.Domain(name='a', source=source); domains.pin(d); assert len(domains.collect(d)) == 60\n"
@@ -403,7 +408,7 @@ def run(capsys: pytest.CaptureFixture[str], *overrides: str) -> record.RunRecord
 def test_the_examples_of_the_documentation(documented: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
     assert set(documented) == {"reports", "abstracts", "terms", "invented", "answers", "chat"}
     for name, body in documented.items():
-        domain = config.Domain(**yaml.safe_load(body))
+        domain = schema.Domain(**yaml.safe_load(body))
         assert domain.name == name and read.pin(domain)
     made = run(capsys, "domain=[reports,answers]")
     assert len(made.stages) == 3 and made.stages[2].domains["answers"].nll_nats < made.stages[0].domains["answers"].nll_nats

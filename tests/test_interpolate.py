@@ -12,9 +12,13 @@ import pandas as pd
 import pytest
 
 import synthetic
-from gain_cl import api, cli, comparison, files, matrix, record
+from gain_cl import api, cli
 from gain_cl.errors import DataError
-from gain_cl.verbs import rescore
+from gain_cl.measure import record
+from gain_cl.stats import matrix
+from gain_cl.studies import study as comparison
+from gain_cl.system import files
+from gain_cl.tools import rescore
 
 SMOKE = ["debug=smoke", "compute.threads=1"]
 
@@ -116,7 +120,7 @@ def test_what_has_no_such_matrix_is_refused(folder: Path, capsys: pytest.Capture
 
 def test_numbers_of_another_numerics_do_not_mix(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     made = run(folder, "method=lora")
-    monkeypatch.setattr("gain_cl.provenance.NUMERICS", 99)
+    monkeypatch.setattr("gain_cl.measure.provenance.NUMERICS", 99)
     assert cli.main(["interpolate", str(made.path), "--alpha", "0.7", "--records"]) == 65
     assert "scored by numerics 1, this is 99" in capsys.readouterr().err
 

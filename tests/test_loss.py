@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from gain_cl import loss
+from gain_cl.models import loss
 
 
 @pytest.fixture(autouse=True)

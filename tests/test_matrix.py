@@ -12,8 +12,8 @@ import pandas as pd
 import pytest
 
 import synthetic
-from gain_cl import matrix
-from gain_cl.matrix import LossMatrix
+from gain_cl.stats import matrix
+from gain_cl.stats.matrix import LossMatrix
 
 TRAINED, CONTROLS = ["a", "b", "c"], ["x", "y"]
 

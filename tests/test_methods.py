@@ -16,18 +16,21 @@ import yaml
 from torch.nn import functional as F
 
 from conftest import ListBlocks, tiny
-from gain_cl import adapters, checks, config, presets, train
+from gain_cl import adapters
 from gain_cl.adapters.peft import PeftAdapter
+from gain_cl.compose import checks
+from gain_cl.config import presets, schema
 from gain_cl.errors import ConfigError
 from gain_cl.guards.base import Guard
+from gain_cl.runs import train
 
 ROOT = Path(__file__).parents[1]
 ROLES = ["attn_out", "ffn_down"]
 LAYERS = "all-linear"
 
 
-def peft_adapter(peft_type: str, roles: list[str] | None = None, **keys: Any) -> config.Peft:
-    return config.Peft(kind="peft", peft_type=peft_type, config=keys, roles=roles)  # type: ignore[arg-type]
+def peft_adapter(peft_type: str, roles: list[str] | None = None, **keys: Any) -> schema.Peft:
+    return schema.Peft(kind="peft", peft_type=peft_type, config=keys, roles=roles)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -47,7 +50,7 @@ def test_losses_equal_a_plain_peft_loop(method: str, family: str) -> None:
     torch.manual_seed(5)
     adapter = adapters.build(peft_adapter(row["peft_type"], **row["config"]))
     adapter.attach(loaded)
-    setup = config.Train(steps=10, block=16, batch_tokens=32, lr=1e-2, schedule="constant", warmup=0.0, clip=None)
+    setup = schema.Train(steps=10, block=16, batch_tokens=32, lr=1e-2, schedule="constant", warmup=0.0, clip=None)
     optimizer = train.optimizer(adapter, setup)
     steps = train.stage(loaded, adapter, Guard(), ListBlocks(tokens), setup, optimizer, index=1, seed=0)  # type: ignore[arg-type]
     ours = [step["loss_nats"] for step in steps]
@@ -175,7 +178,7 @@ def test_roles_of_ia3_mean_inputs() -> None:
     loaded, other = tiny("gpt2"), tiny("gpt2")
     ia3 = adapters.build(peft_adapter("IA3", ROLES))
     ia3.attach(loaded)
-    gains = adapters.build(config.Gain(kind="gain", roles=["attn_out", "ffn_down"]))
+    gains = adapters.build(schema.Gain(kind="gain", roles=["attn_out", "ffn_down"]))
     gains.attach(other)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -221,12 +224,12 @@ def test_osf_trains_nothing_on_gpt2() -> None:
 
 def test_any_other_type_from_the_command_line() -> None:
     """As docs/methods.md has it: the keys of the preset's own type go first."""
-    from gain_cl import build
+    from gain_cl.compose import hydra
 
     text = (ROOT / "docs/methods.md").read_text()
     (words,) = re.findall(r"`(method=lora adapter\.peft_type=[^`]+)`", text)
-    adapter = build.compose(["debug=smoke", *words.split()]).adapter
-    assert isinstance(adapter, config.Peft) and adapter.peft_type == "LOHA"
+    adapter = hydra.compose(["debug=smoke", *words.split()]).adapter
+    assert isinstance(adapter, schema.Peft) and adapter.peft_type == "LOHA"
     adapters.build(adapter).attach(tiny("llama"))
 
 

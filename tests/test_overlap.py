@@ -9,14 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gain_cl import config, overlap, tasks
-from gain_cl.domains import Domain
-from gain_cl.domains.base import word_hashes
-from gain_cl.overlap import Near, Shared, benchmark, near_duplicates, notes
+from gain_cl.config import schema
+from gain_cl.domains import Domain, overlap
+from gain_cl.domains.overlap import Near, Shared, benchmark, near_duplicates, notes
+from gain_cl.domains.tokens import word_hashes
+from gain_cl.measure import tasks
 
-SPLIT = config.Split(test=0.25, dev=0.25)
+SPLIT = schema.Split(test=0.25, dev=0.25)
 FIRST = {"test": "0", "dev": "5", "train": "9"}  # digits of ids that fall into the split
-TWO = config.Eval(documents=2)
+TWO = schema.Eval(documents=2)
 
 
 def domain(name: str, **texts: list[str]) -> Domain:
@@ -114,7 +115,7 @@ def test_only_what_is_evaluated_when_asked() -> None:
     both = {"a": domain("a", test=texts, dev=texts, train=texts)}
     assert {(n.split, n.place) for n in near_duplicates(both, ["a"])} == {(s, i) for s in ("test", "dev") for i in range(3)}
     assert {(n.split, n.place) for n in near_duplicates(both, ["a"], TWO)} == {("test", 0), ("test", 1)}
-    on_dev = config.Eval(documents=7, split="dev")
+    on_dev = schema.Eval(documents=7, split="dev")
     assert {(n.split, n.place) for n in near_duplicates(both, ["a"], on_dev)} == {("dev", 0), ("dev", 1), ("dev", 2)}
 
 
@@ -179,8 +180,8 @@ def test_an_item_is_compared_as_it_is_shown_and_without_its_examples(monkeypatch
         for i in range(6)
     ]
     monkeypatch.setattr(tasks, "docs", lambda task, source, split=None: rows)
-    plain = tasks.texts(tasks.TaskSet(config.Tasks(names=["boolq"]), None))  # type: ignore[arg-type]
-    shots = tasks.TaskSet(config.Tasks(names=["boolq"], source="hub", fewshot=2), None)  # type: ignore[arg-type]
+    plain = tasks.texts(tasks.TaskSet(schema.Tasks(names=["boolq"]), None))  # type: ignore[arg-type]
+    shots = tasks.TaskSet(schema.Tasks(names=["boolq"], source="hub", fewshot=2), None)  # type: ignore[arg-type]
     assert tasks.texts(shots) == plain
     shown = next(t for t in plain["boolq"].values() if "River 3" in t[0])
     assert shown == [f"River 3 -- The river 3 is 3 km long.\nQuestion: is the river 3 long?\nAnswer: {a}" for a in ("no", "yes")]

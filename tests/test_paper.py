@@ -19,11 +19,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gain_cl import cli, comparison, experiments, record, terms
+from gain_cl import cli
 from gain_cl.errors import DataError
+from gain_cl.measure import record
 from gain_cl.paper import build, gather, tables
 from gain_cl.paper.gather import Book
 from gain_cl.paper.table import Row, Table, Value, as_csv, latex, markdown
+from gain_cl.stats import format
+from gain_cl.studies import equal, experiments
+from gain_cl.studies import study as comparison
+from gain_cl.studies import verdicts as verdicts_
 from test_comparison import FOUR, a_study, an_experiment
 
 ROOT = Path(__file__).parents[1]
@@ -195,13 +200,13 @@ def test_the_main_table_is_the_comparison(simulated: Book) -> None:
         e = comparison.level(s, "backward").estimate  # type: ignore[union-attr]
         cell = row.cells[j]
         assert isinstance(cell, Value)
-        assert (cell.value, cell.low, cell.high) == pytest.approx([terms.change(x) for x in (e.value, e.low, e.high)])
+        assert (cell.value, cell.low, cell.high) == pytest.approx([format.change(x) for x in (e.value, e.low, e.high)])
         assert len(row.runs) == 4 and all(r in simulated.runs for r in row.runs)
 
 
 def test_bold_only_where_a_declared_test_says_so(simulated: Book) -> None:
     (study,) = simulated.studies.values()
-    verdicts = {j.endpoint.name: j.verdict for j in comparison.judge(study)}
+    verdicts = {j.endpoint.name: j.verdict for j in verdicts_.judge(study)}
     bold = {
         (row.cells[0], t.columns[j])
         for t in [named(simulated)["main"]]
@@ -234,8 +239,8 @@ def test_published_replay_is_compared_at_equal_own_step() -> None:
     found = gather.gather(e, [f"results_dir={Path(__file__).parents[1]}/results"])
     (t,), (study,) = tables.published.build(found), found.studies.values()
     row = next(r for r in t.rows if "replay" in str(r.cells[0]))
-    expected = comparison.interval(comparison.matched(study, "gain_ffn", "lora_replay"))
-    assert isinstance(row.cells[4], Value) and row.cells[4].value == pytest.approx(terms.change(expected.value)) and row.cells[4].value > 0
+    expected = equal.interval(equal.matched(study, "gain_ffn", "lora_replay"))
+    assert isinstance(row.cells[4], Value) and row.cells[4].value == pytest.approx(format.change(expected.value)) and row.cells[4].value > 0
     assert len(row.runs) == 6 and any(note.startswith("backward % minus EWC") for note in t.notes)
 
 
@@ -271,9 +276,9 @@ def test_a_hand_made_table_in_every_format() -> None:
 def test_numbers_are_those_of_the_tables(simulated: Book) -> None:
     quoted = build.numbers(simulated)
     (study,) = simulated.studies.values()
-    j = {x.endpoint.name: x for x in comparison.judge(study)}
+    j = {x.endpoint.name: x for x in verdicts_.judge(study)}
     assert quoted["endpoint forgets verdict"] == j["forgets"].verdict and quoted["blocks"] == "4"
-    assert quoted["gain backward"] == terms.percent(comparison.level(study.chosen["gain"], "backward").estimate.value)  # type: ignore[union-attr]
+    assert quoted["gain backward"] == format.percent(comparison.level(study.chosen["gain"], "backward").estimate.value)  # type: ignore[union-attr]
     commands = re.findall(r"\\newcommand\{\\([A-Za-z]+)\}", build.macros("study", quoted))
     assert len(commands) == len(set(commands)) == len(quoted)
     assert "studyGainMinusLoraBackward" in commands and "studyGainBackwardBlockTwo" in commands

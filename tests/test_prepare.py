@@ -10,8 +10,12 @@ from typing import Any
 
 import pytest
 
-from gain_cl import cli, config, domains, overlap, signals, tasks
-from gain_cl.verbs import prepare
+from gain_cl import cli, domains
+from gain_cl.config import schema
+from gain_cl.domains import overlap
+from gain_cl.measure import tasks
+from gain_cl.system import signals
+from gain_cl.tools import prepare
 
 PASSAGE = "River {0} -- The river {0} rises in hill {0}, it is {0} km long."
 BOOLQ = [{"question": f"is the river {i} long", "passage": PASSAGE.format(i), "idx": i, "label": i % 2} for i in range(4)]
@@ -43,7 +47,7 @@ def own(tmp_path: Path, **texts: list[str]) -> list[str]:
 
 def texts(seed: int, count: int = 60) -> list[str]:
     source: dict[str, Any] = {"kind": "generated", "seed": seed, "documents": count}
-    return list(domains.documents(config.Domain(name="g", source=source)))  # type: ignore[arg-type]
+    return list(domains.documents(schema.Domain(name="g", source=source)))  # type: ignore[arg-type]
 
 
 def scored(chosen: list[str]) -> list[str]:

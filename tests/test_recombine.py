@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from gain_cl import api, cli, record
+from gain_cl import api, cli
 from gain_cl.errors import DataError
-from gain_cl.verbs.recombine import factors, product
+from gain_cl.measure import record
+from gain_cl.tools.recombine import factors, product
 
 SMOKE = ["debug=smoke", "train.lr=3e-2"]
 
@@ -127,8 +128,8 @@ def test_the_ends_of_the_front_are_the_base_and_the_run(folder: Path, capsys: py
 
 def test_half_of_the_change_of_gains_is_gains_of_half_the_size(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """An independent way to the same model: W diag(1 + alpha delta)."""
-    from gain_cl import measure
-    from gain_cl.verbs.rescore import Bench
+    from gain_cl.measure import scoring
+    from gain_cl.tools.rescore import Bench
 
     made = run(folder)
     found = ask(capsys, "interpolate", str(made.path), "--alpha", "0.5")
@@ -136,7 +137,7 @@ def test_half_of_the_change_of_gains_is_gains_of_half_the_size(folder: Path, cap
     bench.open(rows=1)
     adapter = bench.attach(bench.loaded)
     adapter.load_state({name: 0.5 * t for name, t in bench.state(3).items()})
-    rows = [measure.score_domain(bench.loaded, d, bench.config.eval, 16) for d in bench.inputs.domains.values()]
+    rows = [scoring.score_domain(bench.loaded, d, bench.config.eval, 16) for d in bench.inputs.domains.values()]
     bench.close()
     expected = [r.nll_nats.sum() / r.tokens.sum() for r in rows]
     np.testing.assert_allclose(found["front"][0]["loss_nats"], expected, rtol=0, atol=1e-6)

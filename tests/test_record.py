@@ -16,8 +16,9 @@ import pandas as pd
 import pytest
 
 import synthetic
-from gain_cl import files, record
 from gain_cl.errors import DataError, StorageError
+from gain_cl.measure import record
+from gain_cl.system import files
 
 SMALL = {"a": 20.0, "b": 30.0, "x": 10.0}
 

@@ -17,10 +17,14 @@ from typing import Any
 import pytest
 
 from campaign import SMOKE, Result, Warm, evidence, leftovers, steps
-from gain_cl import build, cells, checkpoint, lock, record, resume, signals, spine
+from gain_cl.compose import hydra
 from gain_cl.domains.text import text_hash
 from gain_cl.errors import DataError, InUseError, PreemptedError
-from gain_cl.files import sha256
+from gain_cl.measure import cells, record
+from gain_cl.runs import inherit, resume, same
+from gain_cl.runs import plan as plan_
+from gain_cl.system import checkpoint, lock, signals
+from gain_cl.system.files import sha256
 
 KILL = {"GAIN_CL_FAILPOINT": "commit@6"}  # at step 2 of the second domain
 TWO, THREE = "domain=[smoke_a,smoke_b]", "domain=[smoke_a,smoke_b,smoke_c]"
@@ -147,7 +151,7 @@ def flip(path: Path, bit: int = 100) -> None:
 
 def test_run_folder_of_another_configuration(warm: Warm, tmp_path: Path) -> None:
     run = killed(warm, tmp_path)
-    other = spine.prepare(build.compose([*SMOKE, "seed=1"])).run_id
+    other = plan_.prepare(hydra.compose([*SMOKE, "seed=1"])).run_id
     run.rename(run.with_name(other))
     assert "the run folder is of another configuration: seed was 0, is 1" in refused(warm.run(tmp_path, "seed=1"), 65)
 
@@ -284,17 +288,17 @@ def test_damaged_attempts_stop(warm: Warm, tmp_path: Path) -> None:
 def test_the_run_json_of_others_is_read_with_care(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of another version of gain_cl, or of another hand: no run of the folder fails on it."""
     monkeypatch.chdir(tmp_path)
-    config = build.compose([*SMOKE, TWO])
-    plan, more = spine.prepare(config), build.compose([*SMOKE, THREE])
-    facts = resume.facts(config, plan.pins)
+    config = hydra.compose([*SMOKE, TWO])
+    plan, more = plan_.prepare(config), hydra.compose([*SMOKE, THREE])
+    facts = same.facts(config, plan.pins)
     facts["data"]["tokens"] = {name: name for name in more.domains}
     whole = {"run_id": "x", "settings": config.scientific(), "pins": plan.pins, "facts": facts, "environment": {}}
-    pins = spine.prepare(more).pins
+    pins = plan_.prepare(more).pins
     path = tmp_path / "runs/other/run.json"
     path.parent.mkdir(parents=True)
     draw, wrong = random.Random(0), [None, 3, "x", [], {}, [1], {"a": 1}, True]
     path.write_text(json.dumps(whole))
-    assert resume._common(whole, more, pins, facts) == ["smoke_a", "smoke_b"]  # else nothing below is looked at
+    assert inherit._common(whole, more, pins, facts) == ["smoke_a", "smoke_b"]  # else nothing below is looked at
     places = list(inside(whole))
     for _ in range(1000):
         changed = json.loads(json.dumps(whole))
@@ -307,9 +311,9 @@ def test_the_run_json_of_others_is_read_with_care(tmp_path: Path, monkeypatch: p
             node[place[-1]] = draw.choice(wrong)
         path.write_text(json.dumps(changed))
         for ask in (
-            lambda: resume.adopt(config, plan.pins),
-            lambda: resume.inherit(more, tmp_path / "runs/new", pins, facts),
-            lambda: resume._same_settings(config, path.parent),
+            lambda: same.adopt(config, plan.pins),
+            lambda: inherit.inherit(more, tmp_path / "runs/new", pins, facts),
+            lambda: same._same_settings(config, path.parent),
         ):
             with suppress(DataError):
                 ask()

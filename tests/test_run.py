@@ -16,8 +16,14 @@ from safetensors.torch import load_file, save_file
 
 import gain_cl
 from conftest import tiny
-from gain_cl import build, cli, config, models, provenance, record, spine
+from gain_cl import cli
+from gain_cl.compose import hydra
+from gain_cl.config import schema
 from gain_cl.errors import ConfigError, DataError, InUseError
+from gain_cl.measure import provenance, record
+from gain_cl.models import convert, load, source
+from gain_cl.runs import plan as plan_
+from gain_cl.runs import run
 
 SMALL = ["debug=smoke", "compute.threads=1"]
 
@@ -171,22 +177,22 @@ def test_execution_settings_are_not_in_the_run_id() -> None:
     }  # fmt: skip
 
     def run_id(*overrides: str) -> str:
-        return spine.prepare(build.compose(["debug=smoke", *overrides], [], [])).run_id
+        return plan_.prepare(hydra.compose(["debug=smoke", *overrides], [], [])).run_id
 
     base = run_id()
     assert {o for o in execution if run_id(o) != base} == set()
     ids = {o: run_id(o) for o in scientific}
     assert {o for o, i in ids.items() if i == base} == set()
     assert len(set(ids.values())) == len(ids)
-    sections = set(config.RunConfig.model_fields)
+    sections = set(schema.RunConfig.model_fields)
     executing = {"compute", "track", "checkpoint", "resume", "allow_change", "output_dir", "results_dir", "force", "plugins", "lr_tuned_on"}
-    assert set(config.EXECUTION) == executing < sections
+    assert set(schema.EXECUTION) == executing < sections
 
 
 def test_tokens_and_task_settings_are_in_the_run_id() -> None:
     def run_id(*overrides: str) -> str:
         task = [] if any(o.startswith("tasks.names") for o in overrides) else ["tasks.names=[boolq@5]"]
-        return spine.prepare(build.compose(["debug=smoke", *task, *overrides], [], [])).run_id
+        return plan_.prepare(hydra.compose(["debug=smoke", *task, *overrides], [], [])).run_id
 
     task = ["tasks.batch_size=4", "tasks.stages=all", "tasks.limit=3", "tasks.names=[boolq@6]", "tasks.names=[piqa@5]"]
     ids = [run_id(), *(run_id(o) for o in task), run_id("train.steps=null", "train.tokens=1024")]
@@ -203,7 +209,7 @@ def test_run_id_is_of_content_not_of_paths(tmp_path: Path, monkeypatch: pytest.M
     def run_id(model: str, text: str) -> str:
         (tmp_path / "my/domain/mine.yaml").write_text(f"name: mine\nsource: {{kind: files, path: {text}}}\n")
         words = [f"model.path={model}", "domain=[mine]", "sequence.controls=[]", "tasks=none", "train.block=32", "eval.context=64"]
-        return spine.prepare(build.compose(words, ["my"], [])).run_id
+        return plan_.prepare(hydra.compose(words, ["my"], [])).run_id
 
     one = run_id("net", "texts.txt")
     assert one == run_id("./net", str(tmp_path / "texts.txt")) == run_id(str(tmp_path / "net"), "./texts.txt")
@@ -216,14 +222,14 @@ def test_changed_plugin_is_another_run(tmp_path: Path, monkeypatch: pytest.Monke
     ids = []
     for text in (code, code + "# changed\n"):
         (tmp_path / f"plug{len(ids)}.py").write_text(text)
-        ids.append(spine.prepare(build.compose(["debug=smoke", "guard.kind=own"], [], [tmp_path / f"plug{len(ids)}.py"])).run_id)
+        ids.append(plan_.prepare(hydra.compose(["debug=smoke", "guard.kind=own"], [], [tmp_path / f"plug{len(ids)}.py"])).run_id)
     assert ids[0] != ids[1]
 
 
 def test_non_finite_score_is_never_a_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from gain_cl import evaluate
+    from gain_cl.measure import perplexity
 
-    monkeypatch.setattr(evaluate, "token_nll", lambda hidden, *_: torch.full((len(hidden),), float("nan")))
+    monkeypatch.setattr(perplexity, "token_nll", lambda hidden, *_: torch.full((len(hidden),), float("nan")))
     with pytest.raises(DataError, match=r"the loss of 8 documents is not finite .*; check the weights; if they were trained here, lower"):
         go(tmp_path)
     assert not list(tmp_path.glob("results/**/*"))
@@ -232,19 +238,19 @@ def test_non_finite_score_is_never_a_number(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_two_owners(first: record.Run, tmp_path: Path) -> None:
-    settings = build.compose([*SMALL, f"output_dir={tmp_path}/runs", f"results_dir={tmp_path}/results"], [], [])
-    plan = spine.prepare(settings)
+    settings = hydra.compose([*SMALL, f"output_dir={tmp_path}/runs", f"results_dir={tmp_path}/results"], [], [])
+    plan = plan_.prepare(settings)
     hold = f"with owned(Path({str(plan.folder)!r})): print('held', flush=True); time.sleep(60)"
-    holder = f"import time\nfrom pathlib import Path\nfrom gain_cl.lock import owned\n{hold}"
+    holder = f"import time\nfrom pathlib import Path\nfrom gain_cl.system.lock import owned\n{hold}"
     with subprocess.Popen([sys.executable, "-c", holder], stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None and process.stdout.readline() == "held\n"
             with pytest.raises(InUseError, match=rf"process {process.pid} on") as error:
-                spine.execute(settings, plan)
+                run.execute(settings, plan)
             assert error.value.exit_code == 73
         finally:
             process.kill()
-    spine.execute(settings, plan)  # a dead owner holds nothing
+    run.execute(settings, plan)  # a dead owner holds nothing
 
 
 def test_unwritable_results_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -380,26 +386,26 @@ def save(folder: Path, **changes: Any) -> Path:
 
 def test_unusable_models(tmp_path: Path) -> None:
     good = save(tmp_path / "good")
-    assert models.inspect(good)["model_type"] == "llama"
+    assert source.inspect(good)["model_type"] == "llama"
     with pytest.raises(DataError, match="not a causal language model: BertModel"):
-        models.inspect(save(tmp_path / "bert", architectures=["BertModel"]))
+        source.inspect(save(tmp_path / "bert", architectures=["BertModel"]))
     with pytest.raises(DataError, match="needs code from its repository"):
-        models.inspect(save(tmp_path / "remote", model_type="mystery", auto_map={"AutoModel": "x.Y"}))
+        source.inspect(save(tmp_path / "remote", model_type="mystery", auto_map={"AutoModel": "x.Y"}))
     with pytest.raises(DataError, match="token id 256 has no embedding row"):
-        models.inspect(save(tmp_path / "rows", vocab_size=100))
+        source.inspect(save(tmp_path / "rows", vocab_size=100))
     pickled = save(tmp_path / "pickle")
     (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
     with pytest.raises(DataError, match=r"only pickle weights \(pytorch_model.bin\)"):
-        models.inspect(pickled)
+        source.inspect(pickled)
     (pickled / "pytorch_model.bin").unlink()
     with pytest.raises(DataError, match=r"no model\*\.safetensors"):
-        models.inspect(pickled)
+        source.inspect(pickled)
     (pickled / "config.json").write_text("{")
     with pytest.raises(DataError, match=r"config\.json is not JSON"):
-        models.inspect(pickled)
+        source.inspect(pickled)
     (pickled / "config.json").unlink()
     with pytest.raises(DataError, match=r"no config\.json"):
-        models.inspect(pickled)
+        source.inspect(pickled)
 
 
 def test_end_token_and_prefix(tmp_path: Path) -> None:
@@ -409,13 +415,13 @@ def test_end_token_and_prefix(tmp_path: Path) -> None:
         if path.exists():
             data = json.loads(path.read_text())
             path.write_text(json.dumps({k: v for k, v in data.items() if k != "eos_token"}))
-    model = config.Model(name="endless", path=str(folder), dtype="float32")
+    model = schema.Model(name="endless", path=str(folder), dtype="float32")
     with pytest.raises(DataError, match="no end token"):
-        models.load(model, torch.device("cpu"))
-    ready = models.load(model.model_copy(update={"prefix_token_id": 5, "separator_token_id": 6}), torch.device("cpu"))
+        load.load(model, torch.device("cpu"))
+    ready = load.load(model.model_copy(update={"prefix_token_id": 5, "separator_token_id": 6}), torch.device("cpu"))
     assert (ready.prefix_id, ready.separator_id) == (5, 6)
     with pytest.raises(DataError, match="prefix_token_id=999 has no embedding row"):
-        models.load(model.model_copy(update={"prefix_token_id": 999, "separator_token_id": 6}), torch.device("cpu"))
+        load.load(model.model_copy(update={"prefix_token_id": 999, "separator_token_id": 6}), torch.device("cpu"))
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["own head", "tied head"])
@@ -430,7 +436,7 @@ def test_weights_must_be_the_models(family: str, tied: bool, tmp_path: Path) -> 
 
     def parameters(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         save_file(tensors, file, {"format": "pt"})
-        return models.parameters_of(tmp_path, "float32")
+        return load.parameters_of(tmp_path, "float32")
 
     old = {"x.0.attn.masked_bias": torch.ones(1), "x.0.rotary_emb.inv_freq": torch.ones(4), "model.decoder.version": torch.ones(1)}
     assert all(torch.equal(t, good[n]) for n, t in parameters({**good, **old}).items() if n in good)
@@ -453,35 +459,35 @@ def test_a_run_on_weights_with_a_gap_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
         DataError, match=r"2 tensors are missing, unknown or of another shape, first model\.layers\.1\.mlp\.up_proj\.weight"
     ):
-        models.load(config.Model(name="gap", path=str(folder), dtype="float32"), torch.device("cpu"))
+        load.load(schema.Model(name="gap", path=str(folder), dtype="float32"), torch.device("cpu"))
 
 
 def test_chunked_head_is_checked_against_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(models.Loaded, "softcap", property(lambda self: 0.01))
+    monkeypatch.setattr(load.Loaded, "softcap", property(lambda self: 0.01))
     with pytest.raises(DataError, match="transforms its logits in an unknown way"):
         tiny("llama")
 
 
 def test_devices() -> None:
-    assert models.device_of("cpu", "float32").type == "cpu"
+    assert load.device_of("cpu", "float32").type == "cpu"
     with pytest.raises(ConfigError, match="no device"):
-        models.device_of("toaster", "float32")
+        load.device_of("toaster", "float32")
     if not torch.cuda.is_available():
         with pytest.raises(ConfigError, match="cuda is not available"):
-            models.device_of("cuda", "float32")
+            load.device_of("cuda", "float32")
 
 
 def test_converted_model_is_verified(tmp_path: Path) -> None:
     loaded = tiny("llama")
     loaded.model.save_pretrained(tmp_path)
     hashes = {"model.safetensors": record.sha256(tmp_path / "model.safetensors")}
-    assert models._converted(tmp_path) is None  # no manifest
-    (tmp_path / models.MANIFEST).write_text(json.dumps({"source": {}, "files": hashes}))
-    assert models._converted(tmp_path) == hashes
+    assert convert._converted(tmp_path) is None  # no manifest
+    (tmp_path / convert.MANIFEST).write_text(json.dumps({"source": {}, "files": hashes}))
+    assert convert._converted(tmp_path) == hashes
     data = bytearray((tmp_path / "model.safetensors").read_bytes())
     data[-1] ^= 1
     (tmp_path / "model.safetensors").write_bytes(data)
-    assert models._converted(tmp_path) is None
+    assert convert._converted(tmp_path) is None
 
 
 @pytest.mark.data
@@ -490,8 +496,8 @@ def test_converted_model_is_verified(tmp_path: Path) -> None:
 def test_default_model_from_its_package(model: str, among: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The default model, and as shipped, as a user gets it: loads, predicts English, and its prefix is the pretraining separator."""
     monkeypatch.delenv("GAIN_CL_CACHE", raising=False)
-    assert build.compose([]).model.name == "smollm2_healed"
-    loaded = models.load(build.compose([f"model={model}"]).model, torch.device("cpu"))
+    assert hydra.compose([]).model.name == "smollm2_healed"
+    loaded = load.load(hydra.compose([f"model={model}"]).model, torch.device("cpu"))
     assert loaded.prefix_id == loaded.separator_id == 0
     ids = loaded.tokenizer("The capital of France is", return_tensors="pt")["input_ids"]
     with torch.no_grad():

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gain_cl import api, cli, record
+from gain_cl import api, cli
 from gain_cl.errors import ConfigError, DataError
-from gain_cl.verbs.score import compose
+from gain_cl.measure import record
+from gain_cl.tools.score import compose
 
 THREE = "domain=[smoke_a,smoke_b,smoke_c]"
 
@@ -53,12 +54,12 @@ def test_adapters_and_whole_models_score_as_the_stages_they_are(folder: Path, ma
 def test_the_id_is_of_the_content_not_of_the_path(folder: Path, made: record.Run, capsys: pytest.CaptureFixture[str]) -> None:
     import shutil
 
-    from gain_cl import spine
+    from gain_cl.runs import plan
 
     if not (folder / "elsewhere").exists():
         shutil.copytree(folder / "peft1", folder / "elsewhere")
     one, two, other = (
-        spine.prepare(compose([str(folder / f), "debug=smoke", "domain=[smoke_a]", *places(folder)])).run_id
+        plan.prepare(compose([str(folder / f), "debug=smoke", "domain=[smoke_a]", *places(folder)])).run_id
         for f in ("peft1", "elsewhere", "peft3")
     )
     assert one == two != other
@@ -75,11 +76,11 @@ def test_the_id_is_of_the_content_not_of_the_path(folder: Path, made: record.Run
     ],
 )
 def test_mistakes(folder: Path, made: record.Run, words: list[str], message: str) -> None:
-    from gain_cl import spine
+    from gain_cl.runs import plan
 
     words = [w.replace("PEFT1", str(folder / "peft1")) for w in words]
     with pytest.raises(ConfigError, match=message):
-        spine.prepare(compose([*words, "debug=smoke", *places(folder)]))
+        plan.prepare(compose([*words, "debug=smoke", *places(folder)]))
 
 
 def test_another_architecture_is_told(folder: Path, made: record.Run, capsys: pytest.CaptureFixture[str]) -> None:
@@ -96,7 +97,7 @@ def test_a_checkpoint_scores_the_same_whatever_was_scored_before(tmp_path: Path)
     import torch
 
     from conftest import tiny
-    from gain_cl.adapters.given import GivenAdapter
+    from gain_cl.adapters.checkpoints import GivenAdapter
 
     for name, bias in (("a", "all"), ("b", "none")):
         model = peft.get_peft_model(tiny("gpt2").model, peft.LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True, bias=bias))
@@ -151,7 +152,7 @@ def _peft(folder: Path, config: Any, family: str = "llama", **keys: Any) -> Path
 
 def _take(folder: Path, **keys: Any) -> Any:
     from conftest import tiny
-    from gain_cl.adapters.given import GivenAdapter
+    from gain_cl.adapters.checkpoints import GivenAdapter
 
     loaded = tiny("llama", **keys)
     adapter = GivenAdapter([str(folder)])
@@ -201,7 +202,7 @@ def test_whole_layers_saved_with_an_adapter_count(tmp_path: Path, beside: str) -
     import torch
 
     from conftest import tiny
-    from gain_cl import forward
+    from gain_cl.models import forward
 
     lora = peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"], modules_to_save=[beside])
     folder = _peft(tmp_path / "a", lora)

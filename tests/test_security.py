@@ -22,10 +22,16 @@ from rich.console import Console
 import fake_hub
 import synthetic
 from conftest import tiny
-from gain_cl import build, cli, config, export, models, record, show, sources
-from gain_cl.config import PackageFile
+from gain_cl import cli
+from gain_cl.compose import hydra
+from gain_cl.config import schema
+from gain_cl.config.schema import PackageFile
 from gain_cl.errors import ConfigError, DataError, GainError
-from gain_cl.tables import matrix as table
+from gain_cl.measure import matrix_csv, record
+from gain_cl.models import load, source
+from gain_cl.paper import show
+from gain_cl.system import packages
+from gain_cl.tools import exported
 
 ROOT = Path(__file__).parents[1]
 MODULES = sorted((ROOT / "src/gain_cl").rglob("*.py"))
@@ -136,7 +142,7 @@ def test_secrets_are_refused_anywhere(key: str, value: str, monkeypatch: pytest.
     monkeypatch.setenv("MY_SECRET", "CANARYanywhere")
     given = f'["{value}"]' if key == "track.tags" else f'"{value}"'
     with pytest.raises(ConfigError, match=f"{key} holds") as caught:
-        build.compose([f"{key}={given}", "sequence=smoke", "tasks=none"])
+        hydra.compose([f"{key}={given}", "sequence=smoke", "tasks=none"])
     assert "CANARY" not in str(caught.value) and "pw@" not in str(caught.value)
 
 
@@ -170,7 +176,7 @@ def test_hostile_names(key: str, name: str, tmp_path: Path, monkeypatch: pytest.
     quoted = json.dumps(name, ensure_ascii=False) if "\\" not in name else f"'{name}'"
     given = f"[{quoted}]" if key in ("sequence.domains", "tasks.names") else quoted
     with pytest.raises(ConfigError) as caught:
-        build.compose(
+        hydra.compose(
             [
                 f"{key}={given}",
                 *(["sequence=smoke"] if key != "sequence.domains" else []),
@@ -259,14 +265,14 @@ def test_archives_write_nothing(kind: str, tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setenv("GAIN_CL_CACHE", str(here / "cache"))
     file = hostile(kind, here / "cache", tmp_path)
     before = sorted(tmp_path.rglob("*"))
-    found = list(sources.members(file))
+    found = list(packages.members(file))
     assert len(found) == len(PATHS) + (kind != "tar")
     assert {data for _, data in found} == {b"evil"} | ({b"/etc/passwd"} if kind != "tar" else set()), (
         "a link is its own text, never its target"
     )
     assert sorted(tmp_path.rglob("*")) == before
     one = file.model_copy(update={"members": "ok/evil.txt"})
-    assert sources.extract(one, here / "out").read_bytes() == b"evil"
+    assert packages.extract(one, here / "out").read_bytes() == b"evil"
     assert set(tmp_path.rglob("*")) == {*before, here / "out"}
 
 
@@ -302,7 +308,7 @@ def test_notes_reach_the_terminal_as_text(tmp_path: Path) -> None:
 def test_the_matrix_file_holds_names_and_numbers_only(tmp_path: Path) -> None:
     """Nothing that a spreadsheet would compute: each cell is a number, a name (which begins with neither = + - nor @) or a head."""
     run = synthetic.run(tmp_path / "r.json", bases={"a": 20.0, "x": 30.0}, controls=["x"], count=4, notes=HOSTILE)
-    cells = [c for line in table.csv(run).splitlines() for c in line.split(",")]
+    cells = [c for line in matrix_csv.csv(run).splitlines() for c in line.split(",")]
     assert cells and not [c for c in cells if c[:1] in "=+-@\t\r" and c]
 
 
@@ -313,7 +319,7 @@ def test_control_characters_are_refused_in_a_configuration(text: str, tmp_path: 
     escaped = "".join(f"\\u{ord(c):04x}" for c in text)
     (tmp_path / "model/mine.yaml").write_text(f'name: mine\ndtype: float32\narch: {{model_type: llama}}\nnote: "{escaped}"\n')
     with pytest.raises(ConfigError) as caught:
-        build.compose(["model=mine", "sequence=smoke", "tasks=none"], [tmp_path])
+        hydra.compose(["model=mine", "sequence=smoke", "tasks=none"], [tmp_path])
     assert str(caught.value).isprintable()
 
 
@@ -346,7 +352,7 @@ def test_target_is_an_unknown_key_anywhere(place: str, tmp_path: Path) -> None:
         *(["sequence=smoke"] if group not in ("domain", "sequence") else []),
     ]
     with pytest.raises(ConfigError, match=r"unknown key .*_(target|partial|args)_") as caught:
-        build.compose([*words, *(["tasks=none"] if group != "tasks" else [])], [tmp_path])
+        hydra.compose([*words, *(["tasks=none"] if group != "tasks" else [])], [tmp_path])
     assert "mine.yaml" in str(caught.value)
 
 
@@ -375,7 +381,7 @@ def test_a_preset_makes_hydra_call_nothing(
 
 
 def test_other_launchers_of_hydra_may_be_chosen() -> None:
-    assert build.jobs(["hydra/launcher=basic", "seed=0,1", "sequence=smoke", "tasks=none"])
+    assert hydra.jobs(["hydra/launcher=basic", "seed=0,1", "sequence=smoke", "tasks=none"])
 
 
 def calls(path: Path) -> Iterator[tuple[str, ast.Call]]:
@@ -462,7 +468,7 @@ def test_export_of_a_record_from_elsewhere(stage: int | None, tmp_path: Path) ->
     """Its configuration is validated before anything is loaded; its weights are looked for under its own run id."""
     run = synthetic.run(tmp_path / "r.json", bases={"a": 20.0, "x": 30.0}, controls=["x"], count=4)
     with pytest.raises(GainError, match="the trained state of this stage is not there"):
-        export.export(run.record, "merged", tmp_path / "out", stage, str(tmp_path))
+        exported.export(run.record, "merged", tmp_path / "out", stage, str(tmp_path))
     assert not (tmp_path / "out").exists()
 
 
@@ -530,7 +536,7 @@ def test_code_in_a_scored_checkpoint_never_runs(tmp_path: Path) -> None:
 
 def test_code_in_a_scored_snapshot_never_runs(tmp_path: Path) -> None:
     """A hub checkpoint is opened after torch is there, and passes the same check first."""
-    from gain_cl.adapters.given import GivenAdapter
+    from gain_cl.adapters.checkpoints import GivenAdapter
 
     marker = plant(tmp_path / "m", "AutoTokenizer, fast")
     adapter = GivenAdapter([str(tmp_path / "m")])
@@ -581,15 +587,15 @@ def test_the_second_wall_holds(
     import torch
 
     marker = plant(tmp_path / "m", kind)
-    monkeypatch.setattr(models, "_inspect_code", lambda folder: None)
-    given = config.Model(name="m", path=str(tmp_path / "m"), dtype="float32")
+    monkeypatch.setattr(source, "_inspect_code", lambda folder: None)
+    given = schema.Model(name="m", path=str(tmp_path / "m"), dtype="float32")
     for call in (
-        lambda: models.load(given, torch.device("cpu")),
-        lambda: models.load_tokenizer(given),
-        lambda: models.tokenizer_hash(tmp_path / "m"),
-        lambda: models.parameters_of(tmp_path / "m", "float32"),
-        lambda: models.vocabulary(given),
-        lambda: models.meta(given),
+        lambda: load.load(given, torch.device("cpu")),
+        lambda: load.load_tokenizer(given),
+        lambda: load.tokenizer_hash(tmp_path / "m"),
+        lambda: load.parameters_of(tmp_path / "m", "float32"),
+        lambda: load.vocabulary(given),
+        lambda: load.meta(given),
     ):
         with contextlib.suppress(DataError, ValueError):
             call()
@@ -615,7 +621,7 @@ def test_code_that_an_architecture_names_never_runs(tmp_path: Path, answered: No
     marker = plant(tmp_path / "m", "AutoModelForCausalLM")
     auto_map = {"AutoModelForCausalLM": f"{tmp_path / 'm'}--evil.Evil"}
     arch = {**tiny("llama").model.config.to_dict(), "auto_map": auto_map}
-    given = config.Model(name="m", arch=arch, dtype="float32")
-    models.load(given, torch.device("cpu"))
-    models.meta(given)
+    given = schema.Model(name="m", arch=arch, dtype="float32")
+    load.load(given, torch.device("cpu"))
+    load.meta(given)
     assert not marker.exists()

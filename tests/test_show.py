@@ -17,10 +17,12 @@ from rich.console import Console
 from scipy.stats import binomtest
 
 import synthetic
-from gain_cl import cli, matrix, record, show, terms
+from gain_cl import cli
 from gain_cl.errors import DataError
-from gain_cl.figures import heatmap
-from gain_cl.tables import matrix as matrix_table
+from gain_cl.measure import matrix_csv, record
+from gain_cl.paper import show
+from gain_cl.runs import heatmap
+from gain_cl.stats import format, matrix
 
 NOTE = "the base is an instruct model [4-bit]: part of any improvement is repair"
 
@@ -102,7 +104,7 @@ def test_colour_follows_the_change() -> None:
 @pytest.mark.parametrize("perplexity", [1.5, 455.6, 49_152.0, 3e9])
 def test_perplexities_of_any_size(tmp_path: Path, perplexity: float) -> None:
     text = printed(small(tmp_path, bases={"a": perplexity, "b": 2.0}, controls=[]), width=60)
-    assert len(terms.perplexity(math.log(perplexity))) <= 7 and "…" not in text
+    assert len(format.perplexity(math.log(perplexity))) <= 7 and "…" not in text
 
 
 # --- sparklines ------------------------------------------------------------------------------------------------------
@@ -191,14 +193,14 @@ def test_bits_per_byte(run: record.Run, tmp_path: Path) -> None:
 
 
 def test_task_block(run: record.Run) -> None:
-    from gain_cl import items
+    from gain_cl.stats import answers
 
     text = printed(run)
-    before, after = (items.level(run.items, "boolq@100", s)["accuracy"].value for s in (0, 8))
-    change = items.change(run.items, "boolq@100", 0, 8)["accuracy"]
+    before, after = (answers.level(run.items, "boolq@100", s)["accuracy"].value for s in (0, 8))
+    change = answers.change(run.items, "boolq@100", 0, 8)["accuracy"]
     shown = line(text, "accuracy").replace(" to ", " ").split()[1:]
     assert [float(x) for x in shown] == pytest.approx([before, after, change.value, change.low, change.high], abs=0.00051)
-    lost, gained, _ = items.flips(run.items, "boolq@100", 0, 8)
+    lost, gained, _ = answers.flips(run.items, "boolq@100", 0, 8)
     p = binomtest(lost, lost + gained).pvalue
     assert p > 0.01 and f"flips: {lost} right to wrong, {gained} wrong to right, of 100 (McNemar p {p:.2f})\n" in text
     for row in ("margin (nats)", "AUC", "balanced accuracy"):
@@ -208,9 +210,9 @@ def test_task_block(run: record.Run) -> None:
 
 @pytest.mark.parametrize(("lost", "gained", "p"), [(4, 3, "1.00"), (0, 0, "1.00"), (9, 1, "0.02"), (20, 2, "0.0001")])
 def test_flips_with_their_chance(run: record.Run, monkeypatch: pytest.MonkeyPatch, lost: int, gained: int, p: str) -> None:
-    from gain_cl import items
+    from gain_cl.stats import answers
 
-    monkeypatch.setattr(items, "flips", lambda *_: items.Flips(lost, gained, 100))
+    monkeypatch.setattr(answers, "flips", lambda *_: answers.Flips(lost, gained, 100))
     assert f"flips: {lost} right to wrong, {gained} wrong to right, of 100 (McNemar p {p})\n" in printed(run)
 
 
@@ -304,7 +306,7 @@ def test_a_record_that_disagrees_with_its_documents(tmp_path: Path, fault: str) 
 
 
 def test_no_heavy_import() -> None:
-    code = "import sys, gain_cl.show, gain_cl.tables.matrix; print({'torch', 'transformers', 'matplotlib', 'wandb'} & set(sys.modules))"
+    code = "import sys, gain_cl.paper.show, gain_cl.measure.matrix_csv; print({'torch', 'transformers', 'matplotlib', 'wandb'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
 
 
@@ -390,7 +392,7 @@ def test_show_shipped(run: record.Run, shipped: record.Run, capsys: pytest.Captu
 
 
 def test_csv_keeps_every_bit(run: record.Run) -> None:
-    rows = list(csv.reader(io.StringIO(matrix_table.csv(run))))
+    rows = list(csv.reader(io.StringIO(matrix_csv.csv(run))))
     assert rows[0] == ["stage", "trained", *synthetic.OFFLINE, *synthetic.CONTROLS]
     assert [r[0] for r in rows[1:]] == [str(i) for i in range(9)]
     assert [r[1] for r in rows[1:]] == ["", *synthetic.OFFLINE]
@@ -400,8 +402,8 @@ def test_csv_keeps_every_bit(run: record.Run) -> None:
 def test_csv_leaves_unscored_cells_empty(tmp_path: Path) -> None:
     run = small(tmp_path)
     del run.record.stages[1].domains["x"]
-    assert matrix_table.csv(run).splitlines()[2].endswith(",")
-    assert "nan" not in matrix_table.csv(run)
+    assert matrix_csv.csv(run).splitlines()[2].endswith(",")
+    assert "nan" not in matrix_csv.csv(run)
 
 
 # --- heat map --------------------------------------------------------------------------------------------------------
@@ -476,7 +478,7 @@ def test_picture_bytes_depend_on_the_run_alone(tmp_path: Path) -> None:
     first = heatmap.png(run)
     (tmp_path / "matplotlibrc").write_text("figure.facecolor: black\nfont.size: 20\nsavefig.bbox: tight\naxes.facecolor: red\n")
     code = (
-        "import sys; from gain_cl import record; from gain_cl.figures import heatmap; "
+        "import sys; from gain_cl.measure import record; from gain_cl.runs import heatmap; "
         f"sys.stdout.buffer.write(heatmap.png(record.load({str(run.path)!r}))); assert 'matplotlib.pyplot' not in sys.modules"
     )
     second = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, check=True).stdout

@@ -17,9 +17,9 @@ from typing import Any
 import pytest
 
 from fake_hub import SHA, serve
-from gain_cl import sources
-from gain_cl.config import PackageFile
+from gain_cl.config.schema import PackageFile
 from gain_cl.errors import ConfigError, DataError, StorageError
+from gain_cl.system import hashes, packages
 
 FILES = {
     "demo/data/b.txt": b"second",
@@ -73,12 +73,12 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_cache_dir(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("GAIN_CL_CACHE", str(tmp_path))
-    assert sources.cache_dir() == tmp_path
+    assert hashes.cache_dir() == tmp_path
     monkeypatch.delenv("GAIN_CL_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert sources.cache_dir() == tmp_path / "gain_cl"
+    assert hashes.cache_dir() == tmp_path / "gain_cl"
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert sources.cache_dir() == Path.home() / ".cache" / "gain_cl"
+    assert hashes.cache_dir() == Path.home() / ".cache" / "gain_cl"
 
 
 # --- archives ----------------------------------------------------------------------------------------------------------
@@ -86,11 +86,11 @@ def test_cache_dir(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 def test_archive_is_fetched_once_and_read_as_pinned(index: Path, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = PackageFile(package="demo==1.0", members="demo/data/*.txt", sha256=digest(wheel(index)))
-    assert list(sources.members(file)) == [("demo/data/a.txt", b"first"), ("demo/data/b.txt", b"second")]
+    assert list(packages.members(file)) == [("demo/data/a.txt", b"first"), ("demo/data/b.txt", b"second")]
     told = capsys.readouterr().err
     assert told.count("\n") == 1 and told.startswith("fetching demo==1.0 ... ") and "MB" in told
     wheel(index).unlink()
-    assert len(list(sources.members(file))) == 2  # from the cache, in silence
+    assert len(list(packages.members(file))) == 2  # from the cache, in silence
     assert capsys.readouterr().err == ""
     assert [p.name for p in (cache / "packages").iterdir() if not p.name.startswith(".")] == ["demo==1.0"]
     assert not list((cache / "packages").glob(".fetch-*"))
@@ -100,47 +100,47 @@ def test_wheel_of_one_platform_is_pinned_by_its_member(index: Path) -> None:
     wheel(index, "demo-1.0-cp311-cp311-manylinux_2_28_x86_64.whl")  # for a Python and platform that need not be ours
     pin = hashlib.sha256(b"first").hexdigest()
     file = PackageFile(package="demo==1.0", members="demo/data/a.txt", members_sha256=pin)
-    assert list(sources.members(file)) == [("demo/data/a.txt", b"first")]
+    assert list(packages.members(file)) == [("demo/data/a.txt", b"first")]
     with pytest.raises(DataError, match=r"sha256 of demo/data/b\.txt is not as pinned"):
-        list(sources.members(file.model_copy(update={"members": "demo/data/b.txt"})))
+        list(packages.members(file.model_copy(update={"members": "demo/data/b.txt"})))
 
 
 def test_source_archive_reads_alike(cache: Path) -> None:
     path = sdist(cache / "packages" / "demo==1.0")
     file = PackageFile(package="demo==1.0", members="demo/data/*.txt", sha256=digest(path))
-    assert [data for _, data in sources.members(file)] == [b"first", b"second"]
+    assert [data for _, data in packages.members(file)] == [b"first", b"second"]
 
 
 def test_other_bytes_than_pinned(index: Path, cache: Path) -> None:
     pinned = digest(wheel(index))
     file = PackageFile(package="demo==1.0", members="demo/data/*.txt", sha256="0" * 64)
     with pytest.raises(DataError, match="pinned sha256 0000"):
-        list(sources.members(file))
+        list(packages.members(file))
     assert not (cache / "packages" / "demo==1.0").exists()
     # Changed since it was pinned: caught on the next read in the same process.
     file = PackageFile(package="demo==1.0", members="demo/data/*.txt", sha256=pinned)
-    path = sources.archive(file)
+    path = packages.archive(file)
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
     with pytest.raises(DataError, match=r"sha256 is .*pinned is .*delete .* to fetch it again"):
-        list(sources.members(file))
+        list(packages.members(file))
 
 
 def test_no_such_package(index: Path) -> None:
     index.mkdir()
     with pytest.raises(StorageError, match=r"cannot fetch demo==1\.0: No matching distribution.*pip download --no-deps demo==1\.0"):
-        sources.archive(PackageFile(package="demo==1.0", members="*", members_sha256="0" * 64))
+        packages.archive(PackageFile(package="demo==1.0", members="*", members_sha256="0" * 64))
     for name in ("demo", "demo>=1", "../demo==1", "demo==1 --index-url=x"):
         with pytest.raises(ConfigError, match="NAME==VERSION"):
-            sources.archive(PackageFile(package=name, members="*"))
+            packages.archive(PackageFile(package=name, members="*"))
 
 
 def test_only_wheels_are_fetched_without_a_hash(tmp_path: Path) -> None:
     """pip runs a source archive's build script to read its metadata: never for bytes that are not pinned."""
-    loose = list(sources._pip_attempts(PackageFile(package="demo==1.0", members="*"), tmp_path))
+    loose = list(packages._pip_attempts(PackageFile(package="demo==1.0", members="*"), tmp_path))
     assert loose and all("--only-binary=:all:" in arguments for arguments in loose)
-    (pinned,) = sources._pip_attempts(PackageFile(package="demo==1.0", members="*", sha256="0" * 64), tmp_path)
+    (pinned,) = packages._pip_attempts(PackageFile(package="demo==1.0", members="*", sha256="0" * 64), tmp_path)
     assert "--require-hashes" in pinned
 
 
@@ -148,32 +148,32 @@ def test_damaged_archive_and_missing_member(cache: Path) -> None:
     folder = cache / "packages" / "demo==1.0"
     path = wheel(folder)
     with pytest.raises(DataError, match="no member matches nothing"):
-        list(sources.members(PackageFile(package="demo==1.0", members="nothing", sha256=digest(path))))
+        list(packages.members(PackageFile(package="demo==1.0", members="nothing", sha256=digest(path))))
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(DataError, match="damaged archive"):
-        list(sources.members(PackageFile(package="demo==1.0", members="*.txt")))
+        list(packages.members(PackageFile(package="demo==1.0", members="*.txt")))
 
 
 def test_members_stay_within_a_folder_and_match_from_the_end() -> None:
-    pattern = sources._member_pattern("data/*.txt")
+    pattern = packages._member_pattern("data/*.txt")
     assert pattern.fullmatch("data/a.txt") and pattern.fullmatch("top/demo/data/a.txt")
     assert not pattern.fullmatch("data/deep/a.txt") and not pattern.fullmatch("mydata/a.txt")
-    assert sources._member_pattern("*.py").fullmatch("a/b/c.py")
+    assert packages._member_pattern("*.py").fullmatch("a/b/c.py")
 
 
 def test_extract_writes_one_named_file(cache: Path, tmp_path: Path) -> None:
     wheel(cache / "packages" / "demo==1.0")
     file = PackageFile(package="demo==1.0", members="demo/data/a.txt")
-    assert sources.extract(file, tmp_path / "x" / "out.bin").read_bytes() == b"first"
+    assert packages.extract(file, tmp_path / "x" / "out.bin").read_bytes() == b"first"
     with pytest.raises(DataError, match="2 members match"):
-        sources.extract(file.model_copy(update={"members": "data/*.txt"}), tmp_path / "y")
+        packages.extract(file.model_copy(update={"members": "data/*.txt"}), tmp_path / "y")
 
 
 def test_read_only_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("GAIN_CL_CACHE", str(tmp_path / "file" / "cache"))
     with pytest.raises(StorageError, match="GAIN_CL_CACHE"):
-        sources.archive(PackageFile(package="demo==1.0", members="*"))
+        packages.archive(PackageFile(package="demo==1.0", members="*"))
 
 
 # --- hashes ------------------------------------------------------------------------------------------------------------
@@ -184,25 +184,25 @@ def test_folder_pin_follows_names_and_content(tmp_path: Path) -> None:
     folder.mkdir()
     (folder / "a.json").write_text("1")
     (folder / "notes.md").write_text("ignored")
-    first = sources.folder_pin(folder, ["*.json"])
+    first = hashes.folder_pin(folder, ["*.json"])
     (folder / "notes.md").write_text("still ignored")
-    assert sources.folder_pin(folder, ["*.json"]) == first
+    assert hashes.folder_pin(folder, ["*.json"]) == first
     (folder / "a.json").write_text("22")
-    changed = sources.folder_pin(folder, ["*.json"])
+    changed = hashes.folder_pin(folder, ["*.json"])
     (folder / "a.json").rename(folder / "b.json")
-    assert len({first, changed, sources.folder_pin(folder, ["*.json"])}) == 3
+    assert len({first, changed, hashes.folder_pin(folder, ["*.json"])}) == 3
     with pytest.raises(DataError, match=r"no file matches \*\.bin"):
-        sources.folder_pin(folder, ["*.bin"])
+        hashes.folder_pin(folder, ["*.bin"])
 
 
 def test_remembered_hash_is_not_trusted_after_a_change(tmp_path: Path) -> None:
     path = tmp_path / "weights"
     path.write_bytes(b"one")
-    first = sources.file_sha256(path, remember=True)
-    assert first == sources.file_sha256(path, remember=True) == hashlib.sha256(b"one").hexdigest()
+    first = hashes.file_sha256(path, remember=True)
+    assert first == hashes.file_sha256(path, remember=True) == hashlib.sha256(b"one").hexdigest()
     path.write_bytes(b"two")
     os.utime(path, ns=(1, 1))
-    assert sources.file_sha256(path, remember=True) == hashlib.sha256(b"two").hexdigest()
+    assert hashes.file_sha256(path, remember=True) == hashlib.sha256(b"two").hexdigest()
 
 
 # --- the hub -----------------------------------------------------------------------------------------------------------

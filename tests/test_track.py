@@ -30,8 +30,11 @@ import pytest
 from rich.console import Console
 
 import synthetic
-from gain_cl import dashboard, files, items, record, track
 from gain_cl.errors import PreemptedError, StorageError
+from gain_cl.measure import record
+from gain_cl.runs import mirror, track
+from gain_cl.stats import answers as items
+from gain_cl.system import files
 
 Patch = pytest.MonkeyPatch
 SMALL = {"a": 20.0, "b": 30.0, "x": 10.0}
@@ -675,7 +678,7 @@ def test_what_wandb_is_given(home: Path, run: record.Run, tmp_path: Path, monkey
 def test_a_task_that_one_stage_alone_scored_has_no_change(run: record.Run) -> None:
     del run.record.stages[-1].tasks["boolq@100"]
     first = run.record.stages[0].tasks["boolq@100"]
-    assert dashboard._tasks(run) == {"task/boolq@100/accuracy": first.correct / first.items}
+    assert mirror._tasks(run) == {"task/boolq@100/accuracy": first.correct / first.items}
 
 
 def test_wandb_is_given_what_a_checkpoint_covers(home: Path, run: record.Run, tmp_path: Path, monkeypatch: Patch) -> None:
@@ -736,7 +739,7 @@ def test_secrets_are_blanked(monkeypatch: Patch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_canary_canary")
     monkeypatch.setenv("aws_secret_access_key", "aws/canary/canary")
     config = {"a": ["x hf_canary_canary y"], "b": "https://me:pass@host/x", "c": 3, "d": {"e": "aws/canary/canary"}}
-    assert dashboard._public(config) == {"a": ["x *** y"], "b": "https://***@host/x", "c": 3, "d": {"e": "***"}}
+    assert mirror._public(config) == {"a": ["x *** y"], "b": "https://***@host/x", "c": 3, "d": {"e": "***"}}
 
 
 # The real wandb, in processes of its own: it keeps global state and threads.
@@ -908,7 +911,11 @@ def test_offline_each_row_is_shown_once_over_all_processes(
 )
 def test_broken_twins_show_a_row_twice_or_never(tmp_path: Path, undisturbed: list[dict[str, Any]], twin: str, chain: list[str]) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys.modules[__name__], "ATTEMPT", ATTEMPT.replace("folder,", f"from gain_cl import dashboard; {twin}\nfolder,", 1))
+        patch.setattr(
+            sys.modules[__name__],
+            "ATTEMPT",
+            ATTEMPT.replace("folder,", f"from gain_cl.runs import mirror as dashboard; {twin}\nfolder,", 1),
+        )
         attempts(tmp_path, *chain)
     rows = [row for folder in (tmp_path / "wandb").glob("offline-run-*") for row in history(folder)]
     in_file = [r["row"] for r in metrics(tmp_path) if "row" in r]

@@ -7,20 +7,23 @@ import pytest
 import torch
 
 from conftest import ListBlocks, tiny
-from gain_cl import adapters, config, forward, models, train
+from gain_cl import adapters
+from gain_cl.config import schema
 from gain_cl.errors import DataError
 from gain_cl.guards.base import Batch, Guard
+from gain_cl.models import forward, load
+from gain_cl.runs import train
 
-GAIN = config.Gain(kind="gain", roles=["attn_out", "ffn_down"])
+GAIN = schema.Gain(kind="gain", roles=["attn_out", "ffn_down"])
 
 
-def settings(**keys: object) -> config.Train:
-    return config.Train(**{"steps": 3, "block": 16, "batch_tokens": 64, "lr": 1e-2, **keys})  # type: ignore[arg-type]
+def settings(**keys: object) -> schema.Train:
+    return schema.Train(**{"steps": 3, "block": 16, "batch_tokens": 64, "lr": 1e-2, **keys})  # type: ignore[arg-type]
 
 
 def fit(
     family: str = "llama",
-    setup: config.Train | None = None,
+    setup: schema.Train | None = None,
     micro: int | None = None,
     guard: Guard | None = None,
     blocks=None,
@@ -130,7 +133,7 @@ def test_gradient_checkpointing_changes_nothing() -> None:
         adapter = adapters.build(GAIN)
         adapter.attach(loaded)
         if checkpointing:
-            models.checkpoint_activations(loaded.model)
+            load.checkpoint_activations(loaded.model)
         blocks = ListBlocks(np.random.default_rng(0).integers(1, 257, (32, 16)))
         list(train.stage(loaded, adapter, Guard(), blocks, settings(), train.optimizer(adapter, settings()), index=1, seed=0))
         states.append(adapter.state())

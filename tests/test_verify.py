@@ -20,8 +20,11 @@ from safetensors.numpy import load_file, save
 
 import gain_cl
 import synthetic
-from gain_cl import checkpoint, cli, files, matrix, provenance, record
-from gain_cl.verbs import verify
+from gain_cl import cli
+from gain_cl.measure import provenance, record
+from gain_cl.stats import matrix
+from gain_cl.system import checkpoint, files
+from gain_cl.tools import verify
 
 EXAMPLE = next((Path(__file__).parents[1] / "docs/example").glob("*.json"))
 
@@ -598,17 +601,17 @@ def test_provenance_names_what_draws() -> None:
 
 def test_files_are_hashed_not_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A bit flips on the disk and time and size stay: what a run remembers of the file, verify does not believe."""
-    from gain_cl import sources
+    from gain_cl.system import hashes
 
-    monkeypatch.setattr(sources, "_trusting", True)  # a verify in this process may have ended that
+    monkeypatch.setattr(hashes, "_trusting", True)  # a verify in this process may have ended that
     monkeypatch.setenv("GAIN_CL_CACHE", str(tmp_path / "cache"))
     path = tmp_path / "weights"
     path.write_bytes(b"0123")
     times = (path.stat().st_atime_ns, path.stat().st_mtime_ns)
-    before = sources.file_sha256(path, remember=True)
+    before = hashes.file_sha256(path, remember=True)
     path.write_bytes(b"0124")
     os.utime(path, ns=times)
-    look = f"from gain_cl import sources; from pathlib import Path; print(sources.file_sha256(Path({str(path)!r}), remember=True))"
+    look = f"from gain_cl.system import hashes as sources; from pathlib import Path; print(sources.file_sha256(Path({str(path)!r}), remember=True))"
     seen = [
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
         for code in (look, look.replace("; print", "; sources.trust_nothing(); print"))

@@ -16,10 +16,11 @@ import pytest
 
 import gain_cl
 import synthetic
-from gain_cl import build, cli
+from gain_cl import cli
+from gain_cl.compose import hydra
 from gain_cl.errors import DataError
-from gain_cl.verbs import verify_resume
-from gain_cl.verbs.verify_resume import Asked, Ended, Moment, Pace
+from gain_cl.tools import verify_resume
+from gain_cl.tools.verify_resume import Asked, Ended, Moment, Pace
 
 TINY = ["debug=smoke", "domain=[smoke_a]", "sequence.controls=[]", "train.steps=8", "eval.documents=4", "compute.threads=1"]
 LONGER = [word.replace("train.steps=8", "train.steps=60") for word in TINY]
@@ -124,8 +125,8 @@ def test_the_first_kill_comes_behind_a_checkpoint() -> None:
     assert {m.save for m in first} == {2, 4} and all(0 <= m.seconds <= 0.5 for m in first)
     later = [verify_resume._moment(draw, pace) for _ in range(400)]
     assert 160 < sum(m.save is not None for m in later) < 240 and 70 < sum(m.early for m in later) < 130
-    assert verify_resume._saves(build.compose([*TINY, "checkpoint.every_steps=3"])) == (3, 6, 8)
-    assert verify_resume._saves(build.compose(["debug=smoke", "train.steps=5"])) == (2, 4, 5, 7, 9, 10, 12, 14, 15)
+    assert verify_resume._saves(hydra.compose([*TINY, "checkpoint.every_steps=3"])) == (3, 6, 8)
+    assert verify_resume._saves(hydra.compose(["debug=smoke", "train.steps=5"])) == (2, 4, 5, 7, 9, 10, 12, 14, 15)
 
 
 def test_an_attempt_is_killed_behind_its_checkpoint(tmp_path: Path) -> None:
@@ -223,6 +224,6 @@ def test_what_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
     asked, words = seen["asked"], seen["asked"].command[4:]
     assert asked.command[:4] == [sys.executable, "-m", "gain_cl", "run"] and (asked.kills, asked.seed) == (5, 3)
     assert words == [*TINY, "track.backend=none", "checkpoint.every_steps=2"]
-    assert build.compose([*words, "output_dir=x"]).checkpoint.every_steps == 2
+    assert hydra.compose([*words, "output_dir=x"]).checkpoint.every_steps == 2
     assert cli.main(["verify-resume", *TINY, "checkpoint.every_steps=5"]) == 0
     assert [w for w in seen["asked"].command if w.startswith("checkpoint")] == ["checkpoint.every_steps=5"]

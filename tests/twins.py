@@ -10,7 +10,7 @@ from typing import Any
 
 def in_place() -> None:
     """A checkpoint is written straight into its own folder."""
-    from gain_cl import checkpoint
+    from gain_cl.system import checkpoint
 
     def save(folder: Path, files: Any) -> None:
         shutil.rmtree(folder, ignore_errors=True)
@@ -26,14 +26,15 @@ def in_place() -> None:
 
 def no_manifest_check() -> None:
     """What is loaded is not compared with what was written."""
-    from gain_cl import checkpoint
+    from gain_cl.system import checkpoint
 
     checkpoint.verify = lambda folder: {}  # type: ignore[assignment]
 
 
 def restart_on_bad() -> None:
     """A bad checkpoint means from the beginning."""
-    from gain_cl import checkpoint, resume
+    from gain_cl.runs import resume
+    from gain_cl.system import checkpoint
 
     begin = resume.begin
 
@@ -51,14 +52,14 @@ def restart_on_bad() -> None:
 
 def bad_ones_stay() -> None:
     """What was passed over is kept beside what comes after."""
-    from gain_cl import resume
+    from gain_cl.runs import resume
 
     resume._behind = lambda *_: []
 
 
 def keep_one() -> None:
     """Only the newest checkpoint is kept, so that there is none to fall back to."""
-    from gain_cl import checkpoint
+    from gain_cl.system import checkpoint
 
     prune = checkpoint.prune
     checkpoint.prune = lambda root, keep=1: prune(root, min(keep, 1))
@@ -66,7 +67,7 @@ def keep_one() -> None:
 
 def rng_not_saved() -> None:
     """Dropout is drawn from a stream that begins anew with each process."""
-    from gain_cl import train
+    from gain_cl.runs import train
 
     seed_of, calls = train.seed_of, 0
 
@@ -82,7 +83,7 @@ def rng_not_saved() -> None:
 
 def off_by(steps: str) -> None:
     """The position in a stage is wrong after a resume, by so many steps."""
-    from gain_cl import train
+    from gain_cl.runs import train
 
     stage = train.stage
 
@@ -94,7 +95,7 @@ def off_by(steps: str) -> None:
 
 def optimizer_forgotten() -> None:
     """The optimiser begins anew with each process."""
-    from gain_cl import train
+    from gain_cl.runs import train
 
     train.load_optimizer_state = lambda *_: None
 
@@ -122,14 +123,14 @@ def guard_forgotten() -> None:
 
 def truncate_not() -> None:
     """metrics.jsonl goes on behind rows that no checkpoint covers."""
-    from gain_cl import track
+    from gain_cl.runs import track
 
     track._cut = lambda path, length: path.stat().st_size if path.exists() else 0
 
 
 def cells_forgotten() -> None:
     """An interrupted evaluation begins anew."""
-    from gain_cl import cells
+    from gain_cl.measure import cells
 
     load, stored = cells.load, set()
     store = cells.store
@@ -144,7 +145,7 @@ def cells_forgotten() -> None:
 
 def record_in_place() -> None:
     """Records and tables are written straight to their names."""
-    from gain_cl import files
+    from gain_cl.system import files
 
     def write_all(wanted: dict[Path, bytes]) -> None:
         for path, data in wanted.items():
@@ -156,14 +157,14 @@ def record_in_place() -> None:
                 files.reach(f"{kind}.after_write")
                 file.write(data[len(data) // 2 :])
 
-    from gain_cl import record
+    from gain_cl.measure import record
 
     files.write_all = record.write_all = write_all
 
 
 def deaf() -> None:
     """Nobody asks whether a signal came."""
-    from gain_cl import signals
+    from gain_cl.system import signals
 
     signals.asked = lambda: None
     signals.poll = lambda: None
@@ -171,7 +172,8 @@ def deaf() -> None:
 
 def signal_unsaved() -> None:
     """It stops when asked, without saving what was learned since the last checkpoint."""
-    from gain_cl import signals, train
+    from gain_cl.runs import train
+    from gain_cl.system import signals
 
     stage = train.stage
 
@@ -185,6 +187,6 @@ def signal_unsaved() -> None:
 
 def dies_of_signals() -> None:
     """No handler: a request to stop ends the process."""
-    from gain_cl import signals
+    from gain_cl.system import signals
 
     signals._WATCHED = ()

@@ -19,7 +19,7 @@ def __getattr__(name: str) -> Any:
 
         return version("gain_cl")
     if name == "load":  # without torch
-        from gain_cl.record import load
+        from gain_cl.measure.record import load
 
         return load
     if name in ("attach_gains", "compare", "run"):

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from gain_cl import comparison
 from gain_cl.adapters.gain import Gains, attach_gains
 from gain_cl.errors import ConfigError
-from gain_cl.record import Run, load
+from gain_cl.measure.record import Run, load
+from gain_cl.studies import study as comparison
 
 __all__ = ["Gains", "Run", "attach_gains", "compare", "load", "run"]
 
@@ -28,10 +28,12 @@ def run(*overrides: str, config_dirs: Paths = (), plugins: Paths = ()) -> Run:
     A finished run is read, not repeated (unless ``force=true``).
     Raises errors.GainError, whose text is the command line's one-line message.
     """
-    from gain_cl import build, spine
+    from gain_cl.compose import hydra
+    from gain_cl.runs import plan
+    from gain_cl.runs import run as spine
 
-    config = build.compose(overrides, *([given] if isinstance(given, str | Path) else given for given in (config_dirs, plugins)))
-    return spine.execute(config, spine.prepare(config))
+    config = hydra.compose(overrides, *([given] if isinstance(given, str | Path) else given for given in (config_dirs, plugins)))
+    return spine.execute(config, plan.prepare(config))
 
 
 def compare(*runs_or_paths: Run | str | Path) -> pd.DataFrame:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from gain_cl.errors import USAGE, ConfigError, GainError, PreemptedError, StorageError
-from gain_cl.verbs import Parser, find_record
+from gain_cl.tools.command import Parser, find_record
 
 INTERRUPTED = 130
 VERBS = (
@@ -89,12 +89,12 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _other(name: str, argv: list[str]) -> int:
-    code: int = importlib.import_module(f"gain_cl.verbs.{name.replace('-', '_')}").main(argv)
+    code: int = importlib.import_module(f"gain_cl.tools.{name.replace('-', '_')}").main(argv)
     return code
 
 
 def _paper(what: str, argv: list[str]) -> int:
-    from gain_cl.verbs import paper
+    from gain_cl.tools import paper
 
     return paper.main(what, argv)
 
@@ -114,7 +114,7 @@ def _verb(verb: str) -> Callable[[list[str]], int]:
     }
     if verb not in verbs:
         if verb:
-            from gain_cl.explain import suggest
+            from gain_cl.compose.messages import suggest
 
             raise ConfigError(f"unknown verb {verb!r}", "command line", suggest(verb, ["run", "score", "show", "params", *VERBS, *PAPER]))
         return lambda _: _help([]) or USAGE
@@ -158,7 +158,8 @@ def _run(argv: list[str]) -> int:
     parser.add_argument("-h", "--help", action="store_true")
     parser.add_argument("--hydra-help", action="store_true")
     args = parser.parse_intermixed_args(argv)
-    from gain_cl import build, signals
+    from gain_cl.compose import hydra as build
+    from gain_cl.system import signals
 
     here = {"config_dirs": args.config_dir, "plugins": args.plugin}
     if words := ["--help"] * args.help + ["--hydra-help"] * args.hydra_help:
@@ -179,8 +180,9 @@ def _run(argv: list[str]) -> int:
 
 def _carry_out(config: Any) -> int:
     """One run, from a checked configuration to the last line printed."""
-    from gain_cl import show
-    from gain_cl.spine import execute, prepare
+    from gain_cl.paper import show
+    from gain_cl.runs.plan import prepare
+    from gain_cl.runs.run import execute
 
     plan = prepare(config)
     finished = execute(config, plan)
@@ -191,7 +193,7 @@ def _carry_out(config: Any) -> int:
 
 def _multirun(overrides: list[str], here: dict[str, Any]) -> int:
     """Every job through Hydra's launcher and then the path of a single run; goes on after a failure, stops at a signal."""
-    from gain_cl import build
+    from gain_cl.compose import hydra as build
 
     total = len(build.jobs(overrides, **here))  # every job is checked before the first starts
     failures: list[int] = []
@@ -230,8 +232,8 @@ def _hydra(argv: list[str], job: Callable[[list[str]], None] | None = None) -> i
     import hydra
     from hydra.core.hydra_config import HydraConfig
 
-    from gain_cl import presets
-    from gain_cl.explain import Given, explained
+    from gain_cl.compose.messages import Given, explained
+    from gain_cl.config import presets
 
     def task(_: Any) -> None:
         if job is not None:
@@ -255,8 +257,8 @@ def _hydra(argv: list[str], job: Callable[[list[str]], None] | None = None) -> i
 
 
 def _score(argv: list[str]) -> int:
-    from gain_cl import signals
-    from gain_cl.verbs import score
+    from gain_cl.system import signals
+    from gain_cl.tools import score
 
     with signals.listening():
         return _carry_out(score.compose(argv))
@@ -273,7 +275,8 @@ def _show(argv: list[str]) -> int:
     parser.add_argument("--shipped", metavar="RUN", help="a run of the model as shipped: its stage 0 is shown above the run's")
     parser.add_argument("--results-dir", default="results", help="where runs/RUN_ID.json are (default: %(default)s)")
     args = parser.parse_args(argv)
-    from gain_cl import record, show
+    from gain_cl.measure import record
+    from gain_cl.paper import show
 
     path = find_record(args.run, Path(args.results_dir))
     shipped = record.load(find_record(args.shipped, Path(args.results_dir))) if args.shipped is not None else None
@@ -293,7 +296,7 @@ def _params(argv: list[str]) -> int:
     parser.add_argument("--config-dir", action="append", default=[], help="a folder with more presets (repeatable)")
     parser.add_argument("--plugin", action="append", default=[], help="a file that registers adapters (repeatable)")
     args = parser.parse_intermixed_args(argv)
-    from gain_cl import params
+    from gain_cl.tools import params
 
     table = params.count(args.filters, args.config_dir, args.plugin)
     if args.json:

@@ -7,12 +7,12 @@ import inspect
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gain_cl.config import ADAPTERS
+from gain_cl.config.schema import ADAPTERS
 from gain_cl.errors import ConfigError
 
 if TYPE_CHECKING:
-    from gain_cl import config
     from gain_cl.adapters.base import Adapter
+    from gain_cl.config import schema
 
 _PLUGINS: dict[str, type[Adapter]] = {}
 
@@ -34,7 +34,7 @@ def pin(kind: str) -> str | None:
     return hashlib.sha256(Path(inspect.getfile(_PLUGINS[kind])).read_bytes()).hexdigest()
 
 
-def build(settings: config.Adapter) -> Adapter:
+def build(settings: schema.Adapter) -> Adapter:
     """The one place that maps a name to a class."""
     keywords = settings.model_dump(exclude={"kind"} if settings.kind not in ADAPTERS else {"kind", "init_from"})
     if settings.kind in _PLUGINS:
@@ -52,7 +52,7 @@ def build(settings: config.Adapter) -> Adapter:
 
         return PeftAdapter(**keywords)
     if settings.kind == "given":
-        from gain_cl.adapters.given import GivenAdapter
+        from gain_cl.adapters.checkpoints import GivenAdapter
 
         return GivenAdapter(**keywords)
     raise ConfigError(f"unknown adapter {settings.kind!r}", "adapter.kind", f"use one of: {', '.join([*ADAPTERS, *_PLUGINS])}")

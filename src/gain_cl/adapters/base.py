@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from gain_cl.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from gain_cl.models import Loaded
+    from gain_cl.models.load import Loaded
 
 
 class Adapter(ABC):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from gain_cl.adapters.base import Adapter
 
 if TYPE_CHECKING:
-    from gain_cl.models import Loaded
+    from gain_cl.models.load import Loaded
 
 
 class FullAdapter(Adapter):

@@ -25,11 +25,11 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from gain_cl import models
 from gain_cl.adapters.base import Adapter
+from gain_cl.models import families
 
 if TYPE_CHECKING:
-    from gain_cl.models import Loaded
+    from gain_cl.models.load import Loaded
 
 Side = Literal["input", "output"]
 
@@ -189,7 +189,7 @@ class Gains:
         self.gains: dict[str, Any] = {}
         self._hooks: list[Any] = []
         for name, layer in layers.items():
-            width = models.input_width(layer) if side == "input" else models.output_width(layer)
+            width = families.input_width(layer) if side == "input" else families.output_width(layer)
             gain = self.gains[name] = (make or DiagonalGain)(width, layer.weight.device)  # type: ignore[arg-type]
             if side == "input":
                 self._hooks.append(layer.register_forward_pre_hook(lambda _, args, gain=gain: (self._apply(gain, args[0]), *args[1:])))
@@ -229,7 +229,7 @@ class Gains:
         terms = []
         for name, layer in self.layers.items():
             gain, (weight, bias) = self.gains[name], _tensors(layer)
-            weight_OI = weight.T if models.is_conv1d(layer) else weight
+            weight_OI = weight.T if families.is_conv1d(layer) else weight
             rows = weight_OI if self.side == "input" else weight_OI.T
             if self.side == "output" and bias is not None:
                 rows = torch.cat([rows, bias[None]])
@@ -249,10 +249,10 @@ class Gains:
         Input side: W M of an (out, in) weight; output side: M W, and M b. Conv1D stores (in, out). ConfigError when the
         weights are quantised.
         """
-        models.can_merge(self.layers)
+        families.can_merge(self.layers)
         for name, layer in self.layers.items():
             gain, (weight, bias) = self.gains[name], _tensors(layer)
-            turned = models.is_conv1d(layer)
+            turned = families.is_conv1d(layer)
             weight_OI = (weight.T if turned else weight).float()
             new_OI = gain.transposed(weight_OI) if self.side == "input" else gain(weight_OI.T).T
             weight.copy_((new_OI.T if turned else new_OI).to(weight.dtype))
@@ -278,7 +278,7 @@ def attach_gains(
     names: role -> suffix of module names, for a family gain_cl does not know. Raises ConfigError listing the candidates.
     """
     model.requires_grad_(False)
-    return Gains(models.targets(model, list(roles), names), side, make)
+    return Gains(families.targets(model, list(roles), names), side, make)
 
 
 def random_basis(width: int, seed: int, device: torch.device) -> Tensor:

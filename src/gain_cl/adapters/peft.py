@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from gain_cl import models
 from gain_cl.adapters.base import Adapter
-from gain_cl.config import KNOWN_CHANGE
+from gain_cl.config.schema import KNOWN_CHANGE
 from gain_cl.errors import ConfigError, DataError
-from gain_cl.loss import token_nll
+from gain_cl.models import families
+from gain_cl.models.loss import token_nll
 
 if TYPE_CHECKING:
-    from gain_cl.models import Loaded
+    from gain_cl.models.load import Loaded
 
 START = {torch.float32: 3e-5, torch.float16: 3e-3, torch.bfloat16: 3e-2}
 """dtype -> by how much of the largest logit an adapter may move the pretrained model when it is attached: rounding, no more."""
@@ -44,7 +44,7 @@ class PeftAdapter(Adapter):
         self.kind, self.keywords = kinds[self.peft_type], {"task_type": "CAUSAL_LM", **self.config}
         known = inspect.signature(self.kind).parameters
         if self.roles is not None:
-            layers = list(models.targets(loaded.model, self.roles, loaded.roles))
+            layers = list(families.targets(loaded.model, self.roles, loaded.roles))
             self.keywords |= {"target_modules": layers, **({"feedforward_modules": layers} if self.peft_type == "IA3" else {})}
         unknown = sorted(set(self.keywords) - set(known))
         if unknown:
@@ -260,7 +260,7 @@ def _probe(loaded: Loaded) -> Tensor | None:
 def _out_in(layer: nn.Module) -> Tensor:
     """The weight as (out, in)."""
     weight: Tensor = layer.weight  # type: ignore[assignment]
-    return weight.T if models.is_conv1d(layer) else weight
+    return weight.T if families.is_conv1d(layer) else weight
 
 
 def _layers(model: nn.Module) -> list[Any]:
@@ -271,7 +271,7 @@ def _layers(model: nn.Module) -> list[Any]:
 
 def fold(peft: Any, model: nn.Module) -> None:
     """Merge what a PeftModel put around the model into its weights, in fp32, rounded once; then take it off."""
-    models.can_merge(dict(model.named_modules()))
+    families.can_merge(dict(model.named_modules()))
     for layer in _layers(model):
         base = layer.get_base_layer()
         dtypes = {name: p.dtype for name, p in base.named_parameters(recurse=False)}

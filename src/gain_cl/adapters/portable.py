@@ -13,15 +13,18 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gain_cl import config as cfg
-from gain_cl import models, sources
+from gain_cl.config import schema
 from gain_cl.errors import ConfigError, DataError
+from gain_cl.models import families
+from gain_cl.models import source as source_
+from gain_cl.system import hashes
+from gain_cl.system import hub as sources
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from gain_cl.adapters.base import Adapter
-    from gain_cl.models import Loaded
+    from gain_cl.models.load import Loaded
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -34,9 +37,9 @@ KEY, CHECKPOINT = "adapter.init_from", "gain_cl score"
 # --- torch-free: what to begin from ----------------------------------------------------------------------------------
 
 
-def source(adapter: cfg.Adapter) -> str | None:
+def source(adapter: schema.Adapter) -> str | None:
     """adapter.init_from, of the adapters that have it."""
-    return adapter.init_from if isinstance(adapter, cfg.Gain | cfg.Peft) else None
+    return adapter.init_from if isinstance(adapter, schema.Gain | schema.Peft) else None
 
 
 def place(given: str, key: str = KEY) -> Path | tuple[str, str]:
@@ -59,12 +62,12 @@ def checkpoint_pin(given: str) -> dict[str, Any]:
         return {"hub": where[0], "revision": where[1]}
     if (where / CONFIG).exists():
         inspect(where)
-        return {"adapter": {name: sources.file_sha256(where / name) for name in (CONFIG, WEIGHTS)}}
-    models.inspect(where)
-    return {"folder": sources.folder_pin(where, models.WEIGHTS + models.SMALL_FILES)}
+        return {"adapter": {name: hashes.file_sha256(where / name) for name in (CONFIG, WEIGHTS)}}
+    source_.inspect(where)
+    return {"folder": hashes.folder_pin(where, source_.WEIGHTS + source_.SMALL_FILES)}
 
 
-def pin(adapter: cfg.Adapter) -> dict[str, Any] | None:
+def pin(adapter: schema.Adapter) -> dict[str, Any] | None:
     """What identifies the adapter to begin from, for the run id: the SHA-256 of its two files, or repository and commit.
 
     None where there is none. Downloads nothing. DataError when a file is missing."""
@@ -74,10 +77,10 @@ def pin(adapter: cfg.Adapter) -> dict[str, Any] | None:
     if isinstance(found, tuple):
         return {"hub": found[0], "revision": found[1]}
     inspect(found)
-    return {"files": {name: sources.file_sha256(found / name) for name in (CONFIG, WEIGHTS)}}
+    return {"files": {name: hashes.file_sha256(found / name) for name in (CONFIG, WEIGHTS)}}
 
 
-def at_hand(adapter: cfg.Adapter) -> Path | None:
+def at_hand(adapter: schema.Adapter) -> Path | None:
     """The folder to begin from, fetched when it is a hub repository; None where there is none."""
     if (given := source(adapter)) is None:
         return None
@@ -102,21 +105,21 @@ def inspect(folder: Path) -> tuple[dict[str, Any], dict[str, list[int]]]:
             do = "convert them to safetensors: opening a pickle can run code"
             raise DataError(f"only pickle weights ({pickles[0]})", str(folder), do)
         raise DataError(f"no {WEIGHTS}", str(folder), "give a folder that PEFT has saved")
-    return config, models.weight_shapes(folder, WEIGHTS)
+    return config, source_.weight_shapes(folder, WEIGHTS)
 
 
-def check(adapter: cfg.Adapter, folder: Path, family: str | None, names: dict[str, str] | None) -> None:
+def check(adapter: schema.Adapter, folder: Path, family: str | None, names: dict[str, str] | None) -> None:
     """Whether a saved adapter is of the method's kind: ConfigError names what differs.
 
     family: model_type, None where it is not known yet; names: model.roles. The exact layers are compared by ``begin``."""
     saved, shapes = inspect(folder)
-    kind = "IA3" if isinstance(adapter, cfg.Gain) else adapter.peft_type if isinstance(adapter, cfg.Peft) else ""
+    kind = "IA3" if isinstance(adapter, schema.Gain) else adapter.peft_type if isinstance(adapter, schema.Peft) else ""
     if saved["peft_type"] != kind:
         raise ConfigError(f"a {saved['peft_type']} adapter, not {kind}", f"{KEY}: {folder}", "begin from an adapter of the same kind")
-    if isinstance(adapter, cfg.Peft):
+    if isinstance(adapter, schema.Peft):
         _compare(saved, adapter.config, folder)
         return
-    assert isinstance(adapter, cfg.Gain)
+    assert isinstance(adapter, schema.Gain)
     if adapter.basis != "own":
         raise ConfigError("an IA3 adapter scales the model's own basis, not adapter.basis=random", KEY, "use adapter.basis=own")
     layers = _ia3_layers(shapes, folder)
@@ -125,7 +128,7 @@ def check(adapter: cfg.Adapter, folder: Path, family: str | None, names: dict[st
         if side != adapter.side:
             what = f"it scales the {side} of {layer}, adapter.side={adapter.side}"
             raise ConfigError(what, f"{KEY}: {folder}", f"use adapter.side={side}, if that holds of all its layers")
-    if (table := names or models.ROLES.get(family or "")) is None:
+    if (table := names or families.ROLES.get(family or "")) is None:
         return
     ends = {role: f".{suffix}" for role, suffix in table.items()}
     wanted = tuple(ends[r] for r in adapter.roles if r in ends)
@@ -175,9 +178,9 @@ def _plain(value: Any) -> Any:
 # --- with torch ------------------------------------------------------------------------------------------------------
 
 
-def fits(adapter: cfg.Adapter) -> None:
+def fits(adapter: schema.Adapter) -> None:
     """As ``check`` for the keys that the run leaves to PEFT's defaults; before anything is scored."""
-    if source(adapter) is None or not isinstance(adapter, cfg.Peft):
+    if source(adapter) is None or not isinstance(adapter, schema.Peft):
         return
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
@@ -188,7 +191,7 @@ def fits(adapter: cfg.Adapter) -> None:
     _compare(inspect(folder)[0], own, folder)
 
 
-def begin(settings: cfg.Adapter, adapter: Adapter, loaded: Loaded) -> None:
+def begin(settings: schema.Adapter, adapter: Adapter, loaded: Loaded) -> None:
     """Put the values of adapter.init_from, where it is given, into a freshly attached adapter. They train on from there.
 
     ConfigError when its layers are not the adapter's, DataError when a width differs."""
@@ -263,8 +266,8 @@ def _no_form(what: str) -> ConfigError:
 
 def _layout(adapter: Any, loaded: Loaded) -> dict[str, Any]:
     """What PEFT's configuration says of the layers: the ends of their names, and whether weights are stored (in, out)."""
-    table = loaded.roles or models.ROLES[loaded.model.config.model_type]
-    turned = all(models.is_conv1d(layer) for layer in adapter.gains.layers.values())
+    table = loaded.roles or families.ROLES[loaded.model.config.model_type]
+    turned = all(families.is_conv1d(layer) for layer in adapter.gains.layers.values())
     return {"task_type": "CAUSAL_LM", "target_modules": [table[role] for role in adapter.roles], "fan_in_fan_out": turned}
 
 
@@ -288,7 +291,7 @@ def _lora(adapter: Any, loaded: Loaded) -> tuple[Any, dict[str, Tensor]]:
     with torch.no_grad():
         for name, layer in adapter.gains.layers.items():
             factor = adapter.gains.gains[name]
-            rows_OI = (layer.weight.T if models.is_conv1d(layer) else layer.weight).double()
+            rows_OI = (layer.weight.T if families.is_conv1d(layer) else layer.weight).double()
             ups = []
             for a, b in factor.pairs():  # rows_OI: W M_1 ... M_{i-1}
                 ups.append(rows_OI @ b.double())

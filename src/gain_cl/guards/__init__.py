@@ -7,11 +7,11 @@ import inspect
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gain_cl.config import GUARDS
+from gain_cl.config.schema import GUARDS
 from gain_cl.errors import ConfigError
 
 if TYPE_CHECKING:
-    from gain_cl import config
+    from gain_cl.config import schema
     from gain_cl.guards.base import Guard
 
 _PLUGINS: dict[str, type[Guard]] = {}
@@ -34,7 +34,7 @@ def pin(kind: str) -> str | None:
     return hashlib.sha256(Path(inspect.getfile(_PLUGINS[kind])).read_bytes()).hexdigest()
 
 
-def build(settings: config.Guard) -> Guard:
+def build(settings: schema.Guard) -> Guard:
     """The one place that maps a name to a class."""
     keywords = settings.model_dump(exclude={"kind"})
     if settings.kind in _PLUGINS:

@@ -11,7 +11,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from gain_cl.adapters.base import Adapter
     from gain_cl.domains import Stream
-    from gain_cl.models import Loaded
+    from gain_cl.models.load import Loaded
 
 
 class Batch(NamedTuple):

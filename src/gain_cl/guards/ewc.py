@@ -8,14 +8,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gain_cl import models
-from gain_cl.forward import loss_sum
 from gain_cl.guards.base import Guard
+from gain_cl.models import load
+from gain_cl.models.forward import loss_sum
 
 if TYPE_CHECKING:
     from gain_cl.adapters.base import Adapter
     from gain_cl.domains import Stream
-    from gain_cl.models import Loaded
+    from gain_cl.models.load import Loaded
 
 
 class EwcGuard(Guard):
@@ -60,7 +60,7 @@ def fisher(loaded: Loaded, parameters: dict[str, torch.nn.Parameter], blocks: li
     """Diagonal empirical Fisher information: the mean over the sequences of the squared gradient of a sequence's summed token
     NLL. One sequence at a time, for the square of a batch's mean gradient is something else; without dropout."""
     total = {name: torch.zeros_like(p) for name, p in parameters.items()}
-    with models.eval_mode(loaded.model):
+    with load.eval_mode(loaded.model):
         for tokens_T, _, scored_T in blocks:
             loss_sum(loaded, tokens_T[None], None, scored_T[None]).backward()
             for name, p in parameters.items():

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from gain_cl import models
 from gain_cl.guards.base import Guard
-from gain_cl.loss import sum_divergence
+from gain_cl.models import load
+from gain_cl.models.loss import sum_divergence
 
 if TYPE_CHECKING:
     from gain_cl.adapters.base import Adapter
@@ -23,7 +23,7 @@ class KlBaseGuard(Guard):
     def __init__(self, strength: float) -> None:
         self.strength = strength
 
-    def attach(self, loaded: models.Loaded, adapter: Adapter, seed: int) -> None:
+    def attach(self, loaded: load.Loaded, adapter: Adapter, seed: int) -> None:
         self.loaded, self.adapter = loaded, adapter
         adapter.keep_base()
         with adapter.disabled():  # refuses now what has no way back
@@ -31,7 +31,7 @@ class KlBaseGuard(Guard):
 
     def token_penalty(self, inputs: dict[str, Any], rows_N: Tensor, hidden_ND: Tensor) -> Tensor | None:
         loaded = self.loaded
-        with torch.no_grad(), self.adapter.disabled(), models.eval_mode(loaded.model):  # no dropout to learn from
+        with torch.no_grad(), self.adapter.disabled(), load.eval_mode(loaded.model):  # no dropout to learn from
             hidden = loaded.body(**inputs).last_hidden_state.flatten(0, 1)[rows_N.to(loaded.device)]
             weight, bias = loaded.output
             base = (hidden, weight.detach(), bias if bias is None else bias.detach())
@@ -45,7 +45,7 @@ class L2BaseGuard(Guard):
     def __init__(self, strength: float) -> None:
         self.strength = strength
 
-    def attach(self, loaded: models.Loaded, adapter: Adapter, seed: int) -> None:
+    def attach(self, loaded: load.Loaded, adapter: Adapter, seed: int) -> None:
         self.adapter = adapter
         adapter.keep_base()
         adapter.shift()  # refuses now what has none
@@ -61,7 +61,7 @@ class OrthogonalGuard(Guard):
     def __init__(self, strength: float) -> None:
         self.strength = strength
 
-    def attach(self, loaded: models.Loaded, adapter: Adapter, seed: int) -> None:
+    def attach(self, loaded: load.Loaded, adapter: Adapter, seed: int) -> None:
         adapter.lora_inputs()  # refuses what has none
         self.adapter = adapter
 
@@ -78,7 +78,7 @@ class EmaGuard(Guard):
         self.decay = decay
         self.average: dict[str, Tensor] = {}
 
-    def attach(self, loaded: models.Loaded, adapter: Adapter, seed: int) -> None:
+    def attach(self, loaded: load.Loaded, adapter: Adapter, seed: int) -> None:
         self.adapter = adapter
 
     def _parameters(self) -> dict[str, nn.Parameter]:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from gain_cl import models
 from gain_cl.guards.base import Batch, Guard
+from gain_cl.models import load
 
 if TYPE_CHECKING:
     from gain_cl.adapters.base import Adapter
@@ -38,7 +38,7 @@ class ReplayGuard(Guard):
         self.fraction = fraction
         self.past: Sequence[Stream] = ()
 
-    def attach(self, loaded: models.Loaded, adapter: Adapter, seed: int) -> None:
+    def attach(self, loaded: load.Loaded, adapter: Adapter, seed: int) -> None:
         self.seed = seed
 
     def before_stage(self, stage: int, past: Sequence[Stream], sequences: int) -> None:
@@ -67,7 +67,7 @@ class SelfReplayGuard(Guard):
         self.fraction, self.samples, self.temperature = fraction, samples, temperature
         self.tokens_NT: Tensor | None = None
 
-    def attach(self, loaded: models.Loaded, adapter: Adapter, seed: int) -> None:
+    def attach(self, loaded: load.Loaded, adapter: Adapter, seed: int) -> None:
         self.loaded, self.seed = loaded, seed
 
     def mix(self, batch: Batch, stage: int, step: int) -> Batch:
@@ -92,12 +92,12 @@ SAMPLED_AT_ONCE = 16
 
 
 @torch.no_grad()
-def sample(loaded: models.Loaded, count: int, length: int, temperature: float, seed: int) -> Tensor:
+def sample(loaded: load.Loaded, count: int, length: int, temperature: float, seed: int) -> Tensor:
     """(count, length) int64 token ids drawn from the model, each sequence after the prefix token. An end token ends nothing: the
     model goes on, as in packed training text."""
     generator = torch.Generator().manual_seed(seed)
     rows = []
-    with models.eval_mode(loaded.model):
+    with load.eval_mode(loaded.model):
         for first in range(0, count, SAMPLED_AT_ONCE):
             ids_N1 = torch.full((min(SAMPLED_AT_ONCE, count - first), 1), loaded.prefix_id, device=loaded.device)
             found, past = [], None

@@ -12,17 +12,20 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gain_cl import comparison, files, provenance
-from gain_cl.comparison import Setting, Study
 from gain_cl.errors import DataError
-from gain_cl.figures import heatmap
-from gain_cl.matrix import summary
+from gain_cl.measure import provenance
+from gain_cl.measure.record import items_path
 from gain_cl.paper import figures, tables
 from gain_cl.paper.figures import style
 from gain_cl.paper.gather import Book
 from gain_cl.paper.table import GAP, as_csv, latex, markdown, of, p_value, signed, written
-from gain_cl.record import items_path
-from gain_cl.terms import change, counted
+from gain_cl.runs import heatmap
+from gain_cl.stats.format import change, counted
+from gain_cl.stats.matrix import summary
+from gain_cl.studies import study as comparison
+from gain_cl.studies import verdicts
+from gain_cl.studies.study import Setting, Study
+from gain_cl.system import files
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -165,7 +168,7 @@ def _numbers(study: Study) -> dict[str, str]:
         for metric in metrics:
             shared = len(a.runs.keys() & b.runs.keys())
             add(f"{a.method} minus {b.method} {metric}", metric, comparison.difference(a, b, metric), shared)
-    for j in comparison.judge(study):
+    for j in verdicts.judge(study):
         name = f"endpoint {j.endpoint.name}"
         add(name, j.endpoint.metric, j.compared)
         found |= {f"{name} {k}": p_value(p) for k, p in (("p", j.tests.difference), ("p equal", j.tests.equivalence)) if not math.isnan(p)}

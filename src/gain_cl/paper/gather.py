@@ -7,12 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gain_cl import comparison, experiments, provenance, record
-from gain_cl.comparison import Study
-from gain_cl.config import RunConfig
+from gain_cl.config.schema import RunConfig
 from gain_cl.errors import DataError, GainError
-from gain_cl.experiments import Cell, Experiment
-from gain_cl.record import Run
+from gain_cl.measure import provenance, record
+from gain_cl.measure.record import Run
+from gain_cl.studies import experiments, study
+from gain_cl.studies.experiments import Cell, Experiment
+from gain_cl.studies.study import Study
 
 COMPUTING = ("torch", "transformers", "tokenizers", "peft", "lm-eval", "datasets", "numpy", "safetensors")
 """Packages that numbers come from."""
@@ -78,7 +79,7 @@ def gather(experiment: Experiment, more: list[str] | None = None, partial: bool 
         what = f"{len(gaps)} of {len(cells)} cells may not enter a table: {'; '.join(gaps[:5])}{several}"
         raise DataError(what, f"experiment {experiment.name}", "run or mend them, or give partial=true to show gaps")
     there = [c for c in cells if c.run_id in runs]
-    studies = comparison.studies(experiment, there)
+    studies = study.studies(experiment, there)
     words = [w for w in more or [] if w.partition("=")[0] not in ("results_dir", "output_dir")]
     return Book(experiment, cells, studies, runs, cells[0].record.parent.parent, gaps, [f"experiment={given or experiment.name}", *words])
 

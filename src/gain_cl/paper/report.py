@@ -11,14 +11,16 @@ from typing import Any
 
 import numpy as np
 
-from gain_cl import comparison, show, terms
-from gain_cl.comparison import Study
-from gain_cl.figures import heatmap
-from gain_cl.paper import build, tables
+from gain_cl.measure.record import Run
+from gain_cl.paper import build, show, tables
 from gain_cl.paper.figures import style
 from gain_cl.paper.gather import Book
 from gain_cl.paper.table import Table, Value, named, number, of, textual
-from gain_cl.record import Run
+from gain_cl.runs import heatmap
+from gain_cl.stats import format
+from gain_cl.studies import study as comparison
+from gain_cl.studies import verdicts as verdicts_
+from gain_cl.studies.study import Study
 
 MEANING = {"equivalent": "No difference that matters, by a test over blocks", "inconclusive": "Not decided"}
 
@@ -51,10 +53,10 @@ def page(book: Book) -> bytes:
 
 def _facts(model: str, study: Study) -> dict[str, Any]:
     """Verdicts and what they rest on."""
-    control, most, reached = comparison.positive_control(study)
+    control, most, reached = verdicts_.positive_control(study)
     first = next(iter(study.settings[0].runs.values())).record
     verdicts = []
-    for j in comparison.judge(study):
+    for j in verdicts_.judge(study):
         e = j.endpoint
         value = of(e.metric, j.compared)
         unit = "%" if comparison.lower_is_better(e.metric) else ("nats" if e.metric.startswith("margin") else "points")
@@ -69,13 +71,13 @@ def _facts(model: str, study: Study) -> dict[str, Any]:
         )
     control_text = "no setting has a backward change"
     if control is not None and most is not None:
-        control_text = f"{control.label} forgets most, {terms.percent(most.estimate.value)}%"
+        control_text = f"{control.label} forgets most, {format.percent(most.estimate.value)}%"
     return {
         "model": model,
         "verdicts": verdicts,
         "reached": reached,
         "control": control_text,
-        "blocks": terms.counted(len(study.blocks), "block"),
+        "blocks": format.counted(len(study.blocks), "block"),
         "protocol": first.protocol,
         "tokens": tables.published.tokens(study),
     }
@@ -149,15 +151,13 @@ def _matrix(setting: str, run: Run) -> dict[str, Any]:
                 cells.append({"text": "–", "tip": f"{domain}: not scored", "fill": "", "ink": "", "own": False})
                 continue
             fill = colours.to_rgba(change[i, j])
-            since = terms.percent(loss - float(losses[0, j]))
+            since = format.percent(loss - float(losses[0, j]))
             own = r.trained.index(domain) + 1 if domain in r.trained and r.regime != "joint" else None
-            tip = (
-                f"{domain} after stage {i} ({stage.domain or 'pretrained'}): perplexity {terms.perplexity(loss)}, {loss:.4f} nats per token"
-            )
+            tip = f"{domain} after stage {i} ({stage.domain or 'pretrained'}): perplexity {format.perplexity(loss)}, {loss:.4f} nats per token"
             tip += f", {since}% since pretrained" if i else ""
-            tip += f", {terms.percent(loss - float(losses[own, j]))}% since it was learned" if own is not None and i > own else ""
+            tip += f", {format.percent(loss - float(losses[own, j]))}% since it was learned" if own is not None and i > own else ""
             tip += f"; {stage.domains[domain].documents} documents"
-            text, ink = terms.perplexity(loss), heatmap.ink(fill)
+            text, ink = format.perplexity(loss), heatmap.ink(fill)
             cells.append({"text": text, "tip": tip, "fill": to_hex(fill), "ink": ink, "own": own == i})
         rows.append({"stage": f"{stage.index} {stage.domain or 'pretrained'}", "cells": cells})
     title = f"{r.model}, {setting}, seed {r.seed}"
@@ -177,7 +177,7 @@ def _run(book: Book, run_id: str, setting: str, block: int) -> dict[str, Any]:
         "started": str(p.get("started", "")),
         "device": ", ".join(str(x) for x in (p.get("device"), p.get("processor")) if x),
         "dtype": str(r.config["model"]["dtype"]),
-        "time": terms.duration(seconds),
+        "time": format.duration(seconds),
         "peak memory": f"{r.peak_memory_bytes / 1e9:.2f} GB",
         "python": str(p.get("python", "")),
         "packages": packages,

@@ -11,10 +11,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from gain_cl import terms
-from gain_cl.comparison import Compared, lower_is_better
-from gain_cl.matrix import Estimate
-from gain_cl.terms import counted
+from gain_cl.stats import format
+from gain_cl.stats.format import counted
+from gain_cl.stats.matrix import Estimate
+from gain_cl.studies.study import Compared, lower_is_better
 
 GAP = "GAP: "
 """Begins a note on a cell that is not in the table."""
@@ -94,7 +94,7 @@ def of(metric: str, found: Compared | None, bold: bool = False, interval: bool =
 
 def percent(e: Estimate, bold: bool = False) -> Value:
     """A difference of losses as a change of perplexity in %."""
-    return Value(terms.change(e.value), terms.change(e.low), terms.change(e.high), signed, bold)
+    return Value(format.change(e.value), format.change(e.low), format.change(e.high), signed, bold)
 
 
 def signed(x: float) -> str:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from gain_cl import comparison, matrix
-from gain_cl.comparison import Setting, Study
-from gain_cl.matrix import Estimate
 from gain_cl.paper.figures import style
+from gain_cl.stats import matrix
+from gain_cl.stats.matrix import Estimate
+from gain_cl.studies import study as comparison
+from gain_cl.studies.study import Setting, Study
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

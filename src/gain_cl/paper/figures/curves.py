@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gain_cl.comparison import Study
-from gain_cl.matrix import LossMatrix
 from gain_cl.paper.figures import style
-from gain_cl.terms import change
+from gain_cl.stats.format import change
+from gain_cl.stats.matrix import LossMatrix
+from gain_cl.studies.study import Study
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

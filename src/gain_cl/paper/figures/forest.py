@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, NamedTuple
 
-from gain_cl import comparison, inference
-from gain_cl.comparison import Setting, Study
-from gain_cl.inference import Parts
-from gain_cl.matrix import Estimate, LossMatrix
 from gain_cl.paper.figures import style
+from gain_cl.stats import inference
+from gain_cl.stats.inference import Parts
+from gain_cl.stats.matrix import Estimate, LossMatrix
+from gain_cl.studies import study as comparison
+from gain_cl.studies.study import Setting, Study
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from gain_cl import comparison
-from gain_cl.comparison import Setting, Study
-from gain_cl.matrix import Estimate
 from gain_cl.paper.figures import style
-from gain_cl.terms import change
+from gain_cl.stats.format import change
+from gain_cl.stats.matrix import Estimate
+from gain_cl.studies import equal
+from gain_cl.studies import study as comparison
+from gain_cl.studies.study import Setting, Study
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -38,7 +39,7 @@ def measured(study: Study, method: str) -> list[tuple[Setting, Estimate, Estimat
 
 def skills(study: Study) -> dict[str, float]:
     """Method -> own step in nats at which it is matched with the reference; only those that can be."""
-    found = {m: comparison.matched(study, m, study.reference) for m in study.methods if m != study.reference}
+    found = {m: equal.matched(study, m, study.reference) for m in study.methods if m != study.reference}
     return {m: f.skill for m, f in found.items() if not f.reason and math.isfinite(f.skill)}
 
 

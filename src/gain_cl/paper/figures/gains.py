@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from gain_cl import diagnostics
-from gain_cl.comparison import Setting, Study
-from gain_cl.diagnostics import EDGES
+from gain_cl.measure import diagnosis
+from gain_cl.measure.diagnosis import EDGES
 from gain_cl.paper.figures import style
+from gain_cl.studies.study import Setting, Study
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -46,7 +46,7 @@ def maps(study: Study, results_dir: Path) -> list[Map]:
     """After the last stage, mean over the runs of a setting that were diagnosed."""
     found = []
     for s in style.chosen(study):
-        of = [diagnostics.load(results_dir, run.record.run_id) for run in s.runs.values()]
+        of = [diagnosis.load(results_dir, run.record.run_id) for run in s.runs.values()]
         ends = [d.end for d in of if d is not None and d.end is not None]
         layers = [[x for x in end.layers if x.gains is not None] for end in ends]
         for role in dict.fromkeys(x.role for run in layers for x in run):

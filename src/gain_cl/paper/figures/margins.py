@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from gain_cl import comparison, items
-from gain_cl.comparison import Setting, Study
-from gain_cl.inference import Parts
-from gain_cl.matrix import Estimate
+from gain_cl.measure.record import Run
 from gain_cl.paper.figures import style
-from gain_cl.record import Run
+from gain_cl.stats import answers
+from gain_cl.stats.inference import Parts
+from gain_cl.stats.matrix import Estimate
+from gain_cl.studies import study as comparison
+from gain_cl.studies.study import Setting, Study
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -57,7 +58,7 @@ def margins(setting: Setting, task: str) -> Scored | None:
     runs = [run for run in setting.runs.values() if task in stages(run)]
     if not runs:
         return None
-    of = [{t: items.margin(items.answers(run.items, task, t)) for t in stages(run)[task]} for run in runs]
+    of = [{t: answers.margin(answers.answers(run.items, task, t)) for t in stages(run)[task]} for run in runs]
     found = {}
     for t in sorted({t for margin in of for t in margin}):
         there = [margin for margin in of if t in margin]

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gain_cl.comparison import Setting, Study
 from gain_cl.errors import printable
-from gain_cl.matrix import Estimate
-from gain_cl.terms import change
+from gain_cl.stats.format import change
+from gain_cl.stats.matrix import Estimate
+from gain_cl.studies.study import Setting, Study
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

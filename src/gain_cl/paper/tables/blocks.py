@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 
-from gain_cl.comparison import Study
 from gain_cl.paper import tables
 from gain_cl.paper.gather import Book
 from gain_cl.paper.table import Row, Table, Value, signed
-from gain_cl.terms import change
+from gain_cl.stats.format import change
+from gain_cl.studies.study import Study
 
 SHOWN = {"own_step": "own step", "backward": "backward", "from_base": "from base"}
 

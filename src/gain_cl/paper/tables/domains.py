@@ -6,12 +6,12 @@ import math
 
 import numpy as np
 
-from gain_cl import comparison
-from gain_cl.comparison import Setting, Study
-from gain_cl.inference import Parts
 from gain_cl.paper import tables
 from gain_cl.paper.gather import Book
 from gain_cl.paper.table import Row, Table, Value, of, plain
+from gain_cl.stats.inference import Parts
+from gain_cl.studies import study as comparison
+from gain_cl.studies.study import Setting, Study
 
 
 def build(book: Book) -> list[Table]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from gain_cl import comparison, terms
-from gain_cl.comparison import Study
 from gain_cl.paper import tables
 from gain_cl.paper.gather import Book
 from gain_cl.paper.table import Row, Table, Value, count, of, percent, signed
 from gain_cl.paper.tables.main import METRICS, parameters
+from gain_cl.stats import format
+from gain_cl.studies import equal
+from gain_cl.studies import study as comparison
+from gain_cl.studies.study import Study
 
 
 def build(book: Book) -> list[Table]:
@@ -34,13 +36,13 @@ def _skill(book: Book, model: str, study: Study) -> list[Table]:
     others = [m for m in study.methods if m != study.reference]
     rows = []
     for m in others:
-        found = comparison.matched(study, m, study.reference)
-        d = comparison.interval(found)
+        found = equal.matched(study, m, study.reference)
+        d = equal.interval(found)
         runs = [r for name in (m, study.reference) for s in study.of(name) for r in book.ids(model, s.label)]
         if found.reason:
             rows.append(Row([m, None, None, None, None, found.reason], runs))
             continue
-        values = [Value(terms.change(x), write=signed) for x in (found.skill, found.a, found.b)]
+        values = [Value(format.change(x), write=signed) for x in (found.skill, found.a, found.b)]
         rows.append(Row([m, *values, percent(d), ""], runs))
     if not any(isinstance(row.cells[4], Value) for row in rows):
         return []

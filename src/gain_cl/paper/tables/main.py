@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from gain_cl import comparison
-from gain_cl.comparison import Setting, Study
-from gain_cl.experiments import Endpoint
 from gain_cl.paper import tables
 from gain_cl.paper.gather import Book
 from gain_cl.paper.table import Row, Table, Value, count, of, plain
+from gain_cl.studies import study as comparison
+from gain_cl.studies import verdicts
+from gain_cl.studies.experiments import Endpoint
+from gain_cl.studies.study import Setting, Study
 
 METRICS = {
     "own_step": "own step %",
@@ -56,7 +57,7 @@ def _of(book: Book, model: str, study: Study) -> Table:
 
 def wins(study: Study) -> list[tuple[str, Endpoint]]:
     """Methods that a declared endpoint's test calls better than another one, at chosen settings."""
-    judged = [j for j in comparison.judge(study) if j.endpoint.at == "chosen" and j.verdict in ("better", "worse")]
+    judged = [j for j in verdicts.judge(study) if j.endpoint.at == "chosen" and j.verdict in ("better", "worse")]
     return [(j.endpoint.of if j.verdict == "better" else j.endpoint.minus, j.endpoint) for j in judged if j.endpoint.minus is not None]
 
 

@@ -6,7 +6,7 @@ import math
 
 from gain_cl.paper.gather import Book
 from gain_cl.paper.table import Row, Table, Value, plain, signed
-from gain_cl.terms import change
+from gain_cl.stats.format import change
 
 
 def build(book: Book) -> list[Table]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from gain_cl import comparison
 from gain_cl.paper.gather import Book
 from gain_cl.paper.table import Row, Table, Value, count, of
 from gain_cl.paper.tables.main import METRICS, parameters
+from gain_cl.studies import study as comparison
 
 
 def build(book: Book) -> list[Table]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from gain_cl import comparison
-from gain_cl.comparison import Setting, Study
 from gain_cl.paper import tables
 from gain_cl.paper.gather import Book
 from gain_cl.paper.table import Row, Table, Value, count, percent
 from gain_cl.paper.table import of as of_
-from gain_cl.terms import counted
+from gain_cl.stats.format import counted
+from gain_cl.studies import equal
+from gain_cl.studies import study as comparison
+from gain_cl.studies.study import Setting, Study
 
 STATUS = "seen in an abstract"
 EARLIER = ("improve by 7 to 13", "degrade by 18 to 36")
@@ -41,11 +42,11 @@ def _of(book: Book, model: str, study: Study) -> Table:
         )
 
     def at_equal_step(what: str, published: str, method: str) -> None:
-        found = comparison.matched(study, gain.method, method)
+        found = equal.matched(study, gain.method, method)
         if found.reason:
             notes.append(f"{what}: {found.reason}.")
         settings = [*study.of(gain.method), *study.of(method)]
-        row(what, (published, "-"), [None if found.reason else percent(comparison.interval(found)), None], *settings)
+        row(what, (published, "-"), [None if found.reason else percent(equal.interval(found)), None], *settings)
 
     both("in-domain adaptation (own step %)", ("about equal to LoRA", "reference"), "own_step")
     both("earlier domains, since they were learned (backward %)", EARLIER, "backward")

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from gain_cl import inference, items
-from gain_cl.comparison import Study
 from gain_cl.paper import tables
 from gain_cl.paper.gather import Book
 from gain_cl.paper.table import Row, Table, Value, count, nats, p_value, plain
+from gain_cl.stats import answers, inference
+from gain_cl.studies.study import Study
 
 
 def build(book: Book) -> list[Table]:
@@ -22,12 +22,12 @@ def _of(book: Book, model: str, study: Study) -> Table | None:
                 continue
             first, last = run.record.stages[0], run.record.stages[-1]
             for task in (t for t in last.tasks if t in first.tasks):
-                a, b = (items.answers(run.items, task, stage.index) for stage in (first, last))
-                f = items.flips(run.items, task, first.index, last.index)
-                before, after = (100 * x.mean() for x in (items.correct(a), items.correct(b)))
-                margins = [float(items.margin(x).mean()) for x in (a, b)]
-                found = items.change(run.items, task, first.index, last.index)
-                change, auc, base = found["margin"], found.get("auc"), items.auc(a)
+                a, b = (answers.answers(run.items, task, stage.index) for stage in (first, last))
+                f = answers.flips(run.items, task, first.index, last.index)
+                before, after = (100 * x.mean() for x in (answers.correct(a), answers.correct(b)))
+                margins = [float(answers.margin(x).mean()) for x in (a, b)]
+                found = answers.change(run.items, task, first.index, last.index)
+                change, auc, base = found["margin"], found.get("auc"), answers.auc(a)
                 rows.append(
                     Row(
                         [

@@ -1,0 +1,1 @@
+"""From presets and a command line to a checked configuration. Torch-free."""

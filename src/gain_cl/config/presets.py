@@ -1,0 +1,52 @@
+"""The YAML files of configs/: where they are and what there is. Neither Hydra nor torch is imported."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from gain_cl.errors import ConfigError
+
+
+def configs_dir() -> Path:
+    """The shipped presets: inside the installed package, else in the checkout."""
+    package = Path(__file__).resolve().parents[1]
+    for folder in (package / "configs", package.parents[1] / "configs"):
+        if (folder / "run.yaml").is_file():
+            return folder
+    raise ConfigError("the presets are missing: no run.yaml", str(package / "configs"), "install gain_cl again")
+
+
+def folders(config_dirs: Iterable[str | Path] = ()) -> list[Path]:
+    """The shipped presets and the user's; ConfigError for a folder that holds none or shadows a shipped preset."""
+    shipped = configs_dir()
+    known = groups()
+    found = [shipped]
+    for given in config_dirs:
+        folder, where = Path(given).expanduser().absolute(), f"--config-dir {given}"
+        if not folder.is_dir():
+            raise ConfigError("no such folder", where, "give a folder that holds model/NAME.yaml, domain/NAME.yaml, ...")
+        if not any((folder / g).is_dir() for g in known):
+            raise ConfigError("no presets in the folder", where, f"put them into its subfolders {', '.join(known)}")
+        for file in sorted(p.relative_to(folder) for g in known for p in (folder / g).rglob("*.yaml")):
+            if any((other / file).exists() for other in found):
+                raise ConfigError(f"{file} has the name of another preset", where, "give it a name of its own")
+        found.append(folder)
+    return found
+
+
+def groups() -> list[str]:
+    """model, method, domain, ...: the subfolders of configs/."""
+    return sorted(p.name for p in configs_dir().iterdir() if p.is_dir())
+
+
+def names(group: str, config_dirs: Iterable[str | Path] = ()) -> list[str]:
+    """The presets of a group, shipped ones first."""
+    return [p.name.removesuffix(".yaml") for f in folders(config_dirs) for p in sorted((f / group).glob("*.yaml"))]
+
+
+def short(path: str | Path) -> str:
+    """A preset's path as briefly as it can be said: shipped ones from configs/ on."""
+    path = Path(path)
+    root = configs_dir()
+    return str(Path("configs") / path.relative_to(root)) if path.is_relative_to(root) else str(path)

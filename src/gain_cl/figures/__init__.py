@@ -1,1 +1,0 @@
-"""One file per figure: ``build(run) -> Figure`` and ``png(run) -> bytes``. Everything is drawn from a record."""

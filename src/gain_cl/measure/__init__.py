@@ -1,0 +1,1 @@
+"""What is measured of a model, and the record of it: perplexity, tasks, scores, provenance."""

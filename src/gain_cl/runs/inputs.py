@@ -1,0 +1,145 @@
+"""Load what a run works on: model, domains and tasks, checked."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from gain_cl import domains as domains_
+from gain_cl.adapters import portable
+from gain_cl.compose import checks
+from gain_cl.config.schema import JOINT, RunConfig
+from gain_cl.domains import overlap
+from gain_cl.measure import provenance, tasks
+from gain_cl.models import convert
+from gain_cl.models import load as models
+from gain_cl.runs import plan as plan_
+from gain_cl.runs import same
+from gain_cl.system import signals
+
+if TYPE_CHECKING:
+    import torch
+
+    from gain_cl.domains import Domain, Stream
+    from gain_cl.measure.scoring import Teller
+    from gain_cl.models.load import Loaded
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """What a run works on. identity: all that a score depends on besides weights and what is scored; environment: of this
+    attempt, what may differ from another."""
+
+    loaded: Loaded
+    domains: dict[str, Domain]  # trained ones in order, then the controls
+    taskset: tasks.TaskSet | None
+    notes: list[str]
+    model_files: Any
+    device: torch.device
+    environment: dict[str, Any]
+    identity: dict[str, Any]
+    total_parameters: int
+
+    def peak_memory(self) -> int:
+        import torch
+
+        return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else provenance.peak_memory()
+
+
+def load(config: RunConfig, pins: dict[str, Any], tracker: Teller) -> _Inputs:
+    """Model, domains and tasks, checked."""
+    last, names = len(config.stages), [*config.sequence.trained, *config.sequence.controls]
+    tracker.phase("import torch and transformers", stage=0, of=last)
+    if config.compute.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it once, when torch starts it
+    import torch
+
+    device = models.device_of(config.compute.device, config.model.dtype)
+    torch.set_num_threads(config.compute.threads or _cores())
+    torch.use_deterministic_algorithms(config.compute.deterministic)
+    signals.poll()
+    tracker.phase(f"load {config.model.name}", stage=0, of=last)
+    portable.fits(config.adapter)
+    loaded = models.load(config.model, device)
+    checks.limits(config, loaded.model.config.to_dict())
+    tracker.phase("prepare domains", stage=0, of=last)
+    domains: dict[str, Domain] = {}
+    for i, name in enumerate(names):
+        signals.poll()
+        tracker.progress(i, len(names), "domains", name)
+        domains[name] = domains_.prepare(
+            config.domains[name], loaded.tokenizer, loaded.tokenizer_hash, pins["domains"][name], loaded.prefix_id
+        )
+    notes = domains_.check(domains, config.train, config.eval, loaded.vocabulary, config.only_scored)
+    taskset = tasks.TaskSet(config.tasks, loaded.tokenizer) if config.tasks.names else None
+    tracker.phase("compare training text with what is scored", stage=0, of=last)
+    near = overlap.near_duplicates(domains, config.sequence.trained, config.eval)
+    shared = overlap.benchmark(domains, config.sequence.trained, tasks.texts(taskset)) if taskset is not None else []
+    notes += overlap.notes(near, shared, config.eval)
+    files = convert.files(config.model)
+    environment = {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "threads": torch.get_num_threads(),
+        "micro_batch": config.compute.micro_batch,
+    }
+    identity = {
+        "model": config.scientific()["model"],
+        "pin": pins["model"],
+        "files": files,
+        "device": environment["device"],
+        "threads": environment["threads"],
+        "deterministic": config.compute.deterministic,
+        "machine": provenance.machine(),
+        "code": provenance.code(),
+    }
+    return _Inputs(
+        loaded=loaded,
+        domains=domains,
+        taskset=taskset,
+        notes=notes + _advice(config, loaded),
+        model_files=files,
+        device=device,
+        environment=environment,
+        identity=identity,
+        total_parameters=sum(p.numel() for p in loaded.model.parameters()),
+    )
+
+
+def _fixed(config: RunConfig, plan: plan_.Plan, inputs: _Inputs) -> dict[str, Any]:
+    """What may not differ between attempts, now that all of it is known."""
+    facts = same.facts(config, plan.pins)
+    facts["model"]["files"] = inputs.model_files
+    facts["data"]["tokens"] = {name: domain.hash for name, domain in inputs.domains.items()}
+    facts["data"]["validation"] = {name: domain.split_hash(config.eval.split) for name, domain in inputs.domains.items()}
+    return {**facts, "tokenizer": inputs.loaded.tokenizer_hash, "device": inputs.device.type}
+
+
+def _streams(config: RunConfig, inputs: _Inputs) -> list[Stream]:
+    """The training text of each stage."""
+    separator = inputs.loaded.separator_id
+    streams: list[Stream] = [inputs.domains[d].train_blocks(config.seed, config.train.block, separator) for d in config.sequence.trained]
+    return [domains_.Mixture(JOINT, streams, config.seed)] if config.regime == "joint" else streams
+
+
+def _advice(config: RunConfig, loaded: Loaded) -> list[str]:
+    """What a reader of the numbers must know about these settings."""
+    notes = [config.model.note] if config.model.note else []
+    own = loaded.model.config.to_dict()
+    for key, stated in (config.model.arch or {}).items():
+        if key in own and own[key] != stated and not (isinstance(stated, float) and math.isclose(own[key], stated, rel_tol=1e-6)):
+            notes.append(f"model.arch.{key}={stated} is not what the weights say, {own[key]}: the weights count")
+    if config.lr_tuned_on and config.lr_tuned_on != config.model.name:
+        chosen = f"train.lr={config.train.lr:g} was chosen on {config.lr_tuned_on}, not on {config.model.name}"
+        notes.append(f"{chosen}: sweep it before comparing methods")
+    if config.tasks.limit:
+        notes.append(f"tasks.limit={config.tasks.limit}: task scores are for debugging and may not enter a table")
+    return notes
+
+
+def _cores() -> int:
+    """Cores this process may use, or what OMP_NUM_THREADS says."""
+    if os.environ.get("OMP_NUM_THREADS", "").isdigit():
+        return int(os.environ["OMP_NUM_THREADS"])
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,303 @@
+"""The run in wandb, on request: the only door to it. Torch-free, and wandb is imported only when a run asks for it.
+
+A mirror of what the files say: it may be absent, refuse or vanish at any moment, and neither a number nor the end of
+the run changes; one line tells. It is fed from metrics.jsonl, and only what a checkpoint covers, so each row is shown once
+however often the run was interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import netrc
+import os
+import re
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+from urllib.parse import urlsplit
+
+from gain_cl.config.schema import SECRET_NAME
+from gain_cl.stats import answers, format, matrix
+from gain_cl.system.failpoints import reach
+from gain_cl.system.files import write_bytes
+
+if TYPE_CHECKING:
+    from gain_cl.config.schema import RunConfig
+    from gain_cl.measure.record import Run
+
+FINISH_SECONDS = 15
+"""Longest wait for the upload of what is left when the run ends; the rest stays on disk for ``wandb sync``."""
+
+SHOWN = ("step", "dev", "stage")
+"""Kinds of rows of metrics.jsonl that become a row here; a stage's takes in the eval and task lines before it."""
+
+_LOGIN = re.compile(r"(?<=://)[^/@\s]+@")
+
+
+class Mirror:
+    """The run in wandb. Each call is guarded: the first exception is told in one line and ends the mirror, not the run.
+
+    wandb's step is the row's number in the whole run. Axes of its own besides: ``stage`` for ppl/*, change_pct/* and
+    task/*, ``train/global_step`` for train/*.
+
+    What wandb has already, and is not sent again, when a run goes on: online the server says it. Offline, wandb writes
+    to its file with delay, so that a killed process leaves an unknown part: only a folder that was closed in order counts.
+    mirror.json names those and the rows up to which they reach; any other offline folder of this run is removed, and its
+    rows are sent again from metrics.jsonl.
+    """
+
+    def __init__(self, config: RunConfig, run_id: str, folder: Path, tell: Callable[[str], None]) -> None:
+        self._config, self._run_id, self._folder, self._tell = config, run_id, folder, tell
+        self._run: Any = None
+        self._sent = 0  # rows that wandb has been given
+        self._closed: list[str] = []  # its offline folders that hold rows before those of this process
+        self._read = 0  # bytes of metrics.jsonl that have been looked at
+        self._base: dict[str, float] = {}  # loss of each domain before anything was learned
+        self._values: dict[str, Any] = {}  # of the stage whose eval and task lines are being read
+
+    @contextmanager
+    def _guarded(self, doing: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # whatever a tracker does, the run goes on
+            self._tell(f"wandb: {doing} failed ({_reason(error)}); the run goes on without it, its files are complete")
+            self._abandon()
+
+    def _abandon(self) -> None:
+        """Leave nothing behind that could speak or wait later; that this may fail too was told already."""
+        run, self._run = self._run, None
+        with suppress(Exception):
+            if run is not None:
+                run.finish(exit_code=1)
+        with suppress(Exception):
+            if (wandb := sys.modules.get("wandb")) and wandb.run is None:  # no run of the caller's own
+                wandb.teardown()
+
+    def start(self, resuming: bool) -> None:
+        mode = self._mode()
+        if mode == "disabled":
+            return
+        # Its crash reports go to the same server: out of reach, they would hold up the end of the process by 20 s.
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+        with self._guarded("start"):
+            import wandb
+
+            wandb.setup(wandb.Settings(silent=True))  # before anything that could print
+            if mode != "offline" and not _has_key(wandb.setup().settings.base_url):
+                self._tell(f"wandb: no API key (wandb login, or WANDB_API_KEY); tracking offline, {self._later}")
+                mode = "offline"
+            if mode != "offline":
+                try:
+                    self._run = self._init("online", resuming)
+                except Exception as error:
+                    if wandb.run is not None:
+                        raise  # somebody else's run is active: the service cannot be restarted under it
+                    wandb.teardown()  # the service still holds the run id of the failed attempt
+                    wandb.setup(wandb.Settings(silent=True))
+                    mode = "offline"
+                    self._tell(f"wandb: not reached ({_reason(error)}); tracking offline, {self._later}")
+            if self._run is None:
+                self._run = self._init("offline", resuming)
+            reach("dashboard.opened")
+            self._settle(resuming, mode)
+            self._run.define_metric("stage", hidden=True)
+            for metrics in ("ppl/*", "change_pct/*", "task/*"):
+                self._run.define_metric(metrics, step_metric="stage")
+            self._run.define_metric("train/global_step", hidden=True)
+            self._run.define_metric("train/*", step_metric="train/global_step")
+
+    @property
+    def _state(self) -> Path:
+        return self._folder / "mirror.json"
+
+    def _settle(self, resuming: bool, mode: str) -> None:
+        """Find out what wandb has, and remove what does not count."""
+        if mode == "online":
+            self._sent = self._run.starting_step
+        elif resuming and self._state.exists():
+            state = json.loads(self._state.read_bytes())
+            self._sent, self._closed = int(state["rows"]), list(state["folders"])
+        for folder in (self._folder / "wandb").glob(f"offline-run-*-{self._run_id}"):
+            if folder.name not in (*self._closed, self._place):
+                shutil.rmtree(folder)
+        self._remember()
+
+    @property
+    def _place(self) -> str:
+        """Name of wandb's folder for this process."""
+        return Path(self._run.dir).parent.name
+
+    def _remember(self) -> None:
+        write_bytes(self._state, json.dumps({"rows": self._sent, "folders": self._closed}, allow_nan=False).encode())
+
+    @property
+    def _later(self) -> str:
+        return f"upload later with: wandb sync {self._folder / 'wandb' / 'offline-run-*'}"
+
+    def _mode(self) -> str:
+        """auto: as WANDB_MODE says, else online where a key is found."""
+        mode = self._config.track.mode
+        said = os.environ.get("WANDB_MODE", "")
+        return said if mode == "auto" and said in ("online", "offline", "disabled") else mode
+
+    def _init(self, mode: Literal["online", "offline"], resuming: bool) -> Any:
+        import wandb
+
+        track, config = self._config.track, self._config
+        # Of the time allowed (RunConfig's bound keeps the start under 20 s), a third is kept for giving up and starting offline.
+        wait = max(1.0, track.init_timeout_seconds * 2 / 3)
+        settings = {
+            "silent": True,
+            "console": "off",
+            "disable_git": True,
+            "save_code": False,
+            "x_disable_meta": True,  # it would copy the command line; the record says where the run was made
+            "init_timeout": wait,
+            "finish_timeout": FINISH_SECONDS,
+        }
+        return wandb.init(
+            project=track.project,
+            entity=track.entity,
+            id=self._run_id,
+            resume="allow" if resuming else None,  # None: a run of this id is replaced
+            name=track.name or self._run_id,
+            group=track.group or f"{config.sequence.name}/{config.model.name}/{config.method}",
+            job_type=track.job_type,
+            tags=track.tags,
+            config=_public({**config.scientific(), "compute": config.compute.model_dump(mode="json"), "run_id": self._run_id}),
+            dir=str(self._folder),
+            mode=mode,
+            reinit="create_new",  # leaves a run of the caller's own alone
+            settings=wandb.Settings(**{k: v for k, v in settings.items() if k in wandb.Settings.model_fields}),  # 0.22 knows fewer
+        )
+
+    def send(self, length: int) -> None:
+        """Give wandb the rows among the first ``length`` bytes of metrics.jsonl that it does not have."""
+        if self._run is None:
+            return
+        with self._guarded("log"):
+            with open(self._folder / "metrics.jsonl", "rb") as file:
+                file.seek(self._read)
+                lines = file.read(length - self._read).splitlines()
+            self._read = length
+            for row in map(json.loads, lines):
+                values = self._shown(row)
+                if values and row["row"] >= self._sent:
+                    self._run.log({k: v for k, v in format.finite(values)[0].items() if v is not None}, step=row["row"], commit=True)
+                    self._sent = row["row"] + 1
+
+    def _shown(self, row: dict[str, Any]) -> dict[str, Any]:
+        """What wandb shows for a row of metrics.jsonl; nothing for most kinds."""
+        if row["kind"] == "step":
+            values = {f"train/{k}": row[k] for k in ("loss_nats", "lr", "grad_norm", "stage", "micro_batch") if k in row}
+            if row.get("tokens") and row.get("seconds"):
+                values["train/tokens_per_second"] = row["tokens"] / row["seconds"]
+            return {"train/global_step": self._global_step(row), **values}
+        if row["kind"] == "dev":
+            return {"train/global_step": self._global_step(row), "train/dev_loss_nats": row.get("loss_nats")}
+        if row["kind"] == "eval" and row["loss_nats"] is not None:
+            domain, loss = row["domain"], row["loss_nats"]
+            if row["stage"] == 0:
+                self._base[domain] = loss
+            self._values[f"ppl/{domain}"] = math.exp(loss) if loss < 700 else math.inf
+            if domain in self._base:
+                self._values[f"change_pct/{domain}"] = format.change(loss - self._base[domain])
+        elif row["kind"] == "task" and row["items"]:
+            self._values[f"task/{row['task']}/accuracy"] = row["correct"] / row["items"]
+            self._values[f"task/{row['task']}/accuracy_norm"] = row["correct_norm"] / row["items"]
+        elif row["kind"] == "stage":
+            values, self._values = {"stage": row["stage"], **self._values}, {}
+            return values
+        return {}
+
+    def _global_step(self, row: dict[str, Any]) -> int:
+        """Steps since the start of the run: a function of the position, so that a resumed run continues its curve."""
+        return (int(row["stage"]) - 1) * self._config.stage.stage_steps + int(row["step"])
+
+    def finish(self, run: Run, picture: Path) -> None:
+        if self._run is None:
+            return
+        with self._guarded("finish"):
+            import wandb
+
+            r = run.record
+            summary: dict[str, Any] = {"trainable_parameters": r.trainable_parameters, "peak_memory_bytes": r.peak_memory_bytes}
+            summary |= {"tainted": "; ".join(r.tainted)} if r.tainted else {}
+            losses = matrix.LossMatrix.from_documents(run.documents, r.trained, r.controls, r.regime)
+            for name, estimate in matrix.summary(losses).items():
+                pct = estimate.map(format.change)
+                summary |= {f"{name}_nats": estimate.value, f"{name}_pct": pct.value}
+                summary |= {f"{name}_pct_low": pct.low, f"{name}_pct_high": pct.high}
+            summary["train_seconds"] = sum(s.train.seconds for s in r.stages if s.train is not None)
+            summary |= _tasks(run)
+            clean, _ = format.finite(summary)
+            self._run.summary.update({k: v for k, v in clean.items() if v is not None})
+            last: dict[str, Any] = {"matrix_image": wandb.Image(str(picture))} if picture.exists() else {}
+            table = run.matrix
+            cells = table.to_numpy().tolist()
+            rows: list[Any] = [[s.index, s.domain or "", *format.finite(v)[0]] for s, v in zip(r.stages, cells, strict=True)]
+            last["matrix"] = wandb.Table(columns=["stage", "trained", *table.columns], data=rows)
+            self._run.log(last, step=self._sent, commit=True)
+
+    def close(self, failed: bool) -> None:
+        if self._run is None:
+            return
+        with self._guarded("upload"):
+            if self._place.startswith("offline-"):
+                self._closed.append(self._place)
+            run, self._run = self._run, None
+            run.finish(exit_code=1 if failed else 0)
+            reach("dashboard.closed")
+            self._remember()
+
+
+def _tasks(run: Run) -> dict[str, float]:
+    """Each task's accuracy at the last stage that scored it, and what changed since the first, with 95% intervals over items."""
+    found: dict[str, float] = {}
+    stages = run.record.stages
+    for task in dict.fromkeys(t for s in stages for t in s.tasks):
+        scored = [s.index for s in stages if task in s.tasks]
+        first, last = scored[0], scored[-1]
+        score = stages[last].tasks[task]
+        found[f"task/{task}/accuracy"] = score.correct / score.items
+        for name, e in (answers.change(run.items, task, first, last) if last != first else {}).items():
+            found |= {f"task/{task}/{name}_change": e.value}
+            found |= {f"task/{task}/{name}_change_low": e.low, f"task/{task}/{name}_change_high": e.high}
+    return found
+
+
+def _reason(error: Exception) -> str:
+    """The first line of an exception, without credentials."""
+    lines = str(error).strip().splitlines() or [""]
+    return str(_public(f"{type(error).__name__}: {lines[0]}" if lines[0] else type(error).__name__))
+
+
+def _has_key(base_url: str) -> bool:
+    """Whether wandb would find credentials for this server without asking."""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    for name in (os.environ.get("NETRC"), "~/.netrc", "~/_netrc"):
+        try:
+            if name and netrc.netrc(os.path.expanduser(name)).authenticators(urlsplit(base_url).netloc):
+                return True
+        except (OSError, netrc.NetrcParseError):
+            continue
+    return False
+
+
+def _public(value: Any) -> Any:
+    """The value with credentials blanked: logins in URLs, and values of environment variables that are named like secrets."""
+    if isinstance(value, dict):
+        return {k: _public(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_public(v) for v in value]
+    if isinstance(value, str):
+        value = _LOGIN.sub("***@", value)
+        for name, secret in os.environ.items():
+            if SECRET_NAME.search(name) and len(secret) >= 8:
+                value = value.replace(secret, "***")
+    return value

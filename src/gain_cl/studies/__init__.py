@@ -1,0 +1,1 @@
+"""An experiment: its runs, what they are compared by, and its verdicts."""

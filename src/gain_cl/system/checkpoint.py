@@ -1,0 +1,227 @@
+"""A folder of files that is there whole or not at all, and is what was written. Torch-free until tensors are saved or read.
+
+``save`` builds the folder under another name, syncs every file, writes ``MANIFEST.json`` (size and SHA-256 of each file),
+renames it and syncs the parent. ``verify`` compares size and hash of every file before anything is used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gain_cl.errors import DataError, StorageError
+from gain_cl.system.failpoints import reach
+from gain_cl.system.files import sha256, sync_folder, write_bytes
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MANIFEST = "MANIFEST.json"
+TEMPORARY = ".tmp-"
+
+
+def save(folder: Path, files: Mapping[str, bytes | Path | Mapping[str, Tensor]]) -> None:
+    """Write ``folder``. A file's content: bytes; tensors by name (safetensors); or a Path, an existing file that is linked.
+
+    What was there under that name is replaced. StorageError when the disk refuses: the old folder is then untouched."""
+    temporary = folder.with_name(f"{TEMPORARY}{folder.name}-{os.getpid()}")
+    try:
+        try:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            for name, content in files.items():
+                reach("save.before_write")
+                _write(temporary / name, content)
+                reach("save.after_write")
+                _sync(temporary / name)
+                reach("save.after_fsync")
+            (temporary / MANIFEST).write_bytes(_manifest({name: _facts(temporary / name) for name in files}))
+            reach("save.after_manifest")
+            _sync(temporary / MANIFEST)
+            sync_folder(temporary)
+            reach("save.before_rename")
+            if folder.exists():  # a bad one, or the same state saved again: another good one is kept beside it
+                shutil.rmtree(folder)
+                reach("save.between_renames")
+            temporary.rename(folder)
+            reach("save.after_rename")
+            sync_folder(folder.parent)
+        except OSError as error:
+            raise _refused(error, folder, files) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def verify(folder: Path) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of every file, after comparing them; DataError names the first file that is not what was written."""
+    listed = manifest(folder)
+    with ThreadPoolExecutor() as pool:  # hashing lets other threads run
+        for found in [pool.submit(_compare, folder, name, facts) for name, facts in listed.items()]:
+            found.result()
+    return listed
+
+
+def _compare(folder: Path, name: str, facts: dict[str, Any]) -> None:
+    path = folder / name
+    try:
+        size = path.stat().st_size
+        if size != facts["bytes"]:
+            raise DataError(f"{name} has {size} bytes instead of {facts['bytes']}", str(path), "it was changed after it was written")
+        found = sha256(path)
+    except FileNotFoundError:
+        raise DataError(f"{name} is missing", str(folder), "it was removed after it was written") from None
+    except OSError as error:
+        raise StorageError(f"cannot read: {error.strerror or error}", str(path), "check the disk") from error
+    if found != facts["sha256"]:
+        what = f"{name} has SHA-256 {found[:12]}... instead of {facts['sha256'][:12]}..."
+        raise DataError(what, str(path), "it was changed after it was written")
+
+
+def manifest(folder: Path) -> dict[str, dict[str, Any]]:
+    """What MANIFEST.json lists, unverified; DataError when it is not what ``save`` wrote."""
+    path = folder / MANIFEST
+    try:
+        data = path.read_bytes()
+        listed: dict[str, dict[str, Any]] = json.loads(data)["files"]
+        if data == _manifest(listed):
+            return listed
+    except FileNotFoundError:
+        raise DataError(f"{MANIFEST} is missing", str(folder), "it was removed after it was written") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        pass
+    raise DataError(f"{MANIFEST} is not what was written", str(path), "it was changed after it was written")
+
+
+def drop(folder: Path, names: Iterable[str] = ()) -> None:
+    """Remove files of a saved folder that are no longer needed: first from its manifest, then from the disk. What the manifest
+    does not list goes too: a process that was killed in between left it."""
+    listed = manifest(folder)
+    kept = {name: facts for name, facts in listed.items() if name not in names}
+    if kept.keys() < listed.keys():
+        write_bytes(folder / MANIFEST, _manifest(kept))
+        reach("drop.between")
+    for path in folder.iterdir():
+        if path.name not in kept and path.name != MANIFEST:
+            path.unlink()
+
+
+def read_json(folder: Path, name: str) -> dict[str, Any]:
+    """A JSON file of a verified folder."""
+    return dict(json.loads((folder / name).read_bytes()))
+
+
+def read_tensors(folder: Path, name: str) -> dict[str, Tensor]:
+    """A safetensors file of a verified folder, on the CPU; empty when there is none."""
+    from safetensors.torch import load_file
+
+    return dict(load_file(folder / name)) if (folder / name).exists() else {}
+
+
+def steps(root: Path) -> list[Path]:
+    """The checkpoints root/step-N, newest first."""
+    found = [p for p in root.glob("step-*") if p.name.removeprefix("step-").isdigit()]
+    return sorted(found, key=lambda p: -int(p.name.removeprefix("step-")))
+
+
+def prune(root: Path, keep: int = 2) -> None:
+    """Keep the newest ``keep`` checkpoints."""
+    for old in steps(root)[keep:]:
+        remove(old)
+
+
+def remove(folder: Path) -> None:
+    """Remove a saved folder: a half removed one must not look like a bad one."""
+    reach("prune.before")
+    doomed = folder.with_name(f"{TEMPORARY}{folder.name}")
+    shutil.rmtree(doomed, ignore_errors=True)
+    folder.rename(doomed)
+    reach("prune.between")
+    shutil.rmtree(doomed, ignore_errors=True)
+    reach("prune.after")
+
+
+def tidy(*folders: Path) -> None:
+    """Remove what a killed process left half written; for the owner of the run only."""
+    for folder in folders:
+        for left in [*folder.glob(f"{TEMPORARY}*"), *folder.glob(".*.tmp")]:
+            shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink(missing_ok=True)
+
+
+class Due:
+    """Whether a checkpoint inside a stage is due: every so many minutes or steps, and by the minutes never more than 1/40
+    of the time is spent on it, however long saving takes."""
+
+    def __init__(self, every_minutes: float | None, every_steps: int | None) -> None:
+        self.every_seconds = None if every_minutes is None else 60 * every_minutes
+        self.every_steps = every_steps
+        self.last, self.cost = time.monotonic(), 0.0
+
+    def now(self, step: int) -> bool:
+        if self.every_steps is not None and step % self.every_steps == 0:
+            return True
+        return self.every_seconds is not None and time.monotonic() - self.last >= max(self.every_seconds, 40 * self.cost)
+
+    def saved(self, seconds: float) -> None:
+        self.last, self.cost = time.monotonic(), seconds
+
+
+def _write(path: Path, content: bytes | Path | Mapping[str, Tensor]) -> None:
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif isinstance(content, Path):
+        try:
+            os.link(content, path)
+        except OSError:  # a file system without links
+            shutil.copyfile(content, path)
+    else:
+        from safetensors import SafetensorError
+        from safetensors.torch import save_file
+
+        try:
+            save_file(dict(content), path)
+        except SafetensorError as error:
+            raise OSError(f"safetensors: {error}") from error
+        mask = os.umask(0)
+        os.umask(mask)
+        path.chmod(0o666 & ~mask)  # it makes private files
+
+
+def _sync(path: Path) -> None:
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def _facts(path: Path) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
+
+
+def _manifest(listed: Mapping[str, Mapping[str, Any]]) -> bytes:
+    """Its own hash stands in it, and there is one way to write it: a changed bit anywhere shows."""
+    text = json.dumps(listed, sort_keys=True, allow_nan=False)
+    both = {"files": listed, "sha256": hashlib.sha256(text.encode()).hexdigest()}
+    return (json.dumps(both, sort_keys=True, indent=1, allow_nan=False) + "\n").encode()
+
+
+def _refused(error: OSError, folder: Path, files: Mapping[str, Any]) -> StorageError:
+    """Words for a disk that does not take a checkpoint."""
+    import errno
+
+    reason = error.strerror or str(error)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        sizes = [
+            len(c) if isinstance(c, bytes) else sum(t.numel() * t.element_size() for t in c.values())
+            for c in files.values()
+            if not isinstance(c, Path)
+        ]
+        there = folder.parent
+        while not there.exists():
+            there = there.parent
+        reason += f": needs {sum(sizes) / 1e6:,.1f} MB, free {shutil.disk_usage(there).free / 1e6:,.1f} MB"
+    return StorageError(f"cannot save: {reason}", str(folder), "free space or name another folder; the same command then goes on")

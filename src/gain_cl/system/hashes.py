@@ -1,0 +1,84 @@
+"""Hash files, and remember what was hashed."""
+
+from __future__ import annotations
+
+import fnmatch
+import functools
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from gain_cl.errors import DataError
+from gain_cl.system.files import sha256, write_bytes
+
+
+def cache_dir() -> Path:
+    """$GAIN_CL_CACHE, else $XDG_CACHE_HOME/gain_cl, else ~/.cache/gain_cl (not created here)."""
+    if own := os.environ.get("GAIN_CL_CACHE"):
+        return Path(own).expanduser().absolute()
+    shared = os.environ.get("XDG_CACHE_HOME")
+    return (Path(shared).expanduser() if shared else Path.home() / ".cache") / "gain_cl"
+
+
+# --- hashes ------------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _sha256(path: str, size: int, mtime_ns: int) -> str:
+    return sha256(Path(path))
+
+
+_trusting = True
+
+
+def trust_nothing() -> None:
+    """From here on this process hashes each file itself, whatever was remembered of it: for verify."""
+    global _trusting
+    _trusting = False
+
+
+def file_sha256(path: Path, remember: bool = False) -> str:
+    """SHA-256 of a file, computed once per (path, size, mtime_ns) in this process; remember: also across processes, in
+    the cache (for model weights of many gigabytes). DataError when the file cannot be read."""
+    path = Path(path).absolute()
+    try:
+        real = path.resolve(strict=True)
+        stat = real.stat()
+        if not remember or not _trusting:
+            return _sha256(str(real), stat.st_size, stat.st_mtime_ns)
+        note = cache_dir() / "hashes" / f"{hashlib.sha256(os.fsencode(real)).hexdigest()}.json"
+        known = [stat.st_size, stat.st_mtime_ns]
+        seen = _read_json(note)
+        if isinstance(seen, dict) and seen.get("stat") == known and isinstance(seen.get("sha256"), str):
+            return str(seen["sha256"])
+        digest = _sha256(str(real), *known)
+        write_bytes(note, json.dumps({"stat": known, "sha256": digest}, allow_nan=False).encode())
+        return digest
+    except OSError as error:
+        raise DataError(f"cannot read: {error.strerror or error}", str(path), "check the path and its permissions") from None
+
+
+def _read_json(path: Path) -> Any:
+    """The parsed file, or None when it is missing or malformed (caches only: what is lost is computed again)."""
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+
+
+def folder_pin(path: Path, patterns: list[str]) -> str:
+    """One SHA-256 over the relative names and content hashes of the files under ``path`` that match a pattern."""
+    path = Path(path)
+    files = sorted(p for p in path.rglob("*") if p.is_file() and _matches(p.relative_to(path).as_posix(), patterns))
+    if not files:
+        raise DataError(f"no file matches {', '.join(patterns)}", str(path), "check the path")
+    total = hashlib.sha256()
+    for file in files:
+        total.update(os.fsencode(f"{file.relative_to(path).as_posix()}\0{file_sha256(file, remember=True)}\n"))
+    return total.hexdigest()
+
+
+def _matches(name: str, patterns: list[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)

@@ -1,1 +1,0 @@
-"""One file per table, each made from records alone."""

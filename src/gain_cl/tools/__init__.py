@@ -1,0 +1,1 @@
+"""One module a verb that works on finished things; imported when called."""

@@ -1,0 +1,63 @@
+"""Commands around runs: one module each, with ``main(argv) -> exit code``; imported when called."""
+
+from __future__ import annotations
+
+import argparse
+import glob
+import os
+from pathlib import Path
+from typing import Any, NoReturn
+
+from gain_cl import errors
+from gain_cl.errors import ConfigError
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are ours: one line, exit 64."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message, f"gain_cl {self.prog}", f"see python -m gain_cl {self.prog} --help")
+
+
+def find_record(name: str, results_dir: Path) -> Path:
+    """The record that a path, a run id or the beginning of one means."""
+    if Path(name).is_file() or name.endswith(".json") or "/" in name:
+        return Path(name)
+    folder = results_dir / "runs"
+    found = sorted(folder.glob(f"{glob.escape(name)}*.json"))
+    runs = {p.stem for p in found}
+    found = [p for p in found if p.stem.rpartition("-alpha")[0] not in runs]  # a run before what was interpolated from it
+    if (exact := folder / f"{name}.json").stem in runs:
+        return exact
+    if len(found) != 1:
+        from gain_cl.compose.messages import suggest
+
+        options = [p.stem for p in folder.glob("*.json")]
+        what = f"{len(found)} runs begin with {name!r}" if found else f"no run {name!r}"
+        raise ConfigError(what, str(folder), suggest(name, [p.stem for p in found] or options) or "give the path of a record")
+    return found[0]
+
+
+def size(count: int) -> str:
+    """Bytes as 830 B, 12.0 kB, 4.1 GB (powers of 1000)."""
+    value = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 999.5:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:.1f} TB"
+
+
+def printable(text: object) -> str:
+    """A name that others chose, on one line of a terminal."""
+    return errors.printable(str(text)).replace("\n", "\\n")
+
+
+def console() -> Any:
+    """rich's, 120 wide where the output is no terminal and COLUMNS says nothing."""
+    from rich.console import Console
+
+    found = Console()
+    if not found.is_terminal and "COLUMNS" not in os.environ:
+        found.width = 120
+    return found
