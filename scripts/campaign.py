@@ -11,7 +11,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+sys.path[:0] = [str(Path(__file__).parents[1] / p) for p in ("tests", "tests/faults")]
 
 import campaign_corrupt as damage
 import campaign_kill as kill

@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any
 
 import pytest
+
+HELPERS = os.pathsep.join(
+    [
+        *(str(p) for p in (Path(__file__).parent, *sorted(Path(__file__).parent.iterdir())) if p.is_dir()),
+        *filter(None, [os.environ.get("PYTHONPATH")]),
+    ]
+)
+"""PYTHONPATH of a process that imports what the tests share."""
 
 
 @pytest.fixture(autouse=True)

@@ -45,7 +45,7 @@ def positive_control(study: study_.Study) -> tuple[study_.Setting | None, study_
 
 FEWEST = 3
 """Blocks of a verdict. With two, the t-test leans on one difference between blocks: of experiments with four endpoints and nothing to find,
-up to 11% find a winner, where 5% is promised (tests/test_inference.py)."""
+up to 11% find a winner, where 5% is promised (tests/stats/test_inference.py)."""
 
 
 def judge(study: study_.Study) -> list[Judged]:
