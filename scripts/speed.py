@@ -1,9 +1,10 @@
-"""Speed and memory of a training step of each method against a bare forward pass with its loss, on the same batches.
+"""Speed and memory of a training step of each method against a bare forward pass with its loss, on
+the same batches.
 
     python scripts/speed.py [--steps 5] [OVERRIDE ...]
 
-Methods are timed in turn within each round, so that a drift of the machine's speed falls on all of them; figures are
-medians over rounds. Memory is the peak of a process of its own per method.
+Methods are timed in turn within each round, so that a drift of the machine's speed falls on all of
+them; figures are medians over rounds. Memory is the peak of a process of its own per method.
 """
 
 import argparse
@@ -28,10 +29,14 @@ def worker(method: str, overrides: list[str]) -> None:
     from gain_cl.models import forward, load
     from gain_cl.runs import train
 
-    config = hydra.compose([*overrides, *([] if method == "forward" else [f"method={method}"])], [], [])
+    config = hydra.compose(
+        [*overrides, *([] if method == "forward" else [f"method={method}"])], [], []
+    )
     torch.set_num_threads(config.compute.threads or torch.get_num_threads())
     loaded = load.load(config.model, load.device_of(config.compute.device, config.model.dtype))
-    domain = domains.prepare(config.domains[config.sequence.trained[0]], loaded.tokenizer, loaded.tokenizer_hash)
+    domain = domains.prepare(
+        config.domains[config.sequence.trained[0]], loaded.tokenizer, loaded.tokenizer_hash
+    )
     blocks = domain.train_blocks(config.seed, config.train.block, loaded.separator_id)
     if method == "forward":
 
@@ -68,11 +73,18 @@ def worker(method: str, overrides: list[str]) -> None:
         if loaded.device.type == "cuda":
             torch.cuda.synchronize()
         print(time.perf_counter() - begun, flush=True)
-    print(torch.cuda.max_memory_allocated() if loaded.device.type == "cuda" else provenance.peak_memory(), flush=True)
+    print(
+        torch.cuda.max_memory_allocated()
+        if loaded.device.type == "cuda"
+        else provenance.peak_memory(),
+        flush=True,
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--worker", choices=METHODS)
     parser.add_argument("overrides", nargs="*")
@@ -87,7 +99,9 @@ def main() -> None:
     processes = {}
     for m in METHODS:
         command = [sys.executable, __file__, "--worker", m, *args.overrides]
-        processes[m] = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        processes[m] = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
         assert processes[m].stdout.readline() == "ready\n"
     for _ in range(args.steps):
         for m, p in processes.items():
@@ -99,9 +113,20 @@ def main() -> None:
     print(f"{'':<10} {'tokens/s':>9} {'x forward':>10} {'peak GB':>8}")
     for m in METHODS:
         middle = statistics.median(seconds[m])
-        ratio = statistics.median(a / b for a, b in zip(seconds[m], seconds["forward"], strict=True))
+        ratio = statistics.median(
+            a / b for a, b in zip(seconds[m], seconds["forward"], strict=True)
+        )
         print(f"{m:<10} {tokens / middle:>9.0f} {ratio:>10.2f} {memory[m] / 1e9:>8.2f}")
-    print(json.dumps({"batch_tokens": tokens, "forward_seconds": base, "seconds": seconds, "memory_bytes": memory}))
+    print(
+        json.dumps(
+            {
+                "batch_tokens": tokens,
+                "forward_seconds": base,
+                "seconds": seconds,
+                "memory_bytes": memory,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

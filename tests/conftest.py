@@ -10,7 +10,11 @@ import pytest
 
 HELPERS = os.pathsep.join(
     [
-        *(str(p) for p in (Path(__file__).parent, *sorted(Path(__file__).parent.iterdir())) if p.is_dir()),
+        *(
+            str(p)
+            for p in (Path(__file__).parent, *sorted(Path(__file__).parent.iterdir()))
+            if p.is_dir()
+        ),
         *filter(None, [os.environ.get("PYTHONPATH")]),
     ]
 )
@@ -19,7 +23,8 @@ HELPERS = os.pathsep.join(
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
-    """Two threads are slower than one on models this small, and bits depend on the number of threads."""
+    """Two threads are slower than one on models this small, and bits depend on the number of
+    threads."""
     import sys
 
     if "torch" in sys.modules:
@@ -37,7 +42,15 @@ _SMALL: dict[str, Any] = {
 }
 
 FAMILIES: dict[str, dict[str, Any]] = {
-    "gpt2": {"model_type": "gpt2", "vocab_size": 257, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "resid_pdrop": 0.1},
+    "gpt2": {
+        "model_type": "gpt2",
+        "vocab_size": 257,
+        "n_positions": 64,
+        "n_embd": 32,
+        "n_layer": 2,
+        "n_head": 4,
+        "resid_pdrop": 0.1,
+    },
     "llama": {"model_type": "llama", **_SMALL},
     "mistral": {"model_type": "mistral", **_SMALL},
     "qwen2": {"model_type": "qwen2", **_SMALL},
@@ -47,8 +60,17 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gemma3_text": {"model_type": "gemma3_text", **_SMALL, "head_dim": 8},
     "phi3": {"model_type": "phi3", **_SMALL, "pad_token_id": 0},
     "olmo2": {"model_type": "olmo2", **_SMALL},
-    "smollm3": {"model_type": "smollm3", **_SMALL, "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0},
-    "gpt_neox": {"model_type": "gpt_neox", **{k: v for k, v in _SMALL.items() if k != "num_key_value_heads"}},
+    "smollm3": {
+        "model_type": "smollm3",
+        **_SMALL,
+        "pad_token_id": 0,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    },
+    "gpt_neox": {
+        "model_type": "gpt_neox",
+        **{k: v for k, v in _SMALL.items() if k != "num_key_value_heads"},
+    },
     "opt": {
         "model_type": "opt",
         "vocab_size": 257,
@@ -65,14 +87,19 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 
 def tiny(family: str, dtype: str = "float32", **keys: Any) -> Any:
-    """models.Loaded of a random model of the family, with a byte tokenizer and biases that are not zero."""
+    """models.Loaded of a random model of the family, with a byte tokenizer and biases that are not
+    zero."""
     import torch
 
     from gain_cl.config import schema
     from gain_cl.models import load
 
-    attention = "eager" if family == "gemma2" else "sdpa"  # its logit softcap inside attention has no sdpa version
-    settings = schema.Model(name=f"tiny-{family}", arch={**FAMILIES[family], **keys}, dtype=dtype, attention=attention)  # type: ignore[arg-type]
+    attention = (
+        "eager" if family == "gemma2" else "sdpa"
+    )  # its logit softcap inside attention has no sdpa version
+    settings = schema.Model(
+        name=f"tiny-{family}", arch={**FAMILIES[family], **keys}, dtype=dtype, attention=attention
+    )  # type: ignore[arg-type]
     loaded = load.load(settings, torch.device("cpu"))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -102,4 +129,6 @@ class ListBlocks:
         from gain_cl.domains import Block
 
         tokens = self.tokens[i % len(self.tokens)]
-        return Block(tokens, self.documents[i % len(self.tokens)], np.ones(tokens.shape, dtype=bool))
+        return Block(
+            tokens, self.documents[i % len(self.tokens)], np.ones(tokens.shape, dtype=bool)
+        )

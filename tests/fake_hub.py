@@ -1,7 +1,8 @@
-"""A hub on 127.0.0.1 in one page: the two endpoints gain_cl uses, over a folder ``{models,datasets}/ORG/NAME``.
+"""A hub on 127.0.0.1 in one page: the two endpoints gain_cl uses, over a folder
+``{models,datasets}/ORG/NAME``.
 
-Faults by repository name: ``gated`` 403, ``private`` 401, ``busy`` one 503 per file and listing, ``flipped`` states
-another SHA-256 than that of the bytes it serves.
+Faults by repository name: ``gated`` 403, ``private`` 401, ``busy`` one 503 per file and listing,
+``flipped`` states another SHA-256 than that of the bytes it serves.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ def _digest(data: bytes) -> str:
 
 @contextmanager
 def serve(root: Path) -> Iterator[tuple[str, list[str]]]:
-    """(address, log of requested paths) of a hub that serves ``root`` at revision SHA and branch main."""
+    """(address, log of requested paths) of a hub that serves ``root`` at revision SHA and branch
+    main."""
     log: list[str] = []
     refused: set[str] = set()
 
@@ -64,12 +66,22 @@ def serve(root: Path) -> Iterator[tuple[str, list[str]]]:
                 refused.add(path)
                 return self.answer(503)
             if listing:
-                return self.answer(200, json.dumps(self.listing(org, name, folder)).encode(), Content_Type="application/json")
+                return self.answer(
+                    200,
+                    json.dumps(self.listing(org, name, folder)).encode(),
+                    Content_Type="application/json",
+                )
             file = folder / "/".join(rest)
             if not file.is_file():
                 return self.answer(404, X_Error_Code="EntryNotFound")
             data = file.read_bytes()
-            return self.answer(200, data, ETag=f'"{_digest(data)}"', X_Repo_Commit=SHA, X_Linked_Size=str(len(data)))
+            return self.answer(
+                200,
+                data,
+                ETag=f'"{_digest(data)}"',
+                X_Repo_Commit=SHA,
+                X_Linked_Size=str(len(data)),
+            )
 
         def listing(self, org: str, name: str, folder: Path) -> dict[str, object]:
             files = []
@@ -77,7 +89,14 @@ def serve(root: Path) -> Iterator[tuple[str, list[str]]]:
                 data = file.read_bytes()
                 digest = "0" * 64 if name == "flipped" else _digest(data)
                 lfs = {"sha256": digest, "size": len(data), "pointerSize": 130}
-                files.append({"rfilename": file.relative_to(folder).as_posix(), "size": len(data), "blobId": "0" * 40, "lfs": lfs})
+                files.append(
+                    {
+                        "rfilename": file.relative_to(folder).as_posix(),
+                        "size": len(data),
+                        "blobId": "0" * 40,
+                        "lfs": lfs,
+                    }
+                )
             return {
                 "id": f"{org}/{name}",
                 "_id": "0",

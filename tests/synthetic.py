@@ -1,4 +1,5 @@
-"""Finished runs without a model: per-document losses drawn from a seeded model of continual learning, saved as real records."""
+"""Finished runs without a model: per-document losses drawn from a seeded model of continual
+learning, saved as real records."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ import pandas as pd
 from gain_cl.config.schema import RunConfig
 from gain_cl.measure import record
 
-OFFLINE = {  # domain -> perplexity of the pretrained model (shared/data.md; the rest of the same order)
+# domain -> perplexity of the pretrained model (shared/data.md; the rest of the same order)
+OFFLINE = {
     "medicine": 23.3,
     "law": 22.2,
     "code": 10.1,
@@ -43,7 +45,10 @@ def config(
             "adapter": {"kind": "gain", "roles": ["attn_out", "ffn_down"]},
             "guard": {"kind": "none"},
             "sequence": {"name": "offline", "domains": trained, "controls": controls},
-            "domains": {d: {"name": d, "source": {"kind": "generated", "seed": i}} for i, d in enumerate(trained + controls)},
+            "domains": {
+                d: {"name": d, "source": {"kind": "generated", "seed": i}}
+                for i, d in enumerate(trained + controls)
+            },
             "tasks": {"names": tasks or []},
             "train": {"tokens": tokens, "lr": 3e-3},
             "eval": {},
@@ -57,9 +62,16 @@ def config(
 
 
 def documents(
-    bases: dict[str, float], trained: list[str], *, count: int = 32, seed: int = 0, learn: float = 0.15, forget: float = 0.02
+    bases: dict[str, float],
+    trained: list[str],
+    *,
+    count: int = 32,
+    seed: int = 0,
+    learn: float = 0.15,
+    forget: float = 0.02,
 ) -> pd.DataFrame:
-    """Document rows: each domain loses ``learn`` nats in its own stage, gains ``forget`` in each later one; all drift by -0.01."""
+    """Document rows: each domain loses ``learn`` nats in its own stage, gains ``forget`` in each
+    later one; all drift by -0.01."""
     rng = np.random.default_rng(seed)
     rows = []
     for domain, perplexity in bases.items():
@@ -128,19 +140,41 @@ def run(
     trained = [d for d in bases if d not in controls]
     table = documents(bases, trained, count=count, seed=seed, **shape)
     last = len(trained)
-    answers = items([0, last], seed=seed) if with_items else pd.DataFrame(columns=record.ITEM_COLUMNS)
+    answers = (
+        items([0, last], seed=seed) if with_items else pd.DataFrame(columns=record.ITEM_COLUMNS)
+    )
     settings = config(trained, controls, tokens=tokens, tasks=["boolq@100"] if with_items else None)
     stages = []
     for stage in range(last + 1):
         scores = {
-            d: record.DomainScore(nll_nats=float(r.nll_nats.sum()), tokens=int(r.tokens.sum()), bytes=int(r.bytes.sum()), documents=len(r))
+            d: record.DomainScore(
+                nll_nats=float(r.nll_nats.sum()),
+                tokens=int(r.tokens.sum()),
+                bytes=int(r.bytes.sum()),
+                documents=len(r),
+            )
             for d, r in table[table.stage == stage].groupby("domain")
         }
         tasks = {}
         for task, rows in answers[answers.stage == stage].groupby("task"):
-            correct = sum(int(np.argmax(lp)) == g for lp, g in zip(rows.logprobs, rows.gold, strict=True))
-            tasks[str(task)] = record.TaskScore(items=len(rows), correct=correct, correct_norm=correct, fewshot=0)
-        train = record.TrainStats(steps=8, tokens=tokens, seconds=41.5, lr=3e-3, first_loss_nats=3.1, last_loss_nats=2.9) if stage else None
+            correct = sum(
+                int(np.argmax(lp)) == g for lp, g in zip(rows.logprobs, rows.gold, strict=True)
+            )
+            tasks[str(task)] = record.TaskScore(
+                items=len(rows), correct=correct, correct_norm=correct, fewshot=0
+            )
+        train = (
+            record.TrainStats(
+                steps=8,
+                tokens=tokens,
+                seconds=41.5,
+                lr=3e-3,
+                first_loss_nats=3.1,
+                last_loss_nats=2.9,
+            )
+            if stage
+            else None
+        )
         stages.append(
             record.StageRecord(
                 index=stage,
@@ -164,7 +198,13 @@ def run(
             protocol="ppl-test-first128x32-prefix0-ctx1024",
             config=settings.model_dump(mode="json"),
             pins={},
-            provenance={"commit": "0" * 40, "dirty": False, "device": "cpu", "threads": 2, "seconds": 700.0},
+            provenance={
+                "commit": "0" * 40,
+                "dirty": False,
+                "device": "cpu",
+                "threads": 2,
+                "seconds": 700.0,
+            },
             trainable_parameters=63_360,
             total_parameters=134_515_008,
             peak_memory_bytes=2_900_000_000,

@@ -1,4 +1,5 @@
-"""Continual-learning experiments for language models. From Python: ``run``, ``load``, ``compare``, ``attach_gains`` (see api.py).
+"""Continual-learning experiments for language models. From Python: ``run``, ``load``, ``compare``,
+``attach_gains`` (see api.py).
 
 Importing the package imports nothing heavy; its names are resolved when they are used.
 """

@@ -1,4 +1,5 @@
-"""gain_cl from Python and notebooks: the command line's run, its records as data frames, and gains on any model."""
+"""gain_cl from Python and notebooks: the command line's run, its records as data frames, and gains
+on any model."""
 
 from __future__ import annotations
 
@@ -24,24 +25,29 @@ COMPARED = ("own_step", "backward", "backward_net", "from_base", "controls_from_
 def run(*overrides: str, config_dirs: Paths = (), plugins: Paths = ()) -> Run:
     """Carry out a run and return it: ``run("model=smollm2", "method=gain_ffn").matrix``.
 
-    overrides: Hydra overrides, as on the command line; config_dirs, plugins: as --config-dir and --plugin, one or several.
-    A finished run is read, not repeated (unless ``force=true``).
-    Raises errors.GainError, whose text is the command line's one-line message.
+    overrides: Hydra overrides, as on the command line; config_dirs, plugins: as --config-dir and
+    --plugin, one or several. A finished run is read, not repeated (unless ``force=true``). Raises
+    errors.GainError, whose text is the command line's one-line message.
     """
     from gain_cl.compose import hydra
     from gain_cl.runs import plan
     from gain_cl.runs import run as spine
 
-    config = hydra.compose(overrides, *([given] if isinstance(given, str | Path) else given for given in (config_dirs, plugins)))
+    config = hydra.compose(
+        overrides,
+        *([given] if isinstance(given, str | Path) else given for given in (config_dirs, plugins)),
+    )
     return spine.execute(config, plan.prepare(config))
 
 
 def compare(*runs_or_paths: Run | str | Path) -> pd.DataFrame:
-    """Settings side by side, a row each: setting, blocks, trainable_parameters, and for each metric of COMPARED its value with
-    its 95% interval in nats per token (own_step, own_step_low, own_step_high, ...; below 0: better). NaN: it does not exist.
+    """Settings side by side, a row each: setting, blocks, trainable_parameters, and for each metric
+    of COMPARED its value with its 95% interval in nats per token (own_step, own_step_low,
+    own_step_high, ...; below 0: better). NaN: it does not exist.
 
-    Runs that differ in seed and order of the domains alone are blocks of one setting. The interval is over blocks and the
-    documents they share, with one block over its documents: those cannot tell methods apart.
+    Runs that differ in seed and order of the domains alone are blocks of one setting. The interval
+    is over blocks and the documents they share, with one block over its documents: those cannot
+    tell methods apart.
 
     >>> import gain_cl
     >>> table = gain_cl.compare("results/runs/A.json", "results/runs/B.json")  # or runs, from run() and load()
@@ -53,7 +59,9 @@ def compare(*runs_or_paths: Run | str | Path) -> pd.DataFrame:
     Raises errors.DataError when they do not measure the same.
     """
     if not runs_or_paths:
-        raise ConfigError("nothing to compare", "gain_cl.compare", "give runs or the paths of their records")
+        raise ConfigError(
+            "nothing to compare", "gain_cl.compare", "give runs or the paths of their records"
+        )
     study = comparison.from_records(x if isinstance(x, Run) else load(x) for x in runs_or_paths)
     rows = []
     for s in study.settings:
@@ -64,7 +72,11 @@ def compare(*runs_or_paths: Run | str | Path) -> pd.DataFrame:
         }
         for metric in COMPARED:
             found = comparison.level(s, metric)
-            value = (math.nan,) * 3 if found is None else (found.estimate.value, found.estimate.low, found.estimate.high)
+            value = (
+                (math.nan,) * 3
+                if found is None
+                else (found.estimate.value, found.estimate.low, found.estimate.high)
+            )
             row |= zip((metric, f"{metric}_low", f"{metric}_high"), value, strict=True)
         rows.append(row)
     return pd.DataFrame(rows)

@@ -1,7 +1,9 @@
-"""The command line: ``python -m gain_cl VERB`` = ``gain-cl VERB``. Torch is imported only after a configuration is valid.
+"""The command line: ``python -m gain_cl VERB`` = ``gain-cl VERB``. Torch is imported only after a
+configuration is valid.
 
-Every mistake of a user is one line on stderr, ``gain_cl: error: <what> (<where>); <what to do>``, and the exit code of
-errors.py; GAIN_CL_DEBUG=1 adds the traceback. The last line of a run on stdout is ``record: PATH``.
+Every mistake of a user is one line on stderr, ``gain_cl: error: <what> (<where>); <what to do>``,
+and the exit code of errors.py; GAIN_CL_DEBUG=1 adds the traceback. The last line of a run on stdout
+is ``record: PATH``.
 """
 
 from __future__ import annotations
@@ -84,8 +86,15 @@ def main(argv: list[str] | None = None) -> int:
         return INTERRUPTED
     except BrokenPipeError:
         return 1
-    except OSError as error:  # told where it happens if it can be; what remains is mostly the place that is printed to
-        return _report(StorageError(f"the system refuses: {error.strerror or error}", str(error.filename or ""), "check the disk"))
+    except OSError as error:
+        # told where it happens if it can be; what remains is mostly the place that is printed to
+        return _report(
+            StorageError(
+                f"the system refuses: {error.strerror or error}",
+                str(error.filename or ""),
+                "check the disk",
+            )
+        )
 
 
 def _other(name: str, argv: list[str]) -> int:
@@ -116,7 +125,11 @@ def _verb(verb: str) -> Callable[[list[str]], int]:
         if verb:
             from gain_cl.compose.messages import suggest
 
-            raise ConfigError(f"unknown verb {verb!r}", "command line", suggest(verb, ["run", "score", "show", "params", *VERBS, *PAPER]))
+            raise ConfigError(
+                f"unknown verb {verb!r}",
+                "command line",
+                suggest(verb, ["run", "score", "show", "params", *VERBS, *PAPER]),
+            )
         return lambda _: _help([]) or USAGE
     return verbs[verb]
 
@@ -140,7 +153,7 @@ def _version(_: list[str]) -> int:
     return 0
 
 
-# --- run -------------------------------------------------------------------------------------------------------------
+# --- run ------------------------------------------------------------------------------------------
 
 
 def _run(argv: list[str]) -> int:
@@ -153,7 +166,11 @@ def _run(argv: list[str]) -> int:
     parser.add_argument("-p", "--package")
     parser.add_argument("--resolve", action="store_true")
     parser.add_argument(
-        "-i", "--info", nargs="?", const="all", choices=["all", "config", "defaults", "defaults-tree", "plugins", "searchpath"]
+        "-i",
+        "--info",
+        nargs="?",
+        const="all",
+        choices=["all", "config", "defaults", "defaults-tree", "plugins", "searchpath"],
     )
     parser.add_argument("-h", "--help", action="store_true")
     parser.add_argument("--hydra-help", action="store_true")
@@ -164,15 +181,31 @@ def _run(argv: list[str]) -> int:
     here = {"config_dirs": args.config_dir, "plugins": args.plugin}
     if words := ["--help"] * args.help + ["--hydra-help"] * args.hydra_help:
         build.search_path(args.config_dir)  # says what is wrong with a folder
-        first, rest = args.config_dir[:1], args.config_dir[1:]  # Hydra's help lists the presets of its own --config-dir only
-        return _hydra([*words, *(f"--config-dir={d}" for d in first), *build.search_path(rest), *args.overrides])
+        first, rest = (
+            args.config_dir[:1],
+            args.config_dir[1:],
+        )  # Hydra's help lists the presets of its own --config-dir only
+        return _hydra(
+            [
+                *words,
+                *(f"--config-dir={d}" for d in first),
+                *build.search_path(rest),
+                *args.overrides,
+            ]
+        )
     if args.multirun and not args.cfg and not args.info:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise ConfigError("-m under torchrun would start every run on every rank", "command line", "start torchrun once for each run")
+            raise ConfigError(
+                "-m under torchrun would start every run on every rank",
+                "command line",
+                "start torchrun once for each run",
+            )
         with signals.listening():
             return _multirun(args.overrides, here)
     if args.cfg or args.info:
-        words = [f"--{w}={getattr(args, w)}" for w in ("cfg", "info", "package") if getattr(args, w)] + ["--resolve"] * args.resolve
+        words = [
+            f"--{w}={getattr(args, w)}" for w in ("cfg", "info", "package") if getattr(args, w)
+        ] + ["--resolve"] * args.resolve
         return _hydra([*words, *build.spell_out(args.overrides, **here)])
     with signals.listening():
         return _carry_out(build.compose(args.overrides, **here))
@@ -192,7 +225,8 @@ def _carry_out(config: Any) -> int:
 
 
 def _multirun(overrides: list[str], here: dict[str, Any]) -> int:
-    """Every job through Hydra's launcher and then the path of a single run; goes on after a failure, stops at a signal."""
+    """Every job through Hydra's launcher and then the path of a single run; goes on after a
+    failure, stops at a signal."""
     from gain_cl.compose import hydra as build
 
     total = len(build.jobs(overrides, **here))  # every job is checked before the first starts
@@ -213,17 +247,31 @@ def _multirun(overrides: list[str], here: dict[str, Any]) -> int:
         except Exception:
             failures.append(1)
             traceback.print_exc()
-        if failures and os.getpid() != parent:  # a launcher that starts processes learns of it no other way
+        if (
+            failures and os.getpid() != parent
+        ):  # a launcher that starts processes learns of it no other way
             raise RuntimeError("the run failed")
 
     try:
-        _hydra(["--multirun", *build.search_path(here["config_dirs"]), *build.rewrite(overrides, sweep=True, **here)], job)
+        _hydra(
+            [
+                "--multirun",
+                *build.search_path(here["config_dirs"]),
+                *build.rewrite(overrides, sweep=True, **here),
+            ],
+            job,
+        )
     except RuntimeError:
         failures.append(1)
     if stopped:
         return stopped[0]
     if failures:
-        print(f"gain_cl: error: {len(failures)} of {total} runs failed (multirun); see the messages above", file=sys.stderr, flush=True)
+        print(
+            f"gain_cl: error: {len(failures)} of {total} runs failed (multirun); see the "
+            "messages above",
+            file=sys.stderr,
+            flush=True,
+        )
     return failures[0] if failures else 0
 
 
@@ -240,20 +288,34 @@ def _hydra(argv: list[str], job: Callable[[list[str]], None] | None = None) -> i
             job(list(HydraConfig.get().overrides.task))
 
     before, full, said = sys.argv, os.environ.get("HYDRA_FULL_ERROR"), io.StringIO()
-    sys.argv, os.environ["HYDRA_FULL_ERROR"] = ["gain_cl run", *argv], "1"  # errors reach us instead of being printed
+    sys.argv, os.environ["HYDRA_FULL_ERROR"] = (
+        ["gain_cl run", *argv],
+        "1",
+    )  # errors reach us instead of being printed
     try:
-        with explained(Given(argv)), contextlib.redirect_stderr(said if job is None else sys.stderr):
-            hydra.main(version_base="1.3", config_path=str(presets.configs_dir()), config_name="run")(task)()
+        with (
+            explained(Given(argv)),
+            contextlib.redirect_stderr(said if job is None else sys.stderr),
+        ):
+            hydra.main(
+                version_base="1.3", config_path=str(presets.configs_dir()), config_name="run"
+            )(task)()
     except SystemExit as end:
         if end.code:
-            raise ConfigError(said.getvalue() or "Hydra refuses", "gain_cl run", "see python -m gain_cl run --help") from None
+            raise ConfigError(
+                said.getvalue() or "Hydra refuses",
+                "gain_cl run",
+                "see python -m gain_cl run --help",
+            ) from None
     finally:
         sys.argv = before
-        os.environ.pop("HYDRA_FULL_ERROR") if full is None else os.environ.update(HYDRA_FULL_ERROR=full)
+        os.environ.pop("HYDRA_FULL_ERROR") if full is None else os.environ.update(
+            HYDRA_FULL_ERROR=full
+        )
     return 0
 
 
-# --- score, show, params ----------------------------------------------------------------------------------------------------
+# --- score, show, params --------------------------------------------------------------------------
 
 
 def _score(argv: list[str]) -> int:
@@ -267,19 +329,34 @@ def _score(argv: list[str]) -> int:
 def _show(argv: list[str]) -> int:
     parser = Parser(
         "show",
-        usage="python -m gain_cl show [--definitions] [--shipped RECORD.json|RUN_ID] [--results-dir DIR] RECORD.json|RUN_ID",
+        usage="python -m gain_cl show [--definitions] [--shipped RECORD.json|RUN_ID] "
+        "[--results-dir DIR] RECORD.json|RUN_ID",
         description="Print a finished run.",
     )
     parser.add_argument("run", help="path of a record, or a run id (its beginning is enough)")
-    parser.add_argument("--definitions", action="store_true", help="also what GEM, Chaudhry, TRACE and Avalanche make of the matrix")
-    parser.add_argument("--shipped", metavar="RUN", help="a run of the model as shipped: its stage 0 is shown above the run's")
-    parser.add_argument("--results-dir", default="results", help="where runs/RUN_ID.json are (default: %(default)s)")
+    parser.add_argument(
+        "--definitions",
+        action="store_true",
+        help="also what GEM, Chaudhry, TRACE and Avalanche make of the matrix",
+    )
+    parser.add_argument(
+        "--shipped",
+        metavar="RUN",
+        help="a run of the model as shipped: its stage 0 is shown above the run's",
+    )
+    parser.add_argument(
+        "--results-dir", default="results", help="where runs/RUN_ID.json are (default: %(default)s)"
+    )
     args = parser.parse_args(argv)
     from gain_cl.measure import record
     from gain_cl.paper import show
 
     path = find_record(args.run, Path(args.results_dir))
-    shipped = record.load(find_record(args.shipped, Path(args.results_dir))) if args.shipped is not None else None
+    shipped = (
+        record.load(find_record(args.shipped, Path(args.results_dir)))
+        if args.shipped is not None
+        else None
+    )
     show.render(record.load(path), shipped=shipped, definitions=args.definitions)
     print(f"record: {path}")
     return 0
@@ -288,13 +365,19 @@ def _show(argv: list[str]) -> int:
 def _params(argv: list[str]) -> int:
     parser = Parser(
         "params",
-        usage="python -m gain_cl params [model=A,B] [method=A,B] [--json] [--config-dir DIR] [--plugin FILE.py]",
-        description="Trainable parameters of models and methods, counted on the meta device from the presets.",
+        usage="python -m gain_cl params [model=A,B] [method=A,B] [--json] [--config-dir DIR] "
+        "[--plugin FILE.py]",
+        description="Trainable parameters of models and methods, counted on the meta device from "
+        "the presets.",
     )
     parser.add_argument("filters", nargs="*", metavar="model=A,B method=A,B", help="only these")
     parser.add_argument("--json", action="store_true", help="print JSON: model -> {total, methods}")
-    parser.add_argument("--config-dir", action="append", default=[], help="a folder with more presets (repeatable)")
-    parser.add_argument("--plugin", action="append", default=[], help="a file that registers adapters (repeatable)")
+    parser.add_argument(
+        "--config-dir", action="append", default=[], help="a folder with more presets (repeatable)"
+    )
+    parser.add_argument(
+        "--plugin", action="append", default=[], help="a file that registers adapters (repeatable)"
+    )
     args = parser.parse_intermixed_args(argv)
     from gain_cl.tools import params
 

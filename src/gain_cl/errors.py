@@ -1,4 +1,5 @@
-"""Errors a user can cause, each printed as one line: ``gain_cl: error: <what> (<where>); <what to do>``."""
+"""Errors a user can cause, each printed as one line: ``gain_cl: error: <what> (<where>); <what to
+do>``."""
 
 from __future__ import annotations
 
@@ -8,15 +9,18 @@ USAGE, DATA, IN_USE, IO, PREEMPTED = 64, 65, 73, 74, 75  # exit codes (sysexits.
 
 
 def printable(text: str) -> str:
-    """The text with what a terminal would obey or cannot show written as an escape: \\x1b. Line ends stay."""
-    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+    """The text with what a terminal would obey or cannot show written as an escape: \\x1b. Line
+    ends stay."""
+    return "".join(
+        c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text
+    )
 
 
 class GainError(Exception):
     """Something outside the program is wrong.
 
-    what: the fault, quoting the offending value. where: key, file or line. do: the next step for the user. facts: more
-    about it for failure.json, as JSON data.
+    what: the fault, quoting the offending value. where: key, file or line. do: the next step for
+    the user. facts: more about it for failure.json, as JSON data.
     """
 
     exit_code = USAGE

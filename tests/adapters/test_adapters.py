@@ -1,4 +1,5 @@
-"""Every adapter on every family: starts as the identity, trains only its own parameters, folds into the weights."""
+"""Every adapter on every family: starts as the identity, trains only its own parameters, folds into
+the weights."""
 
 from __future__ import annotations
 
@@ -29,20 +30,35 @@ ADAPTER: TypeAdapter[schema.Adapter] = TypeAdapter(schema.Adapter)
 
 def shipped(method: str) -> schema.Adapter:
     """The adapter of a method's YAML: composing all of them by Hydra would take a minute."""
-    read = lambda group, name: yaml.safe_load((presets.configs_dir() / group / f"{name}.yaml").read_text())  # noqa: E731
+
+    def read(group: str, name: str) -> dict[str, Any]:
+        text = (presets.configs_dir() / group / f"{name}.yaml").read_text()
+        return dict(yaml.safe_load(text))
+
     row = read("method", method)
-    (base,) = [entry["/adapter"] for entry in row["defaults"] if isinstance(entry, dict) and "/adapter" in entry]
+    (base,) = [
+        entry["/adapter"]
+        for entry in row["defaults"]
+        if isinstance(entry, dict) and "/adapter" in entry
+    ]
     return ADAPTER.validate_python({**read("adapter", base), **row.get("adapter", {})})
 
 
 ADAPTERS = {m: shipped(m) for m in presets.names("method") if m != "given"}  # which trains nothing
 NAMES = sorted(ADAPTERS, key=lambda m: (len(m), m))
-ALL = {m: ADAPTERS[m] for i, m in enumerate(NAMES) if ADAPTERS[m] not in [ADAPTERS[n] for n in NAMES[:i]]}
-"""Each adapter that ships, under the shortest name of a method that has it (ewc: full fine-tuning)."""
+ALL = {
+    m: ADAPTERS[m]
+    for i, m in enumerate(NAMES)
+    if ADAPTERS[m] not in [ADAPTERS[n] for n in NAMES[:i]]
+}
+"""Each adapter that ships, under the shortest name of a method that has it (ewc: full
+fine-tuning)."""
 
 MAIN = ("gpt2", "llama", "qwen2", "gpt_neox")
 CASES = [
-    pytest.param(f, d, m, marks=[] if f in MAIN and (d == "float32" or f == "llama") else pytest.mark.slow)
+    pytest.param(
+        f, d, m, marks=[] if f in MAIN and (d == "float32" or f == "llama") else pytest.mark.slow
+    )
     for f in FAMILIES
     for d in ("float32", "bfloat16")
     for m in ALL
@@ -114,9 +130,26 @@ def settings(**keys: object) -> schema.Train:
     return schema.Train(**{"steps": 2, "block": 16, "batch_tokens": 64, "lr": 1e-3, **keys})  # type: ignore[arg-type]
 
 
-def run_stage(loaded: load.Loaded, adapter: adapters.base.Adapter, setup: schema.Train, micro: int | None = None) -> list[dict]:
+def run_stage(
+    loaded: load.Loaded,
+    adapter: adapters.base.Adapter,
+    setup: schema.Train,
+    micro: int | None = None,
+) -> list[dict]:
     blocks = ListBlocks(np.random.default_rng(0).integers(1, 257, (8, setup.block)))
-    return list(train.stage(loaded, adapter, Guard(), blocks, setup, train.optimizer(adapter, setup), index=1, seed=0, micro_batch=micro))
+    return list(
+        train.stage(
+            loaded,
+            adapter,
+            Guard(),
+            blocks,
+            setup,
+            train.optimizer(adapter, setup),
+            index=1,
+            seed=0,
+            micro_batch=micro,
+        )
+    )
 
 
 @contract
@@ -131,7 +164,9 @@ def test_starts_as_the_base(loaded: load.Loaded, method: str, dtype: str) -> Non
 
 
 @contract
-def test_trains_only_its_own_fp32_parameters_and_all_of_them(loaded: load.Loaded, method: str) -> None:
+def test_trains_only_its_own_fp32_parameters_and_all_of_them(
+    loaded: load.Loaded, method: str
+) -> None:
     frozen = {n: p.detach().clone() for n, p in loaded.model.named_parameters()}
     adapter = attach(loaded, method)
     own = adapter.parameters()
@@ -144,7 +179,8 @@ def test_trains_only_its_own_fp32_parameters_and_all_of_them(loaded: load.Loaded
         p.grad = None
     run_stage(loaded, adapter, settings(lr=1e-2, pack="stream"))
     still = [n for n, p in own.items() if torch.equal(p, before[n])]
-    # a position that no text reaches and q/k of a uniform attention have exact zero gradients in these tiny models
+    # a position that no text reaches and q/k of a uniform attention have exact zero gradients in
+    # these tiny models
     assert len(still) <= (0 if method not in ("full", "ewc") else 2), still
     if not isinstance(ADAPTERS[method], schema.Full):
         now = {n.replace(".base_layer", ""): p for n, p in loaded.model.named_parameters()}
@@ -161,7 +197,9 @@ def test_absorbed_weights_compute_the_same(loaded: load.Loaded, method: str, dty
     after = logits(loaded)
     assert {n for n, _ in loaded.model.named_parameters()} == names, "the adapter is gone"
     assert {p.dtype for p in loaded.model.parameters()} == {getattr(torch, dtype)}
-    assert (after - before).abs().max() <= (1e-5 if dtype == "float32" else 0.05) * before.abs().max()
+    assert (after - before).abs().max() <= (
+        1e-5 if dtype == "float32" else 0.05
+    ) * before.abs().max()
 
 
 @contract
@@ -173,7 +211,9 @@ def test_the_identity_differs_from_the_shaken(loaded: load.Loaded, method: str) 
 
 
 @contract
-def test_state_rebuilds_the_model(loaded: load.Loaded, method: str, family: str, dtype: str) -> None:
+def test_state_rebuilds_the_model(
+    loaded: load.Loaded, method: str, family: str, dtype: str
+) -> None:
     adapter = attach(loaded, method)
     shake(adapter)
     other = copy_of(family, dtype)
@@ -185,7 +225,9 @@ def test_state_rebuilds_the_model(loaded: load.Loaded, method: str, family: str,
 
 
 @contract
-def test_restart_keeps_the_function_and_trains_the_new_part(loaded: load.Loaded, method: str, family: str, dtype: str) -> None:
+def test_restart_keeps_the_function_and_trains_the_new_part(
+    loaded: load.Loaded, method: str, family: str, dtype: str
+) -> None:
     adapter = attach(loaded, method)
     if not restarts(method):
         with pytest.raises(ConfigError, match="does not offer handover=restart"):
@@ -204,7 +246,9 @@ def test_restart_keeps_the_function_and_trains_the_new_part(loaded: load.Loaded,
         assert kept and (adapter.parameters().keys() == names)
         if isinstance(ADAPTERS[method], schema.Peft):
             assert old.keys() == kept.keys()
-            assert all(torch.equal(old[n], t) for n, t in kept.items()), "what earlier stages learned stays"
+            assert all(torch.equal(old[n], t) for n, t in kept.items()), (
+                "what earlier stages learned stays"
+            )
         assert not torch.equal(logits(loaded), before)
     after, state = logits(loaded), adapter.state()
     other = copy_of(family, dtype)
@@ -213,7 +257,9 @@ def test_restart_keeps_the_function_and_trains_the_new_part(loaded: load.Loaded,
     assert torch.equal(logits(other), after)
     assert fresh.parameters().keys() == adapter.parameters().keys()
     fresh.absorb()
-    assert (logits(other) - after).abs().max() <= (1e-5 if dtype == "float32" else 0.05) * after.abs().max()
+    assert (logits(other) - after).abs().max() <= (
+        1e-5 if dtype == "float32" else 0.05
+    ) * after.abs().max()
 
 
 @contract
@@ -230,12 +276,16 @@ def test_disabled_is_the_base(loaded: load.Loaded, method: str) -> None:
     with adapter.disabled():
         assert torch.equal(logits(loaded), before)
     loss.backward()
-    assert all(p.grad is not None for p in adapter.parameters().values()), "a graph made before goes on"
+    assert all(p.grad is not None for p in adapter.parameters().values()), (
+        "a graph made before goes on"
+    )
     assert adapter.parameters().keys() == names
     assert torch.equal(logits(loaded), tuned)
 
 
-@pytest.mark.parametrize(("family", "dtype", "method"), [c for c in CASES if c.values[1] == "float32"])  # absorbed bf16 is rounded
+@pytest.mark.parametrize(
+    ("family", "dtype", "method"), [c for c in CASES if c.values[1] == "float32"]
+)  # absorbed bf16 is rounded
 def test_shift_is_the_distance_of_the_absorbed_weights(loaded: load.Loaded, method: str) -> None:
     before = {n: p.detach().clone() for n, p in loaded.model.named_parameters()}
     adapter = attach(loaded, method)
@@ -257,33 +307,52 @@ def test_shift_is_the_distance_of_the_absorbed_weights(loaded: load.Loaded, meth
 
 
 def test_checks_know_what_adapters_can() -> None:
-    """The tables of checks.py, which are read before torch is imported, say what the adapters do."""
-    assert {a.peft_type for m, a in ALL.items() if isinstance(a, schema.Peft) and restarts(m)} == set(schema.KNOWN_CHANGE)
-    assert {a.peft_type for m, a in ALL.items() if isinstance(a, schema.Peft) and m not in ("dora", "oft")} == set(schema.KNOWN_CHANGE)
+    """The tables of checks.py, which are read before torch is imported, say what the adapters
+    do."""
+    assert {
+        a.peft_type for m, a in ALL.items() if isinstance(a, schema.Peft) and restarts(m)
+    } == set(schema.KNOWN_CHANGE)
+    assert {
+        a.peft_type
+        for m, a in ALL.items()
+        if isinstance(a, schema.Peft) and m not in ("dora", "oft")
+    } == set(schema.KNOWN_CHANGE)
 
 
 def test_counts_are_the_widths() -> None:
     widths = {
-        m: sum(p.numel() for p in attach(tiny("llama"), m).parameters().values()) for m in ("gain_attn", "gain_ffn", "gain_ffn_output")
+        m: sum(p.numel() for p in attach(tiny("llama"), m).parameters().values())
+        for m in ("gain_attn", "gain_ffn", "gain_ffn_output")
     }
-    assert widths == {"gain_attn": 2 * 32, "gain_ffn": 2 * (32 + 48), "gain_ffn_output": 2 * (32 + 32)}
+    assert widths == {
+        "gain_attn": 2 * 32,
+        "gain_ffn": 2 * (32 + 48),
+        "gain_ffn_output": 2 * (32 + 32),
+    }
 
 
 @pytest.mark.parametrize("side", ["input", "output"])
 @pytest.mark.parametrize("name", ["linear", "conv1d"])
 def test_gain_is_the_diagonal_on_its_side(side: str, name: str) -> None:
-    """Against explicit matrices, on a square layer, where the wrong axis would raise no error, with a bias."""
+    """Against explicit matrices, on a square layer, where the wrong axis would raise no error, with
+    a bias."""
     from transformers.pytorch_utils import Conv1D
 
     torch.manual_seed(0)
     layer: nn.Module = nn.Linear(6, 6) if name == "linear" else Conv1D(6, 6)
     nn.init.normal_(layer.bias)  # type: ignore[arg-type]
-    weight_OI = layer.weight.detach().clone() if name == "linear" else layer.weight.detach().T.clone()  # type: ignore[operator]
+    weight_OI = (
+        layer.weight.detach().clone() if name == "linear" else layer.weight.detach().T.clone()
+    )  # type: ignore[operator]
     bias, x, s = layer.bias.detach().clone(), torch.randn(5, 6), 1 + torch.randn(6)  # type: ignore[operator]
     gains = Gains({"layer": layer}, side)  # type: ignore[arg-type]
     with torch.no_grad():
         gains.gains["layer"].delta.copy_(s - 1)
-    expected = x @ (weight_OI @ torch.diag(s)).T + bias if side == "input" else (x @ weight_OI.T + bias) @ torch.diag(s)
+    expected = (
+        x @ (weight_OI @ torch.diag(s)).T + bias
+        if side == "input"
+        else (x @ weight_OI.T + bias) @ torch.diag(s)
+    )
     torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-6)
     gains.absorb()
     torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-6)
@@ -292,7 +361,8 @@ def test_gain_is_the_diagonal_on_its_side(side: str, name: str) -> None:
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2", "mistral"])
 @pytest.mark.parametrize("side", ["input", "output"])
 def test_gains_equal_pefts_ia3(family: str, side: str) -> None:
-    """PEFT's (IA)^3 with every target declared feedforward (input side), or none (output side), is the same function."""
+    """PEFT's (IA)^3 with every target declared feedforward (input side), or none (output side), is
+    the same function."""
     import peft
 
     loaded, other = tiny(family), tiny(family)
@@ -300,7 +370,11 @@ def test_gains_equal_pefts_ia3(family: str, side: str) -> None:
     names = sorted({n.split(".", 3)[-1] for n in gains.layers})
     reference = peft.get_peft_model(
         other.model,
-        peft.IA3Config(target_modules=names, feedforward_modules=names if side == "input" else [], fan_in_fan_out=family == "gpt2"),
+        peft.IA3Config(
+            target_modules=names,
+            feedforward_modules=names if side == "input" else [],
+            fan_in_fan_out=family == "gpt2",
+        ),
     )
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -326,7 +400,10 @@ def test_gradient_of_the_gain_equals_autograds() -> None:
     x, upstream = torch.randn(3, 150, 6, requires_grad=True), torch.randn(3, 150, 6)
     nn.init.normal_(gain.delta)
     (gain(x) * upstream).sum().backward()
-    plain_x, plain_delta = x.detach().clone().requires_grad_(), gain.delta.detach().clone().requires_grad_()
+    plain_x, plain_delta = (
+        x.detach().clone().requires_grad_(),
+        gain.delta.detach().clone().requires_grad_(),
+    )
     (plain_x * (1 + plain_delta) * upstream).sum().backward()
     torch.testing.assert_close(x.grad, plain_x.grad, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(gain.delta.grad, plain_delta.grad, rtol=1e-5, atol=1e-5)
@@ -376,7 +453,9 @@ def test_unknown_family_lists_candidates_and_the_key() -> None:
     loaded.model.config.model_type = "newcomer"
     with pytest.raises(ConfigError, match=r"model\.roles.*self_attn\.o_proj"):
         attach_gains(loaded.model)
-    gains = attach_gains(loaded.model, names={"attn_out": "self_attn.o_proj", "ffn_down": "mlp.down_proj"})
+    gains = attach_gains(
+        loaded.model, names={"attn_out": "self_attn.o_proj", "ffn_down": "mlp.down_proj"}
+    )
     assert len(gains.layers) == 4
     with pytest.raises(ConfigError, match=r"no module matches ffn_down='mlp\.up'"):
         attach_gains(loaded.model, names={"attn_out": "self_attn.o_proj", "ffn_down": "mlp.up"})
@@ -390,7 +469,9 @@ def test_peft_mistakes_are_one_line() -> None:
         ("LORA", {"r": 4, "target_modules": ["lm_head"]}, "output head"),
     ):
         with pytest.raises(ConfigError, match=match):
-            adapters.build(schema.Peft(kind="peft", peft_type=peft_type, config=keys)).attach(tiny("llama"))
+            adapters.build(schema.Peft(kind="peft", peft_type=peft_type, config=keys)).attach(
+                tiny("llama")
+            )
 
 
 def test_full_keeps_fp32_masters_of_a_bf16_model() -> None:

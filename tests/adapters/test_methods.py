@@ -1,4 +1,5 @@
-"""Methods against independent references: plain PEFT training loops, PEFT's own configuration classes, docs/methods.md."""
+"""Methods against independent references: plain PEFT training loops, PEFT's own configuration
+classes, docs/methods.md."""
 
 from __future__ import annotations
 
@@ -35,31 +36,48 @@ def peft_adapter(peft_type: str, roles: list[str] | None = None, **keys: Any) ->
 
 @pytest.mark.parametrize(
     ("method", "family"),
-    [*((m, "llama") for m in ("lora", "ia3", "dora", "oft")), *((m, f) for m in ("lora", "ia3") for f in ("gpt2", "qwen2", "gpt_neox"))],
+    [
+        *((m, "llama") for m in ("lora", "ia3", "dora", "oft")),
+        *((m, f) for m in ("lora", "ia3") for f in ("gpt2", "qwen2", "gpt_neox")),
+    ],
 )
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to")
 def test_losses_equal_a_plain_peft_loop(method: str, family: str) -> None:
-    """get_peft_model, AdamW and cross entropy on the same batches: the losses of ten steps agree."""
+    """get_peft_model, AdamW and cross entropy on the same batches: the losses of ten steps
+    agree."""
     import peft
 
-    row = yaml.safe_load((presets.configs_dir() / "method" / f"{method}.yaml").read_text())["adapter"]
+    row = yaml.safe_load((presets.configs_dir() / "method" / f"{method}.yaml").read_text())[
+        "adapter"
+    ]
     tokens = np.random.default_rng(0).integers(1, 257, (20, 16))
 
-    keys = dict.fromkeys(("resid_pdrop", "attn_pdrop", "embd_pdrop"), 0.0) if family == "gpt2" else {}
+    keys = (
+        dict.fromkeys(("resid_pdrop", "attn_pdrop", "embd_pdrop"), 0.0) if family == "gpt2" else {}
+    )
     loaded = tiny(family, **keys)
     torch.manual_seed(5)
     adapter = adapters.build(peft_adapter(row["peft_type"], **row["config"]))
     adapter.attach(loaded)
-    setup = schema.Train(steps=10, block=16, batch_tokens=32, lr=1e-2, schedule="constant", warmup=0.0, clip=None)
+    setup = schema.Train(
+        steps=10, block=16, batch_tokens=32, lr=1e-2, schedule="constant", warmup=0.0, clip=None
+    )
     optimizer = train.optimizer(adapter, setup)
-    steps = train.stage(loaded, adapter, Guard(), ListBlocks(tokens), setup, optimizer, index=1, seed=0)  # type: ignore[arg-type]
+    steps = train.stage(
+        loaded, adapter, Guard(), ListBlocks(tokens), setup, optimizer, index=1, seed=0
+    )  # type: ignore[arg-type]
     ours = [step["loss_nats"] for step in steps]
 
     other = tiny(family, **keys)
     torch.manual_seed(5)
     kind = {"LORA": peft.LoraConfig, "IA3": peft.IA3Config, "OFT": peft.OFTConfig}[row["peft_type"]]
     model = peft.get_peft_model(other.model, kind(task_type="CAUSAL_LM", **row["config"]))
-    plain = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, betas=(0.9, 0.999), weight_decay=0.0)
+    plain = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad],
+        lr=1e-2,
+        betas=(0.9, 0.999),
+        weight_decay=0.0,
+    )
     theirs = []
     for step in range(10):
         targets = torch.from_numpy(tokens[2 * step : 2 * step + 2])
@@ -86,13 +104,17 @@ def test_keys_of_every_peft_type_are_those_of_its_class() -> None:
     tuners, classes = Path(found.origin).parent / "tuners", real_classes()
     assert {p.parent.name.upper() for p in tuners.glob("*/config.py")} == set(classes)
     for kind, cls in classes.items():
-        assert checks._peft_keys(tuners, kind.lower()) == set(inspect.signature(cls).parameters), kind
+        assert checks._peft_keys(tuners, kind.lower()) == set(inspect.signature(cls).parameters), (
+            kind
+        )
     assert set(checks.NO_WEIGHTS) <= set(classes)
 
 
 @pytest.mark.parametrize("peft_type", sorted(checks.NO_WEIGHTS))
 def test_types_that_cannot_be_absorbed_are_refused_with_a_reason(peft_type: str) -> None:
-    with pytest.raises(ConfigError, match=f"PEFT's {peft_type} cannot be absorbed into the weights: it "):
+    with pytest.raises(
+        ConfigError, match=f"PEFT's {peft_type} cannot be absorbed into the weights: it "
+    ):
         checks._peft_keywords(peft_adapter(peft_type), str)
 
 
@@ -116,7 +138,9 @@ OTHER_START = {"C3A", "FOURIERFT", "UNILORA", "VBLORA"}
 """Types that, at PEFT's defaults, do not begin as the pretrained model."""
 
 
-@pytest.mark.parametrize("peft_type", sorted(set(real_classes()) - set(checks.NO_WEIGHTS) - {"BOFT"}))  # which builds a C++ extension
+@pytest.mark.parametrize(
+    "peft_type", sorted(set(real_classes()) - set(checks.NO_WEIGHTS) - {"BOFT"})
+)  # which builds a C++ extension
 @pytest.mark.filterwarnings("ignore")
 def test_any_other_type_keeps_the_contract_or_is_refused(peft_type: str) -> None:
     ids, before = torch.arange(1, 25).reshape(2, 12), tiny("llama")
@@ -130,7 +154,9 @@ def test_any_other_type_keeps_the_contract_or_is_refused(peft_type: str) -> None
     loaded, other = tiny("llama"), tiny("llama")
     adapter, fresh = adapters.build(settings), adapters.build(settings)
     if peft_type in OTHER_START:
-        with pytest.raises(ConfigError, match=f"{peft_type} does not start as the pretrained model"):
+        with pytest.raises(
+            ConfigError, match=f"{peft_type} does not start as the pretrained model"
+        ):
             adapter.attach(loaded)
         return
     torch.manual_seed(0)
@@ -162,14 +188,21 @@ def test_dropout_is_off_outside_training() -> None:
 
 
 def test_roles_name_the_layers_of_gains() -> None:
-    for family, suffixes in (("llama", ("o_proj", "down_proj")), ("gpt2", ("attn.c_proj", "mlp.c_proj"))):
+    for family, suffixes in (
+        ("llama", ("o_proj", "down_proj")),
+        ("gpt2", ("attn.c_proj", "mlp.c_proj")),
+    ):
         loaded = tiny(family)
         adapter = adapters.build(peft_adapter("LORA", ROLES, r=2))
         adapter.attach(loaded)
         assert isinstance(adapter, PeftAdapter)
         names = list(adapter.lora_inputs())
         assert len(names) == 4 and all(n.endswith(suffixes) for n in names)
-        (inputs,) = {tuple(a.shape for a in matrices) for n, matrices in adapter.lora_inputs().items() if n.endswith(suffixes[0])}
+        (inputs,) = {
+            tuple(a.shape for a in matrices)
+            for n, matrices in adapter.lora_inputs().items()
+            if n.endswith(suffixes[0])
+        }
         assert inputs == ((2, 32),)
 
 
@@ -190,7 +223,10 @@ def test_roles_of_ia3_mean_inputs() -> None:
 
 
 def test_roles_and_target_modules_are_refused_together() -> None:
-    with pytest.raises(ConfigError, match=r"both adapter.roles and adapter.config.target_modules.*target_modules=null"):
+    with pytest.raises(
+        ConfigError,
+        match=r"both adapter.roles and adapter.config.target_modules.*target_modules=null",
+    ):
         checks._peft_keywords(peft_adapter("LORA", ROLES, target_modules=LAYERS), str)
     checks._peft_keywords(peft_adapter("LORA", ROLES, target_modules=None), str)
 
@@ -198,7 +234,9 @@ def test_roles_and_target_modules_are_refused_together() -> None:
 @pytest.mark.parametrize("init", ["pissa", "olora"])
 def test_initial_values_that_change_the_pretrained_weights_are_refused(init: str) -> None:
     with pytest.raises(ConfigError, match="changes the pretrained weights when it is attached"):
-        adapters.build(peft_adapter("LORA", r=4, target_modules=LAYERS, init_lora_weights=init)).attach(tiny("llama"))
+        adapters.build(
+            peft_adapter("LORA", r=4, target_modules=LAYERS, init_lora_weights=init)
+        ).attach(tiny("llama"))
 
 
 @pytest.mark.parametrize(
@@ -206,13 +244,20 @@ def test_initial_values_that_change_the_pretrained_weights_are_refused(init: str
     [
         ({"target_modules": ["q_proj"], "lora_bias": True}, "biases of layers that have none"),
         ({"target_modules": ["embed_tokens"]}, "the output head's too"),
-        ({"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}, "the output head's too"),
+        (
+            {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+            "the output head's too",
+        ),
     ],
 )
 @pytest.mark.filterwarnings("ignore")
-def test_what_could_not_be_folded_afterwards_is_refused_beforehand(keys: dict[str, Any], message: str) -> None:
+def test_what_could_not_be_folded_afterwards_is_refused_beforehand(
+    keys: dict[str, Any], message: str
+) -> None:
     with pytest.raises(ConfigError, match=message):
-        adapters.build(peft_adapter("LORA", r=4, **keys)).attach(tiny("llama", tie_word_embeddings=True))
+        adapters.build(peft_adapter("LORA", r=4, **keys)).attach(
+            tiny("llama", tie_word_embeddings=True)
+        )
 
 
 def test_osf_trains_nothing_on_gpt2() -> None:
@@ -235,7 +280,9 @@ def test_any_other_type_from_the_command_line() -> None:
 
 def test_an_adapter_that_does_not_start_as_the_model_is_refused() -> None:
     with pytest.raises(ConfigError, match="LORA does not start as the pretrained model"):
-        adapters.build(peft_adapter("LORA", r=4, target_modules=LAYERS, init_lora_weights=False)).attach(tiny("llama"))
+        adapters.build(
+            peft_adapter("LORA", r=4, target_modules=LAYERS, init_lora_weights=False)
+        ).attach(tiny("llama"))
 
 
 def test_lora_that_is_more_than_a_product_neither_restarts_nor_shifts() -> None:
@@ -243,7 +290,9 @@ def test_lora_that_is_more_than_a_product_neither_restarts_nor_shifts() -> None:
         loaded = tiny("gpt2")
         adapter = adapters.build(peft_adapter("LORA", r=4, target_modules=LAYERS, **keys))
         adapter.attach(loaded)
-        with pytest.raises(ConfigError, match="PEFT's LORA with these settings does not offer handover=restart"):
+        with pytest.raises(
+            ConfigError, match="PEFT's LORA with these settings does not offer handover=restart"
+        ):
             adapter.restart()
     with pytest.raises(ConfigError, match=r"bias trains beside LORA.*bias: none"):
         adapter.keep_base()
@@ -254,8 +303,11 @@ def test_every_method_has_its_section() -> None:
     assert sorted(headings) == presets.names("method")
 
 
-def test_the_counts_in_the_documentation_are_those_of_params(capsys: pytest.CaptureFixture[str]) -> None:
-    """Every method of `python -m gain_cl params model=smollm2`, none of which it may stumble over."""
+def test_the_counts_in_the_documentation_are_those_of_params(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Every method of `python -m gain_cl params model=smollm2`, none of which it may stumble
+    over."""
     import json
 
     from gain_cl import cli
@@ -263,9 +315,19 @@ def test_the_counts_in_the_documentation_are_those_of_params(capsys: pytest.Capt
     assert cli.main(["params", "model=smollm2", "--json"]) == 0
     counted = json.loads(capsys.readouterr().out)["smollm2"]["methods"]
     sections = re.split(r"^### `", (ROOT / "docs/methods.md").read_text(), flags=re.M)[1:]
-    told = {s.split("`")[0]: [int(n.replace(",", "")) for n in re.findall(r"\[([\d,]+)\]", s.split("\n## ")[0])] for s in sections}
-    assert counted == {method: (numbers or [0])[0] for method, numbers in told.items() if method != "given"}  # which trains nothing
-    rates = {s.split("`")[0]: re.findall(r"[Rr]ate,? (\d(?:\.\d)?e-\d)", s.split("\n## ")[0]) for s in sections}
+    told = {
+        s.split("`")[0]: [
+            int(n.replace(",", "")) for n in re.findall(r"\[([\d,]+)\]", s.split("\n## ")[0])
+        ]
+        for s in sections
+    }
+    assert counted == {
+        method: (numbers or [0])[0] for method, numbers in told.items() if method != "given"
+    }  # which trains nothing
+    rates = {
+        s.split("`")[0]: re.findall(r"[Rr]ate,? (\d(?:\.\d)?e-\d)", s.split("\n## ")[0])
+        for s in sections
+    }
     for method, found in rates.items():
         row = yaml.safe_load((presets.configs_dir() / "method" / f"{method}.yaml").read_text())
         assert [float(r) for r in found] in ([], [row["train"]["lr"]]), method
@@ -277,7 +339,9 @@ def test_rsloras_scale() -> None:
     for rs in (False, True):
         loaded = tiny("llama")
         torch.manual_seed(0)
-        adapter = adapters.build(peft_adapter("LORA", r=4, lora_alpha=8, use_rslora=rs, target_modules=LAYERS))
+        adapter = adapters.build(
+            peft_adapter("LORA", r=4, lora_alpha=8, use_rslora=rs, target_modules=LAYERS)
+        )
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             adapter.attach(loaded)

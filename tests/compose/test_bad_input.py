@@ -1,7 +1,9 @@
-"""The bad-input catalogue of the reliability contract: every entry through the real command line, in a process of its own.
+"""The bad-input catalogue of the reliability contract: every entry through the real command line,
+in a process of its own.
 
-Each is one line on stderr that says what, where and what to do, the right exit code, nothing on stdout, nothing left on
-disk, and torch never imported: a folder before all others on the path holds a ``torch`` that leaves a mark and fails.
+Each is one line on stderr that says what, where and what to do, the right exit code, nothing on
+stdout, nothing left on disk, and torch never imported: a folder before all others on the path holds
+a ``torch`` that leaves a mark and fails.
 """
 
 from __future__ import annotations
@@ -30,12 +32,15 @@ COMMIT = fake_hub.SHA
 SMALL = ["sequence=smoke", "tasks=none"]
 SMOKE = ["debug=smoke"]
 
-Setup = Callable[[Path], dict[str, str] | None]  # fills the working folder; may return environment variables
+Setup = Callable[
+    [Path], dict[str, str] | None
+]  # fills the working folder; may return environment variables
 
 
 @dataclass(frozen=True)
 class Bad:
-    """One way to be wrong. entry: in the catalogue's words; argv: after ``run``; says: what stands in the line."""
+    """One way to be wrong. entry: in the catalogue's words; argv: after ``run``; says: what stands
+    in the line."""
 
     entry: str
     argv: list[str]
@@ -45,7 +50,7 @@ class Bad:
     env: dict[str, str] = field(default_factory=dict)
 
 
-# --- configuration ---------------------------------------------------------------------------------------------------
+# --- configuration --------------------------------------------------------------------------------
 
 
 def preset(path: str, text: str) -> Setup:
@@ -70,30 +75,106 @@ def torch_says(release: str, gpus: str) -> Setup:
         tool.parent.mkdir()
         tool.write_text(f"#!/bin/sh\nprintf '{gpus}'\n")
         tool.chmod(0o755)
-        return {"PYTHONPATH": str(here / "site"), "PATH": f"{here / 'bin'}{os.pathsep}{os.environ['PATH']}"}
+        return {
+            "PYTHONPATH": str(here / "site"),
+            "PATH": f"{here / 'bin'}{os.pathsep}{os.environ['PATH']}",
+        }
 
     return setup
 
 
 MY = ["--config-dir", "my"]
 CONFIG = [
-    Bad("misspelt key", ["train.lrr=1", *SMALL], 64, ["unknown key train.lrr (command line)", "did you mean train.lr?"]),
     Bad(
-        "unknown model", ["model=gpt3", *SMALL], 64, ["unknown model 'gpt3' (model=gpt3)", "did you mean gpt2?", "there is: custom, gpt2,"]
+        "misspelt key",
+        ["train.lrr=1", *SMALL],
+        64,
+        ["unknown key train.lrr (command line)", "did you mean train.lr?"],
     ),
-    Bad("unknown method", ["method=lorra", *SMALL], 64, ["unknown method 'lorra'", "did you mean lora?", "there is: dora, "]),
-    Bad("unknown domain", ["domain=[lwa]", "tasks=none"], 64, ["unknown domain 'lwa'", "did you mean law?", "there is: billsum,"]),
-    Bad("unknown task", ["sequence=smoke", "tasks.names=[bolq]"], 64, ["unknown task 'bolq' (tasks.names)", "mean boolq?", "hellaswag"]),
-    Bad("lr text", ["train.lr=fast", *SMALL], 64, ["train.lr='fast' should be a valid number", "(command line)", "correct the value"]),
-    Bad("lr zero", ["train.lr=0", *SMALL], 64, ["train.lr=0 should be greater than 0", "(command line)"]),
-    Bad("lr negative", ["train.lr=-0.001", *SMALL], 64, ["train.lr=-0.001 should be greater than 0", "(command line)"]),
-    Bad("lr nan", ["train.lr=nan", *SMALL], 64, ["train.lr=nan should be a finite number", "(command line)"]),
-    Bad("lr inf", ["train.lr=inf", *SMALL], 64, ["train.lr=inf should be a finite number", "(command line)"]),
-    Bad("seed negative", ["seed=-1", *SMALL], 64, ["seed=-1 should be greater than or equal to 0", "(command line)"]),
-    Bad("seed huge", ["seed=99999999999", *SMALL], 64, ["seed=99999999999 should be less than 2147483648", "(command line)"]),
-    Bad("repeated seed", ["-m", "seed=1,1", *SMALL], 64, ["a repeated value: seed=1,1", "(command line)", "give each value once"]),
-    Bad("repeated domain", ["domain=[law,law]", "tasks=none"], 64, ["repeated domain: law", "(command line)", "name each once"]),
-    Bad("no domains", ["domain=[]", "tasks=none"], 64, ["sequence.domains is empty", "(command line)", "name at least one"]),
+    Bad(
+        "unknown model",
+        ["model=gpt3", *SMALL],
+        64,
+        ["unknown model 'gpt3' (model=gpt3)", "did you mean gpt2?", "there is: custom, gpt2,"],
+    ),
+    Bad(
+        "unknown method",
+        ["method=lorra", *SMALL],
+        64,
+        ["unknown method 'lorra'", "did you mean lora?", "there is: dora, "],
+    ),
+    Bad(
+        "unknown domain",
+        ["domain=[lwa]", "tasks=none"],
+        64,
+        ["unknown domain 'lwa'", "did you mean law?", "there is: billsum,"],
+    ),
+    Bad(
+        "unknown task",
+        ["sequence=smoke", "tasks.names=[bolq]"],
+        64,
+        ["unknown task 'bolq' (tasks.names)", "mean boolq?", "hellaswag"],
+    ),
+    Bad(
+        "lr text",
+        ["train.lr=fast", *SMALL],
+        64,
+        ["train.lr='fast' should be a valid number", "(command line)", "correct the value"],
+    ),
+    Bad(
+        "lr zero",
+        ["train.lr=0", *SMALL],
+        64,
+        ["train.lr=0 should be greater than 0", "(command line)"],
+    ),
+    Bad(
+        "lr negative",
+        ["train.lr=-0.001", *SMALL],
+        64,
+        ["train.lr=-0.001 should be greater than 0", "(command line)"],
+    ),
+    Bad(
+        "lr nan",
+        ["train.lr=nan", *SMALL],
+        64,
+        ["train.lr=nan should be a finite number", "(command line)"],
+    ),
+    Bad(
+        "lr inf",
+        ["train.lr=inf", *SMALL],
+        64,
+        ["train.lr=inf should be a finite number", "(command line)"],
+    ),
+    Bad(
+        "seed negative",
+        ["seed=-1", *SMALL],
+        64,
+        ["seed=-1 should be greater than or equal to 0", "(command line)"],
+    ),
+    Bad(
+        "seed huge",
+        ["seed=99999999999", *SMALL],
+        64,
+        ["seed=99999999999 should be less than 2147483648", "(command line)"],
+    ),
+    Bad(
+        "repeated seed",
+        ["-m", "seed=1,1", *SMALL],
+        64,
+        ["a repeated value: seed=1,1", "(command line)", "give each value once"],
+    ),
+    Bad(
+        "repeated domain",
+        ["domain=[law,law]", "tasks=none"],
+        64,
+        ["repeated domain: law", "(command line)", "name each once"],
+    ),
+    Bad(
+        "no domains",
+        ["domain=[]", "tasks=none"],
+        64,
+        ["sequence.domains is empty", "(command line)", "name at least one"],
+    ),
     Bad(
         "no unquoted",
         [*MY, "sequence=mine", "tasks=none"],
@@ -101,10 +182,30 @@ CONFIG = [
         ["False is no name", "mine.yaml:2", "quote it"],
         preset("sequence/mine.yaml", "name: mine\ndomains: [smoke_a, no]\n"),
     ),
-    Bad("order no permutation", ["sequence.order=[0,0,1]", *SMALL], 64, ["order [0, 0, 1] is not a permutation of 0..2", "name each"]),
-    Bad("missing required value", ["~train.lr", *SMALL], 64, ["train.lr is missing", "give train.lr=VALUE"]),
-    Bad("dangling interpolation", ["train.lr=${train.rl}", *SMALL], 64, ["train.lr: Interpolation key 'train.rl' not found", "correct"]),
-    Bad("cyclic interpolation", ["train.lr=${train.eps}", "train.eps=${train.lr}", *SMALL], 64, ["Recursive interpolation", "correct"]),
+    Bad(
+        "order no permutation",
+        ["sequence.order=[0,0,1]", *SMALL],
+        64,
+        ["order [0, 0, 1] is not a permutation of 0..2", "name each"],
+    ),
+    Bad(
+        "missing required value",
+        ["~train.lr", *SMALL],
+        64,
+        ["train.lr is missing", "give train.lr=VALUE"],
+    ),
+    Bad(
+        "dangling interpolation",
+        ["train.lr=${train.rl}", *SMALL],
+        64,
+        ["train.lr: Interpolation key 'train.rl' not found", "correct"],
+    ),
+    Bad(
+        "cyclic interpolation",
+        ["train.lr=${train.eps}", "train.eps=${train.lr}", *SMALL],
+        64,
+        ["Recursive interpolation", "correct"],
+    ),
     Bad(
         "bad YAML",
         [*MY, "model=mine", *SMALL],
@@ -117,68 +218,144 @@ CONFIG = [
         [*MY, "model=mine", *SMALL],
         64,
         ["duplicate key dtype", "mine.yaml:3", "correct the file"],
-        preset("model/mine.yaml", "name: mine\ndtype: float32\ndtype: bfloat16\narch: {model_type: llama}\n"),
+        preset(
+            "model/mine.yaml",
+            "name: mine\ndtype: float32\ndtype: bfloat16\narch: {model_type: llama}\n",
+        ),
     ),
-    Bad("steps and tokens", ["train.tokens=4096", "train.steps=4", *SMALL], 64, ["train.tokens and train.steps are both given", "null"]),
+    Bad(
+        "steps and tokens",
+        ["train.tokens=4096", "train.steps=4", *SMALL],
+        64,
+        ["train.tokens and train.steps are both given", "null"],
+    ),
     Bad(
         "warm-up longer than the stage",
         ["train.steps=2", "train.tokens=null", "train.warmup=0.9", *SMALL],
         64,
         ["train.warmup=0.9 leaves no step after it", "(command line)", "lower it or train longer"],
     ),
-    Bad("batch not divisible", ["compute.micro_batch=3", *SMALL], 64, ["compute.micro_batch=3 does not divide the 2 sequences", "divisor"]),
-    Bad("LoRA rank 0", ["method=lora", "adapter.config.r=0", *SMALL], 64, ["adapter.config.r=0: a rank is a positive", "use 16, say"]),
-    Bad("LoRA rank above the width", ["method=lora", "adapter.config.r=577", *SMALL], 64, ["r=577 exceeds the width", "use 576 or less"]),
+    Bad(
+        "batch not divisible",
+        ["compute.micro_batch=3", *SMALL],
+        64,
+        ["compute.micro_batch=3 does not divide the 2 sequences", "divisor"],
+    ),
+    Bad(
+        "LoRA rank 0",
+        ["method=lora", "adapter.config.r=0", *SMALL],
+        64,
+        ["adapter.config.r=0: a rank is a positive", "use 16, say"],
+    ),
+    Bad(
+        "LoRA rank above the width",
+        ["method=lora", "adapter.config.r=577", *SMALL],
+        64,
+        ["r=577 exceeds the width", "use 576 or less"],
+    ),
     Bad(
         "block above the context",
         ["model=tiny", "train.block=2048", "train.batch_tokens=2048", *SMALL],
         64,
-        ["train.block=2048 exceeds the context of tiny, 1024 tokens", "(command line)", "use train.block=1024 or less"],
+        [
+            "train.block=2048 exceeds the context of tiny, 1024 tokens",
+            "(command line)",
+            "use train.block=1024 or less",
+        ],
     ),
     Bad(
         "cuda without CUDA",
         ["compute.device=cuda", *SMALL],
         64,
-        ["compute.device=cuda: this torch (2.9.0+cpu) has no CUDA", "(command line)", "use compute.device=cpu"],
+        [
+            "compute.device=cuda: this torch (2.9.0+cpu) has no CUDA",
+            "(command line)",
+            "use compute.device=cpu",
+        ],
         torch_says("2.9.0+cpu", ""),
     ),
     Bad(
         "cuda without a GPU",
         ["compute.device=cuda:1", *SMALL],
         64,
-        ["compute.device=cuda:1: this machine has no GPU", "(command line)", "use compute.device=cpu"],
+        [
+            "compute.device=cuda:1: this machine has no GPU",
+            "(command line)",
+            "use compute.device=cpu",
+        ],
         torch_says("2.9.0", ""),
     ),
     Bad(
         "dtype the device lacks",
         ["compute.device=cuda", "model=tiny", "model.dtype=bfloat16", *SMALL],
         64,
-        ["model.dtype=bfloat16: this GPU (compute capability 7.5)", "(command line)", "use model.dtype=float32 or float16"],
+        [
+            "model.dtype=bfloat16: this GPU (compute capability 7.5)",
+            "(command line)",
+            "use model.dtype=float32 or float16",
+        ],
         torch_says("2.9.0", "7.5\\n7.0\\n"),
     ),
-    Bad("run name upwards", ["model.name=../../x", *SMALL], 64, ["'../../x' is no name", "(command line)", "use 1-100 of"]),
-    Bad("run name empty", ["sequence.name=''", *SMALL], 64, ["sequence.name: '' is no name", "(command line)", "use 1-100 of"]),
-    Bad("run name of 300 characters", [f"model.name={'x' * 300}", *SMALL], 64, ["xxx' is no name", "(command line)", "use 1-100 of"]),
-    Bad("run name with a newline", ['model.name="a\nb"', *SMALL], 64, ["'a\\nb' is no name", "(command line)", "use 1-100 of"]),
-    Bad("run name that ends in a newline", ['model.name="ab\n"', *SMOKE], 64, ["'ab\\n' is no name", "(command line)", "use 1-100 of"]),
+    Bad(
+        "run name upwards",
+        ["model.name=../../x", *SMALL],
+        64,
+        ["'../../x' is no name", "(command line)", "use 1-100 of"],
+    ),
+    Bad(
+        "run name empty",
+        ["sequence.name=''", *SMALL],
+        64,
+        ["sequence.name: '' is no name", "(command line)", "use 1-100 of"],
+    ),
+    Bad(
+        "run name of 300 characters",
+        [f"model.name={'x' * 300}", *SMALL],
+        64,
+        ["xxx' is no name", "(command line)", "use 1-100 of"],
+    ),
+    Bad(
+        "run name with a newline",
+        ['model.name="a\nb"', *SMALL],
+        64,
+        ["'a\\nb' is no name", "(command line)", "use 1-100 of"],
+    ),
+    Bad(
+        "run name that ends in a newline",
+        ['model.name="ab\n"', *SMOKE],
+        64,
+        ["'ab\\n' is no name", "(command line)", "use 1-100 of"],
+    ),
     Bad(
         "_target_ in a user's file",
         [*MY, "model=mine", *SMALL],
         64,
         ["unknown key model.arch._target_", "mine.yaml:3", "a configuration calls no code"],
-        preset("model/mine.yaml", "name: mine\ndtype: float32\narch: {_target_: os.system, model_type: llama}\n"),
+        preset(
+            "model/mine.yaml",
+            "name: mine\ndtype: float32\narch: {_target_: os.system, model_type: llama}\n",
+        ),
     ),
 ]
 
 
-# --- data ------------------------------------------------------------------------------------------------------------
+# --- data -----------------------------------------------------------------------------------------
 
-WORDS = "The quick brown fox jumps over the lazy dog, and then it does so again, {} times in all. " * 6
-TEXT = "\n\n".join(WORDS.replace("{}", str(i)) * 4 for i in range(60)).encode()  # 60 documents of 2 kB
+WORDS = (
+    "The quick brown fox jumps over the lazy dog, and then it does so again, {} times in all. " * 6
+)
+TEXT = "\n\n".join(
+    WORDS.replace("{}", str(i)) * 4 for i in range(60)
+).encode()  # 60 documents of 2 kB
 
 
-def text(*files: tuple[str, bytes], more: Callable[[Path], dict[str, str] | None] | None = None, **source: Any) -> Setup:
-    """Files, and the presets my/domain/NAME.yaml that read them: domain NAME reads NAME.* (or ``path``)."""
+def text(
+    *files: tuple[str, bytes],
+    more: Callable[[Path], dict[str, str] | None] | None = None,
+    **source: Any,
+) -> Setup:
+    """Files, and the presets my/domain/NAME.yaml that read them: domain NAME reads NAME.* (or
+    ``path``)."""
 
     def setup(here: Path) -> dict[str, str] | None:
         (here / "my" / "domain").mkdir(parents=True)
@@ -186,14 +363,18 @@ def text(*files: tuple[str, bytes], more: Callable[[Path], dict[str, str] | None
             (here / name).parent.mkdir(parents=True, exist_ok=True)
             (here / name).write_bytes(data)
             settings = {"kind": "files", "path": name, **source}
-            (here / "my" / "domain" / f"{name.split('.')[0]}.yaml").write_text(json.dumps({"source": settings}))
+            (here / "my" / "domain" / f"{name.split('.')[0]}.yaml").write_text(
+                json.dumps({"source": settings})
+            )
         return more(here) if more else None
 
     return setup
 
 
 def lines(*rows: Any) -> bytes:
-    return b"".join((row if isinstance(row, bytes) else json.dumps(row).encode()) + b"\n" for row in rows)
+    return b"".join(
+        (row if isinstance(row, bytes) else json.dumps(row).encode()) + b"\n" for row in rows
+    )
 
 
 def unreadable(here: Path) -> None:
@@ -207,71 +388,80 @@ def archive(here: Path) -> dict[str, str]:
     with zipfile.ZipFile(folder / "thing-1.0-py3-none-any.whl", "w") as pack:
         pack.writestr("thing/speech.txt", "words")
     files = {"package": "thing==1.0", "members": "thing/*.txt", "sha256": "a" * 64}
-    (here / "my/domain/mine.yaml").write_text(json.dumps({"source": {"kind": "package", "recipe": "politics", "files": files}}))
+    (here / "my/domain/mine.yaml").write_text(
+        json.dumps({"source": {"kind": "package", "recipe": "politics", "files": files}})
+    )
     return {"GAIN_CL_CACHE": str(here / "cache")}
 
 
 def hub(repository: str, revision: str) -> Setup:
-    source = {"kind": "hub", "path": repository, "revision": revision, "files": "data/*.parquet", "fields": ["text"], "max_bytes": 9}
+    source = {
+        "kind": "hub",
+        "path": repository,
+        "revision": revision,
+        "files": "data/*.parquet",
+        "fields": ["text"],
+        "max_bytes": 9,
+    }
     return preset("domain/mine.yaml", json.dumps({"source": source}))
 
 
 MINE = [*MY, *SMOKE, "domain=[mine]", "sequence.controls=[]"]
 GOOD_LINE = {"text": "x" * 300}
 DATA_ = [
-    Bad("missing file", [*MINE, "domains.mine.source.path=none.txt"], 65, ["no such file or folder (none.txt)", "check domain.source.path"],
+    Bad("missing file", [*MINE, "domains.mine.source.path=none.txt"], 65, ["no such file " "or folder " "(none.txt)", "check domain.source.path"],
         text(("mine.txt", TEXT))),
-    Bad("folder instead of file", MINE, 65, ["the folder holds no .txt, .jsonl, .parquet file (mine.d)", "check domain.source.path"],
+    Bad("folder instead of file", MINE, 65, ["the folder holds " "no .txt, " ".jsonl, " ".parquet file " "(mine.d)", "check domain.source.path"],
         text(("mine.d/notes.csv", TEXT), path="mine.d")),
-    Bad("permission", MINE, 65, ["cannot read: Permission denied (", "mine.txt", "check the path and its permissions"],
+    Bad("permission", MINE, 65, ["cannot read: " "Permission " "denied (", "mine.txt", "check the path " "and its " "permissions"],
         text(("mine.txt", TEXT), more=unreadable)),
-    Bad("empty", MINE, 65, ["there is no text in it: empty, or blank documents only (mine.txt)", "check the file"],
+    Bad("empty", MINE, 65, ["there is no text in " "it: empty, " "or blank " "documents only " "(mine.txt)", "check the file"],
         text(("mine.txt", b""))),
-    Bad("only blank documents", MINE, 65, ["there is no text in it: empty, or blank documents only (mine.jsonl)", "check the file"],
+    Bad("only blank documents", MINE, 65, ["there is no text in " "it: empty, " "or blank " "documents " "only (mine.jsonl)", "check the file"],
         text(("mine.jsonl", lines({"text": " "}, {"text": "\n\t"})))),
-    Bad("not UTF-8", MINE, 65, ["byte 0xe9 at offset 3 is not UTF-8 (mine.txt)", "convert the file to UTF-8"],
+    Bad("not UTF-8", MINE, 65, ["byte 0xe9 at " "offset 3 is " "not UTF-8 " "(mine.txt)", "convert the file " "to UTF-8"],
         text(("mine.txt", "caf\xe9".encode("latin-1") + TEXT))),
-    Bad("UTF-16", MINE, 65, ["the text is UTF-16, not UTF-8 (mine.txt)", "iconv -f UTF-16 -t UTF-8"],
+    Bad("UTF-16", MINE, 65, ["the text is UTF-16, " "not UTF-8 " "(mine.txt)", "iconv -f UTF-16 " "-t UTF-8"],
         text(("mine.txt", TEXT.decode().encode("utf-16")))),
     Bad("gzip named .txt", MINE, 65, ["this is gzip data, not text (mine.txt)", "unpack it"],
         text(("mine.txt", gzip.compress(TEXT)))),
-    Bad("bad JSONL line", MINE, 65, ["bad JSON: ", "(mine.jsonl line 3)", "each line is one JSON object"],
+    Bad("bad JSONL line", MINE, 65, ["bad JSON: ", "(mine.jsonl line 3)", "each line is one " "JSON object"],
         text(("mine.jsonl", lines(GOOD_LINE, GOOD_LINE, b'{"text": ')))),
-    Bad("no text field", MINE, 65, ["no field 'text' (mine.jsonl line 2)", "fields: title, body; set source.field"],
+    Bad("no text field", MINE, 65, ["no field 'text' " "(mine.jsonl line 2)", "fields: title, " "body; set " "source.field"],
         text(("mine.jsonl", lines(GOOD_LINE, {"title": "x", "body": "y"})))),
-    Bad("text not a string", MINE, 65, ["the text is a list, not a string (mine.jsonl line 2)", "name another field or fix the data"],
+    Bad("text not a string", MINE, 65, ["the text is a list, not " "a string " "(mine.jsonl line 2)", "name another " "field or fix " "the data"],
         text(("mine.jsonl", lines(GOOD_LINE, {"text": ["x"]})))),
-    Bad("unpaired surrogate", MINE, 65, ["unpaired surrogate U+D83D at character 2 (mine.jsonl line 1)", "fix the data"],
+    Bad("unpaired surrogate", MINE, 65, ["unpaired surrogate " "U+D83D at " "character 2 " "(mine.jsonl line 1)", "fix the data"],
         text(("mine.jsonl", lines({"text": "ab\ud83dcd"})))),
-    Bad("document over the limit", MINE, 65, ["a document of 300 bytes exceeds max_document_bytes=100 (mine.jsonl line 1)", "split it or"],
+    Bad("document over the limit", MINE, 65, ["a document of " "300 bytes " "exceeds " "max_document_bytes=100 " "(mine.jsonl line 1)", "split it or"],
         text(("mine.jsonl", lines(GOOD_LINE)), max_document_bytes=100)),
-    Bad("domain shorter than one block", [*MINE, "domains.mine.split.test=0.9", "domains.mine.split.dev=0.1"], 65,
-        ["0 training tokens at most are less than one block of 64 (domain mine)", "give more text or a smaller train.block"],
+    Bad("domain shorter than " "one block", [*MINE, "domains.mine.split.test=0.9", "domains.mine.split.dev=0.1"], 65,
+        ["0 training tokens at most are less than one " "block of 64 " "(domain mine)", "give more text or a " "smaller " "train.block"],
         text(("mine.txt", TEXT))),
     Bad("validation empty", [*MINE, "domains.mine.split.test=0"], 65,
-        ["0 test documents, eval.documents=8 (domain mine)", "lower eval.documents, raise split.test"], text(("mine.txt", TEXT))),
+        ["0 test documents, " "eval.documents=8 " "(domain mine)", "lower eval.documents, raise " "split.test"], text(("mine.txt", TEXT))),
     Bad("validation too small", [*MINE, "eval.documents=50"], 65,
-        [" test documents, eval.documents=50 (domain mine)", "lower eval.documents, raise split.test"], text(("mine.txt", TEXT))),
-    Bad("train and validation the same file", [*MY, *SMOKE, "domain=[mine]", "sequence.controls=[other]",
-        "domains.other.source.path=mine.txt"], 65, ["mine and other are the same text (mine.txt)", "a control or a second domain must be"],
+        [" test documents, " "eval.documents=50 " "(domain mine)", "lower eval.documents, raise " "split.test"], text(("mine.txt", TEXT))),
+    Bad("train and validation the " "same file", [*MY, *SMOKE, "domain=[mine]", "sequence.controls=[other]",
+        "domains.other.source.path=mine.txt"], 65, ["mine and other are the " "same text " "(mine.txt)", "a control or " "a second " "domain must be"],
         text(("mine.txt", TEXT), ("other.txt", TEXT))),
     Bad("overlap", [*MY, *SMOKE, "domain=[mine]", "sequence.controls=[other]", "domains.other.split.test=0.6"], 65,
-        [" documents are in the training split of mine and in the test or dev split of other", "(first: ", "remove them from one"],
+        [" documents are in the training split of mine " "and in the " "test or " "dev split " "of other", "(first: ", "remove them from one"],
         text(("mine.txt", TEXT), ("other.txt", TEXT + b"\n\nand more words"))),
-    Bad("file changed since pinned", MINE, 65, ["sha256 is ", "pinned is aaaaaaaaaaaa", "thing-1.0-py3-none-any.whl", "to fetch it again"],
+    Bad("file changed " "since pinned", MINE, 65, ["sha256 is ", "pinned is aaaaaaaaaaaa", "thing-1.0-py3-none-any.whl", "to fetch it again"],
         text(more=archive)),
-    Bad("hub revision main", MINE, 64, ["domains.mine.source.revision='main' is no commit of org/name", "mine.yaml:1", "pin a 40-hex"],
+    Bad("hub revision main", MINE, 64, ["domains.mine.source.revision='main' is no " "commit of " "org/name", "mine.yaml:1", "pin a 40-hex"],
         hub("org/name", "main")),
     Bad("no network and not cached", MINE, 74,
-        ["org/name is not wholly in the local hub cache and HF_HUB_OFFLINE is set (missing: data/*.parquet)",
-         f"on a machine with network run: hf download org/name --repo-type dataset --revision {COMMIT}"],
+        ["org/name is not wholly in the local hub " "cache and " "HF_HUB_OFFLINE is set " "(missing: " "data/*.parquet)",
+         "on a machine with network run: hf download org/name " "--repo-type " "dataset " "--revision " f"{COMMIT}"],
         hub("org/name", COMMIT)),
-    Bad("no network, tried", MINE, 74, ["the hub cannot be reached (", f"hf download org/name --repo-type dataset --revision {COMMIT}"],
+    Bad("no network, tried", MINE, 74, ["the hub cannot be " "reached (", "hf download org/name " "--repo-type dataset " f"--revision {COMMIT}"],
         hub("org/name", COMMIT), {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}),
 ]  # fmt: skip
 
 
-# --- models ----------------------------------------------------------------------------------------------------------
+# --- models ---------------------------------------------------------------------------------------
 
 LLAMA: dict[str, Any] = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 8, "hidden_size": 4, "intermediate_size": 8,
@@ -283,7 +473,14 @@ SHAPES = {
     "model.layers.0.self_attn.o_proj.weight": [4, 4],
     "model.layers.0.mlp.down_proj.weight": [4, 8],
 }
-TOKENS = {"model": {"type": "BPE", "vocab": {t: i for i, t in enumerate(["<e>", *"abcdefg"])}, "merges": []}, "added_tokens": []}
+TOKENS = {
+    "model": {
+        "type": "BPE",
+        "vocab": {t: i for i, t in enumerate(["<e>", *"abcdefg"])},
+        "merges": [],
+    },
+    "added_tokens": [],
+}
 NAMED = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<e>"}
 
 
@@ -319,46 +516,49 @@ def model(
 
 
 M = ["model.path=m", "sequence=smoke", "tasks=none"]
-WIDE = {"model": {"type": "BPE", "vocab": {str(i): i for i in range(300)}, "merges": []}, "added_tokens": [{"id": 300, "content": "<e>"}]}
+WIDE = {
+    "model": {"type": "BPE", "vocab": {str(i): i for i in range(300)}, "merges": []},
+    "added_tokens": [{"id": 300, "content": "<e>"}],
+}
 MODELS = [
-    Bad("no end token", M, 65, ["the tokenizer has no end token (m)", "set model.separator_token_id"],
+    Bad("no end token", M, 65, ["the tokenizer " "has no end " "token (m)", "set model.separator_token_id"],
         model(named={"tokenizer_class": "PreTrainedTokenizerFast"})),
-    Bad("ids beyond the embedding rows", M, 65, ["token id 9 has no embedding row (8 rows) (m/tokenizer.json)", "another model's"],
+    Bad("ids beyond the " "embedding rows", M, 65, ["token id 9 has no " "embedding row " "(8 rows) " "(m/tokenizer.json)", "another model's"],
         model(tokenizer={**TOKENS, "added_tokens": [{"id": 9, "content": "<pad>"}]})),
-    Bad("another model's tokenizer", M, 65, ["token id 300 has no embedding row (8 rows) (m/tokenizer.json)", "another model's tokenizer"],
+    Bad("another model's tokenizer", M, 65, ["token id 300 has no " "embedding row " "(8 rows) " "(m/tokenizer.json)", "another model's " "tokenizer"],
         model(tokenizer=WIDE)),
-    Bad("pickle weights only", M, 65, ["only pickle weights (pytorch_model.bin) (m)", "convert them to safetensors"],
+    Bad("pickle weights only", M, 65, ["only pickle weights " "(pytorch_model.bin) (m)", "convert them to " "safetensors"],
         model(weights="pytorch_model.bin")),
-    Bad("weights cut off", M, 65, ["the weights are cut off or no safetensors file (m/model.safetensors)", "download the model again"],
+    Bad("weights cut off", M, 65, ["the weights are cut " "off or no " "safetensors file " "(m/model.safetensors)", "download the " "model again"],
         model(cut=1)),
-    Bad("needs remote code", M, 65, ["the model needs code from its repository (m/config.json)", "gain_cl never runs it"],
+    Bad("needs remote code", M, 65, ["the model needs code " "from its " "repository " "(m/config.json)", "gain_cl never runs it"],
         model(model_type="mystery", auto_map={"AutoModelForCausalLM": "modeling.Mystery"})),
-    Bad("not a causal LM", M, 65, ["not a causal language model: BertForMaskedLM (m)", "...ForCausalLM"],
+    Bad("not a causal LM", M, 65, ["not a causal " "language model: " "BertForMaskedLM (m)", "...ForCausalLM"],
         model(architectures=["BertForMaskedLM"])),
-    Bad("no module matches a role", [*M, "model.roles={attn_out: attn.out, ffn_down: mlp.down_proj}"], 64,
-        ["no module matches attn_out='attn.out' (model.roles)", "there is: mlp.down_proj, self_attn.o_proj, self_attn.q_proj"], model()),
+    Bad("no module matches a role", [*M, "model.roles={attn_out: " "attn.out, " "ffn_down: " "mlp.down_proj}"], 64,
+        ["no module matches " "attn_out='attn.out' " "(model.roles)", "there is: mlp.down_proj, " "self_attn.o_proj, " "self_attn.q_proj"], model()),
     Bad("no roles known for the family", M, 64,
-        ["no attn_out, ffn_down known for model family 'bloom' (model.roles)", "mlp.down_proj, self_attn.o_proj"],
+        ["no attn_out, ffn_down known for " "model family " "'bloom' " "(model.roles)", "mlp.down_proj, " "self_attn.o_proj"],
         model(model_type="bloom")),
-    Bad("no module matches PEFT's targets", [*M, "method=lora", "adapter.config.r=2", "adapter.config.target_modules=[c_proj]"], 64,
-        ["no module matches c_proj (adapter.config.target_modules)", "there is: down_proj, o_proj, q_proj"], model()),
-    Bad("4-bit base with merging", M, 65, ["the weights are quantised (bitsandbytes, 4 bit) (m)", "nothing can be merged into quantised"],
+    Bad("no module matches " "PEFT's targets", [*M, "method=lora", "adapter.config.r=2", "adapter.config.target_modules=[c_proj]"], 64,
+        ["no module matches c_proj " "(adapter.config.target_modules)", "there is: down_proj, " "o_proj, q_proj"], model()),
+    Bad("4-bit base with merging", M, 65, ["the weights are quantised " "(bitsandbytes, 4 " "bit) (m)", "nothing can be " "merged into " "quantised"],
         model(quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})),
 ]  # fmt: skip
 
 
-# --- runs ------------------------------------------------------------------------------------------------------------
+# --- runs -----------------------------------------------------------------------------------------
 
 SECRET = "canary-0123456789"
 RUNS = [
     Bad("secret in the configuration", ["track.name=${oc.env:HF_TOKEN}", *SMALL], 64,
-        ["track.name holds the value of $HF_TOKEN (command line)", "leave it to the environment"], env={"HF_TOKEN": SECRET}),
+        ["track.name holds the " "value of " "$HF_TOKEN " "(command line)", "leave it to the " "environment"], env={"HF_TOKEN": SECRET}),
     Bad("password in the configuration", ["track.project=https://me:pa55word@host/x", *SMALL], 64,
         ["track.project holds a password (command line)", "leave it to the environment"]),
 ]  # fmt: skip
 
 
-# --- how each is run -------------------------------------------------------------------------------------------------
+# --- how each is run ------------------------------------------------------------------------------
 
 FAKE_TORCH = """
 import os
@@ -367,25 +567,40 @@ raise ImportError("torch was imported")
 """
 
 
-def command(here: Path, argv: list[str], **env: str) -> tuple[subprocess.CompletedProcess[str], bool]:
-    """The command line in ``here``, with home and caches beside it; and whether it imported torch."""
+def command(
+    here: Path, argv: list[str], **env: str
+) -> tuple[subprocess.CompletedProcess[str], bool]:
+    """The command line in ``here``, with home and caches beside it; and whether it imported
+    torch."""
     beside = here.parent / f"{here.name}-beside"
     (beside / "path" / "torch").mkdir(parents=True)
     (beside / "path" / "torch" / "__init__.py").write_text(FAKE_TORCH)
     mark = beside / "torch-was-imported"
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "WANDB_", "GAIN_CL_"))}
-    places = {"HOME": str(beside), "XDG_CACHE_HOME": str(beside), "HF_HOME": str(beside / "hf"), "GAIN_CL_CACHE": str(beside / "cache")}
+    places = {
+        "HOME": str(beside),
+        "XDG_CACHE_HOME": str(beside),
+        "HF_HOME": str(beside / "hf"),
+        "GAIN_CL_CACHE": str(beside / "cache"),
+    }
     clean |= places | {"TORCH_MARK": str(mark), "HF_HUB_OFFLINE": "1", "PIP_NO_INDEX": "1", **env}
     paths = [str(beside / "path"), env.get("PYTHONPATH", ""), os.environ.get("PYTHONPATH", "")]
     clean["PYTHONPATH"] = os.pathsep.join(p for p in paths if p)
     done = subprocess.run(
-        [sys.executable, "-m", "gain_cl", *argv], cwd=here, env=clean, capture_output=True, text=True, timeout=120, preexec_fn=_powerless
+        [sys.executable, "-m", "gain_cl", *argv],
+        cwd=here,
+        env=clean,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        preexec_fn=_powerless,
     )
     return done, mark.exists()
 
 
 def _powerless() -> None:
-    """Root reads every file: the child may not (PR_CAPBSET_DROP of CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH)."""
+    """Root reads every file: the child may not (PR_CAPBSET_DROP of CAP_DAC_OVERRIDE and
+    CAP_DAC_READ_SEARCH)."""
     if os.geteuid() == 0:
         libc = ctypes.CDLL(None)
         libc.prctl(24, 1, 0, 0, 0), libc.prctl(24, 2, 0, 0, 0)
@@ -399,7 +614,11 @@ def refused(here: Path, argv: list[str], code: int, says: list[str], **env: str)
     """The command fails as it must."""
     before = tree(here)
     done, torch = command(here, argv, **env)
-    assert done.stderr.startswith("gain_cl: error: ") and done.stderr.count("\n") == 1 and done.stderr.endswith("\n"), done.stderr
+    assert (
+        done.stderr.startswith("gain_cl: error: ")
+        and done.stderr.count("\n") == 1
+        and done.stderr.endswith("\n")
+    ), done.stderr
     assert "Traceback" not in done.stderr and done.returncode == code, done
     missing = [words for words in says if words not in done.stderr]
     assert not missing, done.stderr
@@ -416,13 +635,27 @@ CATALOGUE = [*CONFIG, *DATA_, *MODELS, *RUNS]
 def test_one_line(bad: Bad, tmp_path: Path) -> None:
     here = tmp_path / "here"
     here.mkdir()
-    refused(here, ["run", *bad.argv], bad.code, bad.says, **{**bad.env, **((bad.setup(here) if bad.setup else None) or {})})
+    refused(
+        here,
+        ["run", *bad.argv],
+        bad.code,
+        bad.says,
+        **{**bad.env, **((bad.setup(here) if bad.setup else None) or {})},
+    )
 
 
-SEEN_BEFORE_TORCH = ["missing file", "bad JSONL line", "train and validation the same file", "validation too small", "weights cut off"]
+SEEN_BEFORE_TORCH = [
+    "missing file",
+    "bad JSONL line",
+    "train and validation the same file",
+    "validation too small",
+    "weights cut off",
+]
 
 
-@pytest.mark.parametrize("bad", [b for b in CATALOGUE if b.entry in SEEN_BEFORE_TORCH], ids=lambda b: b.entry)
+@pytest.mark.parametrize(
+    "bad", [b for b in CATALOGUE if b.entry in SEEN_BEFORE_TORCH], ids=lambda b: b.entry
+)
 def test_prepare_says_the_same(bad: Bad, tmp_path: Path) -> None:
     here = tmp_path / "here"
     here.mkdir()
@@ -440,9 +673,16 @@ def test_gated_without_a_token(kind: str, tmp_path: Path) -> None:
     here.mkdir()
     if kind == "dataset":
         hub("org/gated", COMMIT)(here)
-    argv = ["run", *MINE] if kind == "dataset" else ["run", "model.path=org/gated", f"model.revision={COMMIT}", *SMALL]
+    argv = (
+        ["run", *MINE]
+        if kind == "dataset"
+        else ["run", "model.path=org/gated", f"model.revision={COMMIT}", *SMALL]
+    )
     with fake_hub.serve(tmp_path / "hub") as (address, _):
-        says = ["org/gated is gated", "accept its terms on its hub page, then `hf auth login` or set HF_TOKEN"]
+        says = [
+            "org/gated is gated",
+            "accept its terms on its hub page, then `hf auth login` or set HF_TOKEN",
+        ]
         refused(here, argv, 65, says, HF_ENDPOINT=address, HF_HUB_OFFLINE="0")
 
 
@@ -457,7 +697,12 @@ def test_run_in_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         lock.write(json.dumps({"pid": 4321, "host": "elsewhere"}))
         lock.flush()
         fcntl.flock(lock, fcntl.LOCK_EX)
-        refused(here, ["run", *SMOKE], 73, ["the run is in use", folder.name, "4321 on elsewhere", "wait for it"])
+        refused(
+            here,
+            ["run", *SMOKE],
+            73,
+            ["the run is in use", folder.name, "4321 on elsewhere", "wait for it"],
+        )
 
 
 def begun(here: Path, *overrides: str, seed: int = 0) -> Path:
@@ -466,19 +711,30 @@ def begun(here: Path, *overrides: str, seed: int = 0) -> Path:
     plan, other = plan_.prepare(config), hydra.compose([*SMOKE, f"seed={seed}"])
     folder = here / plan.folder
     folder.mkdir(parents=True)
-    facts = {"run_id": plan.run_id, "settings": other.scientific(), "pins": plan.pins, "facts": {}, "environment": {}}
+    facts = {
+        "run_id": plan.run_id,
+        "settings": other.scientific(),
+        "pins": plan.pins,
+        "facts": {},
+        "environment": {},
+    }
     (folder / "run.json").write_text(json.dumps(facts))
     return folder
 
 
-def test_run_folder_of_another_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_folder_of_another_configuration(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     here = tmp_path / "here"
     here.mkdir()
     monkeypatch.chdir(here)
     folder = begun(here, "seed=1", seed=0)
     done, torch = command(here, ["run", *SMOKE, "seed=1"])
     assert (done.returncode, done.stdout, torch) == (65, "", False)
-    assert "the run folder is of another configuration: seed was 0, is 1" in done.stderr and folder.name in done.stderr
+    assert (
+        "the run folder is of another configuration: seed was 0, is 1" in done.stderr
+        and folder.name in done.stderr
+    )
     assert done.stderr.count("\n") == 1 and not (here / "results").exists()
 
 
@@ -487,18 +743,32 @@ def test_no_good_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     here.mkdir()
     monkeypatch.chdir(here)
     folder = begun(here)
-    checkpoint.save(folder / "ckpt/step-1", {"adapter.safetensors": b"0123456789", "state.json": b"{}"})
+    checkpoint.save(
+        folder / "ckpt/step-1", {"adapter.safetensors": b"0123456789", "state.json": b"{}"}
+    )
     (folder / "ckpt/step-1/adapter.safetensors").write_bytes(b"0123456780")
     done, torch = command(here, ["run", *SMOKE])
     assert (done.returncode, done.stdout, torch) == (65, "", False)
-    for words in ("no good checkpoint: ", "adapter.safetensors has SHA-256 ", " instead of 84d89877f0d4", "resume=never starts anew"):
+    for words in (
+        "no good checkpoint: ",
+        "adapter.safetensors has SHA-256 ",
+        " instead of 84d89877f0d4",
+        "resume=never starts anew",
+    ):
         assert words in done.stderr
     assert done.stderr.count("\n") == 1 and not (here / "results").exists()
 
 
 @pytest.mark.parametrize(
     "argv",
-    [["--help"], ["--version"], ["run", "--help"], ["run", "--cfg", "job"], ["run", "--cfg", "job", *SMOKE], ["run", "--info", "all"]],
+    [
+        ["--help"],
+        ["--version"],
+        ["run", "--help"],
+        ["run", "--cfg", "job"],
+        ["run", "--cfg", "job", *SMOKE],
+        ["run", "--info", "all"],
+    ],
     ids=" ".join,
 )
 def test_answers_without_torch(argv: list[str], tmp_path: Path) -> None:
@@ -517,5 +787,5 @@ def test_the_mark_works(tmp_path: Path) -> None:
     assert torch and done.returncode not in (0, 64, 65)
 
 
-# Elsewhere, for they come after torch: no space (needed, free), test_faults_resources.py. Tables over several runs (missing
-# cells, mixed provenance) come with the tables.
+# Elsewhere, for they come after torch: no space (needed, free), test_faults_resources.py. Tables
+# over several runs (missing cells, mixed provenance) come with the tables.

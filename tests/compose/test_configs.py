@@ -1,4 +1,5 @@
-"""Contracts of configs/: every preset composes and says what it is. A new YAML needs no edit here."""
+"""Contracts of configs/: every preset composes and says what it is. A new YAML needs no edit
+here."""
 
 from __future__ import annotations
 
@@ -29,17 +30,29 @@ def read(group: str, name: str) -> dict[str, Any]:
 @pytest.mark.parametrize("name", [n for n in presets.names("model") if n != "custom"])
 def test_model(name: str) -> None:
     model = build.compose([f"model={name}", *LIGHT]).model
-    assert model.name == name or "defaults" in read("model", name), "a model is called what its file is called"
-    assert model.arch is not None and model.arch["model_type"], "the architecture is known without a network"
-    assert model.prefix_token_id is not None or model.arch.get("bos_token_id", model.arch.get("eos_token_id")) is not None
+    assert model.name == name or "defaults" in read("model", name), (
+        "a model is called what its file is called"
+    )
+    assert model.arch is not None and model.arch["model_type"], (
+        "the architecture is known without a network"
+    )
+    assert (
+        model.prefix_token_id is not None
+        or model.arch.get("bos_token_id", model.arch.get("eos_token_id")) is not None
+    )
     if model.path is not None:
-        assert re.fullmatch(r"[\w.-]+/[\w.-]+", model.path) and schema.SHA1.match(model.revision or "")
+        assert re.fullmatch(r"[\w.-]+/[\w.-]+", model.path) and schema.SHA1.match(
+            model.revision or ""
+        )
     elif model.package is not None:
         assert model.package.sha256 and "==" in model.package.package
 
 
 def test_qwen_is_the_seven_billion_one() -> None:
-    assert build.compose(["model=qwen2.5", *LIGHT]).model == build.compose(["model=qwen2.5_7b", *LIGHT]).model
+    assert (
+        build.compose(["model=qwen2.5", *LIGHT]).model
+        == build.compose(["model=qwen2.5_7b", *LIGHT]).model
+    )
 
 
 @pytest.mark.parametrize("name", presets.names("method"))
@@ -47,11 +60,20 @@ def test_method(name: str) -> None:
     more = ["domain=[law]", "adapter.checkpoints=[x]"] if name == "given" else []
     run = build.compose([f"method={name}", *LIGHT, *more])
     assert run.method == name
-    assert run.lr_tuned_on in [None, *presets.names("model")], "says on which model its learning rate was chosen, if on any"
-    row = read("method", name)
-    assert set(row) <= {"defaults", "method", "adapter", "guard", "train", "lr_tuned_on", "handover", "regime"}, (
-        "a method is a row of a table, no more"
+    assert run.lr_tuned_on in [None, *presets.names("model")], (
+        "says on which model its learning rate was chosen, if on any"
     )
+    row = read("method", name)
+    assert set(row) <= {
+        "defaults",
+        "method",
+        "adapter",
+        "guard",
+        "train",
+        "lr_tuned_on",
+        "handover",
+        "regime",
+    }, "a method is a row of a table, no more"
     assert set(row["train"]) == {"lr"}
 
 
@@ -101,34 +123,59 @@ def test_every_key_of_run_yaml_is_explained() -> None:
     text = (ROOT / "run.yaml").read_text().split("\nhydra:")[0]
     body = text[text.index("\nmodel:") :]
     for line in body.splitlines():
-        if re.match(r" *\w+: *[^ #]", line) and not re.match(r"  (project|job_type|tags|entity):", line):
+        if re.match(r" *\w+: *[^ #]", line) and not re.match(
+            r"  (project|job_type|tags|entity):", line
+        ):
             assert "#" in line, f"no comment: {line.strip()}"
 
 
 def test_presets_compose_in_any_order() -> None:
     run = build.compose(["method=lora", "debug=smoke"])
     assert run == build.compose(["debug=smoke", "method=lora"])
-    assert (run.method, run.model.name, run.sequence.name, run.tasks.names) == ("lora", "tiny", "smoke", [])
-    assert build.compose(["debug=smoke", "model=gpt2", "train.steps=9"]).model.name == "gpt2", "the command line has the last word"
+    assert (run.method, run.model.name, run.sequence.name, run.tasks.names) == (
+        "lora",
+        "tiny",
+        "smoke",
+        [],
+    )
+    assert build.compose(["debug=smoke", "model=gpt2", "train.steps=9"]).model.name == "gpt2", (
+        "the command line has the last word"
+    )
 
 
 SHARED = [
     ["method=lora", "train.lr=1e-3", "seed=1"],
     ["method=lora", "train.lr=1e-4", "seed=0", "sequence.order=[1,0,2]", "sequence=smoke"],
     ["~train.lr", "method=lora", "++adapter.config.use_dora=true", "~adapter.config.bias"],
-    ["method=lora", "adapter.config={r: 3}", "+model.roles={attn_out: x}", "output_dir=${oc.env:HOME}", "lr_tuned_on=null"],
-    ["debug=smoke", "method=ewc", "++guard.strength=2", "+domain@domains.law=law", "++domains.law.split.test=0.3", "hydra.verbose=true"],
+    [
+        "method=lora",
+        "adapter.config={r: 3}",
+        "+model.roles={attn_out: x}",
+        "output_dir=${oc.env:HOME}",
+        "lr_tuned_on=null",
+    ],
+    [
+        "debug=smoke",
+        "method=ewc",
+        "++guard.strength=2",
+        "+domain@domains.law=law",
+        "++domains.law.split.test=0.3",
+        "hydra.verbose=true",
+    ],
 ]
 
 
 def test_runs_of_the_same_presets_compose_as_hydra_does() -> None:
-    """A session puts values into presets that it has composed already: the result is that of Hydra from the start."""
+    """A session puts values into presets that it has composed already: the result is that of Hydra
+    from the start."""
     import hydra
     from omegaconf import OmegaConf
 
     with build.session() as load:
         for words in SHARED * 2:
-            assert load(words) == OmegaConf.to_container(hydra.compose("run", overrides=words), resolve=True), words
+            assert load(words) == OmegaConf.to_container(
+                hydra.compose("run", overrides=words), resolve=True
+            ), words
         with pytest.raises(Exception, match=r"Could not override 'train\.lrr'"):
             load(["method=lora", "train.lrr=1"])
     with build.composer() as compose:
@@ -159,10 +206,18 @@ def test_parameter_counts_of_the_output_side(tmp_path: Path) -> None:
 
     (tmp_path / "method").mkdir()
     text = (ROOT / "method" / "gain_ffn.yaml").read_text()
-    text = text.replace("method: gain_ffn\nadapter:\n", "method: gain_out\nadapter:\n  side: output\n")
+    text = text.replace(
+        "method: gain_ffn\nadapter:\n", "method: gain_out\nadapter:\n  side: output\n"
+    )
     (tmp_path / "method" / "gain_out.yaml").write_text(text)
     table = params.count([f"model={','.join(PAPER)}", "method=gain_out"], [tmp_path])
-    assert [row["methods"]["gain_out"] for row in table.values()] == [92_160, 262_144, 200_704, 409_600, 1_310_720]
+    assert [row["methods"]["gain_out"] for row in table.values()] == [
+        92_160,
+        262_144,
+        200_704,
+        409_600,
+        1_310_720,
+    ]
 
 
 def test_user_presets_of_every_kind(tmp_path: Path) -> None:
@@ -172,7 +227,9 @@ def test_user_presets_of_every_kind(tmp_path: Path) -> None:
         (folder / group).mkdir(parents=True)
     (folder / "model" / "mine-3.1.yaml").write_text("defaults: [tiny, _self_]\nname: mine-3.1\n")
     (folder / "domain" / "notes.yaml").write_text("source: {kind: files, path: notes.txt}\n")
-    run = build.compose(["model=mine-3.1", "domain=notes", "tasks=none", "eval.context=64"], [folder])
+    run = build.compose(
+        ["model=mine-3.1", "domain=notes", "tasks=none", "eval.context=64"], [folder]
+    )
     assert run.model.name == "mine-3.1"
     assert run.sequence.domains == ["notes"] and run.domains["notes"].source.kind == "files"
     assert run.domains["notes"].name == "notes", "the name is the file's when the YAML gives none"
@@ -181,15 +238,29 @@ def test_user_presets_of_every_kind(tmp_path: Path) -> None:
 def test_wheel_carries_the_presets(tmp_path: Path) -> None:
     """An installed package finds its presets, from any folder."""
     wheel = pytest.importorskip("hatchling.builders.wheel")
-    [path] = wheel.WheelBuilder(str(ROOT.parent)).build(directory=str(tmp_path), versions=["standard"])
+    [path] = wheel.WheelBuilder(str(ROOT.parent)).build(
+        directory=str(tmp_path), versions=["standard"]
+    )
     with zipfile.ZipFile(path) as archive:
         archive.extractall(tmp_path / "site")
     installed = tmp_path / "site" / "gain_cl" / "configs"
     for kind in ("*.yaml", "*.safetensors"):
-        assert {p.relative_to(ROOT) for p in ROOT.rglob(kind)} == {p.relative_to(installed) for p in installed.rglob(kind)}
+        assert {p.relative_to(ROOT) for p in ROOT.rglob(kind)} == {
+            p.relative_to(installed) for p in installed.rglob(kind)
+        }
     assert (installed.parent / "experiments/pilot.yaml").is_file()
-    code = "import gain_cl, sys; from gain_cl import cli; from gain_cl.config import presets; print(presets.configs_dir()); sys.exit(cli.main(['run', '--cfg', 'job']))"
+    code = (
+        "import gain_cl, sys; from gain_cl import cli; from gain_cl.config import presets; "
+        "print(presets.configs_dir()); sys.exit(cli.main(['run', '--cfg', 'job']))"
+    )
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=environment,
+        timeout=60,
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[0] == str(installed)

@@ -1,4 +1,5 @@
-"""Instruction data: the loss is on completions alone, in training and evaluation, against references computed by hand."""
+"""Instruction data: the loss is on completions alone, in training and evaluation, against
+references computed by hand."""
 
 from __future__ import annotations
 
@@ -27,7 +28,10 @@ from gain_cl.models import forward
 from gain_cl.runs import train
 
 ROOT = Path(__file__).parents[2]
-ROWS = [{"q": f"What is {i} plus {i}?", "a": f"It is {2 * i}, naïvely – {'so ' * (i % 5)}it is."} for i in range(60)]
+ROWS = [
+    {"q": f"What is {i} plus {i}?", "a": f"It is {2 * i}, naïvely – {'so ' * (i % 5)}it is."}
+    for i in range(60)
+]
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}<|end|>\n{% endfor %}"
     "{% if add_generation_prompt %}[assistant]{% endif %}"
@@ -75,7 +79,7 @@ def by_id(rows: list[dict[str, Any]] = ROWS) -> dict[str, Pair]:
     return {document_hash(p)[:16]: p for p in (Pair(r["q"], r["a"]) for r in rows)}
 
 
-# --- what a pair is ------------------------------------------------------------------------------------------------------
+# --- what a pair is -------------------------------------------------------------------------------
 
 
 def test_tokens_and_bytes_of_a_pair(tmp_path: Path, loaded: Any) -> None:
@@ -88,24 +92,42 @@ def test_tokens_and_bytes_of_a_pair(tmp_path: Path, loaded: Any) -> None:
             pair = known[doc.id]
             assert code.decode(doc.tokens[: doc.prompt].tolist()) == pair.prompt + "\n"
             assert code.decode(doc.tokens[doc.prompt :].tolist()) == pair.completion
-            assert (doc.ends[: doc.prompt] == 0).all() and (np.diff(doc.ends[doc.prompt :].astype(int)) >= 0).all()
+            assert (doc.ends[: doc.prompt] == 0).all() and (
+                np.diff(doc.ends[doc.prompt :].astype(int)) >= 0
+            ).all()
             assert doc.ends[-1] == len(pair.completion.encode())
-        assert domain.n_bytes(split) == sum(len(known[i].completion.encode()) for i in domain.ids(split))
-        assert domain.n_prompt_tokens(split) == sum(len(known[i].prompt.encode()) + 1 for i in domain.ids(split))
+        assert domain.n_bytes(split) == sum(
+            len(known[i].completion.encode()) for i in domain.ids(split)
+        )
+        assert domain.n_prompt_tokens(split) == sum(
+            len(known[i].prompt.encode()) + 1 for i in domain.ids(split)
+        )
 
 
 def test_a_line_end_between_unless_there_is_white_space() -> None:
     assert Pair("a", "b").text == "a\nb"
-    assert [Pair(*p).text for p in (("a ", "b"), ("a", " b"), ("a\n", "b"))] == ["a b", "a b", "a\nb"]
+    assert [Pair(*p).text for p in (("a ", "b"), ("a", " b"), ("a\n", "b"))] == [
+        "a b",
+        "a b",
+        "a\nb",
+    ]
     assert instruct.show(Pair("a", "é"), None) == ("a\n", "é", 0, 2)
 
 
 def test_identity_is_prompt_and_completion_and_no_template(tmp_path: Path, loaded: Any) -> None:
     path = written(tmp_path)
-    plain, chat = (prepared(loaded, pairs(path, **keys)) for keys in ({}, {"chat_template": template(tmp_path)}))
-    assert [plain.ids(s) for s in base.SPLITS] == [chat.ids(s) for s in base.SPLITS] and plain.hash != chat.hash
+    plain, chat = (
+        prepared(loaded, pairs(path, **keys))
+        for keys in ({}, {"chat_template": template(tmp_path)})
+    )
+    assert [plain.ids(s) for s in base.SPLITS] == [
+        chat.ids(s) for s in base.SPLITS
+    ] and plain.hash != chat.hash
     assert read.pin(pairs(path)) != read.pin(pairs(path, chat_template=template(tmp_path)))
-    hashes = {document_hash(d) for d in (Pair("a", "b"), Pair("b", "a"), Pair("a", "c"), Pair("ab", ""), "a\nb")}
+    hashes = {
+        document_hash(d)
+        for d in (Pair("a", "b"), Pair("b", "a"), Pair("a", "c"), Pair("ab", ""), "a\nb")
+    }
     assert len(hashes) == 5
     assert document_hash(Pair(" A ", "b")) == document_hash(Pair("a", "B\n"))  # layout only
     assert document_hash("Some text") == text_hash("Some text")
@@ -116,18 +138,33 @@ def test_plain_text_has_the_pins_it_had(tmp_path: Path) -> None:
     path = written(tmp_path, [{"text": "x"}])
     plain = schema.Domain(name="p", source={"kind": "files", "path": str(path)})  # type: ignore[arg-type]
     assert set(read.pin(plain)) == {"kind", "text_version", "sha256", "field"}
-    hub = {"kind": "hub", "path": "o/d", "revision": "a" * 40, "files": "*", "fields": ["x"], "max_bytes": 9}
+    hub = {
+        "kind": "hub",
+        "path": "o/d",
+        "revision": "a" * 40,
+        "files": "*",
+        "fields": ["x"],
+        "max_bytes": 9,
+    }
     pin = read.pin(schema.Domain(name="h", source=hub))  # type: ignore[arg-type]
     assert pin == {"text_version": read.TEXT_VERSION, **hub}
-    own = {**hub, "fields": [], "prompt": "q", "completion": "a", "chat_template": template(tmp_path)}
+    own = {
+        **hub,
+        "fields": [],
+        "prompt": "q",
+        "completion": "a",
+        "chat_template": template(tmp_path),
+    }
     assert read.pin(schema.Domain(name="h", source=own))["chat_template"] == TEMPLATE  # type: ignore[arg-type]
 
 
-# --- evaluation ----------------------------------------------------------------------------------------------------------
+# --- evaluation -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("window", [None, 6])
-def test_evaluation_equals_transformers_on_the_completion(tmp_path: Path, loaded: Any, window: int | None) -> None:
+def test_evaluation_equals_transformers_on_the_completion(
+    tmp_path: Path, loaded: Any, window: int | None
+) -> None:
     docs = prepared(loaded, pairs(written(tmp_path))).split_documents("test")
     rows = perplexity.score(loaded, docs, window, 256, batch=4)
     for doc, row in zip(docs, rows.itertuples(), strict=True):
@@ -147,8 +184,12 @@ def test_prompt_tokens_counted_would_be_seen(tmp_path: Path, loaded: Any) -> Non
 
 
 @pytest.mark.parametrize("stride", [3, 16])
-@pytest.mark.parametrize(("prompt", "length"), [(0, 40), (5, 9), (5, 21), (15, 1), (16, 16), (40, 7), (40, 40)])
-def test_every_completion_token_once_and_the_prompt_cut_on_the_left(prompt: int, length: int, stride: int) -> None:
+@pytest.mark.parametrize(
+    ("prompt", "length"), [(0, 40), (5, 9), (5, 21), (15, 1), (16, 16), (40, 7), (40, 40)]
+)
+def test_every_completion_token_once_and_the_prompt_cut_on_the_left(
+    prompt: int, length: int, stride: int
+) -> None:
     tokens = np.arange(1, prompt + length + 1)
     cuts = perplexity.windows(tokens, 0, 16, stride, prompt=prompt)
     assert np.concatenate([w.targets for w in cuts]).tolist() == tokens[prompt:].tolist()
@@ -157,7 +198,7 @@ def test_every_completion_token_once_and_the_prompt_cut_on_the_left(prompt: int,
         assert w.inputs.tolist() == list(range(max(0, last - 16), last))
 
 
-# --- training ------------------------------------------------------------------------------------------------------------
+# --- training -------------------------------------------------------------------------------------
 
 
 def test_blocks_score_completions_and_separators_alone() -> None:
@@ -182,8 +223,13 @@ def test_training_loss_equals_cross_entropy_with_masked_labels(tmp_path: Path, l
     labels = torch.from_numpy(np.where(batch.scored_ST, batch.tokens_ST, -100))
     with torch.no_grad():
         logits = loaded.model(torch.from_numpy(inputs)).logits
-        expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100).item()
-        found = forward.loss_sum(loaded, batch.tokens_ST, None, batch.scored_ST).item() / batch.scored_ST.sum()
+        expected = torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), labels.flatten(), ignore_index=-100
+        ).item()
+        found = (
+            forward.loss_sum(loaded, batch.tokens_ST, None, batch.scored_ST).item()
+            / batch.scored_ST.sum()
+        )
         counted = forward.loss_sum(loaded, batch.tokens_ST).item() / batch.scored_ST.size
     assert found == pytest.approx(expected, rel=1e-6)
     assert counted != pytest.approx(expected, rel=1e-4)  # planted: prompt tokens counted
@@ -200,15 +246,25 @@ def test_the_trainer_reports_that_loss(tmp_path: Path, loaded: Any) -> None:
     settings = schema.Train(steps=1, block=48, batch_tokens=96, lr=1e-3, warmup=0)
     adapter = GainAdapter(["ffn_down"])
     adapter.attach(model)
-    (row,) = train.stage(model, adapter, Guard(), stream, settings, train.optimizer(adapter, settings), index=1, seed=0)
+    (row,) = train.stage(
+        model,
+        adapter,
+        Guard(),
+        stream,
+        settings,
+        train.optimizer(adapter, settings),
+        index=1,
+        seed=0,
+    )
     assert row["loss_nats"] == pytest.approx(expected, rel=1e-6)
 
 
-# --- chat templates ------------------------------------------------------------------------------------------------------
+# --- chat templates -------------------------------------------------------------------------------
 
 
 def test_a_template_by_hand(tmp_path: Path, loaded: Any) -> None:
-    """Its special token is one id, its marks are scored with the completion, its first token is not doubled."""
+    """Its special token is one id, its marks are scored with the completion, its first token is not
+    doubled."""
     tokenizer = loaded.tokenizer
     end = tokenizer.eos_token_id
     assert end == loaded.prefix_id == 0
@@ -225,49 +281,89 @@ def test_a_template_by_hand(tmp_path: Path, loaded: Any) -> None:
         after = [*bytes_of(pair.completion), end, *bytes_of("\n")]
         assert doc.tokens.tolist() == before + after and doc.prompt == len(before)
         size = len(pair.completion.encode())
-        inside = [len(pair.completion[: i + 1].encode()) for i, c in enumerate(pair.completion) for _ in c.encode()]
-        assert doc.ends[doc.prompt :].tolist() == [*inside, size, size]  # the marks are scored and have no bytes of their own
-    other = domains.prepare(pairs(written(tmp_path), chat_template=template(tmp_path, text)), tokenizer, "t", None, 5)
-    assert all(d.tokens[0] == end for d in other.split_documents("test"))  # another prefix token: it stays
+        inside = [
+            len(pair.completion[: i + 1].encode())
+            for i, c in enumerate(pair.completion)
+            for _ in c.encode()
+        ]
+        assert doc.ends[doc.prompt :].tolist() == [
+            *inside,
+            size,
+            size,
+        ]  # the marks are scored and have no bytes of their own
+    other = domains.prepare(
+        pairs(written(tmp_path), chat_template=template(tmp_path, text)), tokenizer, "t", None, 5
+    )
+    assert all(
+        d.tokens[0] == end for d in other.split_documents("test")
+    )  # another prefix token: it stays
     assert other.hash != domain.hash
 
 
-def test_bytes_are_those_of_the_completion_wherever_the_template_writes_it(tmp_path: Path, loaded: Any) -> None:
+def test_bytes_are_those_of_the_completion_wherever_the_template_writes_it(
+    tmp_path: Path, loaded: Any
+) -> None:
     text = (
-        "{% for m in messages %}[{{ m.role }}]{% if m.role == 'assistant' %}<think></think>{% endif %}{{ m.content | trim }};{% endfor %}"
+        "{% for m in messages %}[{{ m.role }}]{% if m.role == 'assistant' "
+        "%}<think></think>{% endif %}{{ m.content | trim }};{% endfor %}"
     )
     rows = [{"q": f"Is it {i}?", "a": f"  yés {i}\n"} for i in range(40)]
     source = pairs(written(tmp_path, rows), chat_template=template(tmp_path, text))
     for doc in prepared(loaded, source).split_documents("test"):
         pair = by_id(rows)[doc.id]
-        assert loaded.tokenizer.decode(doc.tokens.tolist()) == f"[user]{pair.prompt};[assistant]<think></think>{pair.completion.strip()};"
+        assert (
+            loaded.tokenizer.decode(doc.tokens.tolist())
+            == f"[user]{pair.prompt};[assistant]<think></think>{pair.completion.strip()};"
+        )
         before = len("[assistant]<think></think>")
         ends = doc.ends[doc.prompt :].tolist()
-        assert ends[:before] == [0] * before and ends[-2:] == [len(pair.completion.strip().encode())] * 2
+        assert (
+            ends[:before] == [0] * before
+            and ends[-2:] == [len(pair.completion.strip().encode())] * 2
+        )
 
 
 def test_the_models_own_template(tmp_path: Path) -> None:
     model = tiny("llama")
     source = pairs(written(tmp_path), chat_template="model")
-    with pytest.raises(DataError, match=r"the tokenizer of the model has no chat template \(domain pairs\); set source\.chat_template"):
+    with pytest.raises(
+        DataError,
+        match=r"the tokenizer of the model has no chat template \(domain pairs\); set "
+        r"source\.chat_template",
+    ):
         prepared(model, source)
     model.tokenizer.chat_template = TEMPLATE
     own = prepared(model, source)
-    assert own.hash == prepared(model, pairs(written(tmp_path), chat_template=template(tmp_path))).hash
+    assert (
+        own.hash == prepared(model, pairs(written(tmp_path), chat_template=template(tmp_path))).hash
+    )
     model.tokenizer.chat_template = {"default": TEMPLATE.replace("[", "("), "tool_use": ""}
     assert prepared(model, source).hash != own.hash  # though its pin says no more than "model"
-    model.tokenizer.chat_template = "{% if not date_string is defined %}{{ strftime_now('%d') }}{% endif %}{{ date_string }}" + TEMPLATE
+    model.tokenizer.chat_template = (
+        "{% if not date_string is defined %}{{ strftime_now('%d') }}{% endif %}{{ date_string }}"
+        + TEMPLATE
+    )
     (doc, *_) = prepared(model, source).split_documents("test")
     assert model.tokenizer.decode(doc.tokens.tolist()).startswith("26 Jul 2024[user]")
 
 
 BAD_TEMPLATES = [
     ("{{ messages[0].content }", "the chat template fails: "),
-    ("{{ raise_exception('no system message') }}", r"the chat template fails: no system message \(.*chat\.jinja\); check the template"),
-    ("{{ ''.__class__.__mro__ }}{{ messages.__class__.__base__.__subclasses__() }}", "the chat template fails: "),
-    ("{{ messages | length }}{{ messages[-1].content }}", "does not begin as it does for the prompt alone"),
     (
-        "{{ messages[0].content }}{% if messages | length == 2 %}{{ messages[1].content | upper }}{% endif %}",
+        "{{ raise_exception('no system message') }}",
+        r"the chat template fails: no system message \(.*chat\.jinja\); check the template",
+    ),
+    (
+        "{{ ''.__class__.__mro__ }}{{ messages.__class__.__base__.__subclasses__() }}",
+        "the chat template fails: ",
+    ),
+    (
+        "{{ messages | length }}{{ messages[-1].content }}",
+        "does not begin as it does for the prompt alone",
+    ),
+    (
+        "{{ messages[0].content }}{% if messages | length == 2 %}{{ messages[1].content | "
+        "upper }}{% endif %}",
         "does not write the completion",
     ),
     ("{{ strftime_now('%Y') }}{{ messages[0].content }}", "writes today's date"),
@@ -275,7 +371,9 @@ BAD_TEMPLATES = [
 ]
 
 
-@pytest.mark.parametrize(("text", "message"), BAD_TEMPLATES, ids=[case[0][:30] for case in BAD_TEMPLATES])
+@pytest.mark.parametrize(
+    ("text", "message"), BAD_TEMPLATES, ids=[case[0][:30] for case in BAD_TEMPLATES]
+)
 def test_bad_template(tmp_path: Path, loaded: Any, text: str, message: str) -> None:
     with pytest.raises(DataError, match=message) as caught:
         prepared(loaded, pairs(written(tmp_path), chat_template=template(tmp_path, text)))
@@ -284,14 +382,16 @@ def test_bad_template(tmp_path: Path, loaded: Any, text: str, message: str) -> N
 
 def test_bad_template_file(tmp_path: Path) -> None:
     path = written(tmp_path)
-    with pytest.raises(DataError, match=r"cannot read the chat template: No such file or directory \(none\.jinja\)"):
+    with pytest.raises(
+        DataError, match=r"cannot read the chat template: No such file or directory \(none\.jinja\)"
+    ):
         read.pin(pairs(path, chat_template="none.jinja"))
     (tmp_path / "bad.jinja").write_bytes(b"\xff")
     with pytest.raises(DataError, match=r"byte 0xff at offset 0 is not UTF-8 \(.*bad\.jinja\)"):
         read.pin(pairs(path, chat_template=str(tmp_path / "bad.jinja")))
 
 
-# --- bad input -----------------------------------------------------------------------------------------------------------
+# --- bad input ------------------------------------------------------------------------------------
 
 BAD_KEYS: list[tuple[dict[str, Any], str]] = [
     ({"completion": None}, r"source\.prompt is given without source\.completion"),
@@ -299,7 +399,10 @@ BAD_KEYS: list[tuple[dict[str, Any], str]] = [
     ({"completion": "q"}, "the same field, 'q'"),
     ({"field": "body"}, r"source\.field is given beside source\.prompt"),
     ({"chat_template": "chatml"}, r"'chatml' is no template; use model .* or FILE\.jinja"),
-    ({"prompt": None, "completion": None, "chat_template": "model"}, r"chat_template is for instruction data"),
+    (
+        {"prompt": None, "completion": None, "chat_template": "model"},
+        r"chat_template is for instruction data",
+    ),
 ]
 
 
@@ -313,19 +416,31 @@ def test_bad_keys_of_the_hub() -> None:
     hub = {"kind": "hub", "path": "o/d", "revision": "a" * 40, "files": "*", "max_bytes": 9}
     with pytest.raises(ValidationError, match=r"source\.fields is given beside"):
         schema.Domain(name="h", source={**hub, "fields": ["x"], "prompt": "q", "completion": "a"})  # type: ignore[arg-type]
-    with pytest.raises(ValidationError, match=r"no field is named; give source\.fields, or source\.prompt and source\.completion"):
+    with pytest.raises(
+        ValidationError,
+        match=r"no field is named; give source\.fields, or source\.prompt and source\.completion",
+    ):
         schema.Domain(name="h", source=hub)  # type: ignore[arg-type]
 
 
 GOOD = {"q": "x", "a": "y"}
 BAD_ROWS: list[tuple[dict[str, Any], str]] = [
-    ({"q": "x", "answer": "y"}, r"no field 'a' \(.*line 2\); fields: q, answer; set source\.prompt and source\.completion"),
-    ({"q": "x", "a": " \n"}, r"the completion is empty \(.*line 2\); remove the row or fix the data"),
+    (
+        {"q": "x", "answer": "y"},
+        r"no field 'a' \(.*line 2\); fields: q, answer; set source\.prompt and source\.completion",
+    ),
+    (
+        {"q": "x", "a": " \n"},
+        r"the completion is empty \(.*line 2\); remove the row or fix the data",
+    ),
     ({"q": "", "a": "y"}, r"the prompt is empty \(.*line 2\)"),
     ({"q": "x", "a": None}, r"the completion is a NoneType, not a string \(.*line 2\)"),
     ({"q": [{"role": "user"}], "a": "y"}, r"the prompt is a list, not a string \(.*line 2\)"),
     ({"q": "x", "a": "b\ud800"}, r"unpaired surrogate U\+D800 at character 1 \(.*line 2\)"),
-    ({"q": "x" * 60, "a": "y" * 60}, r"a document of 120 bytes exceeds max_document_bytes=100 \(.*line 2\)"),
+    (
+        {"q": "x" * 60, "a": "y" * 60},
+        r"a document of 120 bytes exceeds max_document_bytes=100 \(.*line 2\)",
+    ),
 ]
 
 
@@ -340,11 +455,17 @@ def test_parquet_and_text_files(tmp_path: Path) -> None:
     import pyarrow.parquet as pq
 
     pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "a.parquet")
-    assert dict(domains.collect(pairs(tmp_path / "a.parquet"))) == dict(domains.collect(pairs(written(tmp_path))))
+    assert dict(domains.collect(pairs(tmp_path / "a.parquet"))) == dict(
+        domains.collect(pairs(written(tmp_path)))
+    )
     with pytest.raises(DataError, match=r"no field 'b' \(.*a\.parquet\); fields: q, a"):
         domains.collect(pairs(tmp_path / "a.parquet", completion="b"))
     (tmp_path / "a.txt").write_text("text")
-    with pytest.raises(DataError, match=r"a \.txt file has no fields for prompt and completion \(.*a\.txt\); use \.jsonl or \.parquet"):
+    with pytest.raises(
+        DataError,
+        match=r"a \.txt file has no fields for prompt and completion \(.*a\.txt\); use \.jsonl or "
+        r"\.parquet",
+    ):
         domains.collect(pairs(tmp_path / "a.txt"))
 
 
@@ -355,49 +476,85 @@ def test_hub_pairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     folder = tmp_path / "hub" / "datasets--o--d" / "snapshots" / ("a" * 40)
     folder.mkdir(parents=True)
-    rows = [{"q": "one ", "a": {"text": ["yes"]}}, {"q": "two", "a": {"text": []}}, {"q": "three", "a": {"text": ["no"]}}]
+    rows = [
+        {"q": "one ", "a": {"text": ["yes"]}},
+        {"q": "two", "a": {"text": []}},
+        {"q": "three", "a": {"text": ["no"]}},
+    ]
     written(folder, rows, "train.jsonl")
-    keys = {"kind": "hub", "path": "o/d", "revision": "a" * 40, "files": "*.jsonl", "max_bytes": 999, "prompt": "q", "completion": "a.text"}
+    keys = {
+        "kind": "hub",
+        "path": "o/d",
+        "revision": "a" * 40,
+        "files": "*.jsonl",
+        "max_bytes": 999,
+        "prompt": "q",
+        "completion": "a.text",
+    }
     hub = schema.Domain(name="h", source=keys)  # type: ignore[arg-type]
-    assert list(domains.documents(hub)) == [Pair("one ", "yes"), Pair("three", "no")]  # without the row that has no answer
+    assert list(domains.documents(hub)) == [
+        Pair("one ", "yes"),
+        Pair("three", "no"),
+    ]  # without the row that has no answer
     written(folder, [{"q": "two", "a": {"text": ["yes", "no"]}}], "train.jsonl")
-    with pytest.raises(DataError, match=r"field 'a\.text' is a list of 2 texts \(.*line 1\); name a field with one"):
+    with pytest.raises(
+        DataError, match=r"field 'a\.text' is a list of 2 texts \(.*line 1\); name a field with one"
+    ):
         list(domains.documents(hub))
 
 
 def test_reading_pairs_needs_no_torch(tmp_path: Path) -> None:
     program = (
         "import sys; from gain_cl import domains; from gain_cl.config import schema as config\n"
-        f"source = {{'kind': 'files', 'path': {str(written(tmp_path))!r}, 'prompt': 'q', 'completion': 'a',\n"
+        f"source = {{'kind': 'files', 'path': {str(written(tmp_path))!r}, 'prompt': 'q', "
+        "'completion': 'a',\n"
         f"          'chat_template': {template(tmp_path)!r}}}\n"
-        "d = config.Domain(name='a', source=source); domains.pin(d); assert len(domains.collect(d)) == 60\n"
+        "d = config.Domain(name='a', source=source); domains.pin(d); assert "
+        "len(domains.collect(d)) == 60\n"
         "assert not {'torch', 'transformers', 'datasets'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
-# --- whole runs ----------------------------------------------------------------------------------------------------------
+# --- whole runs -----------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def documented(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     """The files of docs/data.md as a reader would save them, with data; name -> YAML."""
     monkeypatch.chdir(tmp_path)
-    blocks = [part.split("\n", 1) for part in (ROOT / "docs/data.md").read_text().split("```")[1::2]]
-    found = {body.split()[1].removesuffix(".yaml"): body for language, body in blocks if language == "yaml"}
+    blocks = [
+        part.split("\n", 1) for part in (ROOT / "docs/data.md").read_text().split("```")[1::2]
+    ]
+    found = {
+        body.split()[1].removesuffix(".yaml"): body
+        for language, body in blocks
+        if language == "yaml"
+    }
     Path("mine/domain").mkdir(parents=True)
     for name, body in found.items():
         Path(f"mine/domain/{name}.yaml").write_text(body)
     (own,) = [body for language, body in blocks if language == "jinja"]
     Path("plain.jinja").write_text(own)
     Path("texts").mkdir()
-    rows = [{"question": r["q"], "answer": r["a"], "body": f"Report {i}. " + r["a"] * 3} for i, r in enumerate(ROWS)]
+    rows = [
+        {"question": r["q"], "answer": r["a"], "body": f"Report {i}. " + r["a"] * 3}
+        for i, r in enumerate(ROWS)
+    ]
     for name in ("answers", "reports"):
         written(Path("texts"), rows, f"{name}.jsonl")
     return found
 
 
-SMALL = ["debug=smoke", "compute.threads=1", "--config-dir", "mine", "sequence.controls=[]", "eval.documents=4", "train.batch_tokens=128"]
+SMALL = [
+    "debug=smoke",
+    "compute.threads=1",
+    "--config-dir",
+    "mine",
+    "sequence.controls=[]",
+    "eval.documents=4",
+    "train.batch_tokens=128",
+]
 
 
 def run(capsys: pytest.CaptureFixture[str], *overrides: str) -> record.RunRecord:
@@ -405,13 +562,18 @@ def run(capsys: pytest.CaptureFixture[str], *overrides: str) -> record.RunRecord
     return record.load(capsys.readouterr().out.splitlines()[-1].removeprefix("record: ")).record
 
 
-def test_the_examples_of_the_documentation(documented: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_examples_of_the_documentation(
+    documented: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
     assert set(documented) == {"reports", "abstracts", "terms", "invented", "answers", "chat"}
     for name, body in documented.items():
         domain = schema.Domain(**yaml.safe_load(body))
         assert domain.name == name and read.pin(domain)
     made = run(capsys, "domain=[reports,answers]")
-    assert len(made.stages) == 3 and made.stages[2].domains["answers"].nll_nats < made.stages[0].domains["answers"].nll_nats
+    assert (
+        len(made.stages) == 3
+        and made.stages[2].domains["answers"].nll_nats < made.stages[0].domains["answers"].nll_nats
+    )
     sizes = [min(64, len(r["a"].encode())) for r in ROWS]
     assert made.stages[0].domains["answers"].tokens <= 4 * max(sizes)
     chat = run(capsys, "domain=[chat]")
@@ -419,13 +581,21 @@ def test_the_examples_of_the_documentation(documented: dict[str, str], capsys: p
     assert chat.pins["validation"]["chat"] == made.pins["validation"]["answers"]
 
 
-def test_other_prompts_are_another_run_with_other_losses(documented: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_prompts_are_another_run_with_other_losses(
+    documented: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
     """And with the same completions: of one length, so that tokens and bytes stay."""
-    rows = [{"question": f"Question {i:02d}?", "answer": f"The answer is {i:02d}."} for i in range(60)]
+    rows = [
+        {"question": f"Question {i:02d}?", "answer": f"The answer is {i:02d}."} for i in range(60)
+    ]
     written(Path("texts"), rows, "answers.jsonl")
     first = run(capsys, "domain=[answers]")
     assert run(capsys, "domain=[answers]").run_id == first.run_id
-    written(Path("texts"), [{**r, "question": r["question"].replace("Question", "Problem ")} for r in rows], "answers.jsonl")
+    written(
+        Path("texts"),
+        [{**r, "question": r["question"].replace("Question", "Problem ")} for r in rows],
+        "answers.jsonl",
+    )
     second = run(capsys, "domain=[answers]")
     assert first.run_id != second.run_id
     for a, b in zip(first.stages, second.stages, strict=True):
@@ -434,15 +604,28 @@ def test_other_prompts_are_another_run_with_other_losses(documented: dict[str, s
         assert one.nll_nats != two.nll_nats
 
 
-def test_prepare_reports_prompts_and_near_duplicates(documented: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
-    rows = [{"question": f"{i} is the number of this question about rivers and hills?", "answer": f"Yes {i}."} for i in range(60)]
+def test_prepare_reports_prompts_and_near_duplicates(
+    documented: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [
+        {
+            "question": f"{i} is the number of this question about rivers and hills?",
+            "answer": f"Yes {i}.",
+        }
+        for i in range(60)
+    ]
     written(Path("texts"), rows, "answers.jsonl")
     line = ["prepare", *SMALL, "domain=[answers]"]
     assert cli.main([*line, "--json"]) == 0
     report = json.loads(capsys.readouterr().out)["domains"]["answers"]
     for split in ("train", "dev", "test"):
         assert 0.8 < report["prompt_tokens"][split] / report["tokens"][split] < 1
-        assert report["tokens"][split] - report["prompt_tokens"][split] == report["bytes"][split]  # a byte a token
+        assert (
+            report["tokens"][split] - report["prompt_tokens"][split] == report["bytes"][split]
+        )  # a byte a token
     assert cli.main(line) == 0
     out = capsys.readouterr().out
-    assert "of the tokens are prompts, read and not scored" in out and "near duplicate in training data" in out
+    assert (
+        "of the tokens are prompts, read and not scored" in out
+        and "near duplicate in training data" in out
+    )

@@ -1,13 +1,14 @@
 """Real runs in which faults happen, and what they leave behind.
 
-A trial is a whole ``python -m gain_cl run`` in a process of its own, forked from a warm parent that has imported torch
-and everything else (2 seconds a trial instead of 10). The warm parent is itself a process of its own: it never trains, so
-that forking it is safe.
+A trial is a whole ``python -m gain_cl run`` in a process of its own, forked from a warm parent that
+has imported torch and everything else (2 seconds a trial instead of 10). The warm parent is itself
+a process of its own: it never trains, so that forking it is safe.
 
     with Warm() as warm:
-        result = warm.run(folder, "seed=1", env={"GAIN_CL_FAILPOINT": "commit@2"})      # dies there: result.code == -9
-        result = warm.run(folder, patch="twins:in_place", after=[(0.7, signal.SIGTERM)])  # with a patch, and a signal
-        assert evidence(folder) == evidence(undisturbed)
+        result = warm.run(folder, "seed=1", env={"GAIN_CL_FAILPOINT": "commit@2"})      # dies
+        there: result.code == -9 result = warm.run(folder, patch="twins:in_place", after=[(0.7,
+        signal.SIGTERM)])  # with a patch, and a signal assert evidence(folder) ==
+        evidence(undisturbed)
 """
 
 from __future__ import annotations
@@ -27,7 +28,13 @@ from typing import Any, NamedTuple
 
 from conftest import HELPERS
 
-SMOKE = ("debug=smoke", "tasks=none", "checkpoint.every_steps=1", "compute.threads=1", "compute.device=cpu")
+SMOKE = (
+    "debug=smoke",
+    "tasks=none",
+    "checkpoint.every_steps=1",
+    "compute.threads=1",
+    "compute.device=cpu",
+)
 """Three domains of four steps on a tiny random model, saved at every step."""
 
 
@@ -42,8 +49,9 @@ class Result(NamedTuple):
 
 @dataclass
 class Outcome:
-    """What a campaign found. injected, survived: faults; compared: bytes that were held against the undisturbed run's;
-    failures: one line for each trial that was not survived; notes: what else a reader wants to know."""
+    """What a campaign found. injected, survived: faults; compared: bytes that were held against the
+    undisturbed run's; failures: one line for each trial that was not survived; notes: what else a
+    reader wants to know."""
 
     name: str
     injected: int = 0
@@ -61,14 +69,22 @@ class Outcome:
         self.failures += [f"{where}: {'; '.join(complaints)}"] if complaints else []
 
     def row(self) -> str:
-        """A row of the table of docs/reliability.md: campaign, injected, survived, bytes compared, seconds, notes."""
-        cells = [self.name, f"{self.injected:,}", f"{self.survived:,}", f"{self.compared:,}", f"{self.seconds:,.0f}", "; ".join(self.notes)]
+        """A row of the table of docs/reliability.md: campaign, injected, survived, bytes compared,
+        seconds, notes."""
+        cells = [
+            self.name,
+            f"{self.injected:,}",
+            f"{self.survived:,}",
+            f"{self.compared:,}",
+            f"{self.seconds:,.0f}",
+            "; ".join(self.notes),
+        ]
         return f"| {' | '.join(cells)} |"
 
 
 class Warm:
-    """A warm parent; a context manager. composed_once: it composes each configuration once, and its trials are spared that
-    (half of their time); imports: more modules that it loads."""
+    """A warm parent; a context manager. composed_once: it composes each configuration once, and its
+    trials are spared that (half of their time); imports: more modules that it loads."""
 
     def __init__(self, composed_once: bool = False, imports: Sequence[str] = ()) -> None:
         self._asked = {"composed_once": composed_once, "imports": list(imports)}
@@ -79,7 +95,13 @@ class Warm:
             "OMP_NUM_THREADS": "1",
             "PYTHONPATH": os.pathsep.join([HELPERS, os.environ.get("PYTHONPATH", "")]),
         }
-        self._process = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
+        self._process = subprocess.Popen(
+            [sys.executable, __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=env,
+        )
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(self._asked) + "\n")
         self._process.stdin.flush()
@@ -102,14 +124,32 @@ class Warm:
         limits: dict[str, int] | None = None,
         argv: Sequence[str] | None = None,
     ) -> Result:
-        """One trial in folder/runs and folder/results. patch: MODULE:FUNCTION called in the child before the run (tests/ is
-        on its path), with arguments after a comma; several are parted by semicolons. after: (seconds since the fork,
-        signal) to send. limits: RLIMIT_NAME -> bytes. argv: the whole command instead of run with overrides."""
+        """One trial in folder/runs and folder/results. patch: MODULE:FUNCTION called in the child
+        before the run (tests/ is on its path), with arguments after a comma; several are parted by
+        semicolons. after: (seconds since the fork, signal) to send. limits: RLIMIT_NAME -> bytes.
+        argv: the whole command instead of run with overrides."""
         folder.mkdir(parents=True, exist_ok=True)
         for name in (".out", ".err"):  # it may be killed before it opens them
             (folder / name).write_text("")
-        words = list(argv) if argv is not None else ["run", *base, *overrides, f"output_dir={folder}/runs", f"results_dir={folder}/results"]
-        asked = {"argv": words, "env": env or {}, "patch": patch, "after": list(after), "limits": limits or {}, "folder": str(folder)}
+        words = (
+            list(argv)
+            if argv is not None
+            else [
+                "run",
+                *base,
+                *overrides,
+                f"output_dir={folder}/runs",
+                f"results_dir={folder}/results",
+            ]
+        )
+        asked = {
+            "argv": words,
+            "env": env or {},
+            "patch": patch,
+            "after": list(after),
+            "limits": limits or {},
+            "folder": str(folder),
+        }
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(asked) + "\n")
         self._process.stdin.flush()
@@ -124,12 +164,17 @@ class Warm:
         return json.loads(line)
 
 
-EVIDENCE = ("results/runs/*.items.parquet", "runs/*/matrix.csv", "runs/*/stages/*/*.safetensors", "runs/*/stages/*/scores.parquet")
+EVIDENCE = (
+    "results/runs/*.items.parquet",
+    "runs/*/matrix.csv",
+    "runs/*/stages/*/*.safetensors",
+    "runs/*/stages/*/scores.parquet",
+)
 
 
 def evidence(folder: Path) -> dict[str, str]:
-    """SHA-256 of everything that must not depend on interruptions: scores, per-item values, matrix, trained weights, and the
-    record but for times and places."""
+    """SHA-256 of everything that must not depend on interruptions: scores, per-item values, matrix,
+    trained weights, and the record but for times and places."""
     from gain_cl.measure import record
 
     found: dict[str, str] = {}
@@ -144,7 +189,11 @@ def evidence(folder: Path) -> dict[str, str]:
 
 def evidence_bytes(folder: Path) -> int:
     """Bytes of the files that ``evidence`` hashes."""
-    return sum(path.stat().st_size for pattern in (*EVIDENCE, "results/runs/*.json") for path in folder.glob(pattern))
+    return sum(
+        path.stat().st_size
+        for pattern in (*EVIDENCE, "results/runs/*.json")
+        for path in folder.glob(pattern)
+    )
 
 
 def steps(folder: Path) -> list[tuple[int, int]]:
@@ -155,12 +204,25 @@ def steps(folder: Path) -> list[tuple[int, int]]:
 
 
 def leftovers(folder: Path) -> list[str]:
-    """What a finished run must not leave: temporaries, locks, checkpoints, cells of its own, a note of a failure."""
-    patterns = ("**/.tmp-*", "**/.*.tmp", "runs/*/LOCK", "runs/*/ckpt", "runs/*/cells", "runs/*/failure.json")
-    return sorted(str(p.relative_to(folder)) for pattern in patterns for p in folder.glob(pattern) if p.parent.parent.name != "cells")
+    """What a finished run must not leave: temporaries, locks, checkpoints, cells of its own, a note
+    of a failure."""
+    patterns = (
+        "**/.tmp-*",
+        "**/.*.tmp",
+        "runs/*/LOCK",
+        "runs/*/ckpt",
+        "runs/*/cells",
+        "runs/*/failure.json",
+    )
+    return sorted(
+        str(p.relative_to(folder))
+        for pattern in patterns
+        for p in folder.glob(pattern)
+        if p.parent.parent.name != "cells"
+    )
 
 
-# --- the warm parent -------------------------------------------------------------------------------------------------
+# --- the warm parent ------------------------------------------------------------------------------
 
 
 def serve() -> None:
@@ -194,24 +256,35 @@ def serve() -> None:
         if child == 0:
             trial(asked)
         for seconds, number in asked["after"]:
-            while time.monotonic() - begun < seconds and os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+            while (
+                time.monotonic() - begun < seconds
+                and os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+            ):
                 time.sleep(0.002)
             if os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
                 os.kill(child, number)
         _, status = os.waitpid(child, 0)
-        print(json.dumps({"code": os.waitstatus_to_exitcode(status), "seconds": time.monotonic() - begun}), flush=True)
+        print(
+            json.dumps(
+                {"code": os.waitstatus_to_exitcode(status), "seconds": time.monotonic() - begun}
+            ),
+            flush=True,
+        )
 
 
 _composed: dict[tuple[str, ...], Any] = {}
 
 
 def compose_once(argv: list[str]) -> None:
-    """Let build.compose answer for this command (and leave others to it) without composing again; only the folders differ."""
+    """Let build.compose answer for this command (and leave others to it) without composing again;
+    only the folders differ."""
     from gain_cl.compose import hydra as build
     from gain_cl.errors import GainError
 
     compose = build.compose.__wrapped__ if hasattr(build.compose, "__wrapped__") else build.compose
-    folders = dict(word.split("=", 1) for word in argv if word.startswith(("output_dir=", "results_dir=")))
+    folders = dict(
+        word.split("=", 1) for word in argv if word.startswith(("output_dir=", "results_dir="))
+    )
     rest = tuple(word for word in argv if word.split("=")[0] not in folders)
     if argv[0] != "run" or any(word.startswith("-") for word in argv):
         return

@@ -1,7 +1,8 @@
-"""Campaigns of kills and of requests to stop: each trial's end must be the undisturbed run's, bit for bit.
+"""Campaigns of kills and of requests to stop: each trial's end must be the undisturbed run's, bit
+for bit.
 
-A trial also logs every optimiser step and every scored cell that was computed, in all of its attempts, so that work done
-twice is counted: a silent restart gives the right numbers too.
+A trial also logs every optimiser step and every scored cell that was computed, in all of its
+attempts, so that work done twice is counted: a silent restart gives the right numbers too.
 """
 
 from __future__ import annotations
@@ -58,8 +59,8 @@ guards.register("memory", Memory)
 
 
 class Case(NamedTuple):
-    """A configuration to disturb. every: the longest stretch of steps that a fault may cost; cache: with an empty token
-    cache of its own, so that it tokenises."""
+    """A configuration to disturb. every: the longest stretch of steps that a fault may cost; cache:
+    with an empty token cache of its own, so that it tokenises."""
 
     name: str
     overrides: tuple[str, ...]
@@ -68,9 +69,12 @@ class Case(NamedTuple):
     base: tuple[str, ...] = SMOKE
 
     def prepared(self, root: Path) -> Case:
-        """With what it overrides taken out of the base, and the plugin's file where it asks for one."""
+        """With what it overrides taken out of the base, and the plugin's file where it asks for
+        one."""
         keys = {word.split("=")[0] for word in self.overrides}
-        self = self._replace(base=tuple(word for word in self.base if word.split("=")[0] not in keys))
+        self = self._replace(
+            base=tuple(word for word in self.base if word.split("=")[0] not in keys)
+        )
         if "guard.kind=memory" not in self.overrides:
             return self
         path = root / "memory_guard.py"
@@ -83,12 +87,29 @@ class Case(NamedTuple):
 GAIN = Case("gain_ffn", ())
 CASES = (
     GAIN,
-    Case("lora with dropout, every 3 steps", ("method=lora", "++adapter.config.lora_dropout=0.2", "checkpoint.every_steps=3"), 3),
+    Case(
+        "lora with dropout, every 3 steps",
+        ("method=lora", "++adapter.config.lora_dropout=0.2", "checkpoint.every_steps=3"),
+        3,
+    ),
     Case("full, last state kept", ("method=full",)),
-    Case("full, all states kept, stages only", ("method=full", "checkpoint.keep_stages=all", "checkpoint.every_steps=null"), 4),
-    Case("carried optimiser, every 3 steps", ("train.optimizer=carried", "checkpoint.every_steps=3"), 3),
+    Case(
+        "full, all states kept, stages only",
+        ("method=full", "checkpoint.keep_stages=all", "checkpoint.every_steps=null"),
+        4,
+    ),
+    Case(
+        "carried optimiser, every 3 steps",
+        ("train.optimizer=carried", "checkpoint.every_steps=3"),
+        3,
+    ),
     Case("guard with memory", ("method=gain_attn", "guard.kind=memory")),
-    Case("last state kept, stages only, nothing cached", ("checkpoint.keep_stages=last", "checkpoint.every_steps=null"), 4, True),
+    Case(
+        "last state kept, stages only, nothing cached",
+        ("checkpoint.keep_stages=last", "checkpoint.every_steps=null"),
+        4,
+        True,
+    ),
 )
 TASK = Case("one task", ("tasks.names=[boolq@8]", "sequence.domains=[smoke_a]"))
 REAL = tuple(
@@ -113,7 +134,7 @@ REAL = tuple(
 )
 
 
-# --- one trial -------------------------------------------------------------------------------------------------------
+# --- one trial ------------------------------------------------------------------------------------
 
 
 def log_work(path: str) -> None:
@@ -151,7 +172,8 @@ def redone(folder: Path, kind: str) -> int:
 
 
 def own_cache(folder: Path) -> Path:
-    """A cache of a trial's own without tokens; what would have to be fetched is that of the usual cache."""
+    """A cache of a trial's own without tokens; what would have to be fetched is that of the usual
+    cache."""
     from gain_cl.system import hashes
 
     cache = folder / "cache"
@@ -162,12 +184,19 @@ def own_cache(folder: Path) -> Path:
     return cache
 
 
-def attempt(warm: Warm, case: Case, folder: Path, patch: str | None = None, **keywords: Any) -> Result:
+def attempt(
+    warm: Warm, case: Case, folder: Path, patch: str | None = None, **keywords: Any
+) -> Result:
     """One process of a trial, killed when it hangs."""
-    env = {**keywords.pop("env", {}), **({"GAIN_CL_CACHE": str(own_cache(folder))} if case.cache else {})}
+    env = {
+        **keywords.pop("env", {}),
+        **({"GAIN_CL_CACHE": str(own_cache(folder))} if case.cache else {}),
+    }
     patches = ";".join(filter(None, (patch, f"campaign_kill:log_work,{folder}/work.log")))
     after = [*keywords.pop("after", ()), (HANG_SECONDS, signal.SIGKILL)]
-    return warm.run(folder, *case.overrides, base=case.base, env=env, patch=patches, after=after, **keywords)
+    return warm.run(
+        folder, *case.overrides, base=case.base, env=env, patch=patches, after=after, **keywords
+    )
 
 
 def label(*parts: Any) -> str:
@@ -186,13 +215,20 @@ def undisturbed(warm: Warm, case: Case, root: Path, patch: str | None = None) ->
     return folder, float((folder / "seconds").read_text())
 
 
-def complaints(folder: Path, reference: Path, result: Result, steps_again: int, cells_again: int | None = None) -> list[str]:
-    """What is wrong with a trial that has come to its end. steps_again, cells_again: what may have been computed twice."""
+def complaints(
+    folder: Path, reference: Path, result: Result, steps_again: int, cells_again: int | None = None
+) -> list[str]:
+    """What is wrong with a trial that has come to its end. steps_again, cells_again: what may have
+    been computed twice."""
     if result.code != 0:
         return [f"exit code {result.code}: {result.err.strip()[-300:]}"]
     found = []
     mine, theirs = evidence(folder), evidence(reference)
-    found += [f"{name} differs" for name in sorted(mine.keys() | theirs.keys()) if mine.get(name) != theirs.get(name)]
+    found += [
+        f"{name} differs"
+        for name in sorted(mine.keys() | theirs.keys())
+        if mine.get(name) != theirs.get(name)
+    ]
     if not theirs:
         found.append("nothing to compare")
     if steps(folder) != steps(reference):
@@ -206,7 +242,7 @@ def complaints(folder: Path, reference: Path, result: Result, steps_again: int, 
     return found
 
 
-# --- kill -9 at I/O boundaries ---------------------------------------------------------------------------------------
+# --- kill -9 at I/O boundaries --------------------------------------------------------------------
 
 
 def trace(warm: Warm, case: Case, folder: Path, patch: str | None = None) -> list[str]:
@@ -221,23 +257,37 @@ def trace(warm: Warm, case: Case, folder: Path, patch: str | None = None) -> lis
 def boundaries(reached: Sequence[str]) -> list[str]:
     """NAME@N of the first, middle and last time each failpoint is reached."""
     counts = Counter(reached)
-    return [f"{name}@{n}" for name in counts for n in sorted({1, (counts[name] + 1) // 2, counts[name]})]
+    return [
+        f"{name}@{n}" for name in counts for n in sorted({1, (counts[name] + 1) // 2, counts[name]})
+    ]
 
 
 def kill_at_boundaries(
-    warm: Warm, root: Path, case: Case, points: Sequence[str] | None = None, patch: str | None = None, only: tuple[str, ...] = ("",)
+    warm: Warm,
+    root: Path,
+    case: Case,
+    points: Sequence[str] | None = None,
+    patch: str | None = None,
+    only: tuple[str, ...] = ("",),
 ) -> Outcome:
-    """points: NAME@N; None: all that the case reaches, each at its first, middle and last time. only: names that begin so."""
+    """points: NAME@N; None: all that the case reaches, each at its first, middle and last time.
+    only: names that begin so."""
     begun, case = time.monotonic(), case.prepared(root)
     outcome = Outcome(f"kill -9 at I/O boundaries, {case.name}")
     if points is None:
-        points = [p for p in boundaries(trace(warm, case, root / "trace" / label(case), patch)) if p.startswith(only)]
+        points = [
+            p
+            for p in boundaries(trace(warm, case, root / "trace" / label(case), patch))
+            if p.startswith(only)
+        ]
     reference, _ = undisturbed(warm, case, root, patch)
     for point in points:
         folder = root / "boundary" / f"{point.replace('@', '-')}-{time.monotonic_ns()}"
         result = attempt(warm, case, folder, patch, env={"GAIN_CL_FAILPOINT": point})
         if result.code != -signal.SIGKILL:
-            outcome.count(1, [f"never reached: exit code {result.code} {result.err.strip()[-200:]}"], point)
+            outcome.count(
+                1, [f"never reached: exit code {result.code} {result.err.strip()[-200:]}"], point
+            )
             continue
         result = attempt(warm, case, folder, patch)
         found = complaints(folder, reference, result, case.every, 1)
@@ -249,13 +299,20 @@ def kill_at_boundaries(
     return outcome
 
 
-# --- kill -9 at random moments ---------------------------------------------------------------------------------------
+# --- kill -9 at random moments --------------------------------------------------------------------
 
 
 def kill_at_random(
-    warm: Warm, root: Path, trials: int, cases: Sequence[Case] = CASES, patch: str | None = None, seed: int = 0, most: int = 3
+    warm: Warm,
+    root: Path,
+    trials: int,
+    cases: Sequence[Case] = CASES,
+    patch: str | None = None,
+    seed: int = 0,
+    most: int = 3,
 ) -> Outcome:
-    """trials: runs, each killed up to ``most`` times, at least once, at U(0, T), T the undisturbed seconds; the cases in turn."""
+    """trials: runs, each killed up to ``most`` times, at least once, at U(0, T), T the undisturbed
+    seconds; the cases in turn."""
     begun, rng = time.monotonic(), random.Random(seed)
     outcome = Outcome("kill -9 at random moments")
     cases = [case.prepared(root) for case in cases]
@@ -266,13 +323,19 @@ def kill_at_random(
         folder, moments = root / "random" / f"{trial}-{time.monotonic_ns()}", []
         for _ in range(rng.randint(1, most)):
             at = rng.uniform(0, seconds)
-            if attempt(warm, case, folder, patch, after=[(at, signal.SIGKILL)]).code != -signal.SIGKILL:
+            if (
+                attempt(warm, case, folder, patch, after=[(at, signal.SIGKILL)]).code
+                != -signal.SIGKILL
+            ):
                 break  # it was done before
             moments.append(at)
         if not moments:
             shutil.rmtree(folder)
             continue
-        where = f"trial {trial}, {case.name}, killed at {', '.join(f'{m:.2f}' for m in moments)} of {seconds:.2f} s"
+        where = (
+            f"trial {trial}, {case.name}, killed at {', '.join(f'{m:.2f}' for m in moments)} "
+            f"of {seconds:.2f} s"
+        )
         result = attempt(warm, case, folder, patch)
         again += redone(folder, "step")
         found = complaints(folder, reference, result, len(moments) * case.every, len(moments))
@@ -286,13 +349,14 @@ def kill_at_random(
     return outcome
 
 
-# --- asked to stop ---------------------------------------------------------------------------------------------------
+# --- asked to stop --------------------------------------------------------------------------------
 
 PLACES = ("train", "score", "tokenise", "load")
 
 
 def signal_in(place: str, name: str, number: str) -> None:
-    """In the child: it gets the signal ``name`` when ``place`` (of PLACES) is reached for the ``number``-th time, from 1."""
+    """In the child: it gets the signal ``name`` when ``place`` (of PLACES) is reached for the
+    ``number``-th time, from 1."""
     from gain_cl.domains import domain
     from gain_cl.measure import perplexity
     from gain_cl.models import load
@@ -317,7 +381,8 @@ def signal_in(place: str, name: str, number: str) -> None:
 
 
 def mark_listening(path: str) -> None:
-    """In the child: note when the run begins and ends to listen for signals, in seconds of the monotonic clock."""
+    """In the child: note when the run begins and ends to listen for signals, in seconds of the
+    monotonic clock."""
     from gain_cl.runs import run
 
     execute = run.execute
@@ -333,9 +398,17 @@ def mark_listening(path: str) -> None:
     run.execute = marked  # type: ignore[assignment]
 
 
-def preempt(warm: Warm, root: Path, trials: int, cases: Sequence[Case] = CASES, patch: str | None = None, seed: int = 0) -> Outcome:
-    """trials: requests to stop, TERM, USR1 and INT in turn, one at a fixed place and one at a random moment in turn. Each must
-    end in exit code 75 with nothing lost: not one step is done again."""
+def preempt(
+    warm: Warm,
+    root: Path,
+    trials: int,
+    cases: Sequence[Case] = CASES,
+    patch: str | None = None,
+    seed: int = 0,
+) -> Outcome:
+    """trials: requests to stop, TERM, USR1 and INT in turn, one at a fixed place and one at a
+    random moment in turn. Each must end in exit code 75 with nothing lost: not one step is done
+    again."""
     begun, rng = time.monotonic(), random.Random(seed)
     outcome, longest, trial = Outcome("TERM, USR1, INT"), 0.0, 0
     cases = [case.prepared(root) for case in cases]
@@ -347,18 +420,33 @@ def preempt(warm: Warm, root: Path, trials: int, cases: Sequence[Case] = CASES, 
             place = PLACES[trial // 2 % len(PLACES)]
             case = case._replace(cache=case.cache or place == "tokenise")
             done = Counter(line.split()[0] for line in work(reference))
-            times = {"train": rng.randint(1, done["step"]), "score": rng.randint(1, done["cell"])}.get(place, 1)
+            times = {
+                "train": rng.randint(1, done["step"]),
+                "score": rng.randint(1, done["cell"]),
+            }.get(place, 1)
             where = f"{name} in {place} {times}"
-            result = attempt(warm, case, folder, ";".join(filter(None, (patch, f"campaign_kill:signal_in,{place},{name},{times}"))))
+            result = attempt(
+                warm,
+                case,
+                folder,
+                ";".join(filter(None, (patch, f"campaign_kill:signal_in,{place},{name},{times}"))),
+            )
             listening = True
         else:
             at = rng.uniform(0.1, seconds)
             where = f"{name} at {at:.2f} of {seconds:.2f} s"
-            mark = ";".join(filter(None, (patch, f"campaign_kill:mark_listening,{folder}/listening")))
+            mark = ";".join(
+                filter(None, (patch, f"campaign_kill:mark_listening,{folder}/listening"))
+            )
             result = attempt(warm, case, folder, mark, after=[(at, getattr(signal, name))])
-            marks = (folder / "listening").read_text().split() if (folder / "listening").exists() else []
+            marks = (
+                (folder / "listening").read_text().split()
+                if (folder / "listening").exists()
+                else []
+            )
             longest = max(longest, result.seconds - at if result.code == 75 else 0.0)
-            # before it listens nothing has begun, after it everything is written: it may die of the signal as any program does
+            # before it listens nothing has begun, after it everything is written: it may die of the
+            # signal as any program does
             early_or_late = len(marks) != 1 and result.code in (-getattr(signal, name), 130)
             listening = not early_or_late and result.code != 0
         trial += 1
@@ -366,11 +454,17 @@ def preempt(warm: Warm, root: Path, trials: int, cases: Sequence[Case] = CASES, 
             shutil.rmtree(folder)
             continue
         if result.code != 75:
-            outcome.count(1, [f"exit code {result.code} instead of 75: {result.err.strip()[-300:]}"], f"{case.name}, {where}")
+            outcome.count(
+                1,
+                [f"exit code {result.code} instead of 75: {result.err.strip()[-300:]}"],
+                f"{case.name}, {where}",
+            )
             continue
         result = attempt(warm, case, folder, patch)
         found = complaints(folder, reference, result, 0, 0)
-        outcome.count(1, found, f"{case.name}, {where}", evidence_bytes(folder) if result.code == 0 else 0)
+        outcome.count(
+            1, found, f"{case.name}, {where}", evidence_bytes(folder) if result.code == 0 else 0
+        )
         if not found:
             shutil.rmtree(folder)
     outcome.seconds = time.monotonic() - begun
@@ -398,15 +492,27 @@ def stuck(path: str) -> None:
 
 
 def quit_at_once(warm: Warm, root: Path, case: Case = GAIN) -> Outcome:
-    """A second Ctrl-C ends a process that does not come to a safe point: at once, and nothing is lost by it."""
+    """A second Ctrl-C ends a process that does not come to a safe point: at once, and nothing is
+    lost by it."""
     begun, outcome, case = time.monotonic(), Outcome("second INT"), case.prepared(root)
     reference, seconds = undisturbed(warm, case, root)
     folder = root / "stuck"
-    result = attempt(warm, case, folder, f"campaign_kill:stuck,{folder}/begun", after=[(3 * seconds + 5, signal.SIGINT)])
+    result = attempt(
+        warm,
+        case,
+        folder,
+        f"campaign_kill:stuck,{folder}/begun",
+        after=[(3 * seconds + 5, signal.SIGINT)],
+    )
     found = [] if (folder / "begun").exists() else ["it was not stuck when the second signal came"]
     if result.code != -signal.SIGINT:
         found.append(f"exit code {result.code}")
     last = attempt(warm, case, folder)
-    outcome.count(1, found + complaints(folder, reference, last, case.every), "second INT", evidence_bytes(folder))
+    outcome.count(
+        1,
+        found + complaints(folder, reference, last, case.every),
+        "second INT",
+        evidence_bytes(folder),
+    )
     outcome.seconds = time.monotonic() - begun
     return outcome

@@ -1,7 +1,9 @@
-"""Faults, planted in the process of a trial before its run begins (tests/campaign.py: ``patch="injections:NAME,ARGUMENT"``).
+"""Faults, planted in the process of a trial before its run begins (tests/campaign.py:
+``patch="injections:NAME,ARGUMENT"``).
 
-Arguments are text, for they come through a pipe. ``at`` counts the calls of a place from 1, over the whole attempt.
-Functions called ``twin_...`` break the program itself: a campaign that does not notice them proves nothing.
+Arguments are text, for they come through a pipe. ``at`` counts the calls of a place from 1, over
+the whole attempt. Functions called ``twin_...`` break the program itself: a campaign that does not
+notice them proves nothing.
 """
 
 from __future__ import annotations
@@ -41,14 +43,17 @@ def _at(place: str, at: int, change: Callable[..., Any]) -> None:
     module, _, name = place.rpartition(".")
     owner = importlib.import_module(module)
     real, calls = getattr(owner, name), itertools.count(1)
-    setattr(owner, name, lambda *a, **k: change(real, *a, **k) if next(calls) == at else real(*a, **k))
+    setattr(
+        owner, name, lambda *a, **k: change(real, *a, **k) if next(calls) == at else real(*a, **k)
+    )
 
 
-# --- numbers that are none -------------------------------------------------------------------------------------------
+# --- numbers that are none ------------------------------------------------------------------------
 
 
 def not_finite(where: str, value: str, at: str) -> None:
-    """nan or inf in the loss, gradient, gain or hidden state of forward pass ``at`` of training, or in a scored token."""
+    """nan or inf in the loss, gradient, gain or hidden state of forward pass ``at`` of training, or
+    in a scored token."""
     import torch
 
     number = float(value)
@@ -88,7 +93,8 @@ def not_finite(where: str, value: str, at: str) -> None:
 
 
 def parameters_untouched(file: str) -> None:
-    """Tells in ``file`` whether the trained parameters are, after the error, the bytes they were when the gradient was known."""
+    """Tells in ``file`` whether the trained parameters are, after the error, the bytes they were
+    when the gradient was known."""
     from gain_cl.runs import train
 
     stage, gradient = train.stage, train._gradient
@@ -150,7 +156,9 @@ def twin_step_skipped() -> None:
     def gradient(*a: Any) -> float | None:
         found = real(*a)
         gradients = [p.grad for p in _parameters if p.grad is not None]
-        if found is not None and not (math.isfinite(found) and all(g.isfinite().all() for g in gradients)):
+        if found is not None and not (
+            math.isfinite(found) and all(g.isfinite().all() for g in gradients)
+        ):
             for g in gradients:
                 g.zero_()
             return 0.0
@@ -161,7 +169,11 @@ def twin_step_skipped() -> None:
 
 def spike(at: str, jump: str) -> None:
     """The loss of one forward pass is ``jump`` nats higher a token; its gradient is as it was."""
-    _at("gain_cl.runs.train.loss_sum", int(at), lambda real, loaded, tokens, *a: real(loaded, tokens, *a) + float(jump) * tokens.size)
+    _at(
+        "gain_cl.runs.train.loss_sum",
+        int(at),
+        lambda real, loaded, tokens, *a: real(loaded, tokens, *a) + float(jump) * tokens.size,
+    )
 
 
 def keep_checkpoints() -> None:
@@ -173,14 +185,18 @@ def keep_checkpoints() -> None:
     run._sweep = lambda _: None
 
 
-# --- memory ----------------------------------------------------------------------------------------------------------
+# --- memory ---------------------------------------------------------------------------------------
 
 
 def out_of_memory(where: str, kind: str, *at: str) -> None:
-    """No memory in the named calls: forward and backward passes of training, updates, scored batches. kind: cuda, cpu or python."""
+    """No memory in the named calls: forward and backward passes of training, updates, scored
+    batches. kind: cuda, cpu or python."""
     import torch
 
-    cpu = "[enforce fail at alloc_cpu.cpp:119] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 4096 bytes."
+    cpu = (
+        "[enforce fail at alloc_cpu.cpp:119] . DefaultCPUAllocator: can't allocate memory: "
+        "you tried to allocate 4096 bytes."
+    )
     errors = {
         "cuda": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."),
         "cpu": RuntimeError(cpu),
@@ -192,7 +208,9 @@ def out_of_memory(where: str, kind: str, *at: str) -> None:
 
     def backward(real: Any, *a: Any) -> Any:
         total = real(*a)
-        handle = _parameters[0].register_hook(lambda _: handle.remove() or fail())  # the first layer's: the others have their gradient
+        handle = _parameters[0].register_hook(
+            lambda _: handle.remove() or fail()
+        )  # the first layer's: the others have their gradient
         return total
 
     places: dict[str, tuple[str, Callable[..., Any]]] = {
@@ -210,13 +228,23 @@ def out_of_memory(where: str, kind: str, *at: str) -> None:
 
 
 def smaller_from(at: str, sequences: str) -> None:
-    """What running out of memory must come to: from step ``at`` on, so many sequences a forward pass, without any fault."""
+    """What running out of memory must come to: from step ``at`` on, so many sequences a forward
+    pass, without any fault."""
     from gain_cl.runs import train
 
     real, calls = train._gradient, itertools.count(1)
 
-    def gradient(loaded: Any, guard: Any, batch: Any, settings: Any, size: int, seed: int) -> float | None:
-        return real(loaded, guard, batch, settings, min(size, int(sequences)) if next(calls) >= int(at) else size, seed)
+    def gradient(
+        loaded: Any, guard: Any, batch: Any, settings: Any, size: int, seed: int
+    ) -> float | None:
+        return real(
+            loaded,
+            guard,
+            batch,
+            settings,
+            min(size, int(sequences)) if next(calls) >= int(at) else size,
+            seed,
+        )
 
     train._gradient = gradient
 
@@ -262,7 +290,9 @@ def twin_batch_dropped() -> None:
 
     real = train._gradient
 
-    def gradient(loaded: Any, guard: Any, batch: Any, settings: Any, size: int, seed: int) -> float | None:
+    def gradient(
+        loaded: Any, guard: Any, batch: Any, settings: Any, size: int, seed: int
+    ) -> float | None:
         if size < settings.sequences:
             batch = type(batch)(*(part[:size] for part in batch))
         return real(loaded, guard, batch, settings, size, seed)
@@ -275,12 +305,13 @@ def die(name: str, at: str) -> None:
     os.environ["GAIN_CL_FAILPOINT"] = f"{name}@{at}"
 
 
-# --- disk ------------------------------------------------------------------------------------------------------------
+# --- disk -----------------------------------------------------------------------------------------
 
 
 def disk_full(name: str, at: str, room: str) -> None:
-    """From the ``at``-th time the place ``name`` (failpoints) is reached no file can grow beyond ``room`` bytes: a write stops in
-    the middle, as on a full disk. What the command prints at its end is spared."""
+    """From the ``at``-th time the place ``name`` (failpoints) is reached no file can grow beyond
+    ``room`` bytes: a write stops in the middle, as on a full disk. What the command prints at its
+    end is spared."""
     calls = itertools.count(1)
 
     def reach(reached: str) -> None:
@@ -301,7 +332,9 @@ def twin_in_place() -> None:
             for name, content in files.items():
                 checkpoint.reach("save.before_write")
                 checkpoint._write(folder / name, content)
-            (folder / checkpoint.MANIFEST).write_bytes(checkpoint._manifest({name: checkpoint._facts(folder / name) for name in files}))
+            (folder / checkpoint.MANIFEST).write_bytes(
+                checkpoint._manifest({name: checkpoint._facts(folder / name) for name in files})
+            )
         except OSError as error:
             raise checkpoint._refused(error, folder, files) from error
 
@@ -309,7 +342,8 @@ def twin_in_place() -> None:
 
 
 def refused(name: str, at: str, code: str) -> None:
-    """The system calls after the ``at``-th ``name`` answer ``code`` (EROFS, ENOSPC, EIO, EACCES) to whatever would change a folder."""
+    """The system calls after the ``at``-th ``name`` answer ``code`` (EROFS, ENOSPC, EIO, EACCES) to
+    whatever would change a folder."""
     calls, armed = itertools.count(1), [False]
 
     def reach(reached: str) -> None:
@@ -317,7 +351,15 @@ def refused(name: str, at: str, code: str) -> None:
 
     _reached(reach)
     number = getattr(errno, code)
-    for owner, function in ((os, "replace"), (os, "rename"), (os, "mkdir"), (os, "link"), (os, "unlink"), (os, "rmdir"), (os, "fsync")):
+    for owner, function in (
+        (os, "replace"),
+        (os, "rename"),
+        (os, "mkdir"),
+        (os, "link"),
+        (os, "unlink"),
+        (os, "rmdir"),
+        (os, "fsync"),
+    ):
         real = getattr(owner, function)
 
         def call(*a: Any, real: Any = real, **k: Any) -> Any:
@@ -339,7 +381,8 @@ def _reached(reach: Callable[[str], None]) -> None:
 
 
 def spare_messages() -> None:
-    """The limit on file sizes is lifted when the command reports its error, for the report goes into a file too."""
+    """The limit on file sizes is lifted when the command reports its error, for the report goes
+    into a file too."""
     from gain_cl import cli
 
     real = cli._report
@@ -372,7 +415,7 @@ def unprivileged() -> None:
             raise OSError(ctypes.get_errno(), "capset")
 
 
-# --- owners ----------------------------------------------------------------------------------------------------------
+# --- owners ---------------------------------------------------------------------------------------
 
 
 def hold(file: str) -> None:
@@ -404,7 +447,7 @@ def fail_seeds(*seeds: str) -> None:
     run._execute = execute
 
 
-# --- the hub ---------------------------------------------------------------------------------------------------------
+# --- the hub --------------------------------------------------------------------------------------
 
 
 def hub(address: str, home: str) -> None:

@@ -1,4 +1,5 @@
-"""Damaged files, in small counts; scripts/campaign.py does the full ones. Every campaign must notice its broken twins."""
+"""Damaged files, in small counts; scripts/campaign.py does the full ones. Every campaign must
+notice its broken twins."""
 
 from __future__ import annotations
 
@@ -37,7 +38,9 @@ def test_every_damage_is_caught_before_use(warm: Warm, root: Path) -> None:
 
 
 @pytest.mark.parametrize("twin", [twins.no_manifest_check, twins.restart_on_bad])
-def test_a_broken_twin_does_not_catch_it(warm: Warm, root: Path, twin: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_broken_twin_does_not_catch_it(
+    warm: Warm, root: Path, twin: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     for module, name in ((checkpoint, "verify"), (resume, "begin")):
         monkeypatch.setattr(module, name, getattr(module, name))  # so that it is put back
     twin()
@@ -46,7 +49,9 @@ def test_a_broken_twin_does_not_catch_it(warm: Warm, root: Path, twin: Callable[
 
 
 @pytest.mark.slow
-def test_a_run_with_a_damaged_file_goes_on_from_the_state_before_or_stops(warm: Warm, root: Path) -> None:
+def test_a_run_with_a_damaged_file_goes_on_from_the_state_before_or_stops(
+    warm: Warm, root: Path
+) -> None:
     survived(run_on(warm, root, 9))
 
 
@@ -70,6 +75,8 @@ def test_bad_checkpoints_do_not_push_out_good_ones(warm: Warm, root: Path) -> No
         ("keep_one", STATES[0]._replace(point="prune.after@5"), "steps were done again"),
     ],
 )
-def test_a_broken_twin_does_not_survive_a_damage(warm: Warm, root: Path, twin: str, state: State, complaint: str) -> None:
+def test_a_broken_twin_does_not_survive_a_damage(
+    warm: Warm, root: Path, twin: str, state: State, complaint: str
+) -> None:
     outcome = run_on(warm, root, 3, patch=f"twins:{twin}", states=(state,))
     assert any(complaint in failure for failure in outcome.failures)

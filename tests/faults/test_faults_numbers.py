@@ -1,4 +1,5 @@
-"""Numbers that are none, memory that runs out, a loss that jumps: planted in real runs, and compared with the undisturbed one.
+"""Numbers that are none, memory that runs out, a loss that jumps: planted in real runs, and
+compared with the undisturbed one.
 
 ``python tests/test_faults_numbers.py`` carries out the full campaigns of docs/reliability.md.
 """
@@ -45,11 +46,15 @@ def wrong(**facts: object) -> list[str]:
 
 def one_line(result: Result, code: int) -> dict[str, object]:
     lines = [line for line in result.err.splitlines() if line.startswith("gain_cl: error:")]
-    return {f"exit_{code}": result.code == code, "one_line": len(lines) == 1 and "Traceback" not in result.err}
+    return {
+        f"exit_{code}": result.code == code,
+        "one_line": len(lines) == 1 and "Traceback" not in result.err,
+    }
 
 
 class Bench:
-    """A warm parent, a place for trials and the undisturbed runs they are compared with (each made once)."""
+    """A warm parent, a place for trials and the undisturbed runs they are compared with (each made
+    once)."""
 
     def __init__(self, warm: Warm, root: Path) -> None:
         self.warm, self.root, self.count = warm, root, 0
@@ -59,7 +64,9 @@ class Bench:
         return self.root / str(self.count)
 
     def run(self, folder: Path, *patches: str, **more: Any) -> Result:
-        return self.warm.run(folder, base=BASE, patch=";".join(f"injections:{p}" for p in patches) or None, **more)
+        return self.warm.run(
+            folder, base=BASE, patch=";".join(f"injections:{p}" for p in patches) or None, **more
+        )
 
     @functools.cached_property
     def undisturbed(self) -> Path:
@@ -80,8 +87,11 @@ class Bench:
 
     @functools.cached_property
     def documents(self) -> dict[int, tuple[str, list[list[set[str]]]]]:
-        """Stage -> domain, and for each block of its stream and each part of it the ids of the documents that have this text."""
-        config = hydra.compose([*BASE, f"output_dir={self.root}/x", f"results_dir={self.root}/x"], [], [])
+        """Stage -> domain, and for each block of its stream and each part of it the ids of the
+        documents that have this text."""
+        config = hydra.compose(
+            [*BASE, f"output_dir={self.root}/x", f"results_dir={self.root}/x"], [], []
+        )
         loaded = load.load(config.model, torch.device("cpu"))
         found = {}
         for stage, name in enumerate(TRAINED, start=1):
@@ -91,7 +101,16 @@ class Bench:
             blocks = []
             for i in range(STEPS * SEQUENCES):
                 parts = split(stream[i][0].tolist(), loaded.separator_id)
-                blocks.append([{d for d, text in texts.items() if contains([*text, loaded.separator_id], part)} for part in parts])
+                blocks.append(
+                    [
+                        {
+                            d
+                            for d, text in texts.items()
+                            if contains([*text, loaded.separator_id], part)
+                        }
+                        for part in parts
+                    ]
+                )
             found[stage] = name, blocks
         return found
 
@@ -122,7 +141,8 @@ def failure(folder: Path) -> dict[str, Any] | None:
 
 
 def resumed(bench: Bench, folder: Path, expected: dict[str, str]) -> dict[str, object]:
-    """The same command without the fault: the undisturbed outcome, nothing left over, every step once."""
+    """The same command without the fault: the undisturbed outcome, nothing left over, every step
+    once."""
     again = bench.run(folder)
     return {
         "resume_exit_0": again.code == 0,
@@ -132,32 +152,50 @@ def resumed(bench: Bench, folder: Path, expected: dict[str, str]) -> dict[str, o
     }
 
 
-# --- NaN and Inf -----------------------------------------------------------------------------------------------------
+# --- NaN and Inf ----------------------------------------------------------------------------------
 
 NOT_FINITE = [
-    (where, value, step) for where in ("loss", "gradient", "gain", "hidden") for value in ("nan", "inf") for step in FIRST_MIDDLE_LAST
+    (where, value, step)
+    for where in ("loss", "gradient", "gain", "hidden")
+    for value in ("nan", "inf")
+    for step in FIRST_MIDDLE_LAST
 ]
 
 
 def not_finite(bench: Bench, where: str, value: str, step: int, *twin: str) -> Told:
-    """The update does not happen, the batch is named, the newest state is the undisturbed one, and the run goes on from it."""
+    """The update does not happen, the batch is named, the newest state is the undisturbed one, and
+    the run goes on from it."""
     folder = bench.new()
-    result = bench.run(folder, f"not_finite,{where},{value},{step}", f"parameters_untouched,{folder}/parameters", *twin)
+    result = bench.run(
+        folder,
+        f"not_finite,{where},{value},{step}",
+        f"parameters_untouched,{folder}/parameters",
+        *twin,
+    )
     told, (stage, within) = failure(folder) or {}, (1 + (step - 1) // STEPS, 1 + (step - 1) % STEPS)
     name, documents = bench.documents[stage]
     blocks = list(range((within - 1) * SEQUENCES, within * SEQUENCES))
     owners = [part for block in blocks for part in documents[block]]
-    newest = next(iter(checkpoint.steps(next(folder.glob("runs/*/run.json")).parent / "ckpt")), None)
+    newest = next(
+        iter(checkpoint.steps(next(folder.glob("runs/*/run.json")).parent / "ckpt")), None
+    )
     state = newest and (newest / "adapter.safetensors").read_bytes()
-    same = next(bench.undisturbed.glob("runs/*/run.json")).parent / "ckpt" / f"step-{step - 1}" / "adapter.safetensors"
+    same = (
+        next(bench.undisturbed.glob("runs/*/run.json")).parent
+        / "ckpt"
+        / f"step-{step - 1}"
+        / "adapter.safetensors"
+    )
     facts = one_line(result, 65) | {
         "no_record": not list(folder.glob("results/runs/*")),
-        "parameters_untouched": (folder / "parameters").exists() and (folder / "parameters").read_text() == "untouched",
+        "parameters_untouched": (folder / "parameters").exists()
+        and (folder / "parameters").read_text() == "untouched",
         "where": (told.get("stage"), told.get("domain"), told.get("step")) == (stage, name, within),
         "blocks": told.get("blocks") == blocks,
         "documents": all(part & set(told.get("documents", [])) for part in owners)
         and set(told.get("documents", [])) <= set().union(*owners),
-        "newest_state": state == (same.read_bytes() if step > 1 else None) and (newest is None or checkpoint.verify(newest)),
+        "newest_state": state == (same.read_bytes() if step > 1 else None)
+        and (newest is None or checkpoint.verify(newest)),
     }
     facts |= resumed(bench, folder, bench.undisturbed_evidence)
     return wrong(**facts), evidence_bytes(folder)
@@ -166,45 +204,70 @@ def not_finite(bench: Bench, where: str, value: str, step: int, *twin: str) -> T
 def not_finite_score(bench: Bench, value: str, at: int, *twin: str) -> Told:
     folder = bench.new()
     result = bench.run(folder, f"not_finite,score,{value},{at}", *twin)
-    facts = one_line(result, 65) | {"no_record": not list(folder.glob("results/runs/*")), "noted": failure(folder)}
-    return wrong(**facts, **resumed(bench, folder, bench.undisturbed_evidence)), evidence_bytes(folder)
+    facts = one_line(result, 65) | {
+        "no_record": not list(folder.glob("results/runs/*")),
+        "noted": failure(folder),
+    }
+    return wrong(**facts, **resumed(bench, folder, bench.undisturbed_evidence)), evidence_bytes(
+        folder
+    )
 
 
-# --- memory ----------------------------------------------------------------------------------------------------------
+# --- memory ---------------------------------------------------------------------------------------
 
-MEMORY = [(where, kind, step) for where in ("forward", "backward") for kind in ("cuda", "cpu", "python") for step in FIRST_MIDDLE_LAST]
+MEMORY = [
+    (where, kind, step)
+    for where in ("forward", "backward")
+    for kind in ("cuda", "cpu", "python")
+    for step in FIRST_MIDDLE_LAST
+]
 
 
-def out_of_memory(bench: Bench, where: str, kind: str, step: int, times: int = 1, *twin: str) -> Told:
-    """The step is done again with half the sequences a forward pass (twice: a quarter) and the run goes on so, also when it is
-    killed after the step and resumed."""
+def out_of_memory(
+    bench: Bench, where: str, kind: str, step: int, times: int = 1, *twin: str
+) -> Told:
+    """The step is done again with half the sequences a forward pass (twice: a quarter) and the run
+    goes on so, also when it is killed after the step and resumed."""
     folder, killed = bench.new(), bench.new()
-    patch = f"out_of_memory,{where},{kind}," + ",".join(str(step + 2 * i) for i in range(times))  # +2: in the repeated step, halfway
+    patch = f"out_of_memory,{where},{kind}," + ",".join(
+        str(step + 2 * i) for i in range(times)
+    )  # +2: in the repeated step, halfway
     fits = SEQUENCES // 2**times
     result = bench.run(folder, patch, f"trace_batches,{folder}/batches", *twin)
     stage, within = 1 + (step - 1) // STEPS, 1 + (step - 1) % STEPS
-    event = f"out of memory at step {within} of stage {stage}: from there {fits} sequences a forward pass"
+    event = (
+        f"out of memory at step {within} of stage {stage}: from there {fits} sequences a "
+        "forward pass"
+    )
     smaller = bench.smaller(step, fits)
     facts: dict[str, object] = {"exit_0": result.code == 0}
     if result.code == 0:
         facts |= {
             "as_with_that_micro_batch": evidence(folder) == evidence(smaller),
             "close_to_undisturbed": gap(folder, bench.undisturbed) < 1e-5,
-            "same_batches": (folder / "batches").read_text() == (bench.root / "batches").read_text(),
+            "same_batches": (folder / "batches").read_text()
+            == (bench.root / "batches").read_text(),
             "recorded": event in notes(folder),
             "rows": micro_batches(folder) == [SEQUENCES] * (step - 1) + [fits] * (7 - step),
         }
         dead = bench.run(killed, patch, env={"GAIN_CL_FAILPOINT": f"commit@{step}"})
         facts |= {"killed": dead.code == -9} | resumed(bench, killed, evidence(smaller))
-        facts |= {"inherited": event in notes(killed), "rows_resumed": micro_batches(killed) == micro_batches(folder)}
+        facts |= {
+            "inherited": event in notes(killed),
+            "rows_resumed": micro_batches(killed) == micro_batches(folder),
+        }
     return wrong(**facts), evidence_bytes(folder) + evidence_bytes(killed)
 
 
 def no_memory_left(bench: Bench, patch: str, *overrides: str) -> Told:
-    """Where nothing can be halved: one line with advice, exit 74, and the state before it is good."""
+    """Where nothing can be halved: one line with advice, exit 74, and the state before it is
+    good."""
     folder = bench.new()
     result = bench.warm.run(folder, *overrides, base=BASE, patch=f"injections:{patch}")
-    facts = one_line(result, 74) | {"advice": "gradient_checkpointing=true" in result.err, "noted": failure(folder)}
+    facts = one_line(result, 74) | {
+        "advice": "gradient_checkpointing=true" in result.err,
+        "noted": failure(folder),
+    }
     again = bench.warm.run(folder, *overrides, base=BASE)
     facts |= {"resume_exit_0": again.code == 0, "no_leftovers": leftovers(folder) == []}
     if not overrides:
@@ -214,7 +277,10 @@ def no_memory_left(bench: Bench, patch: str, *overrides: str) -> Told:
 
 def gap(folder: Path, other: Path) -> float:
     """Largest relative difference of a document's loss."""
-    ours, theirs = (record.load(next(f.glob("results/runs/*.json"))).documents.nll_nats.to_numpy() for f in (folder, other))
+    ours, theirs = (
+        record.load(next(f.glob("results/runs/*.json"))).documents.nll_nats.to_numpy()
+        for f in (folder, other)
+    )
     return float(np.max(np.abs(ours / theirs - 1)))
 
 
@@ -232,7 +298,8 @@ def micro_batches(folder: Path) -> list[int]:
 
 
 def in_task(bench: Bench, fault: str, at: int) -> Told:
-    """In a batch of the task after training: NaN is an error, no memory a stop; nothing is computed twice when it goes on."""
+    """In a batch of the task after training: NaN is an error, no memory a stop; nothing is computed
+    twice when it goes on."""
     folder, calm = bench.new(), bench.root / "tasks"
     base = [*(word for word in BASE if word != "tasks=none"), "tasks=boolq_100", "tasks.limit=4"]
     if not calm.exists():
@@ -243,26 +310,45 @@ def in_task(bench: Bench, fault: str, at: int) -> Told:
         "noted": failure(folder),
     }
     again = bench.warm.run(folder, base=base)
-    facts |= {"resume_exit_0": again.code == 0, "identical": evidence(folder) == evidence(calm), "no_leftovers": leftovers(folder) == []}
+    facts |= {
+        "resume_exit_0": again.code == 0,
+        "identical": evidence(folder) == evidence(calm),
+        "no_leftovers": leftovers(folder) == [],
+    }
     return wrong(**facts), evidence_bytes(folder)
 
 
-# --- a loss that jumps -----------------------------------------------------------------------------------------------
+# --- a loss that jumps ----------------------------------------------------------------------------
 
-LONG = (*(s for s in SMOKE if "every_steps" not in s), "domain=[smoke_a]", "train.steps=40", "checkpoint.every_steps=20")
+LONG = (
+    *(s for s in SMOKE if "every_steps" not in s),
+    "domain=[smoke_a]",
+    "train.steps=40",
+    "checkpoint.every_steps=20",
+)
 
 
 def spike(bench: Bench, at: int, kill: bool) -> Told:
-    """It is recorded and nothing is skipped; also when the run was killed between, for the losses before it are remembered."""
+    """It is recorded and nothing is skipped; also when the run was killed between, for the losses
+    before it are remembered."""
     folder, calm = bench.new(), bench.root / "calm"
     if not calm.exists():
         assert bench.warm.run(calm, base=LONG).code == 0
     if kill:
-        assert bench.warm.run(folder, base=LONG, env={"GAIN_CL_FAILPOINT": "commit@1"}).code == -9  # after step 20
+        assert (
+            bench.warm.run(folder, base=LONG, env={"GAIN_CL_FAILPOINT": "commit@1"}).code == -9
+        )  # after step 20
     result = bench.warm.run(folder, base=LONG, patch=f"injections:spike,{at - 20 * kill},5")
-    told, undisturbed = ([{k: row[k] for k in ("stage", "step")} for row in rows(f, "spike")] for f in (folder, calm))
-    first, second = (record.load(next(f.glob("results/runs/*.json"))).record.stages[1].train for f in (folder, calm))
-    weights = [next(f.glob("runs/*/stages/01-*/adapter.safetensors")).read_bytes() for f in (folder, calm)]
+    told, undisturbed = (
+        [{k: row[k] for k in ("stage", "step")} for row in rows(f, "spike")] for f in (folder, calm)
+    )
+    first, second = (
+        record.load(next(f.glob("results/runs/*.json"))).record.stages[1].train
+        for f in (folder, calm)
+    )
+    weights = [
+        next(f.glob("runs/*/stages/01-*/adapter.safetensors")).read_bytes() for f in (folder, calm)
+    ]
     facts = {
         "exit_0": result.code == 0,
         "told": told == [{"stage": 1, "step": at}] and "loss spike" in result.out,
@@ -273,7 +359,7 @@ def spike(bench: Bench, at: int, kill: bool) -> Told:
     return wrong(**facts), evidence_bytes(folder)
 
 
-# --- sums by hand ----------------------------------------------------------------------------------------------------
+# --- sums by hand ---------------------------------------------------------------------------------
 
 BITS = np.array([[1, 2, 3, 3], [2, 1, 3, 3], [3, 3, 1, 2], [2, 3, 3, 1]])
 """-log2 of the probability of token b after token a: each row's probabilities add up to 1."""
@@ -294,12 +380,24 @@ def by_hand(broken: bool = False) -> None:
     model, weight_VD = Table(), torch.tensor(-math.log(2) * BITS.T, dtype=torch.float32)
     if broken:
         weight_VD[2, 1] = math.nan
-    loaded = SimpleNamespace(model=model, body=model, prefix_id=0, device=torch.device("cpu"), output=(weight_VD, None), softcap=None)
-    documents = [Doc(str(i), np.array(d, np.uint32), np.arange(1, len(d) + 1, dtype=np.uint32)) for i, d in enumerate(DOCUMENTS)]
+    loaded = SimpleNamespace(
+        model=model,
+        body=model,
+        prefix_id=0,
+        device=torch.device("cpu"),
+        output=(weight_VD, None),
+        softcap=None,
+    )
+    documents = [
+        Doc(str(i), np.array(d, np.uint32), np.arange(1, len(d) + 1, dtype=np.uint32))
+        for i, d in enumerate(DOCUMENTS)
+    ]
     scored = perplexity.score(loaded, documents, None, context=2)  # type: ignore[arg-type]
     assert not broken
     assert scored.tokens.tolist() == [5, 2]
-    assert scored.nll_nats.tolist() == pytest.approx([math.log(2) * bits for bits in BY_HAND], rel=1e-6)
+    assert scored.nll_nats.tolist() == pytest.approx(
+        [math.log(2) * bits for bits in BY_HAND], rel=1e-6
+    )
     total = perplexity.total(scored)
     assert (total.tokens, total.documents) == (7, 2)
     assert total.loss_nats == pytest.approx(math.log(2) * Fraction(sum(BY_HAND), 7), rel=1e-6)
@@ -308,7 +406,9 @@ def by_hand(broken: bool = False) -> None:
 def mean_of_means(rows: Any) -> record.DomainScore:
     tokens = int(rows.tokens.sum())
     mean = float((rows.nll_nats / rows.tokens).mean())
-    return record.DomainScore(nll_nats=mean * tokens, tokens=tokens, bytes=int(rows.bytes.sum()), documents=len(rows))
+    return record.DomainScore(
+        nll_nats=mean * tokens, tokens=tokens, bytes=int(rows.bytes.sum()), documents=len(rows)
+    )
 
 
 def last_block_dropped(*a: Any) -> list[perplexity.Window]:
@@ -333,14 +433,18 @@ def test_scores_by_hand() -> None:
         by_hand(broken=True)
 
 
-@pytest.mark.parametrize(("place", "twin", "broken"), TWINS, ids=[twin.__name__ for _, twin, _ in TWINS])
-def test_a_broken_score_is_noticed(place: str, twin: Callable[..., Any], broken: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("place", "twin", "broken"), TWINS, ids=[twin.__name__ for _, twin, _ in TWINS]
+)
+def test_a_broken_score_is_noticed(
+    place: str, twin: Callable[..., Any], broken: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(perplexity, place, twin)
     with pytest.raises(AssertionError):
         by_hand(broken)
 
 
-# --- what CI does ----------------------------------------------------------------------------------------------------
+# --- what CI does ---------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -354,7 +458,10 @@ QUICK = [("loss", "inf", 1), ("gain", "nan", 4)]
 
 def some(trials: list[tuple[str, str, int]], quick: list[tuple[str, str, int]]) -> list[Any]:
     """The quick ones in the default run, the others with the slow tests."""
-    return [pytest.param(*t, marks=[] if t in quick else pytest.mark.slow, id="-".join(map(str, t))) for t in trials]
+    return [
+        pytest.param(*t, marks=[] if t in quick else pytest.mark.slow, id="-".join(map(str, t)))
+        for t in trials
+    ]
 
 
 @pytest.mark.parametrize(("where", "value", "step"), some(NOT_FINITE, QUICK))
@@ -368,12 +475,16 @@ def test_not_finite_score(bench: Bench, value: str) -> None:
 
 
 def test_a_skipped_step_is_noticed(bench: Bench) -> None:
-    assert {"exit_65", "resume_identical"} <= set(not_finite(bench, "gradient", "nan", 4, "twin_step_skipped")[0])
+    assert {"exit_65", "resume_identical"} <= set(
+        not_finite(bench, "gradient", "nan", 4, "twin_step_skipped")[0]
+    )
 
 
 @pytest.mark.slow
 def test_filtered_nan_is_noticed(bench: Bench) -> None:
-    assert {"exit_65", "resume_identical"} <= set(not_finite_score(bench, "nan", 5, "twin_nan_is_zero")[0])
+    assert {"exit_65", "resume_identical"} <= set(
+        not_finite_score(bench, "nan", 5, "twin_nan_is_zero")[0]
+    )
 
 
 @pytest.mark.parametrize(("where", "kind", "step"), some(MEMORY, [("backward", "cpu", 4)]))
@@ -388,14 +499,19 @@ def test_out_of_memory_twice(bench: Bench) -> None:
 
 @pytest.mark.slow
 def test_broken_halving_is_noticed(bench: Bench) -> None:
-    assert "as_with_that_micro_batch" in out_of_memory(bench, "backward", "cuda", 4, 1, "twin_gradient_kept")[0]
+    assert (
+        "as_with_that_micro_batch"
+        in out_of_memory(bench, "backward", "cuda", 4, 1, "twin_gradient_kept")[0]
+    )
     assert "same_batches" in out_of_memory(bench, "backward", "cuda", 4, 1, "twin_batch_dropped")[0]
 
 
 NOWHERE = ["score,cuda,2", "score,cpu,8", "update,python,4"]
 
 
-@pytest.mark.parametrize("patch", [NOWHERE[0], *(pytest.param(p, marks=pytest.mark.slow) for p in NOWHERE[1:])])
+@pytest.mark.parametrize(
+    "patch", [NOWHERE[0], *(pytest.param(p, marks=pytest.mark.slow) for p in NOWHERE[1:])]
+)
 def test_no_memory_to_score_or_update(bench: Bench, patch: str) -> None:
     assert no_memory_left(bench, f"out_of_memory,{patch}")[0] == []
 
@@ -418,7 +534,7 @@ def test_spike(bench: Bench, kill: bool) -> None:
     assert spike(bench, 36, kill)[0] == []
 
 
-# --- the full campaigns ----------------------------------------------------------------------------------------------
+# --- the full campaigns ---------------------------------------------------------------------------
 
 
 def carry_out(name: str, trials: list[Callable[[], Told]]) -> Outcome:
@@ -437,12 +553,12 @@ def main() -> int:
         of = functools.partial
         done = [
             carry_out("NaN and Inf in training", [of(not_finite, bench, *t) for t in NOT_FINITE]),
-            carry_out("NaN and Inf in evaluation", [of(not_finite_score, bench, v, at) for v in ("nan", "inf") for at in (1, 5, 9)]),
+            carry_out("NaN and Inf in " "evaluation", [of(not_finite_score, bench, v, at) for v in ("nan", "inf") for at in (1, 5, 9)]),
             carry_out("out of memory in training", [*(of(out_of_memory, bench, *t) for t in MEMORY),
                       *(of(out_of_memory, bench, w, "cuda", 2, 2) for w in ("forward", "backward"))]),
-            carry_out("out of memory elsewhere", [*(of(no_memory_left, bench, f"out_of_memory,{p}") for p in NOWHERE),
+            carry_out("out of memory " "elsewhere", [*(of(no_memory_left, bench, f"out_of_memory,{p}") for p in NOWHERE),
                       of(no_memory_left, bench, "out_of_memory,forward,cuda,9", "compute.micro_batch=1")]),
-            carry_out("NaN and out of memory in a task", [of(in_task, bench, f, at) for f in ("nan", "cuda") for at in (1, 2)]),
+            carry_out("NaN and out of memory " "in a task", [of(in_task, bench, f, at) for f in ("nan", "cuda") for at in (1, 2)]),
             carry_out("loss spike", [of(spike, bench, at, kill) for at in (34, 40) for kill in (False, True)]),
         ]  # fmt: skip
     return any(outcome.failures for outcome in done)

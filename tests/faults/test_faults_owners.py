@@ -1,4 +1,5 @@
-"""One run has one owner, one file one result: many processes at once, and sweeps that are repeated, broken and killed.
+"""One run has one owner, one file one result: many processes at once, and sweeps that are repeated,
+broken and killed.
 
 ``python tests/test_faults_owners.py`` carries out the full campaigns of docs/reliability.md.
 """
@@ -44,9 +45,11 @@ def wrong(**facts: object) -> list[str]:
     return [name for name, holds in facts.items() if not holds]
 
 
-def at_once(count: int, work: Callable[[int], int], meanwhile: Callable[[list[int]], None] = lambda _: None) -> list[int]:
-    """Exit codes of ``count`` forked processes that begin ``work(number)`` at one moment; -9: it had to be killed after two minutes.
-    meanwhile(pids) is called once they have begun."""
+def at_once(
+    count: int, work: Callable[[int], int], meanwhile: Callable[[list[int]], None] = lambda _: None
+) -> list[int]:
+    """Exit codes of ``count`` forked processes that begin ``work(number)`` at one moment; -9: it
+    had to be killed after two minutes. meanwhile(pids) is called once they have begun."""
     ready, go = os.pipe(), os.pipe()
     pids = []
     for number in range(count):
@@ -72,7 +75,10 @@ def at_once(count: int, work: Callable[[int], int], meanwhile: Callable[[list[in
     meanwhile(pids)
     codes, until = [], time.monotonic() + 120
     for pid in pids:
-        while os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None and time.monotonic() < until:
+        while (
+            os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+            and time.monotonic() < until
+        ):
             time.sleep(0.005)
         if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
             os.kill(pid, signal.SIGKILL)
@@ -82,11 +88,12 @@ def at_once(count: int, work: Callable[[int], int], meanwhile: Callable[[list[in
     return codes
 
 
-# --- two owners ------------------------------------------------------------------------------------------------------
+# --- two owners -----------------------------------------------------------------------------------
 
 
 def start_all(folder: str, stale: str) -> list[int]:
-    """In a light process without torch: 16 start one run; its owner does nothing until the others have ended. Their exit codes."""
+    """In a light process without torch: 16 start one run; its owner does nothing until the others
+    have ended. Their exit codes."""
     import injections
 
     from gain_cl import cli
@@ -108,7 +115,9 @@ def start_all(folder: str, stale: str) -> list[int]:
         for handle, name in ((1, "out"), (2, "err")):
             os.dup2(os.open(told / f"{number}.{name}", os.O_WRONLY | os.O_CREAT), handle)
         code = cli.main(["run", *words])
-        (told / f"{number}.json").write_text(json.dumps({"code": code, "pid": os.getpid(), "torch": "torch" in sys.modules}))
+        (told / f"{number}.json").write_text(
+            json.dumps({"code": code, "pid": os.getpid(), "torch": "torch" in sys.modules})
+        )
         return code
 
     def let_go(pids: list[int]) -> None:
@@ -127,7 +136,8 @@ def dead_pid() -> int:
 
 
 def stale_texts() -> dict[str, str]:
-    """What a LOCK may hold that nobody holds: nothing, garbage, a dead process, a live one that is another's, another machine's."""
+    """What a LOCK may hold that nobody holds: nothing, garbage, a dead process, a live one that is
+    another's, another machine's."""
     here = socket.gethostname()
     return {
         "none": "",
@@ -148,7 +158,10 @@ def two_owners(root: Path, stale: str, expected: dict[str, str]) -> Told:
     owner = f"by process {winner['pid']} on {socket.gethostname()}"
     facts = {
         f"one_runs_15_do_not {codes}": sorted(codes) == [0, *[73] * (STARTERS - 1)],
-        "one_line_names_the_owner": all(len(e.splitlines()) == 1 and e.startswith("gain_cl: error:") and owner in e for e in errors),
+        "one_line_names_the_owner": all(
+            len(e.splitlines()) == 1 and e.startswith("gain_cl: error:") and owner in e
+            for e in errors
+        ),
         "without_torch": not any(t["torch"] for t in told if t["code"] == 73),
         "identical": evidence(folder) == expected,
         "no_leftovers": leftovers(folder) == [],
@@ -158,8 +171,9 @@ def two_owners(root: Path, stale: str, expected: dict[str, str]) -> Told:
 
 
 def owned_by_two(folder: Path) -> bool:
-    """The race for which the lock looks at the inode: B opens LOCK; A, its owner, ends and removes it; C makes a new one and is
-    the owner; now B locks the file without a name. Whether B becomes an owner beside C."""
+    """The race for which the lock looks at the inode: B opens LOCK; A, its owner, ends and removes
+    it; C makes a new one and is the owner; now B locks the file without a name. Whether B becomes
+    an owner beside C."""
     first = lock.owned(folder)
     first.__enter__()
     second = lock.owned(folder)
@@ -182,24 +196,39 @@ def owned_by_two(folder: Path) -> bool:
         second.__exit__(None, None, None)
 
 
-# --- many writers ----------------------------------------------------------------------------------------------------
+# --- many writers ---------------------------------------------------------------------------------
 
 
 def apart(call: str) -> Any:
-    """What an expression over this module's names gives in a light process of its own, which may fork: JSON data."""
+    """What an expression over this module's names gives in a light process of its own, which may
+    fork: JSON data."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": HELPERS}
     code = f"import json\nfrom test_faults_owners import *\nprint(json.dumps({call}))"
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
 
 def writers(folder: str, count: int = WRITERS) -> Told:
-    """That many processes save a record at once in one folder; every one of them reads as it was written."""
+    """That many processes save a record at once in one folder; every one of them reads as it was
+    written."""
     root = Path(folder)
 
     def save(number: int) -> int:
-        synthetic.run(root / f"runs/run-{number}.json", bases={"a": 20.0, "b": 10.0}, controls=["b"], with_items=False, seed=number)
+        synthetic.run(
+            root / f"runs/run-{number}.json",
+            bases={"a": 20.0, "b": 10.0},
+            controls=["b"],
+            with_items=False,
+            seed=number,
+        )
         return 0
 
     codes = at_once(count, save)
@@ -208,17 +237,26 @@ def writers(folder: str, count: int = WRITERS) -> Told:
         try:
             run = record.load(root / f"runs/run-{number}.json")
             written = run.documents.groupby(["stage", "domain"]).nll_nats.sum()
-            claimed = {(s.index, name): d.nll_nats for s in run.record.stages for name, d in s.domains.items()}
+            claimed = {
+                (s.index, name): d.nll_nats
+                for s in run.record.stages
+                for name, d in s.domains.items()
+            }
             if written.to_dict() != pytest.approx(claimed):
                 bad.append(f"run-{number}: its values are another's")
         except GainError as error:
             bad.append(str(error))
-    facts = {f"all_saved {codes}": codes == [0] * count, f"lost_or_torn {bad[:3]}": not bad, "leftovers": not list(root.rglob(".*"))}
+    facts = {
+        f"all_saved {codes}": codes == [0] * count,
+        f"lost_or_torn {bad[:3]}": not bad,
+        "leftovers": not list(root.rglob(".*")),
+    }
     return wrong(**facts), sum(p.stat().st_size for p in root.rglob("*") if p.is_file())
 
 
 def shared_table(folder: str) -> int:
-    """The twin: every process reads one table, adds a row and writes it again, ten times. The rows of 640 that are left."""
+    """The twin: every process reads one table, adds a row and writes it again, ten times. The rows
+    of 640 that are left."""
     table = Path(folder) / "results.csv"
     table.parent.mkdir(parents=True)
     table.write_text("run,row\n")
@@ -232,7 +270,7 @@ def shared_table(folder: str) -> int:
     return len(table.read_text().splitlines()) - 1
 
 
-# --- sweeps ----------------------------------------------------------------------------------------------------------
+# --- sweeps ---------------------------------------------------------------------------------------
 
 CELL = (*SMOKE, "domain=[smoke_a]", "train.steps=2", "eval.documents=2")
 
@@ -245,31 +283,56 @@ class Sweep:
 
     def run(self, **more: Any) -> Result:
         seeds = "seed=" + ",".join(map(str, range(self.seeds)))
-        words = ["run", "-m", *CELL, seeds, f"output_dir={self.folder}/runs", f"results_dir={self.folder}/results"]
+        words = [
+            "run",
+            "-m",
+            *CELL,
+            seeds,
+            f"output_dir={self.folder}/runs",
+            f"results_dir={self.folder}/results",
+        ]
         return self.warm.run(self.folder.parent / f"{self.folder.name}.printed", argv=words, **more)
 
     def files(self) -> dict[str, tuple[str, int]]:
         """Hash and time of every file but Hydra's note of what was asked."""
         paths = [p for p in self.folder.rglob("*") if p.is_file() and p.name != "multirun.yaml"]
-        return {str(p.relative_to(self.folder)): (hashlib.sha256(p.read_bytes()).hexdigest(), p.stat().st_mtime_ns) for p in paths}
+        return {
+            str(p.relative_to(self.folder)): (
+                hashlib.sha256(p.read_bytes()).hexdigest(),
+                p.stat().st_mtime_ns,
+            )
+            for p in paths
+        }
 
     def steps(self) -> int:
-        return sum(path.read_text().count('"kind": "step"') for path in self.folder.glob("runs/*/metrics.jsonl"))
+        return sum(
+            path.read_text().count('"kind": "step"')
+            for path in self.folder.glob("runs/*/metrics.jsonl")
+        )
 
     def trained_since(self, before: dict[str, tuple[str, int]]) -> list[str]:
         """Runs whose metrics are not those of before."""
         after = self.files()
-        return sorted(name for name in after if name.endswith("metrics.jsonl") and after[name] != before.get(name))
+        return sorted(
+            name
+            for name in after
+            if name.endswith("metrics.jsonl") and after[name] != before.get(name)
+        )
 
 
 def sweep(warm: Warm, root: Path, seeds: int) -> Told:
-    """Repeated: nothing happens. One run deleted: one is trained. Only its record deleted: nothing is trained."""
+    """Repeated: nothing happens. One run deleted: one is trained. Only its record deleted: nothing
+    is trained."""
     it = Sweep(warm, root / "sweep", seeds)
     first = it.run()
     assert first.code == 0, first.err
     whole, known = it.files(), evidence(it.folder)
     again = it.run()
-    facts = {"rerun_exit_0": again.code == 0, "rerun_changes_nothing": it.files() == whole, "all_there": it.steps() == 2 * seeds}
+    facts = {
+        "rerun_exit_0": again.code == 0,
+        "rerun_changes_nothing": it.files() == whole,
+        "all_there": it.steps() == 2 * seeds,
+    }
     gone = sorted(it.folder.glob("results/runs/*.json"))[seeds // 2]
     gone.unlink()
     facts["record_again"] = it.run().code == 0 and evidence(it.folder) == known
@@ -282,7 +345,8 @@ def sweep(warm: Warm, root: Path, seeds: int) -> Told:
 
 
 def sweep_with_failures(warm: Warm, root: Path, seeds: int) -> Told:
-    """Three runs fail: the others finish, the failures are told; the next time just those three are run."""
+    """Three runs fail: the others finish, the failures are told; the next time just those three are
+    run."""
     it, failing = Sweep(warm, root / "failing", seeds), (0, seeds // 2, seeds - 1)
     first = it.run(patch="injections:fail_seeds," + ",".join(map(str, failing)))
     lines = [line for line in first.err.splitlines() if line.startswith("gain_cl: error:")]
@@ -290,7 +354,8 @@ def sweep_with_failures(warm: Warm, root: Path, seeds: int) -> Told:
     facts = {
         f"exit_65_not_{first.code}": first.code == 65,
         "listed": len(lines) == 4 and all(f"seed {seed}" in first.err for seed in failing),
-        "counted": lines[-1:] == [f"gain_cl: error: 3 of {seeds} runs failed (multirun); see the messages above"],
+        "counted": lines[-1:]
+        == [f"gain_cl: error: 3 of {seeds} runs failed (multirun); see the messages above"],
         "others_finished": len(list(it.folder.glob("results/runs/*.json"))) == seeds - 3,
     }
     second = it.run()
@@ -322,7 +387,7 @@ def sweep_killed(warm: Warm, root: Path, seeds: int, kills: int) -> Told:
 KILLED_AT = ("commit", "record.before", "cell.after", "parquet.after_rename")
 
 
-# --- what CI does ----------------------------------------------------------------------------------------------------
+# --- what CI does ---------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -349,7 +414,9 @@ def undisturbed(warm: Warm, root: Path) -> dict[str, str]:
 STALE = ("none", "garbage", "dead", "live", "elsewhere")
 
 
-@pytest.mark.parametrize("stale", [*STALE[:1], *(pytest.param(s, marks=pytest.mark.slow) for s in STALE[1:])])
+@pytest.mark.parametrize(
+    "stale", [*STALE[:1], *(pytest.param(s, marks=pytest.mark.slow) for s in STALE[1:])]
+)
 def test_two_owners(expected: dict[str, str], root: Path, stale: str) -> None:
     assert two_owners(root, stale, expected)[0] == []
 
@@ -396,7 +463,12 @@ with owned(Path(sys.argv[1])):
 
 def test_a_child_that_outlives_the_owner(tmp_path: Path) -> None:
     """It may still be writing, so the run stays in use until it has ended."""
-    with subprocess.Popen([sys.executable, "-c", ORPHAN, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as owner:
+    with subprocess.Popen(
+        [sys.executable, "-c", ORPHAN, str(tmp_path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as owner:
         assert owner.stdout is not None and owner.stdin is not None
         owner.stdout.readline()
         assert owner.wait() == -9
@@ -408,7 +480,9 @@ def test_a_child_that_outlives_the_owner(tmp_path: Path) -> None:
             pass
 
 
-@pytest.mark.parametrize("count", [16, *(pytest.param(WRITERS, marks=pytest.mark.slow, id=str(i)) for i in (1, 2, 3, 4))])
+@pytest.mark.parametrize(
+    "count", [16, *(pytest.param(WRITERS, marks=pytest.mark.slow, id=str(i)) for i in (1, 2, 3, 4))]
+)
 def test_writers(tmp_path: Path, count: int) -> None:
     assert apart(f"writers({str(tmp_path / 'results')!r}, {count})")[0] == []
 
@@ -432,7 +506,7 @@ def test_sweep_killed(warm: Warm, tmp_path: Path) -> None:
     assert sweep_killed(warm, tmp_path, 6, 2)[0] == []
 
 
-# --- the full campaigns ----------------------------------------------------------------------------------------------
+# --- the full campaigns ---------------------------------------------------------------------------
 
 
 def carry_out(name: str, faults: int, trials: list[Callable[[], Told]]) -> Outcome:
@@ -450,8 +524,16 @@ def main() -> int:
         root, of = Path(name), functools.partial
         expected = undisturbed(warm, root)
         done = [
-            carry_out("two owners: 16 processes start one run", 1, [of(two_owners, root, STALE[i % 5], expected) for i in range(50)]),
-            carry_out("writers: 64 processes save at once", 1, [of(apart, f"writers({str(root / f'w{i}')!r})") for i in range(40)]),
+            carry_out(
+                "two owners: 16 processes start one run",
+                1,
+                [of(two_owners, root, STALE[i % 5], expected) for i in range(50)],
+            ),
+            carry_out(
+                "writers: 64 processes save at once",
+                1,
+                [of(apart, f"writers({str(root / f'w{i}')!r})") for i in range(40)],
+            ),
             carry_out("sweep of 24, run again", 3, [of(sweep, warm, root, 24)]),
             carry_out("sweep of 24 with failures", 3, [of(sweep_with_failures, warm, root, 24)]),
             carry_out("sweep of 24, launcher killed", 4, [of(sweep_killed, warm, root, 24, 4)]),

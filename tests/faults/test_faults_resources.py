@@ -35,7 +35,9 @@ BASE = (*SMOKE, "domain=[smoke_a,smoke_b]", f"train.steps={STEPS}")
 Told = tuple[list[str], int]
 """What is wrong (nothing, it is to be hoped) and how many bytes were compared."""
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits, capabilities and mounts of Linux")
+pytestmark = pytest.mark.skipif(
+    sys.platform != "linux", reason="limits, capabilities and mounts of Linux"
+)
 
 
 def wrong(**facts: object) -> list[str]:
@@ -54,9 +56,20 @@ class Bench:
         return self.root / str(self.count)
 
     def run(self, folder: Path, patch: str | None = None, *overrides: str) -> Result:
-        """What is printed goes beside the folder, so that a fault of the folder does not hide it."""
-        words = ["run", *BASE, *overrides, f"output_dir={folder}/runs", f"results_dir={folder}/results"]
-        return self.warm.run(folder.parent / f"{folder.name}.printed", argv=words, patch=patch and f"injections:{patch}")
+        """What is printed goes beside the folder, so that a fault of the folder does not hide
+        it."""
+        words = [
+            "run",
+            *BASE,
+            *overrides,
+            f"output_dir={folder}/runs",
+            f"results_dir={folder}/results",
+        ]
+        return self.warm.run(
+            folder.parent / f"{folder.name}.printed",
+            argv=words,
+            patch=patch and f"injections:{patch}",
+        )
 
     @functools.cached_property
     def expected(self) -> dict[str, str]:
@@ -82,7 +95,10 @@ def torn(folder: Path) -> list[str]:
         bad += broken(path, checkpoint.verify)
     for path in folder.glob("results/runs/*.json"):
         bad += broken(path, record.load)
-    for pattern, read in (("**/[!.]*.json", lambda p: json.loads(p.read_bytes())), ("**/[!.]*.parquet", pd.read_parquet)):
+    for pattern, read in (
+        ("**/[!.]*.json", lambda p: json.loads(p.read_bytes())),
+        ("**/[!.]*.parquet", pd.read_parquet),
+    ):
         for path in folder.glob(pattern):
             if not any(part.startswith(".tmp-") for part in path.parts):
                 bad += broken(path, read)
@@ -100,12 +116,19 @@ def broken(path: Path, read: Callable[[Path], Any]) -> list[str]:
 def states(folder: Path) -> int:
     """The furthest step of the run that is saved."""
     inside = [int(p.name.removeprefix("step-")) for p in folder.glob("runs/*/ckpt/step-*")]
-    return max([0, *inside, *(STEPS * int(p.name[:2]) for p in folder.glob("runs/*/stages/[0-9]*"))])
+    return max(
+        [0, *inside, *(STEPS * int(p.name[:2]) for p in folder.glob("runs/*/stages/[0-9]*"))]
+    )
 
 
 def goes_on(bench: Bench, folder: Path, patch: str | None = None) -> dict[str, object]:
-    """The same command with the fault gone: from the newest state that is saved to the undisturbed outcome."""
-    saved, stage, finished = states(folder), len(list(folder.glob("runs/*/stages/[0-9]*"))), bool(list(folder.glob("results/runs/*.json")))
+    """The same command with the fault gone: from the newest state that is saved to the undisturbed
+    outcome."""
+    saved, stage, finished = (
+        states(folder),
+        len(list(folder.glob("runs/*/stages/[0-9]*"))),
+        bool(list(folder.glob("results/runs/*.json"))),
+    )
     again = bench.run(folder, patch)
     facts: dict[str, object] = {
         f"resume_exit_0 {again.err[-300:]}": again.code == 0,
@@ -119,18 +142,44 @@ def goes_on(bench: Bench, folder: Path, patch: str | None = None) -> dict[str, o
     return facts
 
 
-# --- a full disk -----------------------------------------------------------------------------------------------------
+# --- a full disk ----------------------------------------------------------------------------------
 
-SIZES = [0, 1, 30, 64, 90, 150, 221, 300, 400, 500, 600, 900, 1_100, 1_300, 2_000, 2_500, 4_000, 6_000, 20_000, 200_000]
+SIZES = [
+    0,
+    1,
+    30,
+    64,
+    90,
+    150,
+    221,
+    300,
+    400,
+    500,
+    600,
+    900,
+    1_100,
+    1_300,
+    2_000,
+    2_500,
+    4_000,
+    6_000,
+    20_000,
+    200_000,
+]
 """Bytes no file may exceed: from nothing to more than the largest file of the run."""
 
 
 def small_files(bench: Bench, size: int) -> Told:
-    """RLIMIT_FSIZE from the start of the run: a write stops in the middle of whichever file is too large."""
+    """RLIMIT_FSIZE from the start of the run: a write stops in the middle of whichever file is too
+    large."""
     folder = bench.new()
     result = bench.run(folder, f"small_files,{size}")
     whole = size == max(SIZES)
-    facts = {"exit_0": result.code == 0, "identical": evidence(folder) == bench.expected} if whole else one_line(result)
+    facts = (
+        {"exit_0": result.code == 0, "identical": evidence(folder) == bench.expected}
+        if whole
+        else one_line(result)
+    )
     facts |= {f"nothing_torn {torn(folder)}": not torn(folder)}
     return wrong(**facts, **(goes_on(bench, folder) if not whole else {})), evidence_bytes(folder)
 
@@ -160,14 +209,19 @@ PLACES = [
     ("csv.after_rename", 1),  # matrix.png
     ("png.after_rename", 1),  # the last line of metrics.jsonl
 ]
-"""(failpoint, how often it was reached) from where on nothing is taken any more, and what is written next."""
+"""(failpoint, how often it was reached) from where on nothing is taken any more, and what is
+written next."""
 
 
 def disk_full(bench: Bench, place: str, at: int, room: int) -> Told:
     """From a place on, no file takes more than ``room`` bytes."""
     folder = bench.new()
     result = bench.run(folder, f"disk_full,{place},{at},{room}")
-    return wrong(**one_line(result), **{f"nothing_torn {torn(folder)}": not torn(folder)}, **goes_on(bench, folder)), evidence_bytes(folder)
+    return wrong(
+        **one_line(result),
+        **{f"nothing_torn {torn(folder)}": not torn(folder)},
+        **goes_on(bench, folder),
+    ), evidence_bytes(folder)
 
 
 REFUSED = [
@@ -189,17 +243,25 @@ REFUSED = [
 
 
 def refused(bench: Bench, place: str, at: int, code: str) -> Told:
-    """From a place on, every change of a folder is refused (a file system that went read-only after an error)."""
+    """From a place on, every change of a folder is refused (a file system that went read-only after
+    an error)."""
     folder = bench.new()
     result = bench.run(folder, f"refused,{place},{at},{code}")
-    return wrong(**one_line(result), **{f"nothing_torn {torn(folder)}": not torn(folder)}, **goes_on(bench, folder)), evidence_bytes(folder)
+    return wrong(
+        **one_line(result),
+        **{f"nothing_torn {torn(folder)}": not torn(folder)},
+        **goes_on(bench, folder),
+    ), evidence_bytes(folder)
 
 
 def read_only(bench: Bench, name: str) -> Told:
-    """A folder whose permissions forbid writing, met by a run that has to go on there; the process has no privilege."""
+    """A folder whose permissions forbid writing, met by a run that has to go on there; the process
+    has no privilege."""
     folder = bench.new()
     dead = bench.run(folder, "die,commit,2")
-    target = folder / "results/runs" if name == "results" else next(folder.glob("runs/*gain*")) / name
+    target = (
+        folder / "results/runs" if name == "results" else next(folder.glob("runs/*gain*")) / name
+    )
     target.mkdir(parents=True, exist_ok=True)
     target.chmod(0o555)
     try:
@@ -215,13 +277,21 @@ READ_ONLY = ["", "ckpt", "stages", "results"]
 
 @contextmanager
 def small_disk(folder: Path, size: int) -> Iterator[Callable[[int], int]]:
-    """A file system of so many KiB; what is yielded gives it another size. Skips where mounting is not allowed."""
+    """A file system of so many KiB; what is yielded gives it another size. Skips where mounting is
+    not allowed."""
     folder.mkdir(parents=True)
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}k", "none", str(folder)], capture_output=True, text=True, check=False)
+    made = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={size}k", "none", str(folder)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     if made.returncode:
         pytest.skip(f"mount: {made.stderr.strip()}")
     try:
-        yield lambda new: subprocess.check_call(["mount", "-o", f"remount,size={new}k", str(folder)])
+        yield lambda new: subprocess.check_call(
+            ["mount", "-o", f"remount,size={new}k", str(folder)]
+        )
     finally:
         subprocess.run(["umount", "-l", str(folder)], check=True)
 
@@ -236,7 +306,10 @@ def full_disk(bench: Bench, size: int) -> Told:
     with small_disk(folder, size) as resize:
         result = bench.run(folder)
         if result.code == 0:
-            facts: dict[str, object] = {"identical": evidence(folder) == bench.expected, "small": size > 128}
+            facts: dict[str, object] = {
+                "identical": evidence(folder) == bench.expected,
+                "small": size > 128,
+            }
         else:
             facts = one_line(result) | {f"nothing_torn {torn(folder)}": not torn(folder)}
             resize(65_536)
@@ -246,21 +319,38 @@ def full_disk(bench: Bench, size: int) -> Told:
 
 
 def full_terminal(bench: Bench) -> Told:
-    """The file that the command prints into is on the full disk, during the run and when a finished one is shown again."""
+    """The file that the command prints into is on the full disk, during the run and when a finished
+    one is shown again."""
     folder = bench.new()
-    facts = one_line(bench.run(folder, "full_stdout")) | {f"nothing_torn {torn(folder)}": not torn(folder)} | goes_on(bench, folder)
-    facts |= {f"again {name}": holds for name, holds in one_line(bench.run(folder, "full_stdout")).items()}
+    facts = (
+        one_line(bench.run(folder, "full_stdout"))
+        | {f"nothing_torn {torn(folder)}": not torn(folder)}
+        | goes_on(bench, folder)
+    )
+    facts |= {
+        f"again {name}": holds for name, holds in one_line(bench.run(folder, "full_stdout")).items()
+    }
     return wrong(**facts), evidence_bytes(folder)
 
 
-# --- a hub that does not answer --------------------------------------------------------------------------------------
+# --- a hub that does not answer -------------------------------------------------------------------
 
-ANSWERS = {"refused": 74, "black hole": 74, "401": 65, "403": 65, "404": 65, "429": 74, "500": 74, "cut": 74}
+ANSWERS = {
+    "refused": 74,
+    "black hole": 74,
+    "401": 65,
+    "403": 65,
+    "404": 65,
+    "429": 74,
+    "500": 74,
+    "cut": 74,
+}
 """What the hub does, and the exit code of a run that needs a model from it."""
 
 
 class Hub:
-    """The hub of fake_hub behind a door that misbehaves on request: ``answer`` is a key of ANSWERS, or "well"."""
+    """The hub of fake_hub behind a door that misbehaves on request: ``answer`` is a key of ANSWERS,
+    or "well"."""
 
     def __init__(self, root: Path) -> None:
         self.root, self.answer, self.asked = root, "well", 0
@@ -295,7 +385,13 @@ class Hub:
                     self.send_error(error.code)
                     return
                 self.send_response(200)
-                for name in ("Content-Type", "ETag", "X-Repo-Commit", "X-Linked-Size", "Content-Length"):
+                for name in (
+                    "Content-Type",
+                    "ETag",
+                    "X-Repo-Commit",
+                    "X-Linked-Size",
+                    "Content-Length",
+                ):
                     if name in found.headers:
                         self.send_header(name, found.headers[name])
                 self.end_headers()
@@ -325,45 +421,77 @@ def put_model(root: Path) -> None:
 
 
 HUB_MODEL = (
-    *("model.path=org/tiny", f"model.revision={fake_hub.SHA}", "model.dtype=float32", "sequence=smoke", "domain=[smoke_a]", "tasks=none"),
-    *("train.lr=1e-3", "train.tokens=null", "train.steps=2", "train.block=32", "train.batch_tokens=64", "compute.threads=1"),
+    *(
+        "model.path=org/tiny",
+        f"model.revision={fake_hub.SHA}",
+        "model.dtype=float32",
+        "sequence=smoke",
+        "domain=[smoke_a]",
+        "tasks=none",
+    ),
+    *(
+        "train.lr=1e-3",
+        "train.tokens=null",
+        "train.steps=2",
+        "train.block=32",
+        "train.batch_tokens=64",
+        "compute.threads=1",
+    ),
     *("eval.documents=2", "eval.window=16", "eval.context=64", "compute.device=cpu"),
 )
 
 
 def hub_away(bench: Bench, hub: Hub, answer: str) -> Told:
-    """With the model in the cache nobody is asked; without it one line says what to do, and the same command works when the hub does."""
+    """With the model in the cache nobody is asked; without it one line says what to do, and the
+    same command works when the hub does."""
 
     def run(folder: Path, home: Path) -> Result:
         address = "http://127.0.0.1:9" if hub.answer == "refused" else hub.address
         words = ["run", *HUB_MODEL, f"output_dir={folder}/runs", f"results_dir={folder}/results"]
-        return bench.warm.run(folder.parent / f"{folder.name}.printed", argv=words, patch=f"injections:hub,{address},{home}")
+        return bench.warm.run(
+            folder.parent / f"{folder.name}.printed",
+            argv=words,
+            patch=f"injections:hub,{address},{home}",
+        )
 
-    online, cached, fresh, home = bench.root / "online", bench.new(), bench.new(), bench.root / "home"
+    online, cached, fresh, home = (
+        bench.root / "online",
+        bench.new(),
+        bench.new(),
+        bench.root / "home",
+    )
     if not online.exists():
         hub.answer = "well"
         first = run(online, home)
         assert first.code == 0, first.err
     hub.answer, asked = answer, hub.asked
     again = run(cached, home)
-    facts: dict[str, object] = {f"cached_exit_0 {again.err[-300:]}": again.code == 0, "nobody_asked": hub.asked == asked}
+    facts: dict[str, object] = {
+        f"cached_exit_0 {again.err[-300:]}": again.code == 0,
+        "nobody_asked": hub.asked == asked,
+    }
     facts["cached_identical"] = evidence(cached) == evidence(online)
     own = bench.root / f"home of {fresh.name}".replace(" ", "-")
     refused = run(fresh, own)
     lines = [line for line in refused.err.splitlines() if line.startswith("gain_cl: error:")]
     facts |= {
         f"exit_{ANSWERS[answer]}_not_{refused.code}": refused.code == ANSWERS[answer],
-        f"one_line {refused.err[-300:]}": len(lines) == 1 and "org/tiny" in lines[0] and "Traceback" not in refused.err,
+        f"one_line {refused.err[-300:]}": len(lines) == 1
+        and "org/tiny" in lines[0]
+        and "Traceback" not in refused.err,
         "asked": answer == "refused" or hub.asked > asked,
         "nothing_half_fetched": not list(own.glob("hub/**/snapshots/*/model.safetensors")),
     }
     hub.answer = "well"
     later = run(fresh, own)
-    facts |= {f"later_exit_0 {later.err[-300:]}": later.code == 0, "later_identical": evidence(fresh) == evidence(online)}
+    facts |= {
+        f"later_exit_0 {later.err[-300:]}": later.code == 0,
+        "later_identical": evidence(fresh) == evidence(online),
+    }
     return wrong(**facts), evidence_bytes(cached) + evidence_bytes(fresh)
 
 
-# --- what CI does ----------------------------------------------------------------------------------------------------
+# --- what CI does ---------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -382,7 +510,10 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
 
 def some(trials: list[Any], *quick: int) -> list[Any]:
     """Those of the named places in the default run, the others with the slow tests."""
-    return [pytest.param(t, marks=[] if i in quick else pytest.mark.slow, id=str(t)) for i, t in enumerate(trials)]
+    return [
+        pytest.param(t, marks=[] if i in quick else pytest.mark.slow, id=str(t))
+        for i, t in enumerate(trials)
+    ]
 
 
 @pytest.mark.parametrize("size", some(SIZES[::3], 2))
@@ -426,7 +557,7 @@ def test_hub_away(bench: Bench, hub: Hub, answer: str) -> None:
     assert hub_away(bench, hub, answer)[0] == []
 
 
-# --- the full campaigns ----------------------------------------------------------------------------------------------
+# --- the full campaigns ---------------------------------------------------------------------------
 
 
 def carry_out(name: str, trials: list[Callable[[], Told]]) -> Outcome:
@@ -445,11 +576,23 @@ def main() -> int:
         put_model(Path(root) / "served")
         with Hub(Path(root) / "served").open() as hub:
             done = [
-                carry_out("disk full: RLIMIT_FSIZE from the start", [of(small_files, bench, size) for size in SIZES]),
-                carry_out("disk full: from a place on", [of(disk_full, bench, *p, room=room) for room in (0, 10, 700) for p in PLACES]),
-                carry_out("disk full: a real small file system", [of(full_disk, bench, size) for size in DISKS]),
+                carry_out(
+                    "disk full: RLIMIT_FSIZE from the start",
+                    [of(small_files, bench, size) for size in SIZES],
+                ),
+                carry_out(
+                    "disk full: from a place on",
+                    [of(disk_full, bench, *p, room=room) for room in (0, 10, 700) for p in PLACES],
+                ),
+                carry_out(
+                    "disk full: a real small file system",
+                    [of(full_disk, bench, size) for size in DISKS],
+                ),
                 carry_out("file system refuses changes", [of(refused, bench, *p) for p in REFUSED]),
-                carry_out("folder without write permission", [of(read_only, bench, name) for name in READ_ONLY]),
+                carry_out(
+                    "folder without write permission",
+                    [of(read_only, bench, name) for name in READ_ONLY],
+                ),
                 carry_out("printing into a full disk", [of(full_terminal, bench)]),
                 carry_out("hub away", [of(hub_away, bench, hub, answer) for answer in ANSWERS]),
             ]

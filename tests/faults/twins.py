@@ -1,4 +1,5 @@
-"""Broken twins of parts of gain_cl, put in place in the process of a trial: the campaigns must notice each of them."""
+"""Broken twins of parts of gain_cl, put in place in the process of a trial: the campaigns must
+notice each of them."""
 
 from __future__ import annotations
 
@@ -19,7 +20,9 @@ def in_place() -> None:
             checkpoint.reach("save.before_write")
             checkpoint._write(folder / name, content)
             checkpoint.reach("save.after_write")
-        (folder / checkpoint.MANIFEST).write_bytes(checkpoint._manifest({name: checkpoint._facts(folder / name) for name in files}))
+        (folder / checkpoint.MANIFEST).write_bytes(
+            checkpoint._manifest({name: checkpoint._facts(folder / name) for name in files})
+        )
 
     checkpoint.save = save
 

@@ -1,4 +1,5 @@
-"""Guards against closed forms, explicit loops and the plain torch functions; their memory survives an interruption."""
+"""Guards against closed forms, explicit loops and the plain torch functions; their memory survives
+an interruption."""
 
 from __future__ import annotations
 
@@ -35,10 +36,14 @@ from gain_cl.tools.rescore import Bench
 
 GAIN = schema.Gain(kind="gain", roles=["attn_out", "ffn_down"])
 FULL = schema.Full(kind="full")
-LORA = schema.Peft(kind="peft", peft_type="LORA", config={"r": 2, "lora_alpha": 4, "target_modules": "all-linear"})
+LORA = schema.Peft(
+    kind="peft", peft_type="LORA", config={"r": 2, "lora_alpha": 4, "target_modules": "all-linear"}
+)
 
 
-def attached(settings: schema.Adapter, family: str = "llama", dtype: str = "float32") -> tuple[load.Loaded, adapters.base.Adapter]:
+def attached(
+    settings: schema.Adapter, family: str = "llama", dtype: str = "float32"
+) -> tuple[load.Loaded, adapters.base.Adapter]:
     loaded = tiny(family, dtype)
     torch.manual_seed(0)
     adapter = adapters.build(settings)
@@ -62,18 +67,31 @@ def batch(rows: int = 4, length: int = 16) -> Batch:
     return train.batch_at(blocks(9, rows, length), 0, rows)  # type: ignore[arg-type]
 
 
-# --- EWC -------------------------------------------------------------------------------------------------------------
+# --- EWC ------------------------------------------------------------------------------------------
 
 
 def test_ewc_on_a_linear_model_ends_at_the_closed_form() -> None:
-    """argmin of 1/2 (w-a)'H(w-a) + lambda/2 sum F (w-w*)^2 is (H + lambda F)^-1 (H a + lambda F w*)."""
+    """argmin of 1/2 (w-a)'H(w-a) + lambda/2 sum F (w-w*)^2 is (H + lambda F)^-1 (H a + lambda F
+    w*)."""
     generator = torch.Generator().manual_seed(0)
-    x, w = torch.randn(50, 6, generator=generator, dtype=torch.float64), nn.Parameter(torch.zeros(6, dtype=torch.float64))
+    x, w = (
+        torch.randn(50, 6, generator=generator, dtype=torch.float64),
+        nn.Parameter(torch.zeros(6, dtype=torch.float64)),
+    )
     y = x @ torch.randn(6, generator=generator, dtype=torch.float64)
-    f, anchor = torch.rand(6, generator=generator, dtype=torch.float64), torch.randn(6, generator=generator, dtype=torch.float64)
+    f, anchor = (
+        torch.rand(6, generator=generator, dtype=torch.float64),
+        torch.randn(6, generator=generator, dtype=torch.float64),
+    )
     guard = EwcGuard(strength=3.0, sequences=1)
     guard.parameters, guard.fisher, guard.anchor = {"w": w}, {"w": f}, {"w": anchor}
-    optimizer = torch.optim.LBFGS([w], max_iter=500, tolerance_grad=1e-12, tolerance_change=1e-16, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS(
+        [w],
+        max_iter=500,
+        tolerance_grad=1e-12,
+        tolerance_change=1e-16,
+        line_search_fn="strong_wolfe",
+    )
 
     def total() -> torch.Tensor:
         optimizer.zero_grad()
@@ -83,12 +101,15 @@ def test_ewc_on_a_linear_model_ends_at_the_closed_form() -> None:
 
     optimizer.step(total)
     hessian = x.T @ x / len(x)
-    expected = torch.linalg.solve(hessian + 3.0 * torch.diag(f), x.T @ y / len(x) + 3.0 * f * anchor)
+    expected = torch.linalg.solve(
+        hessian + 3.0 * torch.diag(f), x.T @ y / len(x) + 3.0 * f * anchor
+    )
     torch.testing.assert_close(w.detach(), expected, rtol=1e-6, atol=1e-8)
 
 
 def test_fisher_of_the_output_layer_is_its_closed_form() -> None:
-    """The gradient of a sequence's summed loss in the head W is sum_t (p_t - e_t) h_t', its square the Fisher information."""
+    """The gradient of a sequence's summed loss in the head W is sum_t (p_t - e_t) h_t', its square
+    the Fisher information."""
     loaded, adapter = attached(FULL)
     assert loaded.head.weight is not loaded.model.get_input_embeddings().weight
     stream = blocks(count=3)
@@ -100,7 +121,9 @@ def test_fisher_of_the_output_layer_is_its_closed_form() -> None:
             tokens = torch.from_numpy(stream[i].tokens_T)
             ids = torch.cat([torch.tensor([loaded.prefix_id]), tokens[:-1]])
             h = loaded.body(input_ids=ids[None]).last_hidden_state[0]
-            error = torch.softmax(h @ loaded.head.weight.T, -1) - F.one_hot(tokens, loaded.vocabulary)
+            error = torch.softmax(h @ loaded.head.weight.T, -1) - F.one_hot(
+                tokens, loaded.vocabulary
+            )
             expected += (error.T @ h).square() / 3
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-7)
 
@@ -113,7 +136,19 @@ def test_fisher_does_not_depend_on_the_batch_and_is_not_the_square_of_its_mean()
         guard.attach(loaded, adapter, 0)
         setup = schema.Train(steps=1, block=16, batch_tokens=16 * rows, lr=1e-9)
         stream = blocks()
-        list(train.stage(loaded, adapter, guard, stream, setup, train.optimizer(adapter, setup), index=1, seed=0, micro_batch=micro))  # type: ignore[arg-type]
+        list(
+            train.stage(
+                loaded,
+                adapter,
+                guard,
+                stream,
+                setup,
+                train.optimizer(adapter, setup),
+                index=1,
+                seed=0,
+                micro_batch=micro,
+            )
+        )  # type: ignore[arg-type]
         guard.after_stage(1, "a", stream)  # type: ignore[arg-type]
         found.append(guard.fisher)
     for other in found[1:]:
@@ -148,19 +183,29 @@ def test_fishers_add_up_and_the_anchor_is_the_latest() -> None:
     assert other.penalty().item() == guard.penalty().item() > 0  # type: ignore[union-attr]
 
 
-# --- replay ----------------------------------------------------------------------------------------------------------
+# --- replay ---------------------------------------------------------------------------------------
 
 
 def stream_of(name: str, documents: int = 9) -> Blocks:
     """Token n * 1000 + i: which domain, which place."""
     base = {"a": 1000, "b": 2000, "c": 3000}[name]
     tokens = np.arange(base, base + 40 * documents, dtype=np.uint32).reshape(documents, 40)
-    return Blocks(name, [Doc(f"{name}{i:015d}", t, np.arange(1, 41, dtype=np.uint32)) for i, t in enumerate(tokens)], 0, 8, 0)
+    return Blocks(
+        name,
+        [
+            Doc(f"{name}{i:015d}", t, np.arange(1, 41, dtype=np.uint32))
+            for i, t in enumerate(tokens)
+        ],
+        0,
+        8,
+        0,
+    )
 
 
 def test_replayed_sequences_are_ones_that_were_trained_on() -> None:
-    """Every row is either its own or one of the first `sequences` blocks of an earlier stream; domains equally often; a quarter of
-    the rows on average although a step has two; the same whatever was drawn before."""
+    """Every row is either its own or one of the first `sequences` blocks of an earlier stream;
+    domains equally often; a quarter of the rows on average although a step has two; the same
+    whatever was drawn before."""
     past = [stream_of("a"), stream_of("b")]
     guard = ReplayGuard(0.25)
     guard.attach(None, None, 7)  # type: ignore[arg-type]
@@ -174,7 +219,9 @@ def test_replayed_sequences_are_ones_that_were_trained_on() -> None:
         before = train.batch_at(own, step, 2)
         mixed = guard.mix(before, 3, step)
         assert mixed.tokens_ST.shape == before.tokens_ST.shape
-        changed = [i for i in range(2) if not np.array_equal(mixed.tokens_ST[i], before.tokens_ST[i])]
+        changed = [
+            i for i in range(2) if not np.array_equal(mixed.tokens_ST[i], before.tokens_ST[i])
+        ]
         seen[len(changed)] += 1
         for i in changed:
             (owner,) = (s for s in known if tuple(mixed.tokens_ST[i]) in known[s])
@@ -192,7 +239,8 @@ def test_replayed_sequences_are_ones_that_were_trained_on() -> None:
 
 
 def test_the_replayed_stream_is_the_one_worked_out_by_hand() -> None:
-    """By sha256sum of "(7, 3, STEP, 3, 'domain')" and so on: a quarter of four rows is the last one, of two every other step's."""
+    """By sha256sum of "(7, 3, STEP, 3, 'domain')" and so on: a quarter of four rows is the last
+    one, of two every other step's."""
     own, past = stream_of("c"), [stream_of("a"), stream_of("b")]
     guard = ReplayGuard(0.25)
     guard.attach(None, None, 7)  # type: ignore[arg-type]
@@ -203,13 +251,28 @@ def test_the_replayed_stream_is_the_one_worked_out_by_hand() -> None:
         assert np.array_equal(mixed.tokens_ST[:3], before.tokens_ST[:3])
         assert np.array_equal(mixed.tokens_ST[3], past[domain][block].tokens_T)
         assert np.array_equal(mixed.documents_ST[3], -1 - past[domain][block].documents_T)
-    pairs = [(train.batch_at(own, step, 2), guard.mix(train.batch_at(own, step, 2), 3, step)) for step in range(8)]
-    assert [not np.array_equal(a.tokens_ST[1], b.tokens_ST[1]) for a, b in pairs] == [False, True, True, True, True, False, True, True]
+    pairs = [
+        (train.batch_at(own, step, 2), guard.mix(train.batch_at(own, step, 2), 3, step))
+        for step in range(8)
+    ]
+    assert [not np.array_equal(a.tokens_ST[1], b.tokens_ST[1]) for a, b in pairs] == [
+        False,
+        True,
+        True,
+        True,
+        True,
+        False,
+        True,
+        True,
+    ]
     assert all(np.array_equal(a.tokens_ST[0], b.tokens_ST[0]) for a, b in pairs)
 
 
-def test_a_run_with_replay_trains_on_exactly_that_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What reaches the loss in every step of three stages, against the domains' own streams and the hashes."""
+def test_a_run_with_replay_trains_on_exactly_that_stream(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What reaches the loss in every step of three stages, against the domains' own streams and the
+    hashes."""
     seen: list[np.ndarray] = []
     real = train._gradient
 
@@ -219,7 +282,11 @@ def test_a_run_with_replay_trains_on_exactly_that_stream(tmp_path: Path, monkeyp
 
     monkeypatch.setattr(train, "_gradient", spy)
     made = api.run(
-        "debug=smoke", "method=gain_ffn_replay", "eval.documents=2", f"output_dir={tmp_path}/runs", f"results_dir={tmp_path}/results"
+        "debug=smoke",
+        "method=gain_ffn_replay",
+        "eval.documents=2",
+        f"output_dir={tmp_path}/runs",
+        f"results_dir={tmp_path}/results",
     )
     bench = Bench(made, None)
     bench.open(rows=1)
@@ -241,7 +308,8 @@ def test_a_run_with_replay_trains_on_exactly_that_stream(tmp_path: Path, monkeyp
 
 
 def test_self_replay_is_text_of_the_pretrained_model() -> None:
-    """At a low temperature it is the greedy continuation, computed without a cache; no end token stops it."""
+    """At a low temperature it is the greedy continuation, computed without a cache; no end token
+    stops it."""
     loaded, adapter = attached(GAIN)
     found = sample(loaded, 2, 12, 1e-7, seed=1)
     ids = torch.tensor([[loaded.prefix_id]])
@@ -273,13 +341,16 @@ def test_sampling_follows_the_models_probabilities() -> None:
     assert abs(chi - 256) < 5 * math.sqrt(2 * 256)
 
 
-# --- near the base ---------------------------------------------------------------------------------------------------
+# --- near the base --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("softcap", [None, 3.0])
 def test_divergence_equals_torchs(softcap: float | None) -> None:
     generator = torch.Generator().manual_seed(0)
-    h, w, b = (torch.randn(*s, generator=generator, requires_grad=True) for s in ((40, 8), (300, 8), (300,)))
+    h, w, b = (
+        torch.randn(*s, generator=generator, requires_grad=True)
+        for s in ((40, 8), (300, 8), (300,))
+    )
     base = tuple(torch.randn(*s, generator=generator) for s in ((40, 8), (300, 8), (300,)))
     before, loss.CHUNK_LOGITS["cpu"] = loss.CHUNK_LOGITS["cpu"], 300 * 7
     try:
@@ -333,7 +404,9 @@ def test_kl_base_is_the_divergence_from_the_untouched_model(kind: str) -> None:
         )
     )
     near = 1e-4 if "bfloat16" not in kind else 5e-2
-    ours_, expected_, alone_ = (torch.cat([g.flatten() for g in gs]) for gs in (ours, expected, alone))
+    ours_, expected_, alone_ = (
+        torch.cat([g.flatten() for g in gs]) for gs in (ours, expected, alone)
+    )
     assert (ours_ - expected_).norm() < near * expected_.norm()
     assert (alone_ - expected_).norm() > 3 * near * expected_.norm()
 
@@ -345,7 +418,9 @@ def test_l2_base_is_half_the_squared_distance() -> None:
     assert guard.penalty().item() == 0  # type: ignore[union-attr]
     before = {n: p.detach().clone() for n, p in adapter.parameters().items()}
     shake(adapter)
-    expected = 1.5 * sum((p - before[n]).square().sum().item() for n, p in adapter.parameters().items())
+    expected = 1.5 * sum(
+        (p - before[n]).square().sum().item() for n, p in adapter.parameters().items()
+    )
     assert guard.penalty().item() == pytest.approx(expected, rel=1e-5)  # type: ignore[union-attr]
 
 
@@ -355,10 +430,14 @@ def test_ema_ends_a_stage_at_the_weighted_mean_of_what_it_passed() -> None:
     guard.attach(loaded, adapter, 0)
     name = next(iter(adapter.parameters()))
     setup = schema.Train(steps=5, block=16, batch_tokens=32, lr=1e-2)
-    for _ in train.stage(loaded, adapter, guard, blocks(), setup, train.optimizer(adapter, setup), index=1, seed=0):  # type: ignore[arg-type]
+    for _ in train.stage(
+        loaded, adapter, guard, blocks(), setup, train.optimizer(adapter, setup), index=1, seed=0
+    ):  # type: ignore[arg-type]
         path.append(adapter.parameters()[name].detach().clone())
     guard.after_stage(1, "a", blocks())  # type: ignore[arg-type]
-    expected = sum(0.2 * 0.8 ** (4 - i) * p for i, p in enumerate(path))  # and 0.8^5 of the start, which is 0
+    expected = sum(
+        0.2 * 0.8 ** (4 - i) * p for i, p in enumerate(path)
+    )  # and 0.8^5 of the start, which is 0
     torch.testing.assert_close(adapter.parameters()[name].detach(), expected, rtol=1e-5, atol=1e-8)
     assert guard.state() == {}
 
@@ -373,7 +452,9 @@ def test_orthogonal_is_the_sum_of_squared_products() -> None:
     guard = OrthogonalGuard(0.5)
     guard.attach(None, stack, 0)  # type: ignore[arg-type]
     a, b, c = stack.matrices  # type: ignore[attr-defined]
-    expected = 0.5 * sum((u @ v).item() ** 2 for old, new in ((a, c), (b, c), (a, b)) for u in old for v in new)
+    expected = 0.5 * sum(
+        (u @ v).item() ** 2 for old, new in ((a, c), (b, c), (a, b)) for u in old for v in new
+    )
     assert guard.penalty().item() == pytest.approx(expected, rel=1e-4)  # type: ignore[union-attr]
     stack.matrices = [c]  # type: ignore[attr-defined]
     assert guard.penalty() is None
@@ -383,22 +464,40 @@ def test_orthogonal_is_the_sum_of_squared_products() -> None:
 
 def test_every_guard_preset_builds_and_none_moves_a_step_without_a_past() -> None:
     for name in presets.names("guard"):
-        settings = hydra.compose(["debug=smoke", f"guard={name}", *(["method=lora", "handover=restart"] if name == "orthogonal" else [])])
+        settings = hydra.compose(
+            [
+                "debug=smoke",
+                f"guard={name}",
+                *(["method=lora", "handover=restart"] if name == "orthogonal" else []),
+            ]
+        )
         assert settings.guard.kind == name
         assert isinstance(guards.build(settings.guard), Guard)
 
 
-# --- combinations that make no sense ---------------------------------------------------------------------------------
+# --- combinations that make no sense --------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("overrides", "why"),
     [
-        (["method=lora_ewc", "handover=restart"], "its penalty is about parameters of the stage before"),
+        (
+            ["method=lora_ewc", "handover=restart"],
+            "its penalty is about parameters of the stage before",
+        ),
         (["method=full", "handover=restart"], "full fine-tuning has no adapter to freeze"),
-        (["method=gain_ffn", "handover=restart", "train.optimizer=carried"], "moments are of parameters that no longer train"),
-        (["method=lora", "handover=restart", "++adapter.config.use_dora=true"], "can keep the old beside a new one"),
-        (["method=gain_ffn", "guard=orthogonal", "handover=restart"], "keeps the LoRA of a stage orthogonal"),
+        (
+            ["method=gain_ffn", "handover=restart", "train.optimizer=carried"],
+            "moments are of parameters that no longer train",
+        ),
+        (
+            ["method=lora", "handover=restart", "++adapter.config.use_dora=true"],
+            "can keep the old beside a new one",
+        ),
+        (
+            ["method=gain_ffn", "guard=orthogonal", "handover=restart"],
+            "keeps the LoRA of a stage orthogonal",
+        ),
         (["method=o_lora", "handover=continue"], "keeps the LoRA of a stage orthogonal"),
         (["method=joint", "guard=ewc"], "there is no stage before to keep"),
         (["method=individual", "guard=replay"], "there is no stage before to keep"),
@@ -411,7 +510,7 @@ def test_refused_before_torch(overrides: list[str], why: str) -> None:
         hydra.compose(["debug=smoke", *overrides])
 
 
-# --- in a run --------------------------------------------------------------------------------------------------------
+# --- in a run -------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -437,10 +536,15 @@ KINDS = [
 
 
 @pytest.mark.parametrize("extra", KINDS, ids=" ".join)
-def test_killed_in_the_second_domain_and_resumed(warm: Warm, tmp_path: Path, extra: list[str]) -> None:
+def test_killed_in_the_second_domain_and_resumed(
+    warm: Warm, tmp_path: Path, extra: list[str]
+) -> None:
     done = warm.run(tmp_path / "undisturbed", *extra)
     assert done.code == 0, done.err
-    assert warm.run(tmp_path / "killed", *extra, env={"GAIN_CL_FAILPOINT": "commit@6"}).code == -signal.SIGKILL
+    assert (
+        warm.run(tmp_path / "killed", *extra, env={"GAIN_CL_FAILPOINT": "commit@6"}).code
+        == -signal.SIGKILL
+    )
     done = warm.run(tmp_path / "killed", *extra)
     assert done.code == 0, done.err
     assert "resumed at stage" in done.out
@@ -457,7 +561,15 @@ def test_a_mixture_gives_each_stream_the_blocks_it_would_have_had_alone() -> Non
         assert [tuple(b.tokens_T) for b in found if tuple(b.tokens_T) in own] == own
     for i in range(0, 30, 3):
         assert {mixed.ids[int(b.documents_T[0])][0] for b in found[i : i + 3]} == {"a", "b", "c"}
-    assert len({tuple(mixed.ids[int(b.documents_T[0])][0] for b in found[i : i + 3]) for i in range(0, 30, 3)}) > 1
+    assert (
+        len(
+            {
+                tuple(mixed.ids[int(b.documents_T[0])][0] for b in found[i : i + 3])
+                for i in range(0, 30, 3)
+            }
+        )
+        > 1
+    )
     assert isinstance(mixed[0], Block) and copy.copy(mixed).ids == mixed.ids
 
 

@@ -17,8 +17,14 @@ MODULES = sorted(SOURCE.rglob("*.py"))
 
 def rooms() -> dict[str, int]:
     """Return room -> height, the lowest 0, from the table of docs/design.md."""
-    listed = re.findall(r"^\| (`.+`) \| ", (ROOT / "docs/design.md").read_text(), flags=re.MULTILINE)
-    return {name: height for height, row in enumerate(reversed(listed)) for name in re.findall(r"`(\w+)`", row)}
+    listed = re.findall(
+        r"^\| (`.+`) \| ", (ROOT / "docs/design.md").read_text(), flags=re.MULTILINE
+    )
+    return {
+        name: height
+        for height, row in enumerate(reversed(listed))
+        for name in re.findall(r"`(\w+)`", row)
+    }
 
 
 def own(path: Path) -> str:
@@ -28,7 +34,11 @@ def own(path: Path) -> str:
 
 def for_typing(tree: ast.AST) -> set[int]:
     """Ids of the nodes under ``if TYPE_CHECKING``."""
-    blocks = [node for node in ast.walk(tree) if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
+    blocks = [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+    ]
     return {id(child) for block in blocks for child in ast.walk(block)}
 
 
@@ -53,8 +63,14 @@ def test_imports_go_down(path: Path) -> None:
     table, here = rooms(), own(path)
     if here in ("__init__", "__main__"):  # they name the doors
         return
-    used = {name.split(".")[1] for name in imports(ast.parse(path.read_text())) if name.startswith("gain_cl.")}
-    upward = {name for name in used if name in table and name != here and table[name] >= table[here]}
+    used = {
+        name.split(".")[1]
+        for name in imports(ast.parse(path.read_text()))
+        if name.startswith("gain_cl.")
+    }
+    upward = {
+        name for name in used if name in table and name != here and table[name] >= table[here]
+    }
     assert not upward, f"{here} imports {upward}"
 
 
@@ -70,7 +86,11 @@ def test_imports_go_down(path: Path) -> None:
     ],
 )
 def test_one_door_for_each_library(package: str, door: set[str]) -> None:
-    users = {own(p) for p in MODULES if any(f"{n}.".startswith(f"{package}.") for n in imports(ast.parse(p.read_text())))}
+    users = {
+        own(p)
+        for p in MODULES
+        if any(f"{n}.".startswith(f"{package}.") for n in imports(ast.parse(p.read_text())))
+    }
     assert users <= door
 
 
@@ -78,17 +98,27 @@ def test_one_door_for_each_library(package: str, door: set[str]) -> None:
 def test_opening_data_never_runs_code(path: Path) -> None:
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import | ast.ImportFrom):
-            names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module or ""]
+            names = (
+                [a.name for a in node.names]
+                if isinstance(node, ast.Import)
+                else [node.module or ""]
+            )
             assert not {"pickle", "dill", "marshal", "shelve"} & set(names)
         if isinstance(node, ast.Call):
             name = ast.unparse(node.func)
-            assert name not in ("eval", "exec", "torch.load", "yaml.load", "os.system", "__import__"), (
-                f"{name} in {path.name}:{node.lineno}"
-            )
+            assert name not in (
+                "eval",
+                "exec",
+                "torch.load",
+                "yaml.load",
+                "os.system",
+                "__import__",
+            ), f"{name} in {path.name}:{node.lineno}"
             for keyword in node.keywords:
-                assert not (keyword.arg in ("shell", "trust_remote_code") and ast.unparse(keyword.value) == "True"), (
-                    f"{path.name}:{node.lineno}"
-                )
+                assert not (
+                    keyword.arg in ("shell", "trust_remote_code")
+                    and ast.unparse(keyword.value) == "True"
+                ), f"{path.name}:{node.lineno}"
 
 
 def opens(call: ast.Call) -> bool:
@@ -113,25 +143,43 @@ def test_the_calls_that_open_a_model_are_seen() -> None:
 
 FREE = ("config", "stats", "system", "compose", "paper", "studies", "errors", "cli")
 """Rooms whose modules import no torch."""
-SOME = ("measure.record", "measure.tasks", "models.source", "models.load", "domains", "runs.run", "runs.track")
+SOME = (
+    "measure.record",
+    "measure.tasks",
+    "models.source",
+    "models.load",
+    "domains",
+    "runs.run",
+    "runs.track",
+)
 
 
 def test_heavy_imports_wait() -> None:
     """Import the torch-free modules: torch, transformers and the like stay out."""
-    free = [".".join(p.relative_to(SOURCE).with_suffix("").parts) for p in MODULES if own(p) in FREE]
+    free = [
+        ".".join(p.relative_to(SOURCE).with_suffix("").parts) for p in MODULES if own(p) in FREE
+    ]
     free = [name.removesuffix(".__init__") for name in free] + list(SOME)
     heavy = {"torch", "transformers", "lm_eval", "wandb", "peft"}
-    code = f"import importlib, sys\nfor m in {free!r}: importlib.import_module('gain_cl.' + m)\nassert not {heavy!r} & set(sys.modules)"
+    code = (
+        f"import importlib, sys\nfor m in {free!r}: importlib.import_module('gain_cl.' + "
+        f"m)\nassert not {heavy!r} & set(sys.modules)"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_no_path_of_a_machine_and_no_index_in_tracked_files() -> None:
-    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)
+    listed = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     if listed.returncode:
         pytest.skip("not a git checkout")
     parts = ["/" + "work/", "/" + "home/", "/" + "root/", "://" + "pypi."]
     for name in listed.stdout.splitlines():
         path = ROOT / name
-        if path.suffix in {".py", ".md", ".yaml", ".toml", ".txt", ".json", ".cff", ""} and path.is_file():
+        if (
+            path.suffix in {".py", ".md", ".yaml", ".toml", ".txt", ".json", ".cff", ""}
+            and path.is_file()
+        ):
             text = path.read_text(errors="ignore")
             assert not [p for p in parts if p in text], name

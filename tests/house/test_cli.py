@@ -29,7 +29,7 @@ def refused(capsys: pytest.CaptureFixture[str], *argv: str, code: int = 64) -> s
     return err.removeprefix("gain_cl: error: ").strip()
 
 
-# --- mistakes --------------------------------------------------------------------------------------------------------
+# --- mistakes -------------------------------------------------------------------------------------
 
 BAD = [
     # misspelt keys, with and without prefix
@@ -42,17 +42,45 @@ BAD = [
     ("modle=gpt2", "unknown key modle", "did you mean model?"),
     ("adapter.sidee=input", "unknown key adapter.sidee", "did you mean adapter.side?"),
     # keys of another kind: what this kind has, never the key itself
-    ("method=full adapter.init_from=x", "unknown key adapter.init_from (command line)", "; adapter full has select"),
-    ("++guard.strength=1", "unknown key guard.strength (command line)", "; guard none has no settings"),
-    ("method=kl_base guard.fraction=0.5", "unknown key guard.fraction (command line)", "; guard kl_base has strength"),
+    (
+        "method=full adapter.init_from=x",
+        "unknown key adapter.init_from (command line)",
+        "; adapter full has select",
+    ),
+    (
+        "++guard.strength=1",
+        "unknown key guard.strength (command line)",
+        "; guard none has no settings",
+    ),
+    (
+        "method=kl_base guard.fraction=0.5",
+        "unknown key guard.fraction (command line)",
+        "; guard kl_base has strength",
+    ),
     ("method=ewc ++guard.strenght=1", "unknown key guard.strenght", "did you mean guard.strength?"),
-    ("++domains.smoke_a.source.path=x", "unknown key domains.smoke_a.source.path", "; source generated has documents, seed"),
-    ("++domains.smoke_a.licens=x", "unknown key domains.smoke_a.licens", "did you mean domains.smoke_a.licence?"),
-    ("domains.smoke_a.source.sed=1", "unknown key domains.smoke_a.source.sed", "did you mean domains.smoke_a.source.seed?"),
+    (
+        "++domains.smoke_a.source.path=x",
+        "unknown key domains.smoke_a.source.path",
+        "; source generated has documents, seed",
+    ),
+    (
+        "++domains.smoke_a.licens=x",
+        "unknown key domains.smoke_a.licens",
+        "did you mean domains.smoke_a.licence?",
+    ),
+    (
+        "domains.smoke_a.source.sed=1",
+        "unknown key domains.smoke_a.source.sed",
+        "did you mean domains.smoke_a.source.seed?",
+    ),
     ("domains.smoke_x.source.seed=1", "no such domain in this run", "did you mean smoke_"),
     ("model/foo=bar", "unknown group model/foo", "did you mean model?"),
     # unknown names
-    ("model=gpt3", "unknown model 'gpt3' (model=gpt3)", "did you mean gpt2? there is: custom, gpt2,"),
+    (
+        "model=gpt3",
+        "unknown model 'gpt3' (model=gpt3)",
+        "did you mean gpt2? there is: custom, gpt2,",
+    ),
     ("method=lorra", "unknown method 'lorra'", "did you mean lora?"),
     ("domain=[lwa]", "unknown domain 'lwa'", "did you mean law?"),
     ("tasks=bolq", "unknown tasks 'bolq'", "did you mean boolq?"),
@@ -61,7 +89,11 @@ BAD = [
     ("adapter.kind=gian", "unknown adapter 'gian'", "did you mean gain?"),
     ("method=lora adapter.peft_type=LORRA", "PEFT has no type 'LORRA'", "did you mean LORA?"),
     ("method=lora ++adapter.config.lora_alfa=1", "no key 'lora_alfa'", "did you mean lora_alpha?"),
-    ("method=lora adapter.config.use_dora=true", "unknown key adapter.config.use_dora", "write ++adapter.config.use_dora=VALUE"),
+    (
+        "method=lora adapter.config.use_dora=true",
+        "unknown key adapter.config.use_dora",
+        "write ++adapter.config.use_dora=VALUE",
+    ),
     # numbers
     ("train.lr=fast", "train.lr='fast' should be a valid number", "command line"),
     ("train.lr=0", "train.lr=0 should be greater than 0", ""),
@@ -88,16 +120,36 @@ BAD = [
     ("train.lr=${train.rl}", "train.lr: Interpolation key 'train.rl' not found", "command line"),
     ("train.lr=${train.eps} train.eps=${train.lr}", "Recursive interpolation", ""),
     # combinations
-    ("train.tokens=4096 train.steps=4", "train.tokens and train.steps are both given", "set one of them to null"),
+    (
+        "train.tokens=4096 train.steps=4",
+        "train.tokens and train.steps are both given",
+        "set one of them to null",
+    ),
     ("train.tokens=null", "neither train.tokens nor train.steps is given", ""),
-    ("train.steps=2 train.tokens=null train.warmup=0.9", "train.warmup=0.9 leaves no step after it", ""),
+    (
+        "train.steps=2 train.tokens=null train.warmup=0.9",
+        "train.warmup=0.9 leaves no step after it",
+        "",
+    ),
     ("train.block=100", "is not a multiple of train.block=100", ""),
     ("compute.micro_batch=3", "compute.micro_batch=3 does not divide", ""),
     ("eval.stride=2000", "eval.stride=2000 exceeds eval.context", ""),
     ("method=lora adapter.config.r=0", "adapter.config.r=0", "positive whole number"),
-    ("method=lora adapter.config.r=577", "adapter.config.r=577 exceeds the width of smollm2_healed", "use 576 or less"),
-    ("model=gpt2 eval.context=1025", "eval.context=1025 exceeds the context of gpt2, 1024 tokens", "use eval.context=1024"),
-    ("train.block=16384 train.batch_tokens=16384 train.tokens=16384", "exceeds the context of smollm2_healed, 8192 tokens", ""),
+    (
+        "method=lora adapter.config.r=577",
+        "adapter.config.r=577 exceeds the width of smollm2_healed",
+        "use 576 or less",
+    ),
+    (
+        "model=gpt2 eval.context=1025",
+        "eval.context=1025 exceeds the context of gpt2, 1024 tokens",
+        "use eval.context=1024",
+    ),
+    (
+        "train.block=16384 train.batch_tokens=16384 train.tokens=16384",
+        "exceeds the context of smollm2_healed, 8192 tokens",
+        "",
+    ),
     # devices and types
     ("compute.device=gpu", "compute.device='gpu' is no device", "use auto, cpu, cuda"),
     ("model.dtype=bf16", "model.dtype='bf16' is not possible", "did you mean bfloat16?"),
@@ -110,7 +162,11 @@ BAD = [
     ("model.path=/no/such/folder", "neither a folder nor a hub id", "check the path"),
     ("model.path=gpt2", "neither a folder nor a hub id", "did you mean model=gpt2?"),
     ("model.path=org/name", "needs a revision", "give the 40-hex commit"),
-    ("model=gpt2 model.revision=main", "'main' is no commit of openai-community/gpt2", "pin a 40-hex commit"),
+    (
+        "model=gpt2 model.revision=main",
+        "'main' is no commit of openai-community/gpt2",
+        "pin a 40-hex commit",
+    ),
     # grammar
     ("train", "cannot read 'train'", "write KEY=VALUE"),
     ("train.lr=1 train.lr=2", "train.lr is given twice", ""),
@@ -131,13 +187,22 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("line", "what", "do"), BAD, ids=[b[0][:40].replace("\n", " ") for b in BAD])
+@pytest.mark.parametrize(
+    ("line", "what", "do"), BAD, ids=[b[0][:40].replace("\n", " ") for b in BAD]
+)
 def test_one_line(
-    line: str, what: str, do: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    line: str,
+    what: str,
+    do: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     words = line.split(" ") if '"' not in line else [line]
-    light = [o for o in SMALL if not any(w.startswith((o.split("=")[0] + "=", "domain=")) for w in words)]
+    light = [
+        o for o in SMALL if not any(w.startswith((o.split("=")[0] + "=", "domain=")) for w in words)
+    ]
     said = refused(capsys, "run", *words, *(light if "tasks.names" not in line else light[:1]))
     assert what in said and do in said, said
     assert not list(tmp_path.iterdir()), "a mistake leaves nothing on disk"
@@ -146,64 +211,150 @@ def test_one_line(
 FILES = [
     ("model", "name: mine\n  dtype: [\n", "bad YAML: ", "mine.yaml:2"),
     ("model", "name: mine\n\tdtype: x\n", "bad YAML: ", "mine.yaml:2"),
-    ("model", "name: mine\ndtype: float32\narch:\n  model_type: llama\n  model_type: gpt2\n", "duplicate key model_type", "mine.yaml:5"),
+    (
+        "model",
+        "name: mine\ndtype: float32\narch:\n  model_type: llama\n  model_type: gpt2\n",
+        "duplicate key model_type",
+        "mine.yaml:5",
+    ),
     (
         "model",
         "name: mine\ndtpye: float32\narch: {model_type: llama}\n",
         "unknown key model.dtpye",
         "mine.yaml:2); did you mean model.dtype?",
     ),
-    ("model", "name: no\ndtype: float32\narch: {model_type: llama}\n", "False is no name", "mine.yaml:1); quote it"),
+    (
+        "model",
+        "name: no\ndtype: float32\narch: {model_type: llama}\n",
+        "False is no name",
+        "mine.yaml:1); quote it",
+    ),
     ("model", "name: mine\narch: {model_type: llama}\n", "model.dtype is missing", ""),
-    ("model", "name: mine\ndtype: ${model.dtpye}\narch: {model_type: llama}\n", "'model.dtpye' not found", "mine.yaml:2"),
-    ("model", "name: ${model.dtype}\ndtype: ${model.name}\narch: {model_type: llama}\n", "Recursive interpolation", "mine.yaml:1"),
+    (
+        "model",
+        "name: mine\ndtype: ${model.dtpye}\narch: {model_type: llama}\n",
+        "'model.dtpye' not found",
+        "mine.yaml:2",
+    ),
+    (
+        "model",
+        "name: ${model.dtype}\ndtype: ${model.name}\narch: {model_type: llama}\n",
+        "Recursive interpolation",
+        "mine.yaml:1",
+    ),
     ("model", "- name\n- dtype\n", "ListConfig", "a preset is a mapping"),
-    ("model", "defaults: [gpt3, _self_]\nname: mine\n", "unknown model 'gpt3' (model/mine.yaml)", "did you mean gpt2?"),
-    ("model", "_target_: os.system\nname: mine\ndtype: float32\narch: {model_type: llama}\n", "unknown key model._target_", "mine.yaml:1"),
-    ("model", "name: !!python/object/apply:os.system ['true']\n", "bad YAML: could not determine a constructor", "mine.yaml:1"),
+    (
+        "model",
+        "defaults: [gpt3, _self_]\nname: mine\n",
+        "unknown model 'gpt3' (model/mine.yaml)",
+        "did you mean gpt2?",
+    ),
+    (
+        "model",
+        "_target_: os.system\nname: mine\ndtype: float32\narch: {model_type: llama}\n",
+        "unknown key model._target_",
+        "mine.yaml:1",
+    ),
+    (
+        "model",
+        "name: !!python/object/apply:os.system ['true']\n",
+        "bad YAML: could not determine a constructor",
+        "mine.yaml:1",
+    ),
     ("model", "name: m\xe9\n".encode("latin-1"), "bad YAML: 'utf-8' codec", "mine.yaml"),
-    ("method", "defaults: [/adapter: gain, /guard: none]\nmethod: mine\n", "fills only method", "# @package _global_"),
     (
         "method",
-        "# @package _global_\ndefaults: [/adapter: gain, /guard: none, _self_]\nmethod: mine\ntrain:\n  lr: fast\n",
+        "defaults: [/adapter: gain, /guard: none]\nmethod: mine\n",
+        "fills only method",
+        "# @package _global_",
+    ),
+    (
+        "method",
+        "# @package _global_\ndefaults: [/adapter: gain, /guard: none, _self_]\nmethod: "
+        "mine\ntrain:\n  lr: fast\n",
         "train.lr='fast'",
         "mine.yaml:5",
     ),
-    ("sequence", "name: mine\ndomains: [smoke_a, smoke_x]\n", "unknown domain 'smoke_x'", "did you mean smoke_"),
-    ("sequence", "name: mine\ndomains: [smoke_a, no]\n", "False is no name", "mine.yaml:2); quote it"),
-    ("domain", "source: {kind: fils, path: x}\n", "domains.mine.source.kind='fils' is not possible", "did you mean files?"),
-    ("domain", "source:\n  kind: files\n  pth: x\n", "unknown key domains.mine.source.pth", "mine.yaml:3"),
-    ("domain", "name: other\nsource: {kind: files, path: x}\n", "names itself 'other'", "mine.yaml:1"),
+    (
+        "sequence",
+        "name: mine\ndomains: [smoke_a, smoke_x]\n",
+        "unknown domain 'smoke_x'",
+        "did you mean smoke_",
+    ),
+    (
+        "sequence",
+        "name: mine\ndomains: [smoke_a, no]\n",
+        "False is no name",
+        "mine.yaml:2); quote it",
+    ),
     (
         "domain",
-        "source: {kind: hub, path: a/b, revision: main, files: '*', fields: [text], max_bytes: 9}\n",
+        "source: {kind: fils, path: x}\n",
+        "domains.mine.source.kind='fils' is not possible",
+        "did you mean files?",
+    ),
+    (
+        "domain",
+        "source:\n  kind: files\n  pth: x\n",
+        "unknown key domains.mine.source.pth",
+        "mine.yaml:3",
+    ),
+    (
+        "domain",
+        "name: other\nsource: {kind: files, path: x}\n",
+        "names itself 'other'",
+        "mine.yaml:1",
+    ),
+    (
+        "domain",
+        "source: {kind: hub, path: a/b, revision: main, files: '*', fields: [text], "
+        "max_bytes: 9}\n",
         "no commit of a/b",
         "mine.yaml:1",
     ),
 ]
 
 
-@pytest.mark.parametrize(("group", "text", "what", "do"), FILES, ids=[f"{f[0]}-{f[2][:30]}" for f in FILES])
+@pytest.mark.parametrize(
+    ("group", "text", "what", "do"), FILES, ids=[f"{f[0]}-{f[2][:30]}" for f in FILES]
+)
 def test_one_line_for_a_users_file(
-    group: str, text: str | bytes, what: str, do: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    group: str,
+    text: str | bytes,
+    what: str,
+    do: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my" / group).mkdir(parents=True)
-    (tmp_path / "my" / group / "mine.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
-    words = ["domain=[mine]" if group == "domain" else f"{group}=mine", *(SMALL[1:] if group in ("domain", "sequence") else SMALL)]
+    (tmp_path / "my" / group / "mine.yaml").write_bytes(
+        text if isinstance(text, bytes) else text.encode()
+    )
+    words = [
+        "domain=[mine]" if group == "domain" else f"{group}=mine",
+        *(SMALL[1:] if group in ("domain", "sequence") else SMALL),
+    ]
     said = refused(capsys, "run", "--config-dir", "my", *words)
     assert what in said and do in said, said
 
 
-def test_config_dir_must_hold_presets_and_shadow_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_config_dir_must_hold_presets_and_shadow_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "modle").mkdir()
     assert "no presets in the folder" in refused(capsys, "run", f"--config-dir={tmp_path}")
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "gpt2.yaml").write_text("name: gpt2\n")
-    assert "model/gpt2.yaml has the name of another preset" in refused(capsys, "run", f"--config-dir={tmp_path}")
+    assert "model/gpt2.yaml has the name of another preset" in refused(
+        capsys, "run", f"--config-dir={tmp_path}"
+    )
 
 
-def test_secrets_stay_out_of_the_configuration(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_secrets_stay_out_of_the_configuration(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("HF_TOKEN", "canary-0123456789")
     said = refused(capsys, "run", "track.name=${oc.env:HF_TOKEN}", *SMALL)
     assert "track.name holds the value of $HF_TOKEN" in said and "canary" not in said
@@ -216,27 +367,43 @@ def test_cuda_without_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_model_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A bare model.path= selects the custom model, is called after its folder, drops a commit, and obeys its config.json."""
+    """A bare model.path= selects the custom model, is called after its folder, drops a commit, and
+    obeys its config.json."""
     folder = tmp_path / "My model (v2)"
     folder.mkdir()
     assert "no config.json" in refused(capsys, "run", f'model.path="{folder}"', *SMALL, code=65)
-    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "max_position_embeddings": 512, "hidden_size": 8}))
-    assert "no model*.safetensors" in refused(capsys, "run", f'model.path="{folder}"', *SMALL, code=65)
+    (folder / "config.json").write_text(
+        json.dumps({"model_type": "llama", "max_position_embeddings": 512, "hidden_size": 8})
+    )
+    assert "no model*.safetensors" in refused(
+        capsys, "run", f'model.path="{folder}"', *SMALL, code=65
+    )
     (folder / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
     words = [f'model.path="{folder}"', *SMALL]
-    assert "eval.context=1024 exceeds the context of My-model--v2-, 512 tokens" in refused(capsys, "run", *words)
+    assert "eval.context=1024 exceeds the context of My-model--v2-, 512 tokens" in refused(
+        capsys, "run", *words
+    )
     run = hydra.compose([*words, "eval.context=512", f"model.revision={'a' * 40}"])
-    assert (run.model.name, run.model.revision, run.model.dtype, run.model.path) == ("My-model--v2-", None, "float32", str(folder))
+    assert (run.model.name, run.model.revision, run.model.dtype, run.model.path) == (
+        "My-model--v2-",
+        None,
+        "float32",
+        str(folder),
+    )
     assert "exceeds the width" in refused(capsys, "run", *words, "eval.context=512", "method=lora")
     (folder / "file").touch()
     assert "is a file" in refused(capsys, "run", f'model.path="{folder}/file"', *SMALL)
     run = hydra.compose(["model=gpt2", *words, "eval.context=512"])
-    assert (run.model.name, run.model.revision) == ("gpt2", None), "a preset keeps its name when its weights come from a folder"
+    assert (run.model.name, run.model.revision) == ("gpt2", None), (
+        "a preset keeps its name when its weights come from a folder"
+    )
     run = hydra.compose(["model=smollm2", *words, "eval.context=512"])
     assert run.model.package is None, "the path stands in for the package"
 
 
-def test_hub_model_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_hub_model_in_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A hub id obeys its config.json where that is at hand."""
     from huggingface_hub import constants
 
@@ -250,23 +417,34 @@ def test_hub_model_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     assert hydra.compose([*words, "eval.context=256"]).model.name == "name"
 
 
-# --- grammar ---------------------------------------------------------------------------------------------------------
+# --- grammar --------------------------------------------------------------------------------------
 
 
 def test_domain_list() -> None:
-    run = hydra.compose(["domain=[smoke_c,smoke_control]", *SMALL, "domains.smoke_c.source.documents=50"])
+    run = hydra.compose(
+        ["domain=[smoke_c,smoke_control]", *SMALL, "domains.smoke_c.source.documents=50"]
+    )
     assert run.sequence.name == "custom"
     assert run.sequence.domains == ["smoke_c", "smoke_control"]
     assert run.sequence.controls == [], "a control that is trained controls nothing"
     assert list(run.domains) == ["smoke_c", "smoke_control"]
     assert run.domains["smoke_c"].source.documents == 50  # type: ignore[union-attr]
-    run = hydra.compose(["domain=smoke_b", "sequence.controls=[smoke_a]", "sequence.name=mine", *SMALL])
-    assert (run.sequence.name, run.sequence.domains, run.sequence.controls) == ("mine", ["smoke_b"], ["smoke_a"])
+    run = hydra.compose(
+        ["domain=smoke_b", "sequence.controls=[smoke_a]", "sequence.name=mine", *SMALL]
+    )
+    assert (run.sequence.name, run.sequence.domains, run.sequence.controls) == (
+        "mine",
+        ["smoke_b"],
+        ["smoke_a"],
+    )
 
 
 def test_keys_that_presets_leave_out() -> None:
-    """The schema says which keys there are: no + is needed for one that the YAML at hand does not spell out."""
-    run = hydra.compose(["domains.smoke_a.split.test=0.3", "model.roles={attn_out: x, ffn_down: y}", *SMALL])
+    """The schema says which keys there are: no + is needed for one that the YAML at hand does not
+    spell out."""
+    run = hydra.compose(
+        ["domains.smoke_a.split.test=0.3", "model.roles={attn_out: x, ffn_down: y}", *SMALL]
+    )
     assert run.domains["smoke_a"].split.test == 0.3
     assert run.model.roles == {"attn_out": "x", "ffn_down": "y"}
 
@@ -276,7 +454,10 @@ def test_cfg_job_shows_what_will_run(capsys: pytest.CaptureFixture[str]) -> None
 
     assert cli.main(["run", "--cfg", "job", "debug=smoke", "method=lora", "domain=[smoke_b]"]) == 0
     shown = yaml.safe_load(capsys.readouterr().out)
-    assert shown["sequence"]["domains"] == ["smoke_b"] and set(shown["domains"]) == {"smoke_b", "smoke_control"}
+    assert shown["sequence"]["domains"] == ["smoke_b"] and set(shown["domains"]) == {
+        "smoke_b",
+        "smoke_control",
+    }
     assert shown["method"] == "lora" and shown["model"]["name"] == "tiny"
 
 
@@ -310,7 +491,9 @@ def test_verbs(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPat
     assert capsys.readouterr() == ("", "")
 
 
-def test_traceback_on_request(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_traceback_on_request(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("GAIN_CL_DEBUG", "1")
     assert cli.main(["run", "train.lrr=1"]) == 64
     assert "Traceback" in capsys.readouterr().err
@@ -323,7 +506,16 @@ def test_params_of_nothing(capsys: pytest.CaptureFixture[str]) -> None:
 def test_params_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["params", "--json", "model=tiny", "method=gain_attn,lora,full"]) == 0
     table = json.loads(capsys.readouterr().out)
-    assert table == {"tiny": {"total": 115_072, "methods": {"gain_attn": 128, "lora": table["tiny"]["methods"]["lora"], "full": 115_072}}}
+    assert table == {
+        "tiny": {
+            "total": 115_072,
+            "methods": {
+                "gain_attn": 128,
+                "lora": table["tiny"]["methods"]["lora"],
+                "full": 115_072,
+            },
+        }
+    }
     assert cli.main(["params", "model=tiny", "method=gain_ffn"]) == 0
     assert "115,072" in capsys.readouterr().out
 
@@ -333,27 +525,46 @@ def test_params_table(capsys: pytest.CaptureFixture[str]) -> None:
     from gain_cl.tools import params
 
     numbers = {"full": 124_439_808, "gain_ffn": 46_080, "oft": "PEFT refuses: no Conv1D"}
-    params.show({f"a_model_of_some_name_{i:02d}": {"total": 68_976_648_192, "methods": numbers} for i in range(12)})
+    params.show(
+        {
+            f"a_model_of_some_name_{i:02d}": {"total": 68_976_648_192, "methods": numbers}
+            for i in range(12)
+        }
+    )
     lines = capsys.readouterr().out.splitlines()
     rows = [line for line in lines if not line.startswith("oft on")]
     assert max(map(len, rows)) <= 120 and "…" not in "".join(lines)
     heads = [line.split() for line in rows if line.startswith("method")]
-    assert len(heads) == 3 and [m for h in heads for m in h[1:]] == [f"a_model_of_some_name_{i:02d}" for i in range(12)]
+    assert len(heads) == 3 and [m for h in heads for m in h[1:]] == [
+        f"a_model_of_some_name_{i:02d}" for i in range(12)
+    ]
     assert [row.split()[0] for row in rows[1:6]] == ["method", "total", "full", "gain_ffn", "oft"]
-    assert sum(line.count("124,439,808") for line in lines) == sum(line.count("refused") for line in rows) == 12
+    assert (
+        sum(line.count("124,439,808") for line in lines)
+        == sum(line.count("refused") for line in rows)
+        == 12
+    )
     assert lines[-1] == "oft on a_model_of_some_name_11: PEFT refuses: no Conv1D"
 
 
 def test_params_leave_out_what_trains_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["params", "--json", "model=tiny"]) == 0
-    assert set(json.loads(capsys.readouterr().out)["tiny"]["methods"]) == set(presets.names("method")) - {"given"}
+    assert set(json.loads(capsys.readouterr().out)["tiny"]["methods"]) == set(
+        presets.names("method")
+    ) - {"given"}
 
 
-# --- processes -------------------------------------------------------------------------------------------------------
+# --- processes ------------------------------------------------------------------------------------
 
 
 def python(*argv: str, **env: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, *argv], capture_output=True, text=True, timeout=60, env={**os.environ, **env})
+    return subprocess.run(
+        [sys.executable, *argv],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, **env},
+    )
 
 
 def test_torch_is_not_imported() -> None:
@@ -372,14 +583,25 @@ sys.exit(f"imported {heavy}" if heavy else 0)
 
 def test_exit_code_of_the_process(tmp_path: Path) -> None:
     begun = time.monotonic()
-    done = subprocess.run([sys.executable, "-m", "gain_cl", "run", "train.lrr=1"], capture_output=True, text=True, cwd=tmp_path, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-m", "gain_cl", "run", "train.lrr=1"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        timeout=60,
+    )
     assert (done.returncode, done.stdout) == (64, "")
-    assert done.stderr == "gain_cl: error: unknown key train.lrr (command line); did you mean train.lr?\n"
-    assert time.monotonic() - begun < 5 * (1 + os.getloadavg()[0] / (os.cpu_count() or 1)), "5 s on an idle machine"
+    assert (
+        done.stderr
+        == "gain_cl: error: unknown key train.lrr (command line); did you mean train.lr?\n"
+    )
+    assert time.monotonic() - begun < 5 * (1 + os.getloadavg()[0] / (os.cpu_count() or 1)), (
+        "5 s on an idle machine"
+    )
     assert not list(tmp_path.iterdir())
 
 
-# --- whole runs ------------------------------------------------------------------------------------------------------
+# --- whole runs -----------------------------------------------------------------------------------
 
 PLUGIN = """
 from gain_cl import adapters, guards
@@ -410,7 +632,8 @@ def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     (tmp_path / "my/adapter/louder.yaml").write_text("kind: louder\nroles: [attn_out]\nfactor: 2\n")
     (tmp_path / "my/guard/watch.yaml").write_text("kind: watch\n")
     (tmp_path / "my/method/louder.yaml").write_text(
-        "# @package _global_\ndefaults: [/adapter: louder, /guard: watch, _self_]\nmethod: louder\ntrain: {lr: 1e-3}\n"
+        "# @package _global_\ndefaults: [/adapter: louder, /guard: watch, _self_]\nmethod: "
+        "louder\ntrain: {lr: 1e-3}\n"
     )
     return ["--plugin", "plug.py", "--config-dir", "my", "method=louder"]
 
@@ -421,27 +644,68 @@ def test_plugin_keywords(plugin: list[str], capsys: pytest.CaptureFixture[str]) 
     assert "unknown key guard.evry" in refused(capsys, "run", *plugin, *SMALL, "++guard.evry=3")
     Path("plug.py").write_text("import nothing_of_that_name")
     Path("other.py").write_text("import nothing_of_that_name")
-    assert "the plugin fails: ModuleNotFoundError" in refused(capsys, "run", "--plugin", "other.py", *SMALL)
+    assert "the plugin fails: ModuleNotFoundError" in refused(
+        capsys, "run", "--plugin", "other.py", *SMALL
+    )
 
 
-def test_multirun_of_whole_runs(plugin: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A multirun carries on after a failure and exits with its code; a finished run is printed again; show finds it."""
+def test_multirun_of_whole_runs(
+    plugin: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A multirun carries on after a failure and exits with its code; a finished run is printed
+    again; show finds it."""
     words = ["debug=smoke", "train.steps=2", "eval.documents=2", *plugin]
     broken = "domains.smoke_b.source.documents=1"  # fewer test documents than are to be scored
     assert (
-        cli.main(["run", "-m", *words, "domain=[smoke_a],[smoke_b]", "sequence.controls=[smoke_c]", "++domains.smoke_c.split.test=0.2"])
+        cli.main(
+            [
+                "run",
+                "-m",
+                *words,
+                "domain=[smoke_a],[smoke_b]",
+                "sequence.controls=[smoke_c]",
+                "++domains.smoke_c.split.test=0.2",
+            ]
+        )
         == 0
     )
     out = capsys.readouterr().out.splitlines()
     records = [Path(line.removeprefix("record: ")) for line in out if line.startswith("record: ")]
-    assert len(records) == 2 and all(r.is_file() for r in records) and out[-1] == f"record: {records[1]}"
+    assert (
+        len(records) == 2
+        and all(r.is_file() for r in records)
+        and out[-1] == f"record: {records[1]}"
+    )
 
-    assert cli.main(["run", *words, "domain=[smoke_a]", "sequence.controls=[smoke_c]", "domains.smoke_c.split.test=0.2"]) == 0
+    assert (
+        cli.main(
+            [
+                "run",
+                *words,
+                "domain=[smoke_a]",
+                "sequence.controls=[smoke_c]",
+                "domains.smoke_c.split.test=0.2",
+            ]
+        )
+        == 0
+    )
     assert capsys.readouterr().out.splitlines()[-1] == f"record: {records[0]}"
     assert cli.main(["show", "--results-dir", "runs/debug", records[0].stem]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == f"record: {records[0]}"
 
-    assert cli.main(["run", "-m", *words, "domain=[smoke_b],[smoke_b,smoke_a]", "sequence.controls=[]", broken]) == 65
+    assert (
+        cli.main(
+            [
+                "run",
+                "-m",
+                *words,
+                "domain=[smoke_b],[smoke_b,smoke_a]",
+                "sequence.controls=[]",
+                broken,
+            ]
+        )
+        == 65
+    )
     assert "2 of 2 runs failed" in capsys.readouterr().err
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "under torchrun" in refused(capsys, "run", "-m", *words, "seed=0,1")
@@ -464,7 +728,10 @@ def test_plugin_of_an_installed_package(tmp_path: Path) -> None:
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: myplug\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text("[gain_cl.plugins]\nmyplug = myplug\n")
     (tmp_path / "myplug.py").write_text(PLUGIN)
-    code = "from gain_cl.compose.hydra import compose; from gain_cl.runs import plan; c = compose(['debug=smoke', 'guard.kind=watch']); print(plan.prepare(c).pins['plugins'])"
+    code = (
+        "from gain_cl.compose.hydra import compose; from gain_cl.runs import plan; c = "
+        "compose(['debug=smoke', 'guard.kind=watch']); print(plan.prepare(c).pins['plugins'])"
+    )
     done = python("-c", code, PYTHONPATH=str(tmp_path))
     assert done.returncode == 0, done.stderr
     assert "'adapter': None" in done.stdout and "'guard': '" in done.stdout

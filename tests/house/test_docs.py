@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 from pathlib import Path
 
@@ -35,12 +36,21 @@ def documented(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_the_commands_of_extending_run(documented: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    commands = [c for block in blocks((ROOT / "docs/extending.md").read_text(), "") for c in block.strip().splitlines()]
+def test_the_commands_of_extending_run(
+    documented: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    commands = [
+        c
+        for block in blocks((ROOT / "docs/extending.md").read_text(), "")
+        for c in block.strip().splitlines()
+    ]
     assert len(commands) == 2
     for command in commands:
         assert cli.main([*command.split()[3:], "compute.threads=1"]) == 0, capsys.readouterr().err
-    line = "run debug=smoke --plugin layer_gain.py --config-dir mine method=layer_gain compute.threads=1"
+    line = (
+        "run debug=smoke --plugin layer_gain.py --config-dir mine method=layer_gain "
+        "compute.threads=1"
+    )
     assert cli.main(line.split()) == 0
     path = Path(capsys.readouterr().out.splitlines()[-1].removeprefix("record: "))
     made = record.load(path).record
@@ -48,15 +58,23 @@ def test_the_commands_of_extending_run(documented: Path, capsys: pytest.CaptureF
     assert made.stages[-1].domains["smoke_c"].nll_nats < made.stages[0].domains["smoke_c"].nll_nats
     assert cli.main(["export", str(path), "to=merged", "dir=merged"]) == 0
     assert float(re.findall(r"fp32: (\S+),", capsys.readouterr().out)[0]) < 1e-5
-    line = "score merged domain=[smoke_c] sequence.controls=[] debug=smoke compute.threads=1"  # as transformers loads it
+    # as transformers loads it
+    line = "score merged domain=[smoke_c] sequence.controls=[] debug=smoke compute.threads=1"
     assert cli.main(line.split()) == 0
     again = record.load(capsys.readouterr().out.splitlines()[-1].removeprefix("record: ")).record
-    assert again.stages[1].domains["smoke_c"].nll_nats == pytest.approx(made.stages[-1].domains["smoke_c"].nll_nats, rel=1e-6)
-    assert again.stages[1].domains["smoke_c"].nll_nats != again.stages[0].domains["smoke_c"].nll_nats
+    assert again.stages[1].domains["smoke_c"].nll_nats == pytest.approx(
+        made.stages[-1].domains["smoke_c"].nll_nats, rel=1e-6
+    )
+    assert (
+        again.stages[1].domains["smoke_c"].nll_nats != again.stages[0].domains["smoke_c"].nll_nats
+    )
 
 
 def test_the_plugins_of_extending_are_short() -> None:
-    sizes = [len(code.strip().splitlines()) for code in blocks((ROOT / "docs/extending.md").read_text(), "python")]
+    sizes = [
+        len(code.strip().splitlines())
+        for code in blocks((ROOT / "docs/extending.md").read_text(), "python")
+    ]
     assert len(sizes) == 2 and max(sizes) <= 30, sizes
 
 
@@ -65,18 +83,31 @@ def test_a_domain_as_in_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.chdir(tmp_path)
     Path("texts").mkdir()
-    rows = [{"body": f"Report {i}. " + "The pump was inspected and found in order. " * 5} for i in range(60)]
+    rows = [
+        {"body": f"Report {i}. " + "The pump was inspected and found in order. " * 5}
+        for i in range(60)
+    ]
     Path("texts/reports.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     Path("mine/domain").mkdir(parents=True)
-    Path("mine/domain/reports.yaml").write_text(next(b for b in blocks(README, "yaml") if "reports" in b))
-    line = "run debug=smoke compute.threads=1 --config-dir mine domain=[reports] sequence.controls=[] train.block=32 train.batch_tokens=64"
+    Path("mine/domain/reports.yaml").write_text(
+        next(b for b in blocks(README, "yaml") if "reports" in b)
+    )
+    line = (
+        "run debug=smoke compute.threads=1 --config-dir mine domain=[reports] "
+        "sequence.controls=[] train.block=32 train.batch_tokens=64"
+    )
     assert cli.main([*line.split(), "eval.documents=4"]) == 0
 
 
 def test_readme_names_every_preset() -> None:
     for group in ("model", "method"):
         text = README[README.index(f"**{group.capitalize()}s**") :]
-        named = set(re.findall(r"`([\w.]+)`", text[: text.index("\n\n**Methods" if group == "model" else "\n\n**Domains")]))
+        named = set(
+            re.findall(
+                r"`([\w.]+)`",
+                text[: text.index("\n\n**Methods" if group == "model" else "\n\n**Domains")],
+            )
+        )
         assert set(presets.names(group)) - {"custom", "tiny", "given"} <= named
 
 
@@ -87,7 +118,9 @@ def test_readme_shows_a_record_that_is_there() -> None:
     from gain_cl.paper import show
 
     (path,) = (ROOT / "docs/example").glob("*.json")
-    console = Console(width=120, record=True, force_terminal=False, color_system=None, file=open("/dev/null", "w"))  # noqa: SIM115
+    console = Console(
+        width=120, record=True, force_terminal=False, color_system=None, file=io.StringIO()
+    )
     show.render(record.load(path), {}, console)
     printed = [line.rstrip() for line in console.export_text().splitlines()]
     shown = [line.rstrip() for line in blocks(README, "")[1].strip("\n").splitlines()]
@@ -98,13 +131,18 @@ def test_readme_shows_a_record_that_is_there() -> None:
 
 def test_files_of_the_map_exist() -> None:
     chart = README[README.index("## File map") :]
-    places = [ROOT, ROOT / "src/gain_cl", *(p for p in (ROOT / "src/gain_cl").iterdir() if p.is_dir())]
+    places = [
+        ROOT,
+        ROOT / "src/gain_cl",
+        *(p for p in (ROOT / "src/gain_cl").iterdir() if p.is_dir()),
+    ]
     for name in re.findall(r"(?<![\w/])([\w/]+\.py|[\w]+/)", blocks(chart, "")[0]):
         assert any((place / name).exists() for place in places), name
 
 
 def test_the_pilot_in_the_lab_book_is_its_records(capsys: pytest.CaptureFixture[str]) -> None:
-    """Every figure of the pilot's two tables, from the committed records, by the command the lab book names."""
+    """Every figure of the pilot's two tables, from the committed records, by the command the lab
+    book names."""
     import json
     import math
 
@@ -126,8 +164,12 @@ def test_the_pilot_in_the_lab_book_is_its_records(capsys: pytest.CaptureFixture[
         ]
         assert f"| {s['setting']} | {s['parameters']:,.0f} | {' | '.join(cells)} |" in pilot
     for e in (e for e in found["equal_skill"] if e["difference"]["low"] is not None):
-        skill, own, other = (f"{100 * math.expm1(e[k]):+.1f}" for k in ("skill", "backward", "reference_backward"))
-        assert f"| {e['method']} | {skill} | {own} | {other} | {percent(e['difference'])} |" in pilot
+        skill, own, other = (
+            f"{100 * math.expm1(e[k]):+.1f}" for k in ("skill", "backward", "reference_backward")
+        )
+        assert (
+            f"| {e['method']} | {skill} | {own} | {other} | {percent(e['difference'])} |" in pilot
+        )
 
 
 @pytest.mark.parametrize("folder", sorted(p.name for p in (ROOT / "results/tables").glob("*")))
@@ -153,7 +195,8 @@ def quoted(text: str) -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize("name", [n for n in ("study",) if (ROOT / f"docs/{n}.md").exists()])
 def test_every_number_of_a_study_is_of_its_records(name: str) -> None:
-    """Numbers in the text carry the name that results/tables/NAME/numbers.csv gives them; tables are those of results/tables/NAME."""
+    """Numbers in the text carry the name that results/tables/NAME/numbers.csv gives them; tables
+    are those of results/tables/NAME."""
     text = (ROOT / f"docs/{name}.md").read_text()
     known = build.numbers(gather.gather(experiments.load(name), [f"results_dir={ROOT}/results"]))
     found = quoted(text)
@@ -164,18 +207,36 @@ def test_every_number_of_a_study_is_of_its_records(name: str) -> None:
         made = (ROOT / f"results/tables/{name}/{table}.md").read_text()
         assert body.strip() == made.partition("<details>")[0].strip(), table
     prose = re.sub(r"<!-- table .*?<!-- end -->|```.*?```", "", text, flags=re.S)
-    assert re.findall(r"[-+]\d+\.\d+", re.sub(r"[-+]?[\d,.]+%?(?: nats| points)?<!--[^>]+-->", "", prose)) == []
+    assert (
+        re.findall(
+            r"[-+]\d+\.\d+", re.sub(r"[-+]?[\d,.]+%?(?: nats| points)?<!--[^>]+-->", "", prose)
+        )
+        == []
+    )
 
 
 def test_the_rates_in_the_lab_book_are_their_records() -> None:
     text = (ROOT / "experiments/LOG.md").read_text()
     log = text[text.index("## 2026-11-26: rates on the healed model") :]
-    done = [c for c in experiments.cells(experiments.load("lr"), [f"results_dir={ROOT}/results"]) if c.state == "done"]
+    done = [
+        c
+        for c in experiments.cells(experiments.load("lr"), [f"results_dir={ROOT}/results"])
+        if c.state == "done"
+    ]
     assert len(done) >= 11
     for cell in done:
         r = record.load(cell.record).record
         loss, (first, second) = r.losses(), r.trained
-        learned = [loss[r.trained.index(d) + 1, r.trained.index(d)] - loss[0, r.trained.index(d)] for d in (first, second)]
+        learned = [
+            loss[r.trained.index(d) + 1, r.trained.index(d)] - loss[0, r.trained.index(d)]
+            for d in (first, second)
+        ]
         rate = f"{r.config['train']['lr']:.0e}".replace("e-0", "e-")
-        words = [f"{x:+.3f}" for x in learned] + [f"**{sum(learned) / 2:+.3f}**", f"{loss[2, 1] - loss[1, 1]:+.3f}"]
-        assert f"| {cell.method} | {rate} | {' | '.join(words)} | {loss[2, 0] - loss[1, 0]:+.3f} |" in log
+        words = [f"{x:+.3f}" for x in learned] + [
+            f"**{sum(learned) / 2:+.3f}**",
+            f"{loss[2, 1] - loss[1, 1]:+.3f}",
+        ]
+        assert (
+            f"| {cell.method} | {rate} | {' | '.join(words)} | {loss[2, 0] - loss[1, 0]:+.3f} |"
+            in log
+        )

@@ -1,6 +1,8 @@
-"""Records altered at random and sealed again: what reads them answers with a number or with one line, never a traceback or a hang.
+"""Records altered at random and sealed again: what reads them answers with a number or with one
+line, never a traceback or a hang.
 
-Each mutation is a function of its number, so a failure names it: ``damaged(data, 1234)`` makes it again.
+Each mutation is a function of its number, so a failure names it: ``damaged(data, 1234)`` makes it
+again.
 """
 
 from __future__ import annotations
@@ -55,7 +57,7 @@ TOKENS = [
 SLOT = "@slot@"  # where a token that json.dumps would not write goes
 
 
-# --- mutations -------------------------------------------------------------------------------------------------------
+# --- mutations ------------------------------------------------------------------------------------
 
 
 def damaged(data: bytes, number: int) -> bytes:
@@ -66,10 +68,15 @@ def damaged(data: bytes, number: int) -> bytes:
 
 
 def sealed(data: bytes, seal: str) -> bytes:
-    """Altered bytes with the seal that fits them in the place of the old one, where they are JSON data and still have it."""
+    """Altered bytes with the seal that fits them in the place of the old one, where they are JSON
+    data and still have it."""
     try:
         plain = json.loads(data)
-        return data.replace(seal.encode(), record.seal_of(plain).encode()) if isinstance(plain, dict) else data
+        return (
+            data.replace(seal.encode(), record.seal_of(plain).encode())
+            if isinstance(plain, dict)
+            else data
+        )
     except (ValueError, RecursionError):
         return data
 
@@ -89,7 +96,9 @@ def _bytes(data: bytes, r: random.Random) -> bytes:
             case 4:
                 del out[at:]
             case 5:
-                out[at:at] = r.choice([b"\xff", b"\xfe\xff", b"\x00", b"\xed\xa0\x80", b"\xef\xbb\xbf", b"\x1b[2J"])
+                out[at:at] = r.choice(
+                    [b"\xff", b"\xfe\xff", b"\x00", b"\xed\xa0\x80", b"\xef\xbb\xbf", b"\x1b[2J"]
+                )
         if not out:
             break
     return bytes(out)
@@ -103,15 +112,40 @@ def _text(data: bytes, r: random.Random) -> bytes:
             deep = r.choice([50, 990, 1_100, 100_000])
             opening, closing = r.choice([("[", "]"), ('{"a":', "}")])
             whole = opening * deep + "1" + closing * r.choice([0, deep])
-            return (whole if r.random() < 0.5 else text.replace('"pins": {', f'"pins": {{"x": {whole},', 1)).encode()
+            return (
+                whole
+                if r.random() < 0.5
+                else text.replace('"pins": {', f'"pins": {{"x": {whole},', 1)
+            ).encode()
         case 1:
             return r.choice(
-                [b"", b"null", b"[]", b"{}", b"0", b'""', b"\xef\xbb\xbf" + data, data + data, b" " * 1000, data.decode().encode("utf-16")]
+                [
+                    b"",
+                    b"null",
+                    b"[]",
+                    b"{}",
+                    b"0",
+                    b'""',
+                    b"\xef\xbb\xbf" + data,
+                    data + data,
+                    b" " * 1000,
+                    data.decode().encode("utf-16"),
+                ]
             )
         case 2:
             numbers = list(re.finditer(r"-?\d+(\.\d+)?", text))
             at = r.choice(numbers)
-            new = r.choice([f'"{at[0]}"', f"-{at[0]}", at[0] + "0" * r.randrange(1, 40), at[0] + "e400", f"[{at[0]}]", "0", at[0] + ".5"])
+            new = r.choice(
+                [
+                    f'"{at[0]}"',
+                    f"-{at[0]}",
+                    at[0] + "0" * r.randrange(1, 40),
+                    at[0] + "e400",
+                    f"[{at[0]}]",
+                    "0",
+                    at[0] + ".5",
+                ]
+            )
             return (text[: at.start()] + new + text[at.end() :]).encode()
         case _:
             lines = text.split("\n")
@@ -134,12 +168,19 @@ def _tree(data: bytes, r: random.Random) -> bytes:
             case 4:
                 other, place = _somewhere(tree, r)
                 if other is not None:
-                    with contextlib.suppress(KeyError, IndexError):  # one of the two may lie within the other
-                        parent[key], other[place] = json.loads(json.dumps(other[place])), json.loads(json.dumps(parent[key]))
+                    with contextlib.suppress(
+                        KeyError, IndexError
+                    ):  # one of the two may lie within the other
+                        parent[key], other[place] = (
+                            json.loads(json.dumps(other[place])),
+                            json.loads(json.dumps(parent[key])),
+                        )
             case 5 if isinstance(parent, list):
                 parent.insert(key, parent[key])
             case 5:
-                parent[r.choice(["x", "", "../x", "\x1b[1m", key.upper(), f"{key} "])] = parent.pop(key)
+                parent[r.choice(["x", "", "../x", "\x1b[1m", key.upper(), f"{key} "])] = parent.pop(
+                    key
+                )
     return json.dumps(tree).encode()
 
 
@@ -152,7 +193,17 @@ def _like(value: Any, r: random.Random) -> Any:
     if isinstance(value, float):
         return r.choice([0.0, -value, value * 1e6, value * 1e-6, 1e300, 1e-300])
     if isinstance(value, str):
-        return r.choice(["", value + "x", value[:-1], value.upper(), f"{value}\x1b[31m", f"{value}\n", value * 50])
+        return r.choice(
+            [
+                "",
+                value + "x",
+                value[:-1],
+                value.upper(),
+                f"{value}\x1b[31m",
+                f"{value}\n",
+                value * 50,
+            ]
+        )
     return list(reversed(value)) if isinstance(value, list) else dict(list(value.items())[1:])
 
 
@@ -165,15 +216,19 @@ def _token(data: bytes, r: random.Random) -> bytes:
 
 
 def _somewhere(tree: Any, r: random.Random) -> tuple[Any, Any]:
-    """(container, key) of a value, by a random walk from the root: a shallow value is as likely as a deep one."""
+    """(container, key) of a value, by a random walk from the root: a shallow value is as likely as
+    a deep one."""
     parent, key, node = None, None, tree
     while isinstance(node, dict | list) and node and (parent is None or r.random() < 0.8):
-        parent, key = node, r.choice(list(node)) if isinstance(node, dict) else r.randrange(len(node))
+        parent, key = (
+            node,
+            r.choice(list(node)) if isinstance(node, dict) else r.randrange(len(node)),
+        )
         node = node[key]
     return parent, key
 
 
-# --- reading what came of it -----------------------------------------------------------------------------------------
+# --- reading what came of it ----------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -197,7 +252,11 @@ def consume(path: Path, picture: bool) -> bool:
     except GainError as error:
         assert "\n" not in str(error) and "\x1b" not in str(error)
         return False
-    uses: list[Callable[[], object]] = [lambda: matrix_csv.csv(run), lambda: repr(run), lambda: _shown(run)]
+    uses: list[Callable[[], object]] = [
+        lambda: matrix_csv.csv(run),
+        lambda: repr(run),
+        lambda: _shown(run),
+    ]
     uses += [lambda: heatmap.png(run)] * picture
     for use in uses:
         with contextlib.suppress(GainError):
@@ -215,7 +274,9 @@ def _shown(run: record.Run) -> None:
         show.render(run, console=Console(file=out, width=120))
     finally:
         said = out.getvalue()
-        assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", said), "a control character of a record reaches the terminal"
+        assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", said), (
+            "a control character of a record reaches the terminal"
+        )
 
 
 def campaign(source: Path, folder: Path, numbers: range) -> float:
@@ -229,7 +290,9 @@ def campaign(source: Path, folder: Path, numbers: range) -> float:
             with no_hang(f"mutation {number}"):
                 loaded += consume(path, picture=number % PICTURE_EVERY == 0)
         except Exception as error:
-            raise AssertionError(f"mutation {number} of {source.name}: {type(error).__name__}: {error}") from error
+            raise AssertionError(
+                f"mutation {number} of {source.name}: {type(error).__name__}: {error}"
+            ) from error
     return loaded / len(numbers)
 
 
@@ -242,13 +305,24 @@ def _few_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
 def small(folder: Path, tasks: bool) -> record.Run:
     """A record with everything in it, and few values."""
     bases = {"a": 20.0, "b": 10.0, "x": 30.0}
-    return synthetic.run(folder / "s" / "r.json", bases=bases, controls=["x"], count=4, with_items=tasks, notes=["a note"])
+    return synthetic.run(
+        folder / "s" / "r.json",
+        bases=bases,
+        controls=["x"],
+        count=4,
+        with_items=tasks,
+        notes=["a note"],
+    )
 
 
-@pytest.mark.parametrize("shard", [k if k < 2 else pytest.param(k, marks=pytest.mark.slow) for k in range(SHARDS)])
+@pytest.mark.parametrize(
+    "shard", [k if k < 2 else pytest.param(k, marks=pytest.mark.slow) for k in range(SHARDS)]
+)
 def test_altered_records(shard: int, tmp_path: Path) -> None:
     size = MUTATIONS // SHARDS
-    share = campaign(small(tmp_path, tasks=shard == 0).path, tmp_path, range(shard * size, (shard + 1) * size))
+    share = campaign(
+        small(tmp_path, tasks=shard == 0).path, tmp_path, range(shard * size, (shard + 1) * size)
+    )
     assert 0.05 < share < 0.5, "both what is refused and what is read must be tried"
 
 
@@ -267,7 +341,7 @@ def test_altered_example(tmp_path: Path) -> None:
     assert 0.05 < campaign(source, tmp_path, range(100)) < 0.5
 
 
-# --- values that are wrong and yet those the record was written with --------------------------------------------------
+# --- values that are wrong and yet those the record was written with ------------------------------
 
 WRONG: dict[str, Any] = {
     "stage": [-1, 0, 7, 2**40],
@@ -295,7 +369,8 @@ def rewritten(path: Path, values: bytes) -> None:
 
 @pytest.mark.parametrize("column", WRONG)
 def test_altered_values(column: str, tmp_path: Path) -> None:
-    """One cell, half of the rows or all of them; the column in another type, twice the rows, no column at all."""
+    """One cell, half of the rows or all of them; the column in another type, twice the rows, no
+    column at all."""
     path = small(tmp_path, tasks=True).path
     good = pd.read_parquet(record.items_path(path))
     r = random.Random(column)
@@ -303,7 +378,9 @@ def test_altered_values(column: str, tmp_path: Path) -> None:
         for share in (0.0, 0.5, 1.0):
             changed = good.copy()
             chosen = {r.randrange(len(good))} | {i for i in range(len(good)) if r.random() < share}
-            changed[column] = pd.Series([value if i in chosen else v for i, v in enumerate(good[column])], dtype=object).infer_objects()
+            changed[column] = pd.Series(
+                [value if i in chosen else v for i, v in enumerate(good[column])], dtype=object
+            ).infer_objects()
             _try(path, changed)
     for changed in (
         good.drop(columns=column),
@@ -323,7 +400,11 @@ def _try(path: Path, values: pd.DataFrame) -> None:
         consume(path, picture=False)
 
 
-@pytest.mark.parametrize("values", [b"", b"PAR1", b"x" * 1000, b"PAR1" + bytes(1000) + b"PAR1"], ids=["empty", "head", "text", "zeros"])
+@pytest.mark.parametrize(
+    "values",
+    [b"", b"PAR1", b"x" * 1000, b"PAR1" + bytes(1000) + b"PAR1"],
+    ids=["empty", "head", "text", "zeros"],
+)
 def test_values_that_are_no_table(values: bytes, tmp_path: Path) -> None:
     path = small(tmp_path, tasks=True).path
     rewritten(path, values)

@@ -1,4 +1,5 @@
-"""Secrets stay in the environment, names stay names, archives stay closed, text stays text, and data runs no code."""
+"""Secrets stay in the environment, names stay names, archives stay closed, text stays text, and
+data runs no code."""
 
 from __future__ import annotations
 
@@ -37,7 +38,7 @@ ROOT = Path(__file__).parents[2]
 MODULES = sorted((ROOT / "src/gain_cl").rglob("*.py"))
 ESCAPE = "\x1b[2J\x1b]0;owned\x07"
 
-# --- secrets ---------------------------------------------------------------------------------------------------------
+# --- secrets --------------------------------------------------------------------------------------
 
 CANARIES = {
     "HF_TOKEN": "hf_CANARYhftokenCANARY",
@@ -50,8 +51,20 @@ CANARIES = {
     "PIP_INDEX_URL": "http://me:CANARYindex@127.0.0.1:9/simple",
     "HF_ENDPOINT": "http://me:CANARYhub@127.0.0.1:9",
 }
-WORDS = [b"CANARYhftoken", b"CANARYwandb", b"CANARYaws", b"CANARYpassword", b"CANARYproxy", b"CANARYindex", b"CANARYhub"]
-NEEDLES = [form for w in WORDS for form in (w, base64.b64encode(w)[:-4], quote(w.decode()).encode(), w[::-1])]
+WORDS = [
+    b"CANARYhftoken",
+    b"CANARYwandb",
+    b"CANARYaws",
+    b"CANARYpassword",
+    b"CANARYproxy",
+    b"CANARYindex",
+    b"CANARYhub",
+]
+NEEDLES = [
+    form
+    for w in WORDS
+    for form in (w, base64.b64encode(w)[:-4], quote(w.decode()).encode(), w[::-1])
+]
 
 PLUGIN = """
 from gain_cl import adapters
@@ -67,7 +80,8 @@ adapters.register("broken", Broken)
 
 @pytest.fixture
 def home(tmp_path: Path) -> Path:
-    """A working folder; home and every cache lie in it, so that everything a command writes does."""
+    """A working folder; home and every cache lie in it, so that everything a command writes
+    does."""
     (tmp_path / "plug.py").write_text(PLUGIN)
     return tmp_path
 
@@ -75,7 +89,12 @@ def home(tmp_path: Path) -> Path:
 def gain_cl(home: Path, *argv: str, code: int, stdin: str = "", **env: str) -> bytes:
     """stdout and stderr of a command."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "WANDB_", "GAIN_CL_"))}
-    places = {"HOME": str(home), "HF_HOME": str(home / "hf"), "GAIN_CL_CACHE": str(home / "cache"), "XDG_CACHE_HOME": str(home / "xdg")}
+    places = {
+        "HOME": str(home),
+        "HF_HOME": str(home / "hf"),
+        "GAIN_CL_CACHE": str(home / "cache"),
+        "XDG_CACHE_HOME": str(home / "xdg"),
+    }
     clean |= {**places, "XDG_CONFIG_HOME": str(home / "xdg"), "OMP_NUM_THREADS": "1", **env}
     done = subprocess.run(
         [sys.executable, "-m", "gain_cl", *argv],
@@ -92,7 +111,12 @@ def gain_cl(home: Path, *argv: str, code: int, stdin: str = "", **env: str) -> b
 def leaks(said: bytes, home: Path) -> list[str]:
     """Where a canary got to, by whatever coding."""
     files = {str(p.relative_to(home)): p.read_bytes() for p in home.rglob("*") if p.is_file()}
-    return [f"{n.decode()} in {name}" for name, data in {**files, "output": said}.items() for n in NEEDLES if n in data]
+    return [
+        f"{n.decode()} in {name}"
+        for name, data in {**files, "output": said}.items()
+        for n in NEEDLES
+        if n in data
+    ]
 
 
 RUN = [
@@ -107,7 +131,8 @@ RUN = [
 
 
 def test_secrets_reach_nothing(home: Path) -> None:
-    """A tracked run, everything that is made of it, and four ways to fail, each with its traceback."""
+    """A tracked run, everything that is made of it, and four ways to fail, each with its
+    traceback."""
     said = gain_cl(home, "run", *RUN, "track=wandb", "track.mode=offline", code=0, **CANARIES)
     assert list((home / "runs").glob("*/wandb/offline-run-*/*.wandb")), "wandb wrote something"
     (made,) = (home / "results/runs").glob("*.json")
@@ -117,7 +142,17 @@ def test_secrets_reach_nothing(home: Path) -> None:
     loud = {**CANARIES, "GAIN_CL_DEBUG": "1"}
     said += gain_cl(home, "run", *RUN, "train.lrr=1", code=64, **loud)
     crashed = gain_cl(
-        home, "run", *RUN, "--plugin", "plug.py", "seed=1", "method=full", "adapter.kind=broken", "~adapter.select", code=1, **loud
+        home,
+        "run",
+        *RUN,
+        "--plugin",
+        "plug.py",
+        "seed=1",
+        "method=full",
+        "adapter.kind=broken",
+        "~adapter.select",
+        code=1,
+        **loud,
     )
     assert b"it crashed" in crashed
     hub = ["model.path=org/name", f"model.revision={'a' * 40}"]
@@ -136,9 +171,21 @@ def test_a_leak_is_found(home: Path) -> None:
     assert leaks(b"", home) and leaks(CANARIES["HTTPS_PROXY"].encode(), home)
 
 
-@pytest.mark.parametrize("key", ["track.entity", "track.tags", "model.note", "domains.smoke_a.note", "lr_tuned_on"])
-@pytest.mark.parametrize("value", ["${oc.env:MY_SECRET}", "x${oc.env:MY_SECRET}y", "https://me:pw@host/x", "https://token@host/x"])
-def test_secrets_are_refused_anywhere(key: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "key", ["track.entity", "track.tags", "model.note", "domains.smoke_a.note", "lr_tuned_on"]
+)
+@pytest.mark.parametrize(
+    "value",
+    [
+        "${oc.env:MY_SECRET}",
+        "x${oc.env:MY_SECRET}y",
+        "https://me:pw@host/x",
+        "https://token@host/x",
+    ],
+)
+def test_secrets_are_refused_anywhere(
+    key: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("MY_SECRET", "CANARYanywhere")
     given = f'["{value}"]' if key == "track.tags" else f'"{value}"'
     with pytest.raises(ConfigError, match=f"{key} holds") as caught:
@@ -146,7 +193,7 @@ def test_secrets_are_refused_anywhere(key: str, value: str, monkeypatch: pytest.
     assert "CANARY" not in str(caught.value) and "pw@" not in str(caught.value)
 
 
-# --- names -----------------------------------------------------------------------------------------------------------
+# --- names ----------------------------------------------------------------------------------------
 
 NAMES = [
     "../../x",
@@ -169,8 +216,20 @@ NAMES = [
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("key", ["model.name", "sequence.name", "method", "sequence.domains", "tasks.names", "domains.smoke_a.name"])
-def test_hostile_names(key: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "key",
+    [
+        "model.name",
+        "sequence.name",
+        "method",
+        "sequence.domains",
+        "tasks.names",
+        "domains.smoke_a.name",
+    ],
+)
+def test_hostile_names(
+    key: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """No name leads out of a folder, hides in it, or looks like an option."""
     monkeypatch.chdir(tmp_path)
     quoted = json.dumps(name, ensure_ascii=False) if "\\" not in name else f"'{name}'"
@@ -186,8 +245,11 @@ def test_hostile_names(key: str, name: str, tmp_path: Path, monkeypatch: pytest.
     assert "\n" not in str(caught.value) and not list(tmp_path.iterdir())
 
 
-def test_hostile_file_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """Names of a folder domain's files are only read; in a message they are one line that commands no terminal."""
+def test_hostile_file_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Names of a folder domain's files are only read; in a message they are one line that commands
+    no terminal."""
     folder = tmp_path / "data"
     folder.mkdir()
     (tmp_path / "my/domain").mkdir(parents=True)
@@ -195,18 +257,33 @@ def test_hostile_file_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GAIN_CL_CACHE", str(tmp_path / "cache"))
     line = ["run", "--config-dir", "my", "debug=smoke", "domain=[mine]", "sequence.controls=[]"]
-    for name in (f"a{ESCAPE}b.jsonl", "a\nb.jsonl", "$(touch pwned).jsonl", "-rf.jsonl", "[bold]x.jsonl", "\udcff.jsonl"):
+    for name in (
+        f"a{ESCAPE}b.jsonl",
+        "a\nb.jsonl",
+        "$(touch pwned).jsonl",
+        "-rf.jsonl",
+        "[bold]x.jsonl",
+        "\udcff.jsonl",
+    ):
         file = folder / name
         file.write_text('{"text": 1}\n')
         before = sorted(map(str, tmp_path.iterdir()))
         assert cli.main(line) == 65
         out, err = capsys.readouterr()
-        assert out == "" and err.startswith("gain_cl: error: ") and err.count("\n") == 1 and "\x1b" not in err and "\x07" not in err
+        assert (
+            out == ""
+            and err.startswith("gain_cl: error: ")
+            and err.count("\n") == 1
+            and "\x1b" not in err
+            and "\x07" not in err
+        )
         assert {*map(str, tmp_path.iterdir())} <= {*before, str(tmp_path / "cache")}
         file.unlink()
 
 
-@pytest.mark.parametrize("name", ["**", "*", "[", "../../../etc/passwd", "a\0b", "x" * 5000, "~", "a\n", ESCAPE])
+@pytest.mark.parametrize(
+    "name", ["**", "*", "[", "../../../etc/passwd", "a\0b", "x" * 5000, "~", "a\n", ESCAPE]
+)
 def test_hostile_run_ids(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["show", "--results-dir", str(tmp_path), name]) in (64, 65, 74)
     assert capsys.readouterr().err.count("\n") == 1
@@ -214,20 +291,32 @@ def test_hostile_run_ids(name: str, tmp_path: Path, capsys: pytest.CaptureFixtur
 
 @pytest.mark.parametrize("field", ["run_id", "model", "method", "sequence", "trained"])
 def test_a_record_cannot_name_a_path(field: str, tmp_path: Path) -> None:
-    """show and export look into output_dir/run_id: a record from elsewhere must not choose another folder."""
+    """show and export look into output_dir/run_id: a record from elsewhere must not choose another
+    folder."""
     run = synthetic.run(tmp_path / "r.json", bases={"a": 20.0, "x": 30.0}, controls=["x"], count=4)
-    synthetic.edit(run.path, lambda data: data.update({field: ["../../x"] if field == "trained" else "../../x"}))
+    synthetic.edit(
+        run.path,
+        lambda data: data.update({field: ["../../x"] if field == "trained" else "../../x"}),
+    )
     with pytest.raises(DataError, match=r"'../../x' is no name"):
         record.load(run.path)
 
 
-# --- archives --------------------------------------------------------------------------------------------------------
+# --- archives -------------------------------------------------------------------------------------
 
-PATHS = ["../../evil.txt", "../evil.txt", "{root}/evil.txt", "a/../../../evil.txt", "ok/evil.txt", "..\\evil.txt"]
+PATHS = [
+    "../../evil.txt",
+    "../evil.txt",
+    "{root}/evil.txt",
+    "a/../../../evil.txt",
+    "ok/evil.txt",
+    "..\\evil.txt",
+]
 
 
 def hostile(kind: str, cache: Path, root: Path) -> PackageFile:
-    """An archive whose members want to be written elsewhere; in a tar also links, a pipe and a device."""
+    """An archive whose members want to be written elsewhere; in a tar also links, a pipe and a
+    device."""
     folder = cache / "packages" / "evil==1.0"
     folder.mkdir(parents=True)
     paths = [p.format(root=root) for p in PATHS]
@@ -258,7 +347,8 @@ def hostile(kind: str, cache: Path, root: Path) -> PackageFile:
 
 @pytest.mark.parametrize("kind", ["tar", "whl", "zip"])
 def test_archives_write_nothing(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Members are read in memory whatever their names are; links are not followed; extract writes the file it was told."""
+    """Members are read in memory whatever their names are; links are not followed; extract writes
+    the file it was told."""
     here = tmp_path / "a/b/c"
     here.mkdir(parents=True)
     monkeypatch.chdir(here)
@@ -267,16 +357,16 @@ def test_archives_write_nothing(kind: str, tmp_path: Path, monkeypatch: pytest.M
     before = sorted(tmp_path.rglob("*"))
     found = list(packages.members(file))
     assert len(found) == len(PATHS) + (kind != "tar")
-    assert {data for _, data in found} == {b"evil"} | ({b"/etc/passwd"} if kind != "tar" else set()), (
-        "a link is its own text, never its target"
-    )
+    assert {data for _, data in found} == {b"evil"} | (
+        {b"/etc/passwd"} if kind != "tar" else set()
+    ), "a link is its own text, never its target"
     assert sorted(tmp_path.rglob("*")) == before
     one = file.model_copy(update={"members": "ok/evil.txt"})
     assert packages.extract(one, here / "out").read_bytes() == b"evil"
     assert set(tmp_path.rglob("*")) == {*before, here / "out"}
 
 
-# --- text ------------------------------------------------------------------------------------------------------------
+# --- text -----------------------------------------------------------------------------------------
 
 HOSTILE = [
     "[bold]x[/]",
@@ -295,7 +385,11 @@ HOSTILE = [
 
 def test_notes_reach_the_terminal_as_text(tmp_path: Path) -> None:
     run = synthetic.run(
-        tmp_path / "r.json", bases={"a": 20.0, "x": 30.0}, controls=["x"], count=4, notes=[*HOSTILE, f"{ESCAPE}clear", "\x9b2J", "a\rb"]
+        tmp_path / "r.json",
+        bases={"a": 20.0, "x": 30.0},
+        controls=["x"],
+        count=4,
+        notes=[*HOSTILE, f"{ESCAPE}clear", "\x9b2J", "a\rb"],
     )
     out = io.StringIO()
     show.render(run, console=Console(file=out, width=120, force_terminal=True, color_system=None))
@@ -306,8 +400,11 @@ def test_notes_reach_the_terminal_as_text(tmp_path: Path) -> None:
 
 
 def test_the_matrix_file_holds_names_and_numbers_only(tmp_path: Path) -> None:
-    """Nothing that a spreadsheet would compute: each cell is a number, a name (which begins with neither = + - nor @) or a head."""
-    run = synthetic.run(tmp_path / "r.json", bases={"a": 20.0, "x": 30.0}, controls=["x"], count=4, notes=HOSTILE)
+    """Nothing that a spreadsheet would compute: each cell is a number, a name (which begins with
+    neither = + - nor @) or a head."""
+    run = synthetic.run(
+        tmp_path / "r.json", bases={"a": 20.0, "x": 30.0}, controls=["x"], count=4, notes=HOSTILE
+    )
     cells = [c for line in matrix_csv.csv(run).splitlines() for c in line.split(",")]
     assert cells and not [c for c in cells if c[:1] in "=+-@\t\r" and c]
 
@@ -317,7 +414,9 @@ def test_control_characters_are_refused_in_a_configuration(text: str, tmp_path: 
     """A preset of somebody else's could otherwise command the terminal of who runs it."""
     (tmp_path / "model").mkdir()
     escaped = "".join(f"\\u{ord(c):04x}" for c in text)
-    (tmp_path / "model/mine.yaml").write_text(f'name: mine\ndtype: float32\narch: {{model_type: llama}}\nnote: "{escaped}"\n')
+    (tmp_path / "model/mine.yaml").write_text(
+        f'name: mine\ndtype: float32\narch: {{model_type: llama}}\nnote: "{escaped}"\n'
+    )
     with pytest.raises(ConfigError) as caught:
         hydra.compose(["model=mine", "sequence=smoke", "tasks=none"], [tmp_path])
     assert str(caught.value).isprintable()
@@ -329,11 +428,12 @@ def test_errors_quote_data_as_text() -> None:
     )
 
 
-# --- code ------------------------------------------------------------------------------------------------------------
+# --- code -----------------------------------------------------------------------------------------
 
 TARGETS = {
     "model": "name: mine\ndtype: float32\narch: {model_type: llama}\n_target_: os.system\n",
-    "model arch": "name: mine\ndtype: float32\narch: {model_type: llama, x: {_target_: os.system}}\n",
+    "model arch": "name: mine\ndtype: float32\narch: {model_type: llama, x: {_target_: "
+    "os.system}}\n",
     "domain": "source: {kind: generated, seed: 1, _target_: os.system}\n",
     "guard": "kind: none\n_target_: os.system\n",
     "adapter": "kind: gain\nroles: [attn_out]\n_target_: os.system\n",
@@ -357,7 +457,8 @@ def test_target_is_an_unknown_key_anywhere(place: str, tmp_path: Path) -> None:
 
 
 HYDRA = {
-    "callback": "callbacks: {x: {_target_: pathlib.Path.touch, self: {_target_: pathlib.Path, _args_: [pwned]}}}",
+    "callback": "callbacks: {x: {_target_: pathlib.Path.touch, self: {_target_: pathlib.Path, "
+    "_args_: [pwned]}}}",
     "launcher": "launcher: {_target_: pathlib.Path}",
     "nested": "sweeper: {params: {x: {_target_: pathlib.Path}}}",
     "log handler": "job_logging: {handlers: {x: {(): pathlib.Path}}, root: {handlers: [x]}}",
@@ -366,15 +467,29 @@ HYDRA = {
 
 
 @pytest.mark.parametrize("what", HYDRA)
-@pytest.mark.parametrize("argv", [["run"], ["run", "-m", "seed=0,1"], ["run", "--cfg", "job"]], ids=["run", "multirun", "cfg"])
+@pytest.mark.parametrize(
+    "argv",
+    [["run"], ["run", "-m", "seed=0,1"], ["run", "--cfg", "job"]],
+    ids=["run", "multirun", "cfg"],
+)
 def test_a_preset_makes_hydra_call_nothing(
-    what: str, argv: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    what: str,
+    argv: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Hydra instantiates what its own section names: without the check the first of these makes a file in a multirun."""
+    """Hydra instantiates what its own section names: without the check the first of these makes a
+    file in a multirun."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my/method").mkdir(parents=True)
-    head = "# @package _global_\ndefaults: [/adapter: gain, /guard: none, _self_]\nmethod: mine\nadapter: {roles: [attn_out]}\n"
-    (tmp_path / "my/method/mine.yaml").write_text(f"{head}train: {{lr: 1e-3}}\nhydra:\n  {HYDRA[what]}\n")
+    head = (
+        "# @package _global_\ndefaults: [/adapter: gain, /guard: none, _self_]\nmethod: "
+        "mine\nadapter: {roles: [attn_out]}\n"
+    )
+    (tmp_path / "my/method/mine.yaml").write_text(
+        f"{head}train: {{lr: 1e-3}}\nhydra:\n  {HYDRA[what]}\n"
+    )
     assert cli.main([*argv, "--config-dir", "my", "debug=smoke", "method=mine"]) == 64
     assert "a preset sets what Hydra would call" in capsys.readouterr().err
     assert [p.name for p in tmp_path.iterdir()] == ["my"]
@@ -395,7 +510,15 @@ def forbidden(name: str, call: ast.Call) -> bool:
     keywords = {k.arg: ast.unparse(k.value) for k in call.keywords}
     first = call.args[0] if call.args else None
     last = name.rpartition(".")[2]
-    if name in ("hydra.utils.instantiate", "hydra.utils.call", "runpy.run_path", "tempfile.mktemp", "os.popen", "compile", "joblib.load"):
+    if name in (
+        "hydra.utils.instantiate",
+        "hydra.utils.call",
+        "runpy.run_path",
+        "tempfile.mktemp",
+        "os.popen",
+        "compile",
+        "joblib.load",
+    ):
         return True
     if last in (
         "instantiate",
@@ -410,7 +533,17 @@ def forbidden(name: str, call: ast.Call) -> bool:
         "unpack_archive",
     ):
         return True
-    if name.startswith(("torch.hub.", "torch.save", "os.exec", "os.spawn", "subprocess.getoutput", "pickle.", "marshal.")):
+    if name.startswith(
+        (
+            "torch.hub.",
+            "torch.save",
+            "os.exec",
+            "os.spawn",
+            "subprocess.getoutput",
+            "pickle.",
+            "marshal.",
+        )
+    ):
         return True
     if (
         name.startswith("yaml.")
@@ -418,7 +551,13 @@ def forbidden(name: str, call: ast.Call) -> bool:
         and "SafeLoader" not in keywords.get("Loader", "")
     ):
         return True
-    if name.startswith("subprocess.") and last in ("run", "Popen", "call", "check_call", "check_output"):
+    if name.startswith("subprocess.") and last in (
+        "run",
+        "Popen",
+        "call",
+        "check_call",
+        "check_output",
+    ):
         return isinstance(first, ast.Constant | ast.JoinedStr)  # a list is no shell command
     if name in ("np.load", "numpy.load", "np.save", "numpy.save"):
         return keywords.get("allow_pickle") != "False"
@@ -427,14 +566,22 @@ def forbidden(name: str, call: ast.Call) -> bool:
     if name.startswith("AutoModel") and last == "from_pretrained":
         return keywords.get("use_safetensors") != "True" and "gguf_file" not in keywords
     if name == "importlib.import_module":
-        return not isinstance(first, ast.Constant | ast.JoinedStr) or not ast.unparse(first).strip("f'\"").startswith("gain_cl.")
+        return not isinstance(first, ast.Constant | ast.JoinedStr) or not ast.unparse(first).strip(
+            "f'\""
+        ).startswith("gain_cl.")
     return False
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT / "src/gain_cl")))
 def test_no_call_runs_what_data_says(path: Path) -> None:
-    assert not [f"{name} in line {call.lineno}" for name, call in calls(path) if forbidden(name, call)]
-    strings = [n.value for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
+    assert not [
+        f"{name} in line {call.lineno}" for name, call in calls(path) if forbidden(name, call)
+    ]
+    strings = [
+        n.value
+        for n in ast.walk(ast.parse(path.read_text()))
+        if isinstance(n, ast.Constant) and isinstance(n.value, str)
+    ]
     assert path.name == "build.py" or "_target_" not in strings, "names map to classes in code"
 
 
@@ -465,7 +612,8 @@ def test_records_are_written_without_nan() -> None:
 
 @pytest.mark.parametrize("stage", [None, 1])
 def test_export_of_a_record_from_elsewhere(stage: int | None, tmp_path: Path) -> None:
-    """Its configuration is validated before anything is loaded; its weights are looked for under its own run id."""
+    """Its configuration is validated before anything is loaded; its weights are looked for under
+    its own run id."""
     run = synthetic.run(tmp_path / "r.json", bases={"a": 20.0, "x": 30.0}, controls=["x"], count=4)
     with pytest.raises(GainError, match="the trained state of this stage is not there"):
         exported.export(run.record, "merged", tmp_path / "out", stage, str(tmp_path))

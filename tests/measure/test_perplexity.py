@@ -1,4 +1,5 @@
-"""Perplexity: every token scored once, equal to lm-eval, independent of batch, order, padding and training."""
+"""Perplexity: every token scored once, equal to lm-eval, independent of batch, order, padding and
+training."""
 
 from __future__ import annotations
 
@@ -19,7 +20,10 @@ from gain_cl.runs import train
 
 def documents(lengths: list[int], seed: int = 0) -> list:
     rng = np.random.default_rng(seed)
-    return [Doc(f"{i:016x}", rng.integers(1, 257, n).astype(np.uint32), np.arange(1, n + 1) * 2) for i, n in enumerate(lengths)]
+    return [
+        Doc(f"{i:016x}", rng.integers(1, 257, n).astype(np.uint32), np.arange(1, n + 1) * 2)
+        for i, n in enumerate(lengths)
+    ]
 
 
 @pytest.mark.parametrize("stride", [None, 5, 16])
@@ -33,7 +37,9 @@ def test_every_token_is_scored_exactly_once(length: int, stride: int | None) -> 
         assert len(w.inputs) <= 16
         last = w.targets[-1]
         end = stream.index(last)
-        assert w.inputs.tolist() == stream[end - len(w.inputs) : end]  # the tokens just before the last target
+        assert (
+            w.inputs.tolist() == stream[end - len(w.inputs) : end]
+        )  # the tokens just before the last target
 
 
 def test_equals_the_models_own_loss() -> None:
@@ -48,7 +54,8 @@ def test_equals_the_models_own_loss() -> None:
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_equals_lm_evals_rolling_log_likelihood(family: str) -> None:
-    """Same prefix token, same windows, same number of tokens, on documents below, at and above the context."""
+    """Same prefix token, same windows, same number of tokens, on documents below, at and above the
+    context."""
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 
@@ -123,7 +130,8 @@ def test_context_and_stride_change_the_name() -> None:
 
 
 def test_evaluation_does_not_disturb_training() -> None:
-    """GPT-2 has dropout: a mode left in eval, or a random number drawn, would change the bits of training."""
+    """GPT-2 has dropout: a mode left in eval, or a random number drawn, would change the bits of
+    training."""
     ends = []
     for evaluating in (False, True):
         loaded = tiny("gpt2")
@@ -132,7 +140,9 @@ def test_evaluation_does_not_disturb_training() -> None:
         settings = schema.Train(steps=3, block=16, batch_tokens=32, lr=1e-2)
         blocks = ListBlocks(np.random.default_rng(0).integers(1, 257, (8, 16)))
         optimizer = train.optimizer(adapter, settings)
-        for _ in train.stage(loaded, adapter, Guard(), blocks, settings, optimizer, index=1, seed=0):
+        for _ in train.stage(
+            loaded, adapter, Guard(), blocks, settings, optimizer, index=1, seed=0
+        ):
             if evaluating:
                 assert loaded.model.training
                 perplexity.score(loaded, documents([20, 30]), None, 64)

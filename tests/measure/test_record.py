@@ -1,4 +1,5 @@
-"""A record on disk: what is read is what was written, a fault is one clear error, nothing half-written is ever seen."""
+"""A record on disk: what is read is what was written, a fault is one clear error, nothing
+half-written is ever seen."""
 
 from __future__ import annotations
 
@@ -40,7 +41,9 @@ def test_round_trip(saved: record.Run, tmp_path: Path) -> None:
     pd.testing.assert_frame_equal(again.items, saved.items)
     source = synthetic.documents(SMALL, ["a", "b"], count=4)
     pd.testing.assert_frame_equal(again.documents, source, check_dtype=False)
-    assert (again.documents.nll_nats.to_numpy() == source.nll_nats.to_numpy()).all()  # to the last bit
+    assert (
+        again.documents.nll_nats.to_numpy() == source.nll_nats.to_numpy()
+    ).all()  # to the last bit
     assert again.documents.dtypes[["stage", "tokens", "bytes"]].map(str).tolist() == ["int64"] * 3
     assert again.items.gold.dtype == np.int64 and len(again.items.logprobs[0]) == 2
     assert leftovers(saved.path.parent) == []
@@ -54,7 +57,11 @@ def test_saving_twice_gives_the_same_bytes(saved: record.Run, tmp_path: Path) ->
 
 def test_without_task_items(tmp_path: Path) -> None:
     run = synthetic.run(tmp_path / "r.json", bases=SMALL, controls=["x"], count=4, with_items=False)
-    assert len(run.items) == 0 and list(run.items.columns) == record.ITEM_COLUMNS and len(run.documents)
+    assert (
+        len(run.items) == 0
+        and list(run.items.columns) == record.ITEM_COLUMNS
+        and len(run.documents)
+    )
 
 
 def test_ratios_come_from_sums() -> None:
@@ -76,7 +83,7 @@ def test_a_domain_that_was_not_scored_is_nan(saved: record.Run) -> None:
     assert math.isnan(saved.matrix.loc["1 a", "x"]) and saved.matrix.isna().to_numpy().sum() == 1
 
 
-# --- faults ----------------------------------------------------------------------------------------------------------
+# --- faults ---------------------------------------------------------------------------------------
 
 
 def test_no_record(tmp_path: Path) -> None:
@@ -131,7 +138,11 @@ def test_items_that_are_not_the_records(saved: record.Run, tmp_path: Path, fault
         del data[-10:]
     else:
         data = bytearray(
-            record.items_path(synthetic.run(tmp_path / "o" / "r.json", bases=SMALL, controls=["x"], count=4, seed=1).path).read_bytes()
+            record.items_path(
+                synthetic.run(
+                    tmp_path / "o" / "r.json", bases=SMALL, controls=["x"], count=4, seed=1
+                ).path
+            ).read_bytes()
         )
     path.write_bytes(bytes(data))
     with pytest.raises(DataError, match="not those the record was written with"):
@@ -145,14 +156,16 @@ def test_nan_is_refused_and_nothing_is_written(saved: record.Run, tmp_path: Path
     with pytest.raises(DataError, match="not finite"):
         record.save(broken, saved.documents, saved.items, saved.path)
     with pytest.raises(DataError, match="not finite"):
-        record.save(saved.record, saved.documents.assign(nll_nats=math.inf), saved.items, saved.path)
+        record.save(
+            saved.record, saved.documents.assign(nll_nats=math.inf), saved.items, saved.path
+        )
     with pytest.raises(DataError, match="not finite"):
         record.save(broken, saved.documents, saved.items, tmp_path / "new" / "r.json")
     assert {p: p.read_bytes() for p in saved.path.parent.iterdir()} == before
     assert not (tmp_path / "new").exists()
 
 
-# --- the seal --------------------------------------------------------------------------------------------------------
+# --- the seal -------------------------------------------------------------------------------------
 
 
 def seal_broken(path: Path) -> None:
@@ -184,7 +197,11 @@ def test_digits_all_over_a_record(saved: record.Run) -> None:
                 record.load(saved.path)
 
 
-@pytest.mark.parametrize("style", [{}, {"indent": 4}, {"sort_keys": True, "separators": (",", ":")}], ids=["line", "indent", "order"])
+@pytest.mark.parametrize(
+    "style",
+    [{}, {"indent": 4}, {"sort_keys": True, "separators": (",", ":")}],
+    ids=["line", "indent", "order"],
+)
 def test_a_record_may_be_formatted_otherwise(saved: record.Run, style: dict[str, Any]) -> None:
     saved.path.write_text(json.dumps(json.loads(saved.path.read_text()), **style))
     assert record.load(saved.path).record == saved.record
@@ -199,13 +216,16 @@ def test_a_record_without_seal(saved: record.Run) -> None:
 
 def test_save_seals(saved: record.Run) -> None:
     changed = saved.record.model_copy(update={"seed": 7, "seal": "0" * 64}, deep=True)
-    for run in (saved, record.save(changed, saved.documents, saved.items, saved.path.with_name("s.json"))):
+    for run in (
+        saved,
+        record.save(changed, saved.documents, saved.items, saved.path.with_name("s.json")),
+    ):
         raw = json.loads(run.path.read_text())
         assert raw["seal"] == run.record.seal == record.seal_of(raw)
     assert changed.seal != saved.record.seal
 
 
-# --- writing ---------------------------------------------------------------------------------------------------------
+# --- writing --------------------------------------------------------------------------------------
 
 
 def test_write_replaces_whole_files(tmp_path: Path) -> None:
@@ -217,7 +237,9 @@ def test_write_replaces_whole_files(tmp_path: Path) -> None:
     assert path.read_bytes() == b"new" and leftovers(path.parent) == []
 
 
-def test_a_failing_rename_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failing_rename_keeps_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "f"
     files.write_bytes(path, b"old")
 
@@ -227,10 +249,14 @@ def test_a_failing_rename_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(os, "replace", refuse)
     with pytest.raises(StorageError, match="No space left") as caught:
         files.write_bytes(path, b"new")
-    assert caught.value.exit_code == 74 and path.read_bytes() == b"old" and leftovers(tmp_path) == []
+    assert (
+        caught.value.exit_code == 74 and path.read_bytes() == b"old" and leftovers(tmp_path) == []
+    )
 
 
-def test_an_interrupt_leaves_no_temporary_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupt_leaves_no_temporary_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
@@ -246,8 +272,11 @@ def test_a_file_in_the_place_of_a_folder(tmp_path: Path) -> None:
         files.write_bytes(tmp_path / "runs" / "r.json", b"new")
 
 
-def test_a_second_save_that_fails_keeps_both_old_files(saved: record.Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The items fit on the disk, the record does not: the old record must still find the items it was written with."""
+def test_a_second_save_that_fails_keeps_both_old_files(
+    saved: record.Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The items fit on the disk, the record does not: the old record must still find the items it
+    was written with."""
     calls, fsync = [], os.fsync
 
     def second_fails(handle: int) -> None:
@@ -258,7 +287,12 @@ def test_a_second_save_that_fails_keeps_both_old_files(saved: record.Run, monkey
 
     monkeypatch.setattr(os, "fsync", second_fails)
     with pytest.raises(StorageError):
-        record.save(saved.record.model_copy(deep=True), saved.documents.assign(nll_nats=1.0), saved.items, saved.path)
+        record.save(
+            saved.record.model_copy(deep=True),
+            saved.documents.assign(nll_nats=1.0),
+            saved.items,
+            saved.path,
+        )
     monkeypatch.undo()
     pd.testing.assert_frame_equal(record.load(saved.path).documents, saved.documents)
     assert leftovers(saved.path.parent) == []
@@ -266,7 +300,8 @@ def test_a_second_save_that_fails_keeps_both_old_files(saved: record.Run, monkey
 
 @pytest.mark.skipif(os.name != "posix", reason="RLIMIT_FSIZE")
 def test_disk_full(saved: record.Run) -> None:
-    """The write of a second record stops at so many bytes: a StorageError, the first one still reads, no leftovers."""
+    """The write of a second record stops at so many bytes: a StorageError, the first one still
+    reads, no leftovers."""
     script = textwrap.dedent(f"""
         import resource, signal
         from pathlib import Path
@@ -284,7 +319,9 @@ def test_disk_full(saved: record.Run) -> None:
                 print(room)
     """)
     env = {**os.environ, "PYTHONPATH": HELPERS}
-    done = subprocess.run([sys.executable, "-c", script], env=env, stdout=subprocess.PIPE, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=env, stdout=subprocess.PIPE, text=True, timeout=60
+    )
     assert done.stdout.split() == ["0", "1", "100", "5000"]
     assert record.load(saved.path).record == saved.record
     assert leftovers(saved.path.parent) == []

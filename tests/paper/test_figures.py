@@ -1,4 +1,5 @@
-"""Figures of experiments: their numbers are comparison's, their bytes depend on the study alone, nothing is cut off or hidden."""
+"""Figures of experiments: their numbers are comparison's, their bytes depend on the study alone,
+nothing is cut off or hidden."""
 
 from __future__ import annotations
 
@@ -29,7 +30,16 @@ from gain_cl.system.files import sha256
 
 EVERY = [curves, fronts, forest, ages, margins]
 EIGHT = ["medicine", "law", "code", "maths", "news", "science", "politics", "scripture"]
-METHODS = ["gain_ffn", "gain_attn", "ia3", "lora", "lora_same_modules", "multiplicative_lora", "full_small_lr", "ewc"]
+METHODS = [
+    "gain_ffn",
+    "gain_attn",
+    "ia3",
+    "lora",
+    "lora_same_modules",
+    "multiplicative_lora",
+    "full_small_lr",
+    "ewc",
+]
 
 
 def drawn(module: ModuleType, study: Study) -> Any:
@@ -48,7 +58,9 @@ def pilot() -> Study:
 def three(tmp_path_factory: pytest.TempPathFactory) -> Study:
     """Three blocks of two methods with two settings; a task; gains of the method gain."""
     results = tmp_path_factory.mktemp("results")
-    study = test_comparison.a_study(results / "runs", test_comparison.an_experiment(test_comparison.FOUR, blocks=3), tasks=True)
+    study = test_comparison.a_study(
+        results / "runs", test_comparison.an_experiment(test_comparison.FOUR, blocks=3), tasks=True
+    )
     for k, run in enumerate(study.chosen["gain"].runs.values()):
         diagnosis.save(diagnosed(run, 0.01 * (k + 1)), results)
     return study
@@ -65,14 +77,52 @@ def diagnosed(run: record.Run, drift: float, layers: int = 30) -> diagnosis.Diag
     for role, block in itertools.product(("self_attn.o_proj", "mlp.down_proj"), range(layers)):
         counts = [0] * bins
         counts[bins // 2 + block % 5], counts[4] = 32, 32
-        of = diagnosis.Gains(side="input", drift=drift * (1 + block), rms=0.1, least=0.9, largest=1.1, counts=counts, heads=None)
-        shape: dict[str, Any] = {"name": f"{block}.{role}", "role": role, "block": block, "shape": (64, 64), "norm": 1.0, "relative": 0.1}
-        nothing: dict[str, Any] = dict.fromkeys(("residual", "own", "intruders", "cosines", "heads"))
+        of = diagnosis.Gains(
+            side="input",
+            drift=drift * (1 + block),
+            rms=0.1,
+            least=0.9,
+            largest=1.1,
+            counts=counts,
+            heads=None,
+        )
+        shape: dict[str, Any] = {
+            "name": f"{block}.{role}",
+            "role": role,
+            "block": block,
+            "shape": (64, 64),
+            "norm": 1.0,
+            "relative": 0.1,
+        }
+        nothing: dict[str, Any] = dict.fromkeys(
+            ("residual", "own", "intruders", "cosines", "heads")
+        )
         found.append(diagnosis.Layer(**shape, **nothing, gains=of))
     last = len(run.record.stages) - 1
-    rest: dict[str, Any] = {"others": [], "residual": {}, "chance": {}, "own": {}, "intruders": None, "analysed": 0, "seconds": 1.0}
-    rest |= {"kl": None, "kl_new": None, "kl_controls": None, "layers": found, "total_norm": 1.0, "total_relative": 0.1}
-    settings: dict[str, Any] = {"directions": [8], "top": 10, "threshold": 0.5, "edges": list(diagnosis.EDGES), "not_kept": []}
+    rest: dict[str, Any] = {
+        "others": [],
+        "residual": {},
+        "chance": {},
+        "own": {},
+        "intruders": None,
+        "analysed": 0,
+        "seconds": 1.0,
+    }
+    rest |= {
+        "kl": None,
+        "kl_new": None,
+        "kl_controls": None,
+        "layers": found,
+        "total_norm": 1.0,
+        "total_relative": 0.1,
+    }
+    settings: dict[str, Any] = {
+        "directions": [8],
+        "top": 10,
+        "threshold": 0.5,
+        "edges": list(diagnosis.EDGES),
+        "not_kept": [],
+    }
     return diagnosis.Diagnostics(
         run_id=run.record.run_id,
         record_sha256=sha256(run.path),
@@ -91,7 +141,7 @@ def diagnosed(run: record.Run, drift: float, layers: int = 30) -> diagnosis.Diag
     )
 
 
-# --- nothing is cut off or hidden --------------------------------------------------------------------------------------
+# --- nothing is cut off or hidden -----------------------------------------------------------------
 
 
 def texts(figure: Any) -> Iterator[Any]:
@@ -103,7 +153,11 @@ def texts(figure: Any) -> Iterator[Any]:
         yield from (axes.title, axes._left_title, axes.xaxis.label, axes.yaxis.label, *axes.texts)
         for axis in (axes.xaxis, axes.yaxis):
             low, high = sorted(axis.get_view_interval())
-            yield from (tick.label1 for tick in axis.get_major_ticks(len(axis.get_ticklocs())) if low <= tick.get_loc() <= high)
+            yield from (
+                tick.label1
+                for tick in axis.get_major_ticks(len(axis.get_ticklocs()))
+                if low <= tick.get_loc() <= high
+            )
 
 
 def legible(figure: Any) -> None:
@@ -113,15 +167,27 @@ def legible(figure: Any) -> None:
     shown = [t for t in texts(figure) if t.get_visible() and t.get_text().strip()]
     boxes = [t.get_window_extent() for t in shown]
     for text, box in zip(shown, boxes, strict=True):
-        inside = box.x0 > -0.5 and box.y0 > -0.5 and box.x1 < figure.bbox.x1 + 0.5 and box.y1 < figure.bbox.y1 + 0.5
+        inside = (
+            box.x0 > -0.5
+            and box.y0 > -0.5
+            and box.x1 < figure.bbox.x1 + 0.5
+            and box.y1 < figure.bbox.y1 + 0.5
+        )
         assert inside, f"{text.get_text()!r} is cut off"
         assert text.get_fontsize() >= 6
     for (a, one), (b, two) in itertools.combinations(zip(shown, boxes, strict=True), 2):
-        apart = one.x1 <= two.x0 + 1 or two.x1 <= one.x0 + 1 or one.y1 <= two.y0 + 1 or two.y1 <= one.y0 + 1
+        apart = (
+            one.x1 <= two.x0 + 1
+            or two.x1 <= one.x0 + 1
+            or one.y1 <= two.y0 + 1
+            or two.y1 <= one.y0 + 1
+        )
         assert apart, f"{a.get_text()!r} and {b.get_text()!r} overlap"
 
 
-def of_size(path: Path, domains: list[str], methods: list[str], monkeypatch: pytest.MonkeyPatch) -> Study:
+def of_size(
+    path: Path, domains: list[str], methods: list[str], monkeypatch: pytest.MonkeyPatch
+) -> Study:
     monkeypatch.setattr(test_comparison, "DOMAINS", domains)
     grid = {m: {"train.lr": [1e-3]} for m in methods}
     plain = {"name": "e", "question": "?", "methods": grid, "reference": methods[-1]}
@@ -129,7 +195,9 @@ def of_size(path: Path, domains: list[str], methods: list[str], monkeypatch: pyt
     return test_comparison.a_study(path, Experiment.model_validate(plain), line, tasks=True)
 
 
-@pytest.mark.parametrize(("domains", "methods"), [(EIGHT, METHODS), (["a", "b"], ["gain", "lora"])], ids=["8x8", "2x2"])
+@pytest.mark.parametrize(
+    ("domains", "methods"), [(EIGHT, METHODS), (["a", "b"], ["gain", "lora"])], ids=["8x8", "2x2"]
+)
 def test_nothing_is_cut_off_whatever_the_size(
     domains: list[str], methods: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -156,7 +224,11 @@ def test_several_blocks_are_legible(three: Study) -> None:
 
 def test_captions_are_a_line() -> None:
     for module in [*EVERY, gains]:
-        assert "\n" not in module.CAPTION and "interval" in module.CAPTION and ("%" in module.CAPTION or "nats" in module.CAPTION)
+        assert (
+            "\n" not in module.CAPTION
+            and "interval" in module.CAPTION
+            and ("%" in module.CAPTION or "nats" in module.CAPTION)
+        )
 
 
 def test_names_are_broken_and_not_read_as_formulas() -> None:
@@ -182,7 +254,7 @@ def test_methods_look_different(pilot: Study) -> None:
     assert len({(look["color"], str(look["linestyle"])) for look in looks}) == 9
 
 
-# --- numbers -----------------------------------------------------------------------------------------------------------
+# --- numbers --------------------------------------------------------------------------------------
 
 
 def line_of(axes: Any, label: str) -> dict[float, float]:
@@ -192,11 +264,17 @@ def line_of(axes: Any, label: str) -> dict[float, float]:
 
 def bars(container: Any, axis: int) -> list[tuple[float, float]]:
     """Low and high of each interval; nothing where there is none."""
-    return [tuple(sorted(segment[:, axis])) for segment in container.lines[2][0].get_segments() if len(segment)]
+    return [
+        tuple(sorted(segment[:, axis]))
+        for segment in container.lines[2][0].get_segments()
+        if len(segment)
+    ]
 
 
 @pytest.mark.parametrize("name", ["pilot", "three"])
-def test_curves_are_means_of_losses_by_stages_since_learned(name: str, request: pytest.FixtureRequest) -> None:
+def test_curves_are_means_of_losses_by_stages_since_learned(
+    name: str, request: pytest.FixtureRequest
+) -> None:
     study = request.getfixturevalue(name)
     figure = drawn(curves, study)
     for axes, domain in zip(figure.axes, study.blocks[0][1], strict=False):
@@ -209,8 +287,13 @@ def test_curves_are_means_of_losses_by_stages_since_learned(name: str, request: 
                     by_hand.setdefault(t - j - 1, []).append(row[j] - run.record.losses()[0, j])
             line = line_of(axes, s.label)
             everywhere = {x: y for x, y in by_hand.items() if len(y) >= min(2, len(s.runs))}
-            assert line == pytest.approx({x: 100 * math.expm1(np.mean(y)) for x, y in everywhere.items()}, abs=1e-9)
-    controls = [np.mean(run.record.losses()[:, len(run.record.trained) :], axis=1) for run in s.runs.values()]
+            assert line == pytest.approx(
+                {x: 100 * math.expm1(np.mean(y)) for x, y in everywhere.items()}, abs=1e-9
+            )
+    controls = [
+        np.mean(run.record.losses()[:, len(run.record.trained) :], axis=1)
+        for run in s.runs.values()
+    ]
     expected = [100 * math.expm1(x) for x in np.mean([c - c[0] for c in controls], axis=0)]
     assert list(line_of(figure.axes[-1], s.label).values()) == pytest.approx(expected, abs=1e-9)
     pale = [x for x in figure.axes[-1].lines if x.get_alpha() == 0.25]
@@ -230,7 +313,9 @@ def test_a_partial_figure_says_so(three: Study) -> None:
     figure = drawn(forest, three)
     before = style.png(figure)
     style.partial(figure, "2 gaps")
-    assert [t.get_text() for t in figure.texts if t.get_gid() == "partial"] == ["PARTIAL: 2 gaps"] and style.png(figure) != before
+    assert [t.get_text() for t in figure.texts if t.get_gid() == "partial"] == [
+        "PARTIAL: 2 gaps"
+    ] and style.png(figure) != before
 
 
 @pytest.mark.parametrize("name", ["pilot", "three"])
@@ -239,13 +324,17 @@ def test_fronts_are_levels(name: str, request: pytest.FixtureRequest) -> None:
     (axes,) = drawn(fronts, study).axes
     marks = {x.get_gid(): x for x in axes.lines if x.get_gid() not in (None, "skill")}
     upright, lying = ([c for c in axes.containers if getattr(c, f"has_{k}err")] for k in "yx")
-    assert set(marks) == {s.label for s in study.settings} and len(upright) == len(lying) == len(marks)
+    assert set(marks) == {s.label for s in study.settings} and len(upright) == len(lying) == len(
+        marks
+    )
     for s in study.settings:
         own, back = comparison.level(s, "own_step"), comparison.level(s, "backward")
         assert own is not None and back is not None
         at = (marks[s.label].get_xdata()[0], marks[s.label].get_ydata()[0])
         assert at == pytest.approx((change(own.estimate.value), change(back.estimate.value)))
-        assert (marks[s.label].get_markerfacecolor() != style.PAPER) == (study.chosen[s.method] is s)
+        assert (marks[s.label].get_markerfacecolor() != style.PAPER) == (
+            study.chosen[s.method] is s
+        )
         expected = [(change(c.estimate.low), change(c.estimate.high)) for c in (own, back)]
         assert any(bars(c, 0) == [pytest.approx(expected[0])] for c in lying)
         assert any(bars(c, 1) == [pytest.approx(expected[1])] for c in upright)
@@ -255,7 +344,9 @@ def test_fronts_are_levels(name: str, request: pytest.FixtureRequest) -> None:
     if study.skill is not None:
         assert skills == pytest.approx([change(study.skill)])
     else:
-        found = [equal.matched(study, m, study.reference) for m in study.methods if m != study.reference]
+        found = [
+            equal.matched(study, m, study.reference) for m in study.methods if m != study.reference
+        ]
         assert skills == pytest.approx([change(f.skill) for f in found if not f.reason])
 
 
@@ -271,7 +362,9 @@ def test_forests_are_paired_differences(name: str, request: pytest.FixtureReques
         assert found is not None
         mean = axes.containers[-1]
         assert mean.lines[0].get_xdata()[0] == pytest.approx(change(found.estimate.value))
-        assert bars(mean, 0) == [pytest.approx((change(found.estimate.low), change(found.estimate.high)))]
+        assert bars(mean, 0) == [
+            pytest.approx((change(found.estimate.low), change(found.estimate.high)))
+        ]
         for container in axes.containers[:-1]:
             domain = names[int(container.lines[0].get_ydata()[0])]
             values = []
@@ -280,7 +373,9 @@ def test_forests_are_paired_differences(name: str, request: pytest.FixtureReques
                 if k < len(block[1]):
                     a, b = (x.runs[block].record.losses()[:, k - 1] for x in (s, reference))
                     values.append((a[-1] - a[k]) - (b[-1] - b[k]))
-            assert container.lines[0].get_xdata()[0] == pytest.approx(change(float(np.mean(values))))
+            assert container.lines[0].get_xdata()[0] == pytest.approx(
+                change(float(np.mean(values)))
+            )
             (low, high), at = bars(container, 0)[0], change(float(np.mean(values)))
             assert low < at < high
 
@@ -301,22 +396,34 @@ def test_ages_are_forgetting_by_age(name: str, request: pytest.FixtureRequest) -
         last = len(study.blocks[0][1])
         losses = [run.record.losses() for run in s.runs.values()]
         for age, shown in zip(range(1, last), container.lines[0].get_ydata(), strict=True):
-            by_hand = np.mean([np.mean([x[k + age, k - 1] - x[k, k - 1] for k in range(1, last + 1 - age)]) for x in losses])
+            by_hand = np.mean(
+                [
+                    np.mean([x[k + age, k - 1] - x[k, k - 1] for k in range(1, last + 1 - age)])
+                    for x in losses
+                ]
+            )
             assert shown == pytest.approx(change(float(by_hand)))
         assert len(bars(container, 1)) == last - 1
 
 
-def test_margins_are_levels_and_leave_out_blocks_without_the_task(three: Study, tmp_path: Path) -> None:
+def test_margins_are_levels_and_leave_out_blocks_without_the_task(
+    three: Study, tmp_path: Path
+) -> None:
     (axes,) = drawn(margins, three).axes
     for s, container in zip(three.chosen.values(), axes.containers, strict=True):
         found = comparison.level(s, "margin:boolq@50")
         assert found is not None
         base, end = container.lines[0].get_ydata()
         assert end - base == pytest.approx(found.estimate.value)
-        assert bars(container, 1) == [pytest.approx((base + found.estimate.low, base + found.estimate.high))]
+        assert bars(container, 1) == [
+            pytest.approx((base + found.estimate.low, base + found.estimate.high))
+        ]
     assert axes.get_title() == "boolq@50, 50 items, 3 of 3 blocks"
 
-    runs = [test_comparison.simulated(tmp_path, "gain", 1e-2, k, learn=0.1, forget=0.1, tasks=k == 0) for k in range(3)]
+    runs = [
+        test_comparison.simulated(tmp_path, "gain", 1e-2, k, learn=0.1, forget=0.1, tasks=k == 0)
+        for k in range(3)
+    ]
     one = comparison.from_records(runs)
     assert drawn(margins, one).axes[0].get_title() == "boolq@50, 50 items, 1 of 3 blocks"
     assert forest.build(one) is None  # nothing beside the reference
@@ -326,14 +433,16 @@ def test_gains_are_means_over_blocks(three: Study) -> None:
     found = gains.maps(three, results_of(three))
     assert [m.role for m in found] == ["self_attn.o_proj", "mlp.down_proj"]
     assert found[0].drift == pytest.approx(0.02 * (1 + np.arange(30)))  # mean of 0.01, 0.02, 0.03
-    assert found[0].share.sum(0) == pytest.approx(np.ones(30)) and found[0].share[4] == pytest.approx(np.full(30, 0.5))
+    assert found[0].share.sum(0) == pytest.approx(np.ones(30)) and found[0].share[
+        4
+    ] == pytest.approx(np.full(30, 0.5))
     figure: Any = gains.build(three, results_of(three))
     assert figure.axes[0].lines[0].get_ydata() == pytest.approx(100 * found[0].drift)
     shown = figure.axes[1].collections[0].get_array()
     assert np.nansum(np.ma.filled(shown, 0), axis=0) == pytest.approx(np.full(30, 100.0))
 
 
-# --- bytes -------------------------------------------------------------------------------------------------------------
+# --- bytes ----------------------------------------------------------------------------------------
 
 AGAIN = """
 import hashlib, sys
@@ -350,28 +459,57 @@ assert "torch" not in sys.modules
 
 def test_the_same_study_gives_the_same_bytes_in_another_process(three: Study) -> None:
     results = results_of(three)
-    study = comparison.from_records(record.load(p) for p in sorted((results / "runs").glob("*.json")))
+    study = comparison.from_records(
+        record.load(p) for p in sorted((results / "runs").glob("*.json"))
+    )
     here = []
     for figure in (curves.build(study), forest.build(study), gains.build(study, results)):
         assert figure is not None
-        written = {k: write(figure) for k, write in (("png", style.png), ("svg", style.svg), ("pdf", style.vector))}  # another order
+        written = {
+            k: write(figure)
+            for k, write in (("png", style.png), ("svg", style.svg), ("pdf", style.vector))
+        }  # another order
         here += [hashlib.sha256(written[k]).hexdigest() for k in ("pdf", "svg", "png")]
-        assert written["pdf"].startswith(b"%PDF") and b"CreationDate" not in written["pdf"] and b"/Type3" not in written["pdf"]
-        assert b"<text" not in written["svg"] and b"dc:date" not in written["svg"] and b"Software" not in written["png"]
+        assert (
+            written["pdf"].startswith(b"%PDF")
+            and b"CreationDate" not in written["pdf"]
+            and b"/Type3" not in written["pdf"]
+        )
+        assert (
+            b"<text" not in written["svg"]
+            and b"dc:date" not in written["svg"]
+            and b"Software" not in written["png"]
+        )
     env = {**os.environ, "PYTHONHASHSEED": "7", "MPLCONFIGDIR": str(results / "mpl")}
     (results / "mpl").mkdir()
-    (results / "mpl/matplotlibrc").write_text("font.size: 20\nlines.linewidth: 9\npdf.fonttype: 3\nsavefig.bbox: tight\n")
-    there = subprocess.run([sys.executable, "-c", AGAIN, str(results)], env=env, capture_output=True, text=True, check=True)
+    (results / "mpl/matplotlibrc").write_text(
+        "font.size: 20\nlines.linewidth: 9\npdf.fonttype: 3\nsavefig.bbox: tight\n"
+    )
+    there = subprocess.run(
+        [sys.executable, "-c", AGAIN, str(results)],
+        env=env,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert there.stdout.split() == here
 
 
 def test_an_interval_that_allows_anything_is_cut() -> None:
-    """Two blocks give a t of one degree of freedom: from almost -100% to beyond float64. The axis stays readable, the ends have no caps."""
+    """Two blocks give a t of one degree of freedom: from almost -100% to beyond float64. The axis
+    stays readable, the ends have no caps."""
     with style.rules():
         figure = style.new(style.SINGLE, 2.0)
         (axes,) = style.grid(figure, 1)
         wide, narrow = Estimate(-45.0, -99.9999, 1e9, 2), Estimate(10.0, 5.0, 20.0, 2)
-        style.points(axes, [0, 1, 2], [wide, narrow, Estimate(3.0, math.nan, math.nan, 1)], color="k", marker="o", linestyle="")
+        style.points(
+            axes,
+            [0, 1, 2],
+            [wide, narrow, Estimate(3.0, math.nan, math.nan, 1)],
+            color="k",
+            marker="o",
+            linestyle="",
+        )
         style.percent_axis(axes, "y")
     low, high = axes.get_ylim()
     assert -100 < low < 100 * (0.55 / style.CUT - 1) and high < 300

@@ -1,4 +1,5 @@
-"""Tables and the report of an experiment: what may enter them, what they say, and that they come out the same."""
+"""Tables and the report of an experiment: what may enter them, what they say, and that they come
+out the same."""
 
 from __future__ import annotations
 
@@ -46,8 +47,21 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished grid of four smoke runs."""
     at = tmp_path_factory.mktemp("made")
     (at / "e.yaml").write_text(GRID)
-    for cell in experiments.cells(experiments.load(str(at / "e.yaml")), [f"results_dir={at}/results", f"output_dir={at}/runs"]):
-        assert cli.main(["run", *cell.overrides, f"results_dir={at}/results", f"output_dir={at}/runs", "compute.threads=1"]) == 0
+    for cell in experiments.cells(
+        experiments.load(str(at / "e.yaml")), [f"results_dir={at}/results", f"output_dir={at}/runs"]
+    ):
+        assert (
+            cli.main(
+                [
+                    "run",
+                    *cell.overrides,
+                    f"results_dir={at}/results",
+                    f"output_dir={at}/runs",
+                    "compute.threads=1",
+                ]
+            )
+            == 0
+        )
     return at
 
 
@@ -74,13 +88,16 @@ def edited(at: Path, which: int, change: Callable[[dict[str, Any]], Any]) -> str
     return path.stem
 
 
-# --- what may enter ----------------------------------------------------------------------------------------------------
+# --- what may enter -------------------------------------------------------------------------------
 
 
 def test_a_missing_run_stops_the_build_and_is_named(at: Path) -> None:
     path = sorted((at / "results/runs").glob("*.json"))[0]
     path.unlink()
-    with pytest.raises(DataError, match=r"1 of 4 cells may not enter a table: .* is (stopped|missing) .*partial=true"):
+    with pytest.raises(
+        DataError,
+        match=r"1 of 4 cells may not enter a table: .* is (stopped|missing) .*partial=true",
+    ):
         book(at)
     found = book(at, partial=True)
     assert len(found.gaps) == 1 and len(found.runs) == 3 and path.stem in found.gaps[0]
@@ -91,9 +108,15 @@ REFUSED: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "tainted": (lambda r: r.update(tainted=["numerics"]), "tainted: numerics"),
     "limited": (lambda r: r["config"]["tasks"].update(limit=5), "limited"),
     "stale": (lambda r: r["provenance"].update(numerics=0), "stale: of numerics 0"),
-    "another torch": (lambda r: r["provenance"]["packages"].update(torch="1.0"), "mixed packages: .* torch 1.0"),
+    "another torch": (
+        lambda r: r["provenance"]["packages"].update(torch="1.0"),
+        "mixed packages: .* torch 1.0",
+    ),
     "another dtype": (lambda r: r["config"]["model"].update(dtype="bfloat16"), "mixed dtype"),
-    "another device": (lambda r: r["provenance"].update(device="cuda:0"), "mixed device type: .* cuda"),
+    "another device": (
+        lambda r: r["provenance"].update(device="cuda:0"),
+        "mixed device type: .* cuda",
+    ),
     "another schema": (lambda r: r.update(schema_version=2), "schema_version is 2"),
 }
 
@@ -151,13 +174,15 @@ def test_a_run_of_other_data_is_stale(at: Path) -> None:
         book(at)
 
 
-# --- what they say -----------------------------------------------------------------------------------------------------
+# --- what they say --------------------------------------------------------------------------------
 
 
 def of_studies(e: experiments.Experiment, *studies: comparison.Study) -> Book:
     """A book of simulated studies, each of a model."""
     cells = [
-        experiments.Cell(x.model, s.method, s.values, k, [], None, run.record.run_id, run.path, run.path.parent)  # type: ignore[arg-type]
+        experiments.Cell(
+            x.model, s.method, s.values, k, [], None, run.record.run_id, run.path, run.path.parent
+        )  # type: ignore[arg-type]
         for x in studies
         for s in x.settings
         for k, run in enumerate(s.runs.values())
@@ -187,9 +212,22 @@ def test_without_fronts_there_is_no_table_of_equal_skill(simulated: Book) -> Non
 
 def test_every_table_is_there(simulated: Book) -> None:
     found = {name for name in named(simulated) if not name.startswith("matrix-")}
-    there = {"main", "endpoints", "settings", "skill", "domains", "domains-change", "blocks", "tasks", "parameters", "published"}
+    there = {
+        "main",
+        "endpoints",
+        "settings",
+        "skill",
+        "domains",
+        "domains-change",
+        "blocks",
+        "tasks",
+        "parameters",
+        "published",
+    }
     assert found == there
-    assert sum(name.startswith("matrix-") for name in named(simulated)) == 8  # chosen settings in four blocks
+    assert (
+        sum(name.startswith("matrix-") for name in named(simulated)) == 8
+    )  # chosen settings in four blocks
 
 
 def test_the_main_table_is_the_comparison(simulated: Book) -> None:
@@ -200,7 +238,9 @@ def test_the_main_table_is_the_comparison(simulated: Book) -> None:
         e = comparison.level(s, "backward").estimate  # type: ignore[union-attr]
         cell = row.cells[j]
         assert isinstance(cell, Value)
-        assert (cell.value, cell.low, cell.high) == pytest.approx([format.change(x) for x in (e.value, e.low, e.high)])
+        assert (cell.value, cell.low, cell.high) == pytest.approx(
+            [format.change(x) for x in (e.value, e.low, e.high)]
+        )
         assert len(row.runs) == 4 and all(r in simulated.runs for r in row.runs)
 
 
@@ -216,15 +256,29 @@ def test_bold_only_where_a_declared_test_says_so(simulated: Book) -> None:
     }
     expected = set()
     if verdicts["boolq"] in ("better", "worse"):
-        expected.add(("gain lr=0.01" if verdicts["boolq"] == "better" else "lora lr=0.001", "boolq@50 margin, nats"))
+        expected.add(
+            (
+                "gain lr=0.01" if verdicts["boolq"] == "better" else "lora lr=0.001",
+                "boolq@50 margin, nats",
+            )
+        )
     assert bold == expected and verdicts["boolq"] == "better"
     notes = [note for note in named(simulated)["main"].notes if note.startswith("Bold")]
     assert notes == ["Bold: gain is better in margin:boolq@50 than lora, by the test of boolq."]
-    assert all(not getattr(c, "bold", False) for name, t in named(simulated).items() if name != "main" for row in t.rows for c in row.cells)
+    assert all(
+        not getattr(c, "bold", False)
+        for name, t in named(simulated).items()
+        if name != "main"
+        for row in t.rows
+        for c in row.cells
+    )
 
 
 def test_the_winner_is_bold_also_where_it_is_the_reference(tmp_path: Path) -> None:
-    line = {"gain": {1e-2: (0.1, 0.3), 3e-2: (0.3, 0.4)}, "lora": {1e-3: (0.1, 0.0), 3e-3: (0.3, 0.1)}}
+    line = {
+        "gain": {1e-2: (0.1, 0.3), 3e-2: (0.3, 0.4)},
+        "lora": {1e-3: (0.1, 0.0), 3e-3: (0.3, 0.1)},
+    }
     worse = {"name": "forgets", "metric": "backward", "of": "gain", "minus": "lora"}
     e = an_experiment([worse])
     (t,) = (x for x in tables.main.build(of_studies(e, a_study(tmp_path, e, line))))
@@ -234,13 +288,18 @@ def test_the_winner_is_bold_also_where_it_is_the_reference(tmp_path: Path) -> No
 
 
 def test_published_replay_is_compared_at_equal_own_step() -> None:
-    """Chosen settings learn unequally: replay's less forgetting at more learning would be GAIN's."""
+    """Chosen settings learn unequally: replay's less forgetting at more learning would be
+    GAIN's."""
     e = experiments.load("pilot")
     found = gather.gather(e, [f"results_dir={Path(__file__).parents[2]}/results"])
     (t,), (study,) = tables.published.build(found), found.studies.values()
     row = next(r for r in t.rows if "replay" in str(r.cells[0]))
     expected = equal.interval(equal.matched(study, "gain_ffn", "lora_replay"))
-    assert isinstance(row.cells[4], Value) and row.cells[4].value == pytest.approx(format.change(expected.value)) and row.cells[4].value > 0
+    assert (
+        isinstance(row.cells[4], Value)
+        and row.cells[4].value == pytest.approx(format.change(expected.value))
+        and row.cells[4].value > 0
+    )
     assert len(row.runs) == 6 and any(note.startswith("backward % minus EWC") for note in t.notes)
 
 
@@ -251,7 +310,11 @@ def test_a_hand_made_table_in_every_format() -> None:
         ["method", "value", "n"],
         [
             Row(
-                ["gain_ffn", Value(-1.25, -2.5, 0.0, lambda x: f"{x:+.1f}", bold=True), Value(63360, write=lambda x: f"{x:,.0f}")],
+                [
+                    "gain_ffn",
+                    Value(-1.25, -2.5, 0.0, lambda x: f"{x:+.1f}", bold=True),
+                    Value(63360, write=lambda x: f"{x:,.0f}"),
+                ],
                 ["run-1"],
             ),
             Row(["a|b <c>", None, Value(math.nan)], ["run-2", "run-3"], rule=True),
@@ -259,11 +322,20 @@ def test_a_hand_made_table_in_every_format() -> None:
         ["A note: 100%."],
     )
     md = markdown(t)
-    assert "| gain\\_ffn " in md and "**-1.2 (-2.5 to +0.0)**" in md and "a\\|b \\<c\\>" in md and "`run-2`, `run-3`" in md
+    assert (
+        "| gain\\_ffn " in md
+        and "**-1.2 (-2.5 to +0.0)**" in md
+        and "a\\|b \\<c\\>" in md
+        and "`run-2`, `run-3`" in md
+    )
     tex = latex(t)
-    number = r"\begin{tabular}[t]{@{}r@{}}$\mathbf{-1.2}$\\\scriptsize $-2.5$ to $+0.0$\end{tabular}"
+    number = (
+        r"\begin{tabular}[t]{@{}r@{}}$\mathbf{-1.2}$\\\scriptsize $-2.5$ to $+0.0$\end{tabular}"
+    )
     assert rf"gain\_ffn & {number} & $63{{,}}360$ \\ % run-1" in tex and "PARTIAL" not in tex
-    assert r"\multicolumn{3}{l}{\textbf{PARTIAL: 1 gap}} \\" in latex(dataclasses.replace(t, notes=["GAP: a is missing"]))
+    assert r"\multicolumn{3}{l}{\textbf{PARTIAL: 1 gap}} \\" in latex(
+        dataclasses.replace(t, notes=["GAP: a is missing"])
+    )
     assert r"a|b $<$c$>$ & -- & -- \\ % run-2, run-3" in tex and tex.count(r"\midrule") == 2
     rows = list(csv.reader(io.StringIO(as_csv(t))))
     assert rows == [
@@ -278,7 +350,9 @@ def test_numbers_are_those_of_the_tables(simulated: Book) -> None:
     (study,) = simulated.studies.values()
     j = {x.endpoint.name: x for x in verdicts_.judge(study)}
     assert quoted["endpoint forgets verdict"] == j["forgets"].verdict and quoted["blocks"] == "4"
-    assert quoted["gain backward"] == format.percent(comparison.level(study.chosen["gain"], "backward").estimate.value)  # type: ignore[union-attr]
+    assert quoted["gain backward"] == format.percent(
+        comparison.level(study.chosen["gain"], "backward").estimate.value
+    )  # type: ignore[union-attr]
     commands = re.findall(r"\\newcommand\{\\([A-Za-z]+)\}", build.macros("study", quoted))
     assert len(commands) == len(set(commands)) == len(quoted)
     assert "studyGainMinusLoraBackward" in commands and "studyGainBackwardBlockTwo" in commands
@@ -291,9 +365,9 @@ def test_csv_has_the_values_that_are_shown(simulated: Book) -> None:
         for row, out in zip(t.rows, rows, strict=True):
             for column, c in zip(t.columns, row.cells, strict=True):
                 if isinstance(c, Value) and not math.isnan(c.value) and "<" not in c.shown:
-                    assert float(c.shown.replace(",", "")) == pytest.approx(float(out[column]), abs=0.0501 if "." in c.shown else 0.5), (
-                        column
-                    )
+                    assert float(c.shown.replace(",", "")) == pytest.approx(
+                        float(out[column]), abs=0.0501 if "." in c.shown else 0.5
+                    ), column
 
 
 def test_a_task_of_one_block_has_no_interval_over_blocks(tmp_path: Path) -> None:
@@ -315,7 +389,8 @@ def test_a_task_of_one_block_has_no_interval_over_blocks(tmp_path: Path) -> None
 
 
 def test_two_models_stay_apart(tmp_path: Path) -> None:
-    """A table of each, one of both; numbers and macros begin with the model; the page has both verdicts."""
+    """A table of each, one of both; numbers and macros begin with the model; the page has both
+    verdicts."""
     from gain_cl.paper import report
 
     e = an_experiment(FOUR[:3], blocks=2)  # type: ignore[arg-type]
@@ -324,16 +399,30 @@ def test_two_models_stay_apart(tmp_path: Path) -> None:
     for s in two.settings:
         for run in s.runs.values():
             run.record = run.record.model_copy(
-                update={"model": "larger", "run_id": f"larger-{run.record.run_id}", "total_parameters": 10**8}
+                update={
+                    "model": "larger",
+                    "run_id": f"larger-{run.record.run_id}",
+                    "total_parameters": 10**8,
+                }
             )
     found = of_studies(e, one, two)
     made = named(found)
-    assert {"main-smollm2", "main-larger", "models", "blocks-larger", "endpoints-smollm2"} <= made.keys()
+    assert {
+        "main-smollm2",
+        "main-larger",
+        "models",
+        "blocks-larger",
+        "endpoints-smollm2",
+    } <= made.keys()
     rows = made["models"].rows
-    assert [row.cells[0] for row in rows] == ["smollm2", "smollm2", "larger", "larger"] and all(len(row.runs) == 2 for row in rows)
+    assert [row.cells[0] for row in rows] == ["smollm2", "smollm2", "larger", "larger"] and all(
+        len(row.runs) == 2 for row in rows
+    )
     assert [row[0] for row in made["models"].read] == ["smollm2", "", "larger", ""]
     quoted = build.numbers(found)
-    assert quoted["smollm2 gain backward"] != quoted["larger gain backward"] and "\\eLargerGainBackward" in build.macros("e", quoted)
+    assert quoted["smollm2 gain backward"] != quoted[
+        "larger gain backward"
+    ] and "\\eLargerGainBackward" in build.macros("e", quoted)
     text = report.page(found).decode()
     assert text.count('<ul class="verdicts">') == 2 and "<h3>larger</h3>" in text
 
@@ -341,9 +430,15 @@ def test_two_models_stay_apart(tmp_path: Path) -> None:
 def test_the_page_survives_hostile_words(tmp_path: Path) -> None:
     from gain_cl.paper import report
 
-    e = an_experiment([], blocks=1, question="<script>alert(1)</script> & {{ x }}", expect="</style><b>")
+    e = an_experiment(
+        [], blocks=1, question="<script>alert(1)</script> & {{ x }}", expect="</style><b>"
+    )
     text = report.page(of_studies(e, a_study(tmp_path, e))).decode()
-    assert "<script>alert" not in text and "&lt;script&gt;alert(1)&lt;/script&gt; &amp; {{ x }}" in text and "&lt;/style&gt;" in text
+    assert (
+        "<script>alert" not in text
+        and "&lt;script&gt;alert(1)&lt;/script&gt; &amp; {{ x }}" in text
+        and "&lt;/style&gt;" in text
+    )
 
 
 def test_names_that_would_be_one_macro_are_refused() -> None:
@@ -368,17 +463,22 @@ def test_tidy_holds_every_score(made: Path) -> None:
                 mine = {
                     r["metric"]: float(r["value"])
                     for r in rows
-                    if (r["run"], r["stage"], r["name"]) == (run.record.run_id, str(stage.index), domain)
+                    if (r["run"], r["stage"], r["name"])
+                    == (run.record.run_id, str(stage.index), domain)
                     and r["kind"] in ("domain", "control")
                 }
-                assert mine["nll_nats"] == pytest.approx(score.nll_nats, rel=1e-11) and mine["tokens"] == score.tokens
+                assert (
+                    mine["nll_nats"] == pytest.approx(score.nll_nats, rel=1e-11)
+                    and mine["tokens"] == score.tokens
+                )
                 assert mine["perplexity"] == pytest.approx(score.perplexity, rel=1e-11)
 
 
 def test_tables_need_no_torch(made: Path) -> None:
     code = (
         "import sys; from gain_cl import cli; "
-        f"code = cli.main(['tables', 'experiment={made}/e.yaml', 'results_dir={made}/results', 'output_dir={made}/runs', 'force=true']); "
+        f"code = cli.main(['tables', 'experiment={made}/e.yaml', "
+        f"'results_dir={made}/results', 'output_dir={made}/runs', 'force=true']); "
         "assert 'torch' not in sys.modules and 'transformers' not in sys.modules; sys.exit(code)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -405,7 +505,11 @@ def test_what_is_stale_is_made_again(at: Path, capsys: pytest.CaptureFixture[str
     of_a_run_that_went.parent.mkdir(parents=True, exist_ok=True)
     of_a_run_that_went.write_text("of a run that is no longer chosen")
     (of_a_run_that_went.parent / "matrix-notes.md").write_text("a reader's")
-    assert cli.main(line) == 0 and not of_a_run_that_went.exists() and (of_a_run_that_went.parent / "matrix-notes.md").exists()
+    assert (
+        cli.main(line) == 0
+        and not of_a_run_that_went.exists()
+        and (of_a_run_that_went.parent / "matrix-notes.md").exists()
+    )
     (at / "results/tables/e/main.md").write_text("by hand")
     (at / "results/tables/e/left.md").write_text("from before")
     (at / "results/tables/e/own.md").write_text("a reader's")
@@ -414,7 +518,10 @@ def test_what_is_stale_is_made_again(at: Path, capsys: pytest.CaptureFixture[str
     told["files"]["left.md"] = "0"
     stamp.write_text(json.dumps(told))
     assert cli.main(line) == 0 and "made:" in capsys.readouterr().out
-    assert "by hand" not in (at / "results/tables/e/main.md").read_text() and not (at / "results/tables/e/left.md").exists()
+    assert (
+        "by hand" not in (at / "results/tables/e/main.md").read_text()
+        and not (at / "results/tables/e/left.md").exists()
+    )
     assert (at / "results/tables/e/own.md").exists()
 
 
@@ -428,22 +535,38 @@ Own step \eGainFfnOwnStep\ (\eGainFfnOwnStepLow\ to \eGainFfnOwnStepHigh).
 """
 
 
-@pytest.mark.skipif(shutil.which("pdflatex") is None, reason="needs pdflatex (Debian: texlive-latex-recommended)")
+@pytest.mark.skipif(
+    shutil.which("pdflatex") is None, reason="needs pdflatex (Debian: texlive-latex-recommended)"
+)
 def test_the_latex_compiles(at: Path) -> None:
     assert cli.main(["tables", f"experiment={at}/e.yaml", *words(at)]) == 0
     folder = at / "results/tables/e"
     names = [p.stem for p in sorted(folder.glob("*.tex")) if p.stem != "numbers"]
     body = "\n\n".join(rf"\resizebox{{\textwidth}}{{!}}{{\input{{{name}.tex}}}}" for name in names)
-    preamble = LATEX.replace(r"\usepackage{booktabs}", "\\usepackage{booktabs}\n\\usepackage{graphicx}")
+    preamble = LATEX.replace(
+        r"\usepackage{booktabs}", "\\usepackage{booktabs}\n\\usepackage{graphicx}"
+    )
     (folder / "all.tex").write_text(preamble % body)
-    done = subprocess.run(["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "all.tex"], cwd=folder, capture_output=True, text=True)
+    done = subprocess.run(
+        ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "all.tex"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stdout[-2000:]
     assert (folder / "all.pdf").stat().st_size > 10_000
 
 
-# --- the page ----------------------------------------------------------------------------------------------------------
+# --- the page -------------------------------------------------------------------------------------
 
-BROWSER = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
+BROWSER = next(
+    (
+        path
+        for name in ("chromium", "chromium-browser", "google-chrome")
+        if (path := shutil.which(name))
+    ),
+    None,
+)
 
 
 @pytest.fixture(scope="module")
@@ -458,19 +581,24 @@ def test_the_page_says_what_the_records_say(page: Path, made: Path) -> None:
     assert "Does it work?" in text and "inconclusive" in text
     for run_id, run in found.runs.items():
         assert run_id in text and run.record.seal in text
-    assert f"python -m gain_cl sweep experiment={made}/e.yaml" in text  # as it was given: by its path
+    assert (
+        f"python -m gain_cl sweep experiment={made}/e.yaml" in text
+    )  # as it was given: by its path
     assert not re.search(r"(?:src|href)=[\"'](?:https?:)?//", text)
 
 
 @pytest.mark.skipif(BROWSER is None, reason="needs Chromium (Debian: chromium)")
 @pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark")])
 def test_the_page_in_a_browser(page: Path, width: int, scheme: str) -> None:
-    """Sorting, hover, choosing a matrix; nothing on the console, no request beyond the file, nothing wider than the window."""
+    """Sorting, hover, choosing a matrix; nothing on the console, no request beyond the file,
+    nothing wider than the window."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
-        tab = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme).new_page()  # type: ignore[arg-type]
+        tab = browser.new_context(
+            viewport={"width": width, "height": 900}, color_scheme=scheme
+        ).new_page()  # type: ignore[arg-type]
         said: list[str] = []
         asked: list[str] = []
         tab.on("console", lambda message: said.append(message.text))
@@ -480,7 +608,12 @@ def test_the_page_in_a_browser(page: Path, width: int, scheme: str) -> None:
         assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth")
 
         def column(j: int) -> list[str]:
-            return [cell.inner_text() for cell in tab.query_selector_all(f"#table-main + .scroll tbody tr td:nth-child({j})")]
+            return [
+                cell.inner_text()
+                for cell in tab.query_selector_all(
+                    f"#table-main + .scroll tbody tr td:nth-child({j})"
+                )
+            ]
 
         before = column(3)
         head = tab.locator("#table-main + .scroll th:nth-child(3) button")
@@ -496,7 +629,11 @@ def test_the_page_in_a_browser(page: Path, width: int, scheme: str) -> None:
         cell = tab.locator("[data-matrix='0'] tbody tr:nth-child(3) td:nth-child(2)")
         cell.hover()
         tip = tab.locator("#tip")
-        assert tip.is_visible() and "after stage 2" in tip.inner_text() and "since it was learned" in tip.inner_text()
+        assert (
+            tip.is_visible()
+            and "after stage 2" in tip.inner_text()
+            and "since it was learned" in tip.inner_text()
+        )
         box = tip.bounding_box()
         assert box is not None and box["x"] >= 0 and box["x"] + box["width"] <= width
         tab.mouse.move(5, 5)
@@ -505,7 +642,10 @@ def test_the_page_in_a_browser(page: Path, width: int, scheme: str) -> None:
         assert tip.is_visible()
 
         tab.select_option("#which", "2")
-        assert tab.locator("[data-matrix='2']").is_visible() and not tab.locator("[data-matrix='0']").is_visible()
+        assert (
+            tab.locator("[data-matrix='2']").is_visible()
+            and not tab.locator("[data-matrix='0']").is_visible()
+        )
         tab.locator("#runs summary").first.click()
         assert tab.locator("#runs dl").first.is_visible()
         pictures = "[...document.images].map(i => i.complete && i.naturalWidth > 50)"

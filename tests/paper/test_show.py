@@ -1,4 +1,5 @@
-"""What a user sees of a finished run: the terminal, the CSV, the picture. Every number comes from the record."""
+"""What a user sees of a finished run: the terminal, the CSV, the picture. Every number comes from
+the record."""
 
 from __future__ import annotations
 
@@ -33,11 +34,18 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> record.Run:
 
 
 def small(path: Path, **keys: object) -> record.Run:
-    shape: dict[str, object] = {"bases": {"a": 20.0, "b": 30.0, "x": 10.0}, "controls": ["x"], "count": 8, "with_items": False}
+    shape: dict[str, object] = {
+        "bases": {"a": 20.0, "b": 30.0, "x": 10.0},
+        "controls": ["x"],
+        "count": 8,
+        "with_items": False,
+    }
     return synthetic.run(path / "r.json", **{**shape, **keys})  # type: ignore[arg-type]
 
 
-def printed(run: record.Run, width: int = 120, files: dict[str, Path] | None = None, **console: object) -> str:
+def printed(
+    run: record.Run, width: int = 120, files: dict[str, Path] | None = None, **console: object
+) -> str:
     out = io.StringIO()
     show.render(run, files, Console(file=out, width=width, **console))  # type: ignore[arg-type]
     return out.getvalue()
@@ -47,7 +55,7 @@ def line(text: str, start: str) -> str:
     return next(x for x in text.splitlines() if x.startswith(start))
 
 
-# --- the matrix ------------------------------------------------------------------------------------------------------
+# --- the matrix -----------------------------------------------------------------------------------
 
 
 def test_ten_domains_fit_in_120_columns(run: record.Run) -> None:
@@ -60,14 +68,23 @@ def test_ten_domains_fit_in_120_columns(run: record.Run) -> None:
         assert shown[8] == "|"  # controls stand apart
         values = [float(x.rstrip("*")) for x in shown if x != "|"]
         assert values == pytest.approx(run.matrix.iloc[stage].tolist(), abs=0.0051)
-        assert [i for i, x in enumerate(shown) if x.endswith("*")] == ([stage - 1] if stage else [])  # learned in this stage
+        assert [i for i, x in enumerate(shown) if x.endswith("*")] == (
+            [stage - 1] if stage else []
+        )  # learned in this stage
 
 
 def test_changes_per_domain(run: record.Run) -> None:
     text, m = printed(run), np.log(run.matrix.to_numpy())
-    percent = [[float(x) for x in line(text, row).split("%")[1].split() if x != "|"] for row in ("own step %", "backward %", "from base %")]
-    assert percent[0] == pytest.approx([100 * math.expm1(m[k, k - 1] - m[k - 1, k - 1]) for k in range(1, 9)], abs=0.051)
-    assert percent[1] == pytest.approx([100 * math.expm1(m[8, k - 1] - m[k, k - 1]) for k in range(1, 8)], abs=0.051)
+    percent = [
+        [float(x) for x in line(text, row).split("%")[1].split() if x != "|"]
+        for row in ("own step %", "backward %", "from base %")
+    ]
+    assert percent[0] == pytest.approx(
+        [100 * math.expm1(m[k, k - 1] - m[k - 1, k - 1]) for k in range(1, 9)], abs=0.051
+    )
+    assert percent[1] == pytest.approx(
+        [100 * math.expm1(m[8, k - 1] - m[k, k - 1]) for k in range(1, 8)], abs=0.051
+    )
     assert percent[2] == pytest.approx((100 * np.expm1(m[8] - m[0])).tolist(), abs=0.051)
 
 
@@ -92,7 +109,9 @@ def test_colour_only_in_a_terminal(run: record.Run) -> None:
     assert "\x1b" not in printed(run)
     coloured = printed(run, force_terminal=True, color_system="256", legacy_windows=False)
     assert "38;5;33m" in coloured  # blue: the learned cells fell by more than 10%
-    assert re.sub(r"\x1b\[[0-9;]*m", "", coloured).replace("; blue: below stage 0, orange: above", "") == printed(run)
+    assert re.sub(r"\x1b\[[0-9;]*m", "", coloured).replace(
+        "; blue: below stage 0, orange: above", ""
+    ) == printed(run)
 
 
 def test_colour_follows_the_change() -> None:
@@ -107,13 +126,16 @@ def test_perplexities_of_any_size(tmp_path: Path, perplexity: float) -> None:
     assert len(format.perplexity(math.log(perplexity))) <= 7 and "…" not in text
 
 
-# --- sparklines ------------------------------------------------------------------------------------------------------
+# --- sparklines -----------------------------------------------------------------------------------
 
 
 def courses(text: str) -> dict[str, tuple[str, list[float]]]:
     """domain -> its sparkline without gaps, and the perplexities at both ends of its scale."""
     rows = text.split("Perplexity over the stages")[1].split("* own stage")[0].splitlines()[3:-1]
-    return {x.split()[0]: ("".join(x.split()[1:-2]), [float(end) for end in x.split()[-2:]]) for x in rows}
+    return {
+        x.split()[0]: ("".join(x.split()[1:-2]), [float(end) for end in x.split()[-2:]])
+        for x in rows
+    }
 
 
 def test_sparklines_follow_the_loss_of_each_domain(run: record.Run) -> None:
@@ -123,7 +145,10 @@ def test_sparklines_follow_the_loss_of_each_domain(run: record.Run) -> None:
         loss = np.log(run.matrix[domain].to_numpy())
         heights = np.array([show.LEVELS[0].index(c) for c in marks.replace("*", "")])
         wanted = 8 * (loss - loss.min()) / np.ptp(loss)  # each level is an eighth of the scale
-        assert (np.abs(heights + 0.5 - wanted) <= 0.5 + 1e-9).all() and {heights.min(), heights.max()} == {0, 7}
+        assert (np.abs(heights + 0.5 - wanted) <= 0.5 + 1e-9).all() and {
+            heights.min(),
+            heights.max(),
+        } == {0, 7}
         assert ends == pytest.approx([math.exp(loss.min()), math.exp(loss.max())], abs=0.0051)
         own = [run.record.trained.index(domain) + 1] if domain in run.record.trained else []
         assert [i - 1 for i, c in enumerate(marks) if c == "*"] == own
@@ -135,11 +160,16 @@ def test_what_is_forgotten_rises_after_the_own_stage(tmp_path: Path) -> None:
     before, after = courses(text)["a"][0].split("*")
     assert before[-1] == "▁" < after[0] < after[1] == "█" and "rises after it was forgotten" in text
     steady = small(tmp_path, bases={"a": 20.0, "b": 30.0}, controls=[])
-    steady.record.stages[1:] = [s.model_copy(update={"domains": steady.record.stages[0].domains}) for s in steady.record.stages[1:]]
+    steady.record.stages[1:] = [
+        s.model_copy(update={"domains": steady.record.stages[0].domains})
+        for s in steady.record.stages[1:]
+    ]
     out = io.StringIO()
     console = Console(file=out, width=80)
     show._courses(steady.record, console, show._Printer(console))
-    assert courses(out.getvalue())["a"][0] == "▁▁*▁"  # nothing changed: no division by a scale of no height
+    assert (
+        courses(out.getvalue())["a"][0] == "▁▁*▁"
+    )  # nothing changed: no division by a scale of no height
 
 
 @pytest.mark.parametrize("width", [100, 80, 60, 40])
@@ -154,7 +184,7 @@ def test_no_sparkline_where_there_is_no_course(tmp_path: Path) -> None:
     assert "over the stages" in printed(small(tmp_path))
 
 
-# --- the rest of the page --------------------------------------------------------------------------------------------
+# --- the rest of the page -------------------------------------------------------------------------
 
 
 def test_summary_in_percent_and_nats(run: record.Run) -> None:
@@ -166,7 +196,9 @@ def test_summary_in_percent_and_nats(run: record.Run) -> None:
         shown = line(text, show.ROWS[name][0] + "  ")[17:].replace(" to ", " ").split()
         wanted = [100 * math.expm1(x) for x in (e.value, e.low, e.high)]
         assert [float(x) for x in shown[:3]] == pytest.approx(wanted, abs=0.051)
-        assert [float(x) for x in shown[3:6]] == pytest.approx([e.value, e.low, e.high], abs=0.000051)
+        assert [float(x) for x in shown[3:6]] == pytest.approx(
+            [e.value, e.low, e.high], abs=0.000051
+        )
         assert int(shown[6]) == e.n
     assert "over test documents and task items of this one run" in text
 
@@ -178,16 +210,22 @@ def test_forgetting_by_stages_since_learned(run: record.Run, tmp_path: Path) -> 
     for age, row in enumerate(rows, start=1):
         e = m.estimate(matrix.forgetting_by_age(m)[age])
         assert (int(row[0]), int(row[4]), int(row[5])) == (age, 8 - age, 32 * (8 - age))
-        assert [float(x) for x in row[1:4]] == pytest.approx([100 * math.expm1(x) for x in (e.value, e.low, e.high)], abs=0.051)
+        assert [float(x) for x in row[1:4]] == pytest.approx(
+            [100 * math.expm1(x) for x in (e.value, e.low, e.high)], abs=0.051
+        )
     assert "stages since" not in printed(small(tmp_path))  # of two stages it is the backward change
 
 
 def test_bits_per_byte(run: record.Run, tmp_path: Path) -> None:
-    """Mean over trained domains of sum NLL / (ln 2 * bytes): synthetic documents have 4 bytes a token."""
+    """Mean over trained domains of sum NLL / (ln 2 * bytes): synthetic documents have 4 bytes a
+    token."""
     d = run.documents[~run.documents.domain.isin(list(synthetic.CONTROLS))]
     sums = d.groupby(["stage", "domain"])[["nll_nats", "bytes"]].sum()
     mean = (sums.nll_nats / math.log(2) / sums.bytes).groupby("stage").mean()
-    assert f"bits per byte, mean over trained domains: {mean[0]:.4f} pretrained, {mean[8]:.4f} after stage 8\n" in printed(run)
+    assert (
+        f"bits per byte, mean over trained domains: {mean[0]:.4f} pretrained, {mean[8]:.4f} "
+        "after stage 8\n" in printed(run)
+    )
     one = printed(small(tmp_path, bases={"a": 20.0}, controls=[]))
     assert line(one, "bits per byte").endswith(" after stage 1")
 
@@ -199,21 +237,34 @@ def test_task_block(run: record.Run) -> None:
     before, after = (answers.level(run.items, "boolq@100", s)["accuracy"].value for s in (0, 8))
     change = answers.change(run.items, "boolq@100", 0, 8)["accuracy"]
     shown = line(text, "accuracy").replace(" to ", " ").split()[1:]
-    assert [float(x) for x in shown] == pytest.approx([before, after, change.value, change.low, change.high], abs=0.00051)
+    assert [float(x) for x in shown] == pytest.approx(
+        [before, after, change.value, change.low, change.high], abs=0.00051
+    )
     lost, gained, _ = answers.flips(run.items, "boolq@100", 0, 8)
     p = binomtest(lost, lost + gained).pvalue
-    assert p > 0.01 and f"flips: {lost} right to wrong, {gained} wrong to right, of 100 (McNemar p {p:.2f})\n" in text
+    assert (
+        p > 0.01
+        and f"flips: {lost} right to wrong, {gained} wrong to right, of 100 (McNemar p {p:.2f})\n"
+        in text
+    )
     for row in ("margin (nats)", "AUC", "balanced accuracy"):
         assert line(text, row)
     assert "limited" not in text
 
 
-@pytest.mark.parametrize(("lost", "gained", "p"), [(4, 3, "1.00"), (0, 0, "1.00"), (9, 1, "0.02"), (20, 2, "0.0001")])
-def test_flips_with_their_chance(run: record.Run, monkeypatch: pytest.MonkeyPatch, lost: int, gained: int, p: str) -> None:
+@pytest.mark.parametrize(
+    ("lost", "gained", "p"), [(4, 3, "1.00"), (0, 0, "1.00"), (9, 1, "0.02"), (20, 2, "0.0001")]
+)
+def test_flips_with_their_chance(
+    run: record.Run, monkeypatch: pytest.MonkeyPatch, lost: int, gained: int, p: str
+) -> None:
     from gain_cl.stats import answers
 
     monkeypatch.setattr(answers, "flips", lambda *_: answers.Flips(lost, gained, 100))
-    assert f"flips: {lost} right to wrong, {gained} wrong to right, of 100 (McNemar p {p})\n" in printed(run)
+    assert (
+        f"flips: {lost} right to wrong, {gained} wrong to right, of 100 (McNemar p {p})\n"
+        in printed(run)
+    )
 
 
 def test_a_limited_task_says_so(tmp_path: Path) -> None:
@@ -227,7 +278,9 @@ def test_truncated_items_are_told(tmp_path: Path, run: record.Run) -> None:
     cut = synthetic.run(tmp_path / "r.json")
     for stage in (0, 8):
         cut.record.stages[stage].tasks["boolq@100"].truncated = 3
-    assert "3 of 100 items did not fit the model's context: their beginning was cut\n" in printed(cut)
+    assert "3 of 100 items did not fit the model's context: their beginning was cut\n" in printed(
+        cut
+    )
 
 
 def test_a_task_scored_once_has_no_change(tmp_path: Path) -> None:
@@ -248,13 +301,17 @@ def test_cost_notes_and_files(run: record.Run) -> None:
     assert text.endswith(f"per-item values: {deep}\n")  # on one line, to be copied
 
 
-def test_files_are_found_when_none_are_given(run: record.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_are_found_when_none_are_given(
+    run: record.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     assert [x.split(":")[0] for x in printed(run).splitlines()[-1:]] == ["per-item values"]
     folder = tmp_path / "runs" / run.record.run_id
     folder.mkdir(parents=True)
     (folder / "matrix.csv").touch()
-    assert printed(run).endswith(f"matrix (CSV): {Path('runs') / run.record.run_id / 'matrix.csv'}\n")
+    assert printed(run).endswith(
+        f"matrix (CSV): {Path('runs') / run.record.run_id / 'matrix.csv'}\n"
+    )
 
 
 def test_demonstration(run: record.Run, tmp_path: Path) -> None:
@@ -262,13 +319,21 @@ def test_demonstration(run: record.Run, tmp_path: Path) -> None:
     assert show.DEMONSTRATION == "demonstration: too small to decide between methods"
     assert len(show.demonstration(run.record)) == 2
     big = small(tmp_path, tokens=2**19)
-    assert show.demonstration(big.record) == ["one run of one seed"] and show.demonstration(big.record, runs=5) == []
+    assert (
+        show.demonstration(big.record) == ["one run of one seed"]
+        and show.demonstration(big.record, runs=5) == []
+    )
     assert show.demonstration(run.record, runs=5)  # five small runs are still small
 
 
 def test_one_domain_and_nothing_else(tmp_path: Path) -> None:
     text = printed(small(tmp_path, bases={"a": 20.0}, controls=[]))
-    assert "|" not in text and "backward" not in text and line(text, "own step ") and "control" not in text
+    assert (
+        "|" not in text
+        and "backward" not in text
+        and line(text, "own step ")
+        and "control" not in text
+    )
 
 
 def test_output_that_knows_only_ascii(run: record.Run) -> None:
@@ -278,7 +343,10 @@ def test_output_that_knows_only_ascii(run: record.Run) -> None:
     assert b"24.78" in raw.getvalue()
     text = raw.getvalue().decode("ascii")
     levels = courses(text.replace("|", " "))["medicine"][0]
-    assert levels.translate(str.maketrans(*show.LEVELS[::-1])) == courses(printed(run))["medicine"][0] and "(1 to 8)" in text
+    assert (
+        levels.translate(str.maketrans(*show.LEVELS[::-1])) == courses(printed(run))["medicine"][0]
+        and "(1 to 8)" in text
+    )
 
 
 def test_plain_output_is_wide_enough_unless_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -306,11 +374,19 @@ def test_a_record_that_disagrees_with_its_documents(tmp_path: Path, fault: str) 
 
 
 def test_no_heavy_import() -> None:
-    code = "import sys, gain_cl.paper.show, gain_cl.measure.matrix_csv; print({'torch', 'transformers', 'matplotlib', 'wandb'} & set(sys.modules))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
+    code = (
+        "import sys, gain_cl.paper.show, gain_cl.measure.matrix_csv; print({'torch', "
+        "'transformers', 'matplotlib', 'wandb'} & set(sys.modules))"
+    )
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout
+        == "set()\n"
+    )
 
 
-# --- as shipped ------------------------------------------------------------------------------------------------------
+# --- as shipped -----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -319,9 +395,13 @@ def shipped(tmp_path_factory: pytest.TempPathFactory) -> record.Run:
     made = synthetic.run(tmp_path_factory.mktemp("shipped") / "s.json", seed=0, learn=0.3)
     made.documents.nll_nats *= 1.1
     for stage in made.record.stages:
-        stage.domains = {d: s.model_copy(update={"nll_nats": s.nll_nats * 1.1}) for d, s in stage.domains.items()}
+        stage.domains = {
+            d: s.model_copy(update={"nll_nats": s.nll_nats * 1.1}) for d, s in stage.domains.items()
+        }
     made.record.run_id, made.record.model = "asmade-gain_ffn-offline-s0-0123456789", "asmade"
-    return record.save(made.record, made.documents, made.items, made.path.with_name(f"{made.record.run_id}.json"))
+    return record.save(
+        made.record, made.documents, made.items, made.path.with_name(f"{made.record.run_id}.json")
+    )
 
 
 def beside(run: record.Run, shipped: record.Run, width: int = 120) -> str:
@@ -340,7 +420,9 @@ def test_the_model_as_shipped_stands_above_stage_0(run: record.Run, shipped: rec
     assert f"as shipped: asmade, stage 0 of {shipped.record.run_id}" in text
     del lines[at]
     others = [x for x in lines if "as shipped" not in x]
-    assert re.findall(r"\S*\d\S*", "\n".join(others)) == re.findall(r"\S*\d\S*", printed(run, files={}))  # the run's own, as ever
+    assert re.findall(r"\S*\d\S*", "\n".join(others)) == re.findall(
+        r"\S*\d\S*", printed(run, files={})
+    )  # the run's own, as ever
 
 
 @pytest.mark.parametrize("width", [100, 60, 40])
@@ -354,24 +436,34 @@ def test_as_shipped_in_narrow_terminals(run: record.Run, shipped: record.Run, wi
     assert numbers == pytest.approx(shipped.matrix.iloc[0].tolist(), abs=0.0051)
 
 
-def test_as_shipped_on_other_text_is_refused(run: record.Run, shipped: record.Run, tmp_path: Path) -> None:
+def test_as_shipped_on_other_text_is_refused(
+    run: record.Run, shipped: record.Run, tmp_path: Path
+) -> None:
     names = f"{shipped.record.run_id} and {run.record.run_id}"
     for what, change in {
         "protocol": {"protocol": "ppl-test-first64x32-prefix0-ctx1024"},
         "domains": {"controls": ["geography"]},
         "test documents": {"pins": {"validation": {"law": "0"}}},
     }.items():
-        other = record.Run(shipped.record.model_copy(update=change), shipped.documents, shipped.items, shipped.path)
+        other = record.Run(
+            shipped.record.model_copy(update=change), shipped.documents, shipped.items, shipped.path
+        )
         with pytest.raises(DataError, match=rf"different {what}: .* \({names}\)"):
             beside(run, other)
-    reordered = shipped.record.model_copy(update={"trained": shipped.record.trained[::-1]})  # nothing to stage 0
-    assert beside(run, record.Run(reordered, shipped.documents, shipped.items, shipped.path)) == beside(run, shipped)
+    reordered = shipped.record.model_copy(
+        update={"trained": shipped.record.trained[::-1]}
+    )  # nothing to stage 0
+    assert beside(
+        run, record.Run(reordered, shipped.documents, shipped.items, shipped.path)
+    ) == beside(run, shipped)
     other = synthetic.run(tmp_path / "r.json", seed=1)  # as many documents, of other lengths
     with pytest.raises(DataError, match="different scored text"):
         beside(run, other)
 
 
-def test_show_shipped(run: record.Run, shipped: record.Run, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_show_shipped(
+    run: record.Run, shipped: record.Run, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     words = ["show", "--results-dir", str(tmp_path), str(run.path), "--shipped"]
     assert cli.main([*words, str(shipped.path)]) == 0
     out = capsys.readouterr().out
@@ -385,10 +477,12 @@ def test_show_shipped(run: record.Run, shipped: record.Run, capsys: pytest.Captu
     capsys.readouterr()
     assert cli.main([*words, str(other.path)]) == 65
     out, err = capsys.readouterr()
-    assert out == "" and err.startswith("gain_cl: error: different domains") and err.count("\n") == 1
+    assert (
+        out == "" and err.startswith("gain_cl: error: different domains") and err.count("\n") == 1
+    )
 
 
-# --- CSV -------------------------------------------------------------------------------------------------------------
+# --- CSV ------------------------------------------------------------------------------------------
 
 
 def test_csv_keeps_every_bit(run: record.Run) -> None:
@@ -406,22 +500,36 @@ def test_csv_leaves_unscored_cells_empty(tmp_path: Path) -> None:
     assert "nan" not in matrix_csv.csv(run)
 
 
-# --- heat map --------------------------------------------------------------------------------------------------------
+# --- heat map -------------------------------------------------------------------------------------
 
 SHAPES: dict[str, dict[str, object]] = {
-    "offline": {"bases": {**synthetic.OFFLINE, **synthetic.CONTROLS}, "controls": list(synthetic.CONTROLS)},
-    "long names": {"bases": {"financial-news-articles-v2": 33.0, "pubmed_abstracts_unlabelled": 28.0}, "controls": []},
+    "offline": {
+        "bases": {**synthetic.OFFLINE, **synthetic.CONTROLS},
+        "controls": list(synthetic.CONTROLS),
+    },
+    "long names": {
+        "bases": {"financial-news-articles-v2": 33.0, "pubmed_abstracts_unlabelled": 28.0},
+        "controls": [],
+    },
     "one domain": {"bases": {"a": 20.0}, "controls": []},
-    "huge": {"bases": {"smoke_a": 420.0, "smoke_b": 49_000.0, "smoke_control": 3e9}, "controls": ["smoke_control"], "learn": 1.2},
+    "huge": {
+        "bases": {"smoke_a": 420.0, "smoke_b": 49_000.0, "smoke_control": 3e9},
+        "controls": ["smoke_control"],
+        "learn": 1.2,
+    },
 }
 
 
 @pytest.mark.parametrize("width", [None, 7.0])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_no_text_of_the_picture_is_cut_or_crosses_another(tmp_path: Path, shape: str, width: float | None) -> None:
+def test_no_text_of_the_picture_is_cut_or_crosses_another(
+    tmp_path: Path, shape: str, width: float | None
+) -> None:
     from matplotlib.text import Text
 
-    figure = heatmap.build(small(tmp_path, **SHAPES[shape]), None if width is None else "method lr=0.01", width)
+    figure = heatmap.build(
+        small(tmp_path, **SHAPES[shape]), None if width is None else "method lr=0.01", width
+    )
     assert width is None or figure.get_figwidth() <= width + 1e-9
     renderer = figure.canvas.get_renderer()  # type: ignore[attr-defined]
     figure.draw(renderer)
@@ -429,12 +537,23 @@ def test_no_text_of_the_picture_is_cut_or_crosses_another(tmp_path: Path, shape:
     for text in figure.findobj(Text):
         if text.get_text() and text.get_visible():
             box = text.get_window_extent(renderer)
-            assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1, text.get_text()
+            assert (
+                box.x0 >= 0
+                and box.y0 >= 0
+                and box.x1 <= figure.bbox.x1
+                and box.y1 <= figure.bbox.y1
+            ), text.get_text()
             if not text.get_rotation():
                 boxes[text] = box
     for a, one in boxes.items():
         for b, two in boxes.items():
-            assert a is b or one.x1 <= two.x0 or two.x1 <= one.x0 or one.y1 <= two.y0 or two.y1 <= one.y0, (a.get_text(), b.get_text())
+            assert (
+                a is b
+                or one.x1 <= two.x0
+                or two.x1 <= one.x0
+                or one.y1 <= two.y0
+                or two.y1 <= one.y0
+            ), (a.get_text(), b.get_text())
 
 
 def test_picture_shows_the_matrix(run: record.Run) -> None:
@@ -476,20 +595,29 @@ def test_unscored_cell_is_grey(tmp_path: Path) -> None:
 def test_picture_bytes_depend_on_the_run_alone(tmp_path: Path) -> None:
     run = small(tmp_path)
     first = heatmap.png(run)
-    (tmp_path / "matplotlibrc").write_text("figure.facecolor: black\nfont.size: 20\nsavefig.bbox: tight\naxes.facecolor: red\n")
+    (tmp_path / "matplotlibrc").write_text(
+        "figure.facecolor: black\nfont.size: 20\nsavefig.bbox: tight\naxes.facecolor: red\n"
+    )
     code = (
         "import sys; from gain_cl.measure import record; from gain_cl.runs import heatmap; "
-        f"sys.stdout.buffer.write(heatmap.png(record.load({str(run.path)!r}))); assert 'matplotlib.pyplot' not in sys.modules"
+        f"sys.stdout.buffer.write(heatmap.png(record.load({str(run.path)!r}))); assert "
+        "'matplotlib.pyplot' not in sys.modules"
     )
-    second = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, check=True).stdout
+    second = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, check=True
+    ).stdout
     assert first[:8] == b"\x89PNG\r\n\x1a\n" and first == second
     assert b"tEXt" not in first and b"tIME" not in first
 
 
-def test_other_definitions_are_shown_when_asked_for(run: record.Run, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_definitions_are_shown_when_asked_for(
+    run: record.Run, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert cli.main(["show", "--definitions", str(run.path)]) == 0
     out = capsys.readouterr().out
-    for name, value in matrix.published(matrix.LossMatrix.from_documents(run.documents, run.record.trained, run.record.controls)).items():
+    for name, value in matrix.published(
+        matrix.LossMatrix.from_documents(run.documents, run.record.trained, run.record.controls)
+    ).items():
         assert re.search(rf"{name} +{re.escape(f'{value:+.4f}')}", out), name
     assert cli.main(["show", str(run.path)]) == 0
     assert "gem_bwt" not in capsys.readouterr().out

@@ -1,4 +1,5 @@
-"""An interrupted run goes on, byte for byte; what may not change between attempts; runs with more domains."""
+"""An interrupted run goes on, byte for byte; what may not change between attempts; runs with more
+domains."""
 
 from __future__ import annotations
 
@@ -65,23 +66,34 @@ def the_record(folder: Path) -> record.RunRecord:
     return record.load(path).record
 
 
-# --- going on --------------------------------------------------------------------------------------------------------
+# --- going on -------------------------------------------------------------------------------------
 
 
 SLOW = pytest.mark.slow
-KINDS = [[], pytest.param(["train.optimizer=carried"], marks=SLOW), pytest.param(["method=lora"], marks=SLOW), ["method=full"]]
+KINDS = [
+    [],
+    pytest.param(["train.optimizer=carried"], marks=SLOW),
+    pytest.param(["method=lora"], marks=SLOW),
+    ["method=full"],
+]
 
 
 @pytest.mark.parametrize("extra", KINDS, ids=lambda e: "".join(e) or "gain")
-def test_killed_and_resumed(warm: Warm, undisturbed: Path, tmp_path: Path, extra: list[str]) -> None:
+def test_killed_and_resumed(
+    warm: Warm, undisturbed: Path, tmp_path: Path, extra: list[str]
+) -> None:
     if extra:
         fine(warm.run(tmp_path / "undisturbed", *extra))
     good = evidence(tmp_path / "undisturbed" if extra else undisturbed)
     killed(warm, tmp_path / "killed", *extra)
-    assert "resumed at stage 2 of 3 smoke_b, step 2 of 4" in fine(warm.run(tmp_path / "killed", *extra))
+    assert "resumed at stage 2 of 3 smoke_b, step 2 of 4" in fine(
+        warm.run(tmp_path / "killed", *extra)
+    )
     assert evidence(tmp_path / "killed") == good
     assert not leftovers(tmp_path / "killed")
-    assert steps(tmp_path / "killed") == [(stage, step) for stage in (1, 2, 3) for step in (1, 2, 3, 4)]
+    assert steps(tmp_path / "killed") == [
+        (stage, step) for stage in (1, 2, 3) for step in (1, 2, 3, 4)
+    ]
     made = the_record(tmp_path / "killed")
     assert len(made.provenance["attempts"]) == 2 and not made.tainted
 
@@ -94,7 +106,9 @@ def test_resume_never_starts_anew(warm: Warm, undisturbed: Path, tmp_path: Path)
 
 
 def test_resume_must(warm: Warm, tmp_path: Path) -> None:
-    assert "resume=must, but there is no checkpoint" in refused(warm.run(tmp_path, "resume=must"), 64)
+    assert "resume=must, but there is no checkpoint" in refused(
+        warm.run(tmp_path, "resume=must"), 64
+    )
     killed(warm, tmp_path)
     assert "resumed at" in fine(warm.run(tmp_path, "resume=must"))
 
@@ -103,7 +117,9 @@ def test_force_can_be_interrupted(warm: Warm, undisturbed: Path, tmp_path: Path)
     fine(warm.run(tmp_path))
     run = killed(warm, tmp_path, "force=true")
     assert checkpoint.steps(run / "ckpt")
-    assert "resumed" not in fine(warm.run(tmp_path))  # the old record still stands, and the new attempt is not lost
+    assert "resumed" not in fine(
+        warm.run(tmp_path)
+    )  # the old record still stands, and the new attempt is not lost
     assert "resumed at stage 2" in fine(warm.run(tmp_path, "force=true"))
     assert evidence(tmp_path) == evidence(undisturbed) and not leftovers(tmp_path)
 
@@ -130,16 +146,22 @@ def test_bad_checkpoint_falls_back_or_stops(warm: Warm, undisturbed: Path, tmp_p
     flip(older / resume.ADAPTER)
     flip(run / "stages/01-smoke_a" / resume.ADAPTER)
     message = refused(warm.run(tmp_path), 65)
-    assert "no good checkpoint: " in message and "has SHA-256" in message and "resume=never" in message
+    assert (
+        "no good checkpoint: " in message and "has SHA-256" in message and "resume=never" in message
+    )
     flip(older / resume.ADAPTER)
     flip(run / "stages/01-smoke_a" / resume.ADAPTER)
     out = fine(warm.run(tmp_path))
-    assert "going back to the state before it" in out and "resumed at stage 2 of 3 smoke_b, step 1 of 4" in out
+    assert (
+        "going back to the state before it" in out
+        and "resumed at stage 2 of 3 smoke_b, step 1 of 4" in out
+    )
     assert evidence(tmp_path) == evidence(undisturbed)
 
 
 def fine_later(warm: Warm, folder: Path) -> str:
-    """What a start says that is killed before it has saved anything: what it passed over is still there."""
+    """What a start says that is killed before it has saved anything: what it passed over is still
+    there."""
     return warm.run(folder, env={"GAIN_CL_FAILPOINT": "jsonl.after_rename@1"}).out
 
 
@@ -153,23 +175,33 @@ def test_run_folder_of_another_configuration(warm: Warm, tmp_path: Path) -> None
     run = killed(warm, tmp_path)
     other = plan_.prepare(hydra.compose([*SMOKE, "seed=1"])).run_id
     run.rename(run.with_name(other))
-    assert "the run folder is of another configuration: seed was 0, is 1" in refused(warm.run(tmp_path, "seed=1"), 65)
+    assert "the run folder is of another configuration: seed was 0, is 1" in refused(
+        warm.run(tmp_path, "seed=1"), 65
+    )
 
 
-# --- what may not change ---------------------------------------------------------------------------------------------
+# --- what may not change --------------------------------------------------------------------------
 
 
 def test_other_numerics_stop_or_taint(warm: Warm, tmp_path: Path) -> None:
     killed(warm, tmp_path)
     newer: dict[str, Any] = {"patch": "injections_resume:numerics,2"}
     message = refused(warm.run(tmp_path, **newer), 65)
-    assert "another numerics: numerics.version was 1, is 2" in message and "allow_change=[numerics]" in message
+    assert (
+        "another numerics: numerics.version was 1, is 2" in message
+        and "allow_change=[numerics]" in message
+    )
     assert "resumed at stage 2" in fine(warm.run(tmp_path, "allow_change=[numerics]", **newer))
     made = the_record(tmp_path)
     assert made.tainted == ["numerics.version was 1, is 2"]
-    assert "TAINTED: numerics.version was 1, is 2" in fine(warm.run(tmp_path, "allow_change=[numerics]", **newer))  # finished: shown again
+    assert "TAINTED: numerics.version was 1, is 2" in fine(
+        warm.run(tmp_path, "allow_change=[numerics]", **newer)
+    )  # finished: shown again
     (table,) = tmp_path.glob("runs/*/matrix.csv")
-    assert all(line.endswith((",tainted", ',"numerics.version was 1, is 2"')) for line in table.read_text().splitlines())
+    assert all(
+        line.endswith((",tainted", ',"numerics.version was 1, is 2"'))
+        for line in table.read_text().splitlines()
+    )
     fine(warm.run(tmp_path, "resume=never", **newer))  # a run of its own
     assert len(list(tmp_path.glob("results/runs/*.json"))) == 2
 
@@ -177,7 +209,9 @@ def test_other_numerics_stop_or_taint(warm: Warm, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_other_dtype_stops_and_a_new_run_is_possible(warm: Warm, tmp_path: Path) -> None:
     killed(warm, tmp_path)
-    assert "another dtype: dtype was float32, is bfloat16" in refused(warm.run(tmp_path, "model.dtype=bfloat16"), 65)
+    assert "another dtype: dtype was float32, is bfloat16" in refused(
+        warm.run(tmp_path, "model.dtype=bfloat16"), 65
+    )
     fine(warm.run(tmp_path, "model.dtype=bfloat16", "resume=never"))
     assert "resumed at" in fine(warm.run(tmp_path))
 
@@ -192,7 +226,9 @@ def own_text(folder: Path) -> list[str]:
     for i in range(60):
         (folder / f"text/{i}.txt").write_text(doc(i, "word"))
     (folder / "presets/domain").mkdir(parents=True)
-    (folder / "presets/domain/mine.yaml").write_text(f"source:\n  kind: files\n  path: {folder}/text\n")
+    (folder / "presets/domain/mine.yaml").write_text(
+        f"source:\n  kind: files\n  path: {folder}/text\n"
+    )
     return ["domain=[mine,smoke_b]", "eval.documents=4", f"--config-dir={folder}/presets"]
 
 
@@ -203,7 +239,9 @@ def in_training(text: str) -> bool:
 def change_training_text(folder: Path) -> None:
     """One document of the training split becomes another."""
     old = next(i for i in range(60) if in_training(doc(i, "word")))
-    (folder / f"text/{old}.txt").write_text(next(t for t in (doc(old, f"w{n}") for n in range(60)) if in_training(t)))
+    (folder / f"text/{old}.txt").write_text(
+        next(t for t in (doc(old, f"w{n}") for n in range(60)) if in_training(t))
+    )
 
 
 def test_other_text_stops_or_taints(warm: Warm, tmp_path: Path) -> None:
@@ -214,7 +252,9 @@ def test_other_text_stops_or_taints(warm: Warm, tmp_path: Path) -> None:
     assert "another data: data.domains.mine" in message and "allow_change=[data]" in message
     assert "resumed at" in fine(warm.run(tmp_path / "run", *mine, "allow_change=[data]"))
     assert the_record(tmp_path / "run").tainted[0].startswith("data.domains.mine.sha256 was ")
-    assert "TAINTED: data" in fine(warm.run(tmp_path / "run", *mine, "allow_change=[data]"))  # it ended with these data: shown again
+    assert "TAINTED: data" in fine(
+        warm.run(tmp_path / "run", *mine, "allow_change=[data]")
+    )  # it ended with these data: shown again
 
 
 def test_other_scored_text_is_never_gone_on_with(warm: Warm, tmp_path: Path) -> None:
@@ -224,14 +264,23 @@ def test_other_scored_text_is_never_gone_on_with(warm: Warm, tmp_path: Path) -> 
     for i in range(60):
         (tmp_path / f"text/{i}.txt").write_text(doc(i, "other"))
     message = refused(warm.run(tmp_path / "run", *mine, "allow_change=[data]"), 65)
-    assert "the documents that are scored changed too, mine was " in message and run.name in message and "resume=never" in message
+    assert (
+        "the documents that are scored changed too, mine was " in message
+        and run.name in message
+        and "resume=never" in message
+    )
     assert not list(tmp_path.glob("run/results/runs/*"))
-    fine(warm.run(tmp_path / "run", *mine, "allow_change=[data]", "resume=never"))  # a run of its own, under its own id
-    assert the_record(tmp_path / "run").run_id != run.name and not the_record(tmp_path / "run").tainted
+    fine(
+        warm.run(tmp_path / "run", *mine, "allow_change=[data]", "resume=never")
+    )  # a run of its own, under its own id
+    assert (
+        the_record(tmp_path / "run").run_id != run.name and not the_record(tmp_path / "run").tainted
+    )
 
 
 def test_a_finished_run_is_not_the_answer_for_other_data(warm: Warm, tmp_path: Path) -> None:
-    """allow_change lets an interrupted run go on; it does not make the numbers of other data those of these."""
+    """allow_change lets an interrupted run go on; it does not make the numbers of other data those
+    of these."""
     mine = own_text(tmp_path)
     fine(warm.run(tmp_path / "run", *mine))
     change_training_text(tmp_path)
@@ -252,13 +301,23 @@ def test_a_tainted_run_is_no_beginning(warm: Warm, tmp_path: Path) -> None:
     longer = ["domain=[mine,smoke_b,smoke_c]", *mine[1:]]
     assert "is tainted: training them again" in fine(warm.run(tmp_path / "run", *longer))
     fine(warm.run(tmp_path / "at once", *longer))
-    made = {len(r.trained): r for r in (record.load(p).record for p in tmp_path.glob("run/results/runs/*.json"))}
+    made = {
+        len(r.trained): r
+        for r in (record.load(p).record for p in tmp_path.glob("run/results/runs/*.json"))
+    }
     assert made[2].tainted and not made[3].tainted and not made[3].provenance["inherited"]
-    assert [s.domains for s in made[3].stages] == [s.domains for s in the_record(tmp_path / "at once").stages]
+    assert [s.domains for s in made[3].stages] == [
+        s.domains for s in the_record(tmp_path / "at once").stages
+    ]
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("device", "cuda"), pytest.param("tokenizer", "0" * 64, marks=SLOW), pytest.param("eval_batch", 3, marks=SLOW)]
+    ("key", "value"),
+    [
+        ("device", "cuda"),
+        pytest.param("tokenizer", "0" * 64, marks=SLOW),
+        pytest.param("eval_batch", 3, marks=SLOW),
+    ],
 )
 def test_other_facts_stop(warm: Warm, tmp_path: Path, key: str, value: Any) -> None:
     """As if the first attempt had been made elsewhere."""
@@ -267,7 +326,9 @@ def test_other_facts_stop(warm: Warm, tmp_path: Path, key: str, value: Any) -> N
     about["facts"][key] = value
     (run / "run.json").write_text(json.dumps(about))
     message = refused(warm.run(tmp_path), 65)
-    assert f"the interrupted run has another {key}: {key} was" in message and "allow_change" in message
+    assert (
+        f"the interrupted run has another {key}: {key} was" in message and "allow_change" in message
+    )
     fine(warm.run(tmp_path, f"allow_change=[{key}]"))
     assert the_record(tmp_path).tainted[0].startswith(f"{key} was")
 
@@ -285,20 +346,31 @@ def test_damaged_attempts_stop(warm: Warm, tmp_path: Path) -> None:
     assert "attempts.jsonl is damaged" in refused(warm.run(tmp_path), 65)
 
 
-def test_the_run_json_of_others_is_read_with_care(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_run_json_of_others_is_read_with_care(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of another version of gain_cl, or of another hand: no run of the folder fails on it."""
     monkeypatch.chdir(tmp_path)
     config = hydra.compose([*SMOKE, TWO])
     plan, more = plan_.prepare(config), hydra.compose([*SMOKE, THREE])
     facts = same.facts(config, plan.pins)
     facts["data"]["tokens"] = {name: name for name in more.domains}
-    whole = {"run_id": "x", "settings": config.scientific(), "pins": plan.pins, "facts": facts, "environment": {}}
+    whole = {
+        "run_id": "x",
+        "settings": config.scientific(),
+        "pins": plan.pins,
+        "facts": facts,
+        "environment": {},
+    }
     pins = plan_.prepare(more).pins
     path = tmp_path / "runs/other/run.json"
     path.parent.mkdir(parents=True)
     draw, wrong = random.Random(0), [None, 3, "x", [], {}, [1], {"a": 1}, True]
     path.write_text(json.dumps(whole))
-    assert inherit._common(whole, more, pins, facts) == ["smoke_a", "smoke_b"]  # else nothing below is looked at
+    assert inherit._common(whole, more, pins, facts) == [
+        "smoke_a",
+        "smoke_b",
+    ]  # else nothing below is looked at
     places = list(inside(whole))
     for _ in range(1000):
         changed = json.loads(json.dumps(whole))
@@ -323,7 +395,13 @@ def inside(node: Any, place: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
     """The places of all values in JSON data."""
     if place:
         yield place
-    for key, value in node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ():
+    for key, value in (
+        node.items()
+        if isinstance(node, dict)
+        else enumerate(node)
+        if isinstance(node, list)
+        else ()
+    ):
         yield from inside(value, (*place, key))
 
 
@@ -346,7 +424,7 @@ def test_other_threads_are_told(warm: Warm, tmp_path: Path) -> None:
     assert not made.tainted and any("threads was 64, is 1" in note for note in made.notes)
 
 
-# --- sharing ---------------------------------------------------------------------------------------------------------
+# --- sharing --------------------------------------------------------------------------------------
 
 
 def test_stage_0_is_shared_between_methods(warm: Warm, tmp_path: Path) -> None:
@@ -361,19 +439,33 @@ def test_stage_0_is_shared_between_methods(warm: Warm, tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("runs/cells/*"))) == 8
 
 
-@pytest.mark.parametrize("extra", [[], pytest.param(["train.optimizer=carried"], marks=SLOW)], ids=["fresh", "carried"])
+@pytest.mark.parametrize(
+    "extra", [[], pytest.param(["train.optimizer=carried"], marks=SLOW)], ids=["fresh", "carried"]
+)
 def test_one_more_domain(warm: Warm, tmp_path: Path, extra: list[str]) -> None:
     """A finished run, extended, is the longer run byte for byte, and trains only what is new."""
     fine(warm.run(tmp_path / "at once", THREE, *extra))
     fine(warm.run(tmp_path / "extended", TWO, *extra))
     fine(warm.run(tmp_path / "extended", THREE, *extra))
-    longer = {k: v for k, v in evidence(tmp_path / "extended").items() if k in evidence(tmp_path / "at once")}
+    longer = {
+        k: v
+        for k, v in evidence(tmp_path / "extended").items()
+        if k in evidence(tmp_path / "at once")
+    }
     assert longer == evidence(tmp_path / "at once") and len(longer) >= 9
-    (path,) = (p for p in (tmp_path / "extended/results/runs").glob("*.json") if len(record.load(p).record.trained) == 3)
+    (path,) = (
+        p
+        for p in (tmp_path / "extended/results/runs").glob("*.json")
+        if len(record.load(p).record.trained) == 3
+    )
     made = record.load(path).record
     assert list(made.provenance["inherited"]) == ["1", "2"]
     metrics = tmp_path / "extended/runs" / made.run_id / "metrics.jsonl"
-    trained = [row["stage"] for row in map(json.loads, metrics.read_text().splitlines()) if row["kind"] == "step"]
+    trained = [
+        row["stage"]
+        for row in map(json.loads, metrics.read_text().splitlines())
+        if row["kind"] == "step"
+    ]
     assert trained == [3] * 4
 
 
@@ -384,15 +476,23 @@ def test_how_the_beginning_was_made_otherwise_is_told(warm: Warm, tmp_path: Path
     about["environment"]["packages"]["torch"] = "1.0"
     path.write_text(json.dumps(about))
     out = fine(warm.run(tmp_path, THREE))
-    assert f"stages up to 2 are those of {about['run_id']}, where packages.torch was 1.0, is " in out
+    assert (
+        f"stages up to 2 are those of {about['run_id']}, where packages.torch was 1.0, is " in out
+    )
 
 
 def test_another_last_domain(warm: Warm, tmp_path: Path) -> None:
     """What two sequences begin with is trained once, although each goes on otherwise."""
     fine(warm.run(tmp_path, TWO))
     fine(warm.run(tmp_path, "domain=[smoke_a,smoke_c]"))
-    made = {r.trained[-1]: r for r in (record.load(p).record for p in tmp_path.glob("results/runs/*.json"))}
-    assert list(made["smoke_c"].provenance["inherited"]) == ["1"] and not made["smoke_b"].provenance["inherited"]
+    made = {
+        r.trained[-1]: r
+        for r in (record.load(p).record for p in tmp_path.glob("results/runs/*.json"))
+    }
+    assert (
+        list(made["smoke_c"].provenance["inherited"]) == ["1"]
+        and not made["smoke_b"].provenance["inherited"]
+    )
 
 
 @pytest.mark.slow
@@ -410,7 +510,12 @@ def test_full_fine_tuning_keeps_its_last_stage(warm: Warm, tmp_path: Path) -> No
     fine(warm.run(tmp_path, "method=full"))
     (run,) = (p.parent for p in tmp_path.glob("runs/*/run.json"))
     kept = {p.name: (p / resume.ADAPTER).exists() for p in run.glob("stages/*")}
-    assert kept == {"00-pretrained": False, "01-smoke_a": False, "02-smoke_b": False, "03-smoke_c": True}
+    assert kept == {
+        "00-pretrained": False,
+        "01-smoke_a": False,
+        "02-smoke_b": False,
+        "03-smoke_c": True,
+    }
     for stage in run.glob("stages/*"):
         checkpoint.verify(stage)
     fine(warm.run(tmp_path, "method=full", "checkpoint.keep_stages=all", "force=true"))
@@ -418,7 +523,7 @@ def test_full_fine_tuning_keeps_its_last_stage(warm: Warm, tmp_path: Path) -> No
     assert not leftovers(tmp_path)
 
 
-# --- the parts -------------------------------------------------------------------------------------------------------
+# --- the parts ------------------------------------------------------------------------------------
 
 
 def test_a_saved_folder_is_what_was_written(tmp_path: Path) -> None:
@@ -460,13 +565,25 @@ def test_checkpoints_cost_at_most_a_fortieth(monkeypatch: pytest.MonkeyPatch) ->
             due.saved(30)
     assert 0 < spent <= now[0] / 40
     assert checkpoint.Due(None, None).now(5) is False
-    assert [checkpoint.Due(None, 3).now(step) for step in (1, 2, 3, 6)] == [False, False, True, True]
+    assert [checkpoint.Due(None, 3).now(step) for step in (1, 2, 3, 6)] == [
+        False,
+        False,
+        True,
+        True,
+    ]
 
 
 def test_a_cell_that_was_changed_is_no_cell(tmp_path: Path) -> None:
     import pandas as pd
 
-    rows = pd.DataFrame({"document": ["a", "b"], "nll_nats": [0.1 + 0.2, 1e-17], "tokens": [3, 2**53], "logprobs": [[0.1], [0.2, 0.3]]})
+    rows = pd.DataFrame(
+        {
+            "document": ["a", "b"],
+            "nll_nats": [0.1 + 0.2, 1e-17],
+            "tokens": [3, 2**53],
+            "logprobs": [[0.1], [0.2, 0.3]],
+        }
+    )
     name = cells.key({"x": 1})
     cells.store(tmp_path, name, rows, seconds=1.5)
     found = cells.load(tmp_path, name)
@@ -488,7 +605,9 @@ def test_lock_is_held_and_released(tmp_path: Path) -> None:
             pass
         assert lock.holder(tmp_path)
     assert lock.holder(tmp_path) is None and not (tmp_path / "LOCK").exists()
-    (tmp_path / "LOCK").write_text('{"pid": 1, "host": "another"}')  # left by a machine that lost power
+    (tmp_path / "LOCK").write_text(
+        '{"pid": 1, "host": "another"}'
+    )  # left by a machine that lost power
     assert lock.holder(tmp_path) is None
     with lock.owned(tmp_path):
         pass

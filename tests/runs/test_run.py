@@ -1,4 +1,5 @@
-"""Whole runs of a tiny random model on three generated domains: what a record must hold whatever the method."""
+"""Whole runs of a tiny random model on three generated domains: what a record must hold whatever
+the method."""
 
 from __future__ import annotations
 
@@ -36,7 +37,9 @@ def _cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def go(folder: Path, *overrides: str) -> record.Run:
-    return gain_cl.run(*SMALL, f"output_dir={folder}/runs", f"results_dir={folder}/results", *overrides)
+    return gain_cl.run(
+        *SMALL, f"output_dir={folder}/runs", f"results_dir={folder}/results", *overrides
+    )
 
 
 @pytest.fixture(scope="module")
@@ -49,15 +52,23 @@ def test_matrix_is_complete(first: record.Run) -> None:
     assert list(first.matrix.columns) == ["smoke_a", "smoke_b", "smoke_c", "smoke_control"]
     assert list(first.matrix.index) == ["0 pretrained", "1 smoke_a", "2 smoke_b", "3 smoke_c"]
     assert np.isfinite(first.matrix.to_numpy()).all()
-    assert (np.diagonal(first.matrix.to_numpy()[1:]) < first.matrix.to_numpy()[0, :3]).all()  # each domain was learned
+    assert (
+        np.diagonal(first.matrix.to_numpy()[1:]) < first.matrix.to_numpy()[0, :3]
+    ).all()  # each domain was learned
 
 
 def test_sums_equal_the_documents(first: record.Run) -> None:
     for stage in first.record.stages:
         for name, score in stage.domains.items():
-            rows = first.documents[(first.documents.stage == stage.index) & (first.documents.domain == name)]
+            rows = first.documents[
+                (first.documents.stage == stage.index) & (first.documents.domain == name)
+            ]
             assert score.nll_nats == pytest.approx(rows.nll_nats.sum(), rel=1e-15)
-            assert (score.tokens, score.bytes, score.documents) == (rows.tokens.sum(), rows.bytes.sum(), len(rows))
+            assert (score.tokens, score.bytes, score.documents) == (
+                rows.tokens.sum(),
+                rows.bytes.sum(),
+                len(rows),
+            )
             assert score.documents == 8
 
 
@@ -68,35 +79,53 @@ def test_rerun_is_equal_to_the_last_digit(first: record.Run, tmp_path: Path) -> 
     for a, b in zip(first.record.stages, again.record.stages, strict=True):
         assert a.domains == b.domains
     states = [
-        load_file(Path(r.record.config["output_dir"]) / r.record.run_id / "stages/03-smoke_c/adapter.safetensors") for r in (first, again)
+        load_file(
+            Path(r.record.config["output_dir"])
+            / r.record.run_id
+            / "stages/03-smoke_c/adapter.safetensors"
+        )
+        for r in (first, again)
     ]
     assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])
 
 
 def test_golden_losses(first: record.Run) -> None:
-    """Another value means that numbers changed: say why in CHANGELOG.md and raise provenance.NUMERICS. The tolerance is for
-    other processors; on one machine type and thread count reruns are equal to the last digit (above)."""
-    golden = np.array(json.loads((Path(__file__).parent / "golden_smoke.json").read_text())["loss_nats"])
+    """Another value means that numbers changed: say why in CHANGELOG.md and raise
+    provenance.NUMERICS. The tolerance is for other processors; on one machine type and thread count
+    reruns are equal to the last digit (above)."""
+    golden = np.array(
+        json.loads((Path(__file__).parent / "golden_smoke.json").read_text())["loss_nats"]
+    )
     np.testing.assert_allclose(first.record.losses(), golden, rtol=1e-5)
 
 
 @pytest.mark.parametrize("method", ["gain_attn", "lora", "full"])
-def test_every_method_starts_from_the_same_row(first: record.Run, method: str, tmp_path: Path) -> None:
+def test_every_method_starts_from_the_same_row(
+    first: record.Run, method: str, tmp_path: Path
+) -> None:
     other = go(tmp_path, f"method={method}")
     assert other.record.stages[0].domains == first.record.stages[0].domains
     assert other.record.stages[1].domains != first.record.stages[1].domains
     assert other.record.trainable_parameters != first.record.trainable_parameters
-    assert [s.train.tokens for s in other.record.stages[1:] if s.train] == [s.train.tokens for s in first.record.stages[1:] if s.train]
+    assert [s.train.tokens for s in other.record.stages[1:] if s.train] == [
+        s.train.tokens for s in first.record.stages[1:] if s.train
+    ]
 
 
 def test_evaluating_more_does_not_change_training(first: record.Run, tmp_path: Path) -> None:
-    """Other evaluation documents, dev perplexities within the stages: the trained state has the same bits."""
+    """Other evaluation documents, dev perplexities within the stages: the trained state has the
+    same bits."""
     other = go(tmp_path, "eval.documents=5", "train.dev_every=2", "compute.eval_batch=3")
     assert other.record.run_id != first.record.run_id
     stats = other.record.stages[1].train
     assert stats is not None and [d["step"] for d in stats.dev] == [2, 4]
     states = [
-        load_file(Path(r.record.config["output_dir"]) / r.record.run_id / "stages/03-smoke_c/adapter.safetensors") for r in (first, other)
+        load_file(
+            Path(r.record.config["output_dir"])
+            / r.record.run_id
+            / "stages/03-smoke_c/adapter.safetensors"
+        )
+        for r in (first, other)
     ]
     assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])
 
@@ -105,24 +134,39 @@ def test_micro_batches_give_the_same_run(first: record.Run, tmp_path: Path) -> N
     other = go(tmp_path, "compute.micro_batch=1", "compute.gradient_checkpointing=true")
     assert other.record.run_id == first.record.run_id  # execution only
     change, expected = (r.record.losses()[1:] - r.record.losses()[0] for r in (other, first))
-    np.testing.assert_allclose(change, expected, rtol=1e-2)  # of what training did, not of the loss itself
+    np.testing.assert_allclose(
+        change, expected, rtol=1e-2
+    )  # of what training did, not of the loss itself
 
 
 def test_optimizer_state_between_stages(first: record.Run, tmp_path: Path) -> None:
     carried = go(tmp_path, "train.optimizer=carried")
-    assert carried.record.stages[1].domains == first.record.stages[1].domains  # nothing to carry yet
+    assert (
+        carried.record.stages[1].domains == first.record.stages[1].domains
+    )  # nothing to carry yet
     assert carried.record.stages[2].domains != first.record.stages[2].domains
 
 
 def test_order_of_domains_does_not_change_their_data(tmp_path: Path, first: record.Run) -> None:
-    """A domain trained first in another sequence gives the same state: data order knows nothing of the position."""
+    """A domain trained first in another sequence gives the same state: data order knows nothing of
+    the position."""
     alone = go(tmp_path, "domain=[smoke_a]", "sequence.controls=[]")
-    state = load_file(Path(alone.record.config["output_dir"]) / alone.record.run_id / "stages/01-smoke_a/adapter.safetensors")
-    same = load_file(Path(first.record.config["output_dir"]) / first.record.run_id / "stages/01-smoke_a/adapter.safetensors")
+    state = load_file(
+        Path(alone.record.config["output_dir"])
+        / alone.record.run_id
+        / "stages/01-smoke_a/adapter.safetensors"
+    )
+    same = load_file(
+        Path(first.record.config["output_dir"])
+        / first.record.run_id
+        / "stages/01-smoke_a/adapter.safetensors"
+    )
     assert all(torch.equal(state[k], same[k]) for k in state)
 
 
-def test_finished_run_is_printed_again_and_force_runs_it(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_finished_run_is_printed_again_and_force_runs_it(
+    capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     line = ["run", *SMALL, f"output_dir={tmp_path}/runs", f"results_dir={tmp_path}/results"]
     assert cli.main(line) == 0
     path = next((tmp_path / "results/runs").glob("*.json"))
@@ -130,8 +174,14 @@ def test_finished_run_is_printed_again_and_force_runs_it(capfd: pytest.CaptureFi
     assert out.rstrip().endswith(f"record: {path}")
     assert "demonstration: too small to decide between methods" in out
     before, written = path.read_bytes(), path.stat().st_mtime_ns
-    code = f"import sys; from gain_cl import cli; code = cli.main({line!r}); assert 'torch' not in sys.modules; sys.exit(code)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
+    code = (
+        f"import sys; from gain_cl import cli; code = cli.main({line!r}); assert 'torch' not "
+        "in sys.modules; sys.exit(code)"
+    )
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode
+        == 0
+    )
     assert path.stat().st_mtime_ns == written
     assert cli.main([*line, "force=true"]) == 0
     assert path.stat().st_mtime_ns != written
@@ -144,13 +194,26 @@ def test_record_holds_its_origin(first: record.Run) -> None:
     assert r.pins["model"] == {"random": r.config["model"]["arch"], "init_seed": 0}
     assert set(r.pins["domains"]) == set(r.pins["tokens"]) == set(r.trained + r.controls)
     assert len(r.pins["tokenizer"]) == 64
-    assert {"commit", "dirty", "packages", "processor", "threads", "device", "python", "numerics"} <= set(r.provenance)
+    assert {
+        "commit",
+        "dirty",
+        "packages",
+        "processor",
+        "threads",
+        "device",
+        "python",
+        "numerics",
+    } <= set(r.provenance)
     assert r.protocol == "ppl-test-first64x8-prefix0-ctx256"
     assert r.peak_memory_bytes > 0
 
 
 def test_no_secret_reaches_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    canaries = {"HF_TOKEN": "hf_canary1", "WANDB_API_KEY": "canary2" * 6, "AWS_SECRET_ACCESS_KEY": "canary3"}
+    canaries = {
+        "HF_TOKEN": "hf_canary1",
+        "WANDB_API_KEY": "canary2" * 6,
+        "AWS_SECRET_ACCESS_KEY": "canary3",
+    }
     for name, value in canaries.items():
         monkeypatch.setenv(name, value)
     go(tmp_path)
@@ -185,52 +248,104 @@ def test_execution_settings_are_not_in_the_run_id() -> None:
     assert {o for o, i in ids.items() if i == base} == set()
     assert len(set(ids.values())) == len(ids)
     sections = set(schema.RunConfig.model_fields)
-    executing = {"compute", "track", "checkpoint", "resume", "allow_change", "output_dir", "results_dir", "force", "plugins", "lr_tuned_on"}
+    executing = {
+        "compute",
+        "track",
+        "checkpoint",
+        "resume",
+        "allow_change",
+        "output_dir",
+        "results_dir",
+        "force",
+        "plugins",
+        "lr_tuned_on",
+    }
     assert set(schema.EXECUTION) == executing < sections
 
 
 def test_tokens_and_task_settings_are_in_the_run_id() -> None:
     def run_id(*overrides: str) -> str:
-        task = [] if any(o.startswith("tasks.names") for o in overrides) else ["tasks.names=[boolq@5]"]
+        task = (
+            [] if any(o.startswith("tasks.names") for o in overrides) else ["tasks.names=[boolq@5]"]
+        )
         return plan_.prepare(hydra.compose(["debug=smoke", *task, *overrides], [], [])).run_id
 
-    task = ["tasks.batch_size=4", "tasks.stages=all", "tasks.limit=3", "tasks.names=[boolq@6]", "tasks.names=[piqa@5]"]
+    task = [
+        "tasks.batch_size=4",
+        "tasks.stages=all",
+        "tasks.limit=3",
+        "tasks.names=[boolq@6]",
+        "tasks.names=[piqa@5]",
+    ]
     ids = [run_id(), *(run_id(o) for o in task), run_id("train.steps=null", "train.tokens=1024")]
     assert len(set(ids)) == len(ids)
 
 
 def test_run_id_is_of_content_not_of_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same folder and the same texts by other spellings are the same run; other content is another."""
+    """The same folder and the same texts by other spellings are the same run; other content is
+    another."""
     monkeypatch.chdir(tmp_path)
     save(tmp_path / "net")
     (tmp_path / "my/domain").mkdir(parents=True)
-    (tmp_path / "texts.txt").write_text("\n\n".join(f"Paragraph {i} of a text about nothing. " * 60 for i in range(40)))
+    (tmp_path / "texts.txt").write_text(
+        "\n\n".join(f"Paragraph {i} of a text about nothing. " * 60 for i in range(40))
+    )
 
     def run_id(model: str, text: str) -> str:
-        (tmp_path / "my/domain/mine.yaml").write_text(f"name: mine\nsource: {{kind: files, path: {text}}}\n")
-        words = [f"model.path={model}", "domain=[mine]", "sequence.controls=[]", "tasks=none", "train.block=32", "eval.context=64"]
+        (tmp_path / "my/domain/mine.yaml").write_text(
+            f"name: mine\nsource: {{kind: files, path: {text}}}\n"
+        )
+        words = [
+            f"model.path={model}",
+            "domain=[mine]",
+            "sequence.controls=[]",
+            "tasks=none",
+            "train.block=32",
+            "eval.context=64",
+        ]
         return plan_.prepare(hydra.compose(words, ["my"], [])).run_id
 
     one = run_id("net", "texts.txt")
-    assert one == run_id("./net", str(tmp_path / "texts.txt")) == run_id(str(tmp_path / "net"), "./texts.txt")
+    assert (
+        one
+        == run_id("./net", str(tmp_path / "texts.txt"))
+        == run_id(str(tmp_path / "net"), "./texts.txt")
+    )
     (tmp_path / "texts.txt").write_text((tmp_path / "texts.txt").read_text() + "more")
     assert one != run_id("net", "texts.txt")
 
 
 def test_changed_plugin_is_another_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    code = "from gain_cl import guards\nfrom gain_cl.guards.base import Guard\nclass Own(Guard):\n    pass\nguards.register('own', Own)\n"
+    code = (
+        "from gain_cl import guards\nfrom gain_cl.guards.base import Guard\nclass "
+        "Own(Guard):\n    pass\nguards.register('own', Own)\n"
+    )
     ids = []
     for text in (code, code + "# changed\n"):
         (tmp_path / f"plug{len(ids)}.py").write_text(text)
-        ids.append(plan_.prepare(hydra.compose(["debug=smoke", "guard.kind=own"], [], [tmp_path / f"plug{len(ids)}.py"])).run_id)
+        ids.append(
+            plan_.prepare(
+                hydra.compose(
+                    ["debug=smoke", "guard.kind=own"], [], [tmp_path / f"plug{len(ids)}.py"]
+                )
+            ).run_id
+        )
     assert ids[0] != ids[1]
 
 
-def test_non_finite_score_is_never_a_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_non_finite_score_is_never_a_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from gain_cl.measure import perplexity
 
-    monkeypatch.setattr(perplexity, "token_nll", lambda hidden, *_: torch.full((len(hidden),), float("nan")))
-    with pytest.raises(DataError, match=r"the loss of 8 documents is not finite .*; check the weights; if they were trained here, lower"):
+    monkeypatch.setattr(
+        perplexity, "token_nll", lambda hidden, *_: torch.full((len(hidden),), float("nan"))
+    )
+    with pytest.raises(
+        DataError,
+        match=r"the loss of 8 documents is not finite .*; check the weights; if they were trained "
+        r"here, lower",
+    ):
         go(tmp_path)
     assert not list(tmp_path.glob("results/**/*"))
     (failure,) = tmp_path.glob("runs/*/failure.json")
@@ -238,11 +353,15 @@ def test_non_finite_score_is_never_a_number(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_two_owners(first: record.Run, tmp_path: Path) -> None:
-    settings = hydra.compose([*SMALL, f"output_dir={tmp_path}/runs", f"results_dir={tmp_path}/results"], [], [])
+    settings = hydra.compose(
+        [*SMALL, f"output_dir={tmp_path}/runs", f"results_dir={tmp_path}/results"], [], []
+    )
     plan = plan_.prepare(settings)
     hold = f"with owned(Path({str(plan.folder)!r})): print('held', flush=True); time.sleep(60)"
     holder = f"import time\nfrom pathlib import Path\nfrom gain_cl.system.lock import owned\n{hold}"
-    with subprocess.Popen([sys.executable, "-c", holder], stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", holder], stdout=subprocess.PIPE, text=True
+    ) as process:
         try:
             assert process.stdout is not None and process.stdout.readline() == "held\n"
             with pytest.raises(InUseError, match=rf"process {process.pid} on") as error:
@@ -253,9 +372,16 @@ def test_two_owners(first: record.Run, tmp_path: Path) -> None:
     run.execute(settings, plan)  # a dead owner holds nothing
 
 
-def test_unwritable_results_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unwritable_results_are_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "file").write_text("")
-    assert cli.main(["run", *SMALL, f"output_dir={tmp_path}/file/runs", f"results_dir={tmp_path}/results"]) == 74
+    assert (
+        cli.main(
+            ["run", *SMALL, f"output_dir={tmp_path}/file/runs", f"results_dir={tmp_path}/results"]
+        )
+        == 74
+    )
     assert capsys.readouterr().err.startswith("gain_cl: error: cannot write")
 
 
@@ -264,7 +390,14 @@ def test_a_model_folder_of_ones_own(tmp_path: Path) -> None:
     loaded = tiny("gpt2")
     loaded.model.save_pretrained(tmp_path / "my-gpt2")
     loaded.tokenizer.save_pretrained(tmp_path / "my-gpt2")
-    smoke = ["train.tokens=256", "train.block=32", "train.batch_tokens=128", "eval.documents=4", "eval.window=32", "eval.context=64"]
+    smoke = [
+        "train.tokens=256",
+        "train.block=32",
+        "train.batch_tokens=128",
+        "eval.documents=4",
+        "eval.window=32",
+        "eval.context=64",
+    ]
     made = gain_cl.run(
         f"model.path={tmp_path}/my-gpt2",
         "sequence=smoke",
@@ -277,7 +410,13 @@ def test_a_model_folder_of_ones_own(tmp_path: Path) -> None:
     assert any("was chosen on smollm2, not on my-gpt2" in n for n in made.record.notes)
 
 
-OTHER_TYPE = ["method=oft", *(f"~adapter.config.{k}" for k in ("oft_block_size", "use_cayley_neumann", "num_cayley_neumann_terms"))]
+OTHER_TYPE = [
+    "method=oft",
+    *(
+        f"~adapter.config.{k}"
+        for k in ("oft_block_size", "use_cayley_neumann", "num_cayley_neumann_terms")
+    ),
+]
 OTHER_TYPE += ["~adapter.config.module_dropout", "~adapter.config.bias"]
 
 
@@ -286,7 +425,13 @@ def gpt2(folder: Path) -> list[str]:
     loaded = tiny("gpt2")
     loaded.model.save_pretrained(folder)
     loaded.tokenizer.save_pretrained(folder)
-    return [f"model.path={folder}", "train.block=32", "train.batch_tokens=64", "eval.context=64", "eval.window=32"]
+    return [
+        f"model.path={folder}",
+        "train.block=32",
+        "train.batch_tokens=64",
+        "eval.context=64",
+        "eval.window=32",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -298,7 +443,9 @@ def gpt2(folder: Path) -> list[str]:
     ],
     ids=["OFT", "OSF", "embedding"],
 )
-def test_what_cannot_be_attached_is_refused_before_anything(words: list[str], said: str, tmp_path: Path) -> None:
+def test_what_cannot_be_attached_is_refused_before_anything(
+    words: list[str], said: str, tmp_path: Path
+) -> None:
     with pytest.raises(ConfigError, match=said):
         go(tmp_path, *gpt2(tmp_path / "net"), *words)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["net"], "a mistake leaves nothing on disk"
@@ -313,32 +460,52 @@ def test_a_folder_counts_before_the_architecture_of_a_preset(tmp_path: Path) -> 
 def test_what_needs_weights_to_attach_runs(tmp_path: Path) -> None:
     """Without weights PEFT cannot make this adapter and a plugin fails: that proves nothing."""
     words = ["domain=[smoke_a]", "sequence.controls=[]", "train.steps=1"]
-    assert go(tmp_path, *words, *OTHER_TYPE, "adapter.peft_type=FROD").record.trainable_parameters > 0
+    assert (
+        go(tmp_path, *words, *OTHER_TYPE, "adapter.peft_type=FROD").record.trainable_parameters > 0
+    )
     code = (
         "from gain_cl import guards\nfrom gain_cl.guards.base import Guard\nclass Reads(Guard):\n"
-        "    def attach(self, loaded, adapter, seed):\n        assert loaded.tokenizer.eos_token_id == 0\nguards.register('reads', Reads)\n"
+        "    def attach(self, loaded, adapter, seed):\n        assert "
+        "loaded.tokenizer.eos_token_id == 0\nguards.register('reads', Reads)\n"
     )
     (tmp_path / "plug.py").write_text(code)
-    assert go(tmp_path, *words, "guard.kind=reads", f"++plugins=['{tmp_path}/plug.py']").record.method == "gain_ffn"
+    assert (
+        go(tmp_path, *words, "guard.kind=reads", f"++plugins=['{tmp_path}/plug.py']").record.method
+        == "gain_ffn"
+    )
 
 
-# --- the hub, without a hub ------------------------------------------------------------------------------------------
+# --- the hub, without a hub -----------------------------------------------------------------------
 
 QWEN = "d149729398750b98c0af14eb82c78cfe92750796"
 
 
 def command(home: Path, *overrides: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    env = {**os.environ, "HF_HOME": str(home), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **environment}
+    env = {
+        **os.environ,
+        "HF_HOME": str(home),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        **environment,
+    }
     return subprocess.run(
-        [sys.executable, "-m", "gain_cl", "run", *overrides], capture_output=True, text=True, env=env, check=False, timeout=300
+        [sys.executable, "-m", "gain_cl", "run", *overrides],
+        capture_output=True,
+        text=True,
+        env=env,
+        check=False,
+        timeout=300,
     )
 
 
 def test_qwen_from_a_seeded_hub_cache(tmp_path: Path) -> None:
-    """A tiny Qwen2 under the real id and revision: the command line of the README, start to finish, offline."""
+    """A tiny Qwen2 under the real id and revision: the command line of the README, start to finish,
+    offline."""
     repository = tmp_path / "hf/hub/models--Qwen--Qwen2.5-7B"
     snapshot = repository / "snapshots" / QWEN
-    loaded = tiny("qwen2", "bfloat16", vocab_size=300)  # its tokenizer class adds a token of its own
+    loaded = tiny(
+        "qwen2", "bfloat16", vocab_size=300
+    )  # its tokenizer class adds a token of its own
     loaded.model.save_pretrained(snapshot)
     loaded.tokenizer.save_pretrained(snapshot)
     (repository / "refs").mkdir()
@@ -352,27 +519,43 @@ def test_qwen_from_a_seeded_hub_cache(tmp_path: Path) -> None:
         "train.block=32",
         "train.batch_tokens=64",
     ]
-    overrides += ["eval.documents=4", "eval.window=32", "eval.context=64", f"output_dir={tmp_path}/runs", f"results_dir={tmp_path}/results"]
+    overrides += [
+        "eval.documents=4",
+        "eval.window=32",
+        "eval.context=64",
+        f"output_dir={tmp_path}/runs",
+        f"results_dir={tmp_path}/results",
+    ]
     done = command(tmp_path / "hf", *overrides)
     assert done.returncode == 0, done.stderr
     made = gain_cl.load(done.stdout.rstrip().splitlines()[-1].removeprefix("record: "))
     assert made.record.model == "qwen2.5_7b" and made.record.config["model"]["dtype"] == "bfloat16"
     assert made.record.pins["model"] == {"hub": "Qwen/Qwen2.5-7B", "revision": QWEN}
     assert any("was chosen on smollm2, not on qwen2.5_7b" in n for n in made.record.notes)
-    assert any("model.arch.num_hidden_layers=28 is not what the weights say, 2" in n for n in made.record.notes)
+    assert any(
+        "model.arch.num_hidden_layers=28 is not what the weights say, 2" in n
+        for n in made.record.notes
+    )
     assert made.record.trainable_parameters == 2 * (32 + 48)
 
 
 def test_qwen_without_cache_and_network_is_one_line(tmp_path: Path) -> None:
     for environment in ({}, {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}):
-        done = command(tmp_path, "model=qwen2.5", "sequence=smoke", "tasks=none", f"output_dir={tmp_path}/runs", **environment)
+        done = command(
+            tmp_path,
+            "model=qwen2.5",
+            "sequence=smoke",
+            "tasks=none",
+            f"output_dir={tmp_path}/runs",
+            **environment,
+        )
         assert done.returncode in (65, 74)
         line = [x for x in done.stderr.splitlines() if x.startswith("gain_cl: error:")]
         assert len(line) == 1 and "Traceback" not in done.stderr
         assert "hf download Qwen/Qwen2.5-7B" in line[0] and QWEN in line[0]
 
 
-# --- models that cannot be used: one line from their JSON files ------------------------------------------------------
+# --- models that cannot be used: one line from their JSON files -----------------------------------
 
 
 def save(folder: Path, **changes: Any) -> Path:
@@ -390,7 +573,9 @@ def test_unusable_models(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="not a causal language model: BertModel"):
         source.inspect(save(tmp_path / "bert", architectures=["BertModel"]))
     with pytest.raises(DataError, match="needs code from its repository"):
-        source.inspect(save(tmp_path / "remote", model_type="mystery", auto_map={"AutoModel": "x.Y"}))
+        source.inspect(
+            save(tmp_path / "remote", model_type="mystery", auto_map={"AutoModel": "x.Y"})
+        )
     with pytest.raises(DataError, match="token id 256 has no embedding row"):
         source.inspect(save(tmp_path / "rows", vocab_size=100))
     pickled = save(tmp_path / "pickle")
@@ -418,15 +603,22 @@ def test_end_token_and_prefix(tmp_path: Path) -> None:
     model = schema.Model(name="endless", path=str(folder), dtype="float32")
     with pytest.raises(DataError, match="no end token"):
         load.load(model, torch.device("cpu"))
-    ready = load.load(model.model_copy(update={"prefix_token_id": 5, "separator_token_id": 6}), torch.device("cpu"))
+    ready = load.load(
+        model.model_copy(update={"prefix_token_id": 5, "separator_token_id": 6}),
+        torch.device("cpu"),
+    )
     assert (ready.prefix_id, ready.separator_id) == (5, 6)
     with pytest.raises(DataError, match="prefix_token_id=999 has no embedding row"):
-        load.load(model.model_copy(update={"prefix_token_id": 999, "separator_token_id": 6}), torch.device("cpu"))
+        load.load(
+            model.model_copy(update={"prefix_token_id": 999, "separator_token_id": 6}),
+            torch.device("cpu"),
+        )
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["own head", "tied head"])
 def test_weights_must_be_the_models(family: str, tied: bool, tmp_path: Path) -> None:
-    """What a checkpoint lacks would get random values: it is refused, whatever the family; what no model reads is passed over."""
+    """What a checkpoint lacks would get random values: it is refused, whatever the family; what no
+    model reads is passed over."""
     tiny(family, tie_word_embeddings=tied).model.save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
     good = load_file(file)
@@ -438,16 +630,24 @@ def test_weights_must_be_the_models(family: str, tied: bool, tmp_path: Path) -> 
         save_file(tensors, file, {"format": "pt"})
         return load.parameters_of(tmp_path, "float32")
 
-    old = {"x.0.attn.masked_bias": torch.ones(1), "x.0.rotary_emb.inv_freq": torch.ones(4), "model.decoder.version": torch.ones(1)}
+    old = {
+        "x.0.attn.masked_bias": torch.ones(1),
+        "x.0.rotary_emb.inv_freq": torch.ones(4),
+        "model.decoder.version": torch.ones(1),
+    }
     assert all(torch.equal(t, good[n]) for n, t in parameters({**good, **old}).items() if n in good)
     wrong: list[tuple[str, dict[str, torch.Tensor]]] = [
         (layer, {n: t for n, t in good.items() if n != layer}),
         (layer, {**good, layer: torch.ones(3, 3)}),
         ("v_head.weight", {**good, "v_head.weight": torch.ones(3)}),
-        *(("lm_head.weight", {k: t for k, t in good.items() if k != n}) for n in head),  # GPT-NeoX has another name for it in files
+        *(
+            ("lm_head.weight", {k: t for k, t in good.items() if k != n}) for n in head
+        ),  # GPT-NeoX has another name for it in files
     ]
     for name, tensors in wrong:
-        with pytest.raises(DataError, match=rf"1 tensors .* first (\w+\.)?{name} \(.*; save the model again"):
+        with pytest.raises(
+            DataError, match=rf"1 tensors .* first (\w+\.)?{name} \(.*; save the model again"
+        ):
             parameters(tensors)
 
 
@@ -457,7 +657,9 @@ def test_a_run_on_weights_with_a_gap_is_refused(tmp_path: Path) -> None:
     del tensors["model.layers.1.mlp.up_proj.weight"], tensors["model.norm.weight"]
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(
-        DataError, match=r"2 tensors are missing, unknown or of another shape, first model\.layers\.1\.mlp\.up_proj\.weight"
+        DataError,
+        match=r"2 tensors are missing, unknown or of another shape, first "
+        r"model\.layers\.1\.mlp\.up_proj\.weight",
     ):
         load.load(schema.Model(name="gap", path=str(folder), dtype="float32"), torch.device("cpu"))
 
@@ -493,8 +695,11 @@ def test_converted_model_is_verified(tmp_path: Path) -> None:
 @pytest.mark.data
 @pytest.mark.slow
 @pytest.mark.parametrize(("model", "among"), [("smollm2_healed", 5), ("smollm2", 1)])
-def test_default_model_from_its_package(model: str, among: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The default model, and as shipped, as a user gets it: loads, predicts English, and its prefix is the pretraining separator."""
+def test_default_model_from_its_package(
+    model: str, among: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The default model, and as shipped, as a user gets it: loads, predicts English, and its prefix
+    is the pretraining separator."""
     monkeypatch.delenv("GAIN_CL_CACHE", raising=False)
     assert hydra.compose([]).model.name == "smollm2_healed"
     loaded = load.load(hydra.compose([f"model={model}"]).model, torch.device("cpu"))

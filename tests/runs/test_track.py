@@ -1,4 +1,5 @@
-"""What a run says while it works. The console and metrics.jsonl tell the truth; wandb may do anything and changes nothing."""
+"""What a run says while it works. The console and metrics.jsonl tell the truth; wandb may do
+anything and changes nothing."""
 
 from __future__ import annotations
 
@@ -63,13 +64,31 @@ def run(tmp_path: Path) -> record.Run:
 
 @contextmanager
 def tracking(
-    folder: Path, clock: Clock, out: io.StringIO, tasks: bool = False, position: dict[str, int] | None = None, **keys: Any
+    folder: Path,
+    clock: Clock,
+    out: io.StringIO,
+    tasks: bool = False,
+    position: dict[str, int] | None = None,
+    **keys: Any,
 ) -> Iterator[track.Tracker]:
     """A tracker of a run of two domains and a control: 4 steps a stage, 9 cells."""
-    config = synthetic.config(["a", "b"], ["x"], tokens=4096, tasks=["boolq@100"] if tasks else None, **keys)
+    config = synthetic.config(
+        ["a", "b"], ["x"], tokens=4096, tasks=["boolq@100"] if tasks else None, **keys
+    )
     terminal = isinstance(out, Terminal)
-    console = Console(file=out, width=110, force_terminal=terminal, color_system=None, legacy_windows=False)
-    with track.Tracker(config, "run-1", folder, steps_total=8, cells_total=9, position=position, console=console, clock=clock) as tracker:
+    console = Console(
+        file=out, width=110, force_terminal=terminal, color_system=None, legacy_windows=False
+    )
+    with track.Tracker(
+        config,
+        "run-1",
+        folder,
+        steps_total=8,
+        cells_total=9,
+        position=position,
+        console=console,
+        clock=clock,
+    ) as tracker:
         yield tracker
 
 
@@ -87,7 +106,11 @@ def follow(tracker: track.Tracker, run: record.Run, clock: Clock, finish: bool =
             for done in range(20, 101, 20):
                 clock.now += 2
                 tracker.progress(done, 100, "items")
-        tracker.stage(stage.model_copy(update={"eval_seconds": 6.0, "task_seconds": 10.0 if stage.tasks else 0.0}))
+        tracker.stage(
+            stage.model_copy(
+                update={"eval_seconds": 6.0, "task_seconds": 10.0 if stage.tasks else 0.0}
+            )
+        )
 
     tracker.phase("load model", stage=0, of=2)
     clock.now += 5
@@ -112,7 +135,9 @@ def follow(tracker: track.Tracker, run: record.Run, clock: Clock, finish: bool =
                 }
             )
             if k == 2:
-                tracker.dev({"stage": stage.index, "domain": stage.domain, "step": k, "loss_nats": 2.9})
+                tracker.dev(
+                    {"stage": stage.index, "domain": stage.domain, "step": k, "loss_nats": 2.9}
+                )
         measure(stage)
     if finish:
         tracker.finish(run)
@@ -120,7 +145,15 @@ def follow(tracker: track.Tracker, run: record.Run, clock: Clock, finish: bool =
 
 def step_row(stage: int, step: int) -> dict[str, Any]:
     """One step of a run of two domains."""
-    row = {"stage": stage, "domain": "ab"[stage % 2 - 1], "step": step, "steps": 4, "lr": 1e-3, "grad_norm": 0.5, "tokens": 1024}
+    row = {
+        "stage": stage,
+        "domain": "ab"[stage % 2 - 1],
+        "step": step,
+        "steps": 4,
+        "lr": 1e-3,
+        "grad_norm": 0.5,
+        "tokens": 1024,
+    }
     return {**row, "loss_nats": 3.0 - 0.1 * step - stage, "seconds": 2.5, "micro_batch": 8}
 
 
@@ -130,7 +163,10 @@ def actions(run: record.Run, tracker: track.Tracker) -> Iterator[Callable[[], No
         for k in range(1, 5) if stage.index else ():
             yield partial(tracker.step, step_row(stage.index, k))
             if k == 2:
-                yield partial(tracker.dev, {"stage": stage.index, "domain": stage.domain, "step": k, "loss_nats": 2.9})
+                yield partial(
+                    tracker.dev,
+                    {"stage": stage.index, "domain": stage.domain, "step": k, "loss_nats": 2.9},
+                )
         yield partial(tracker.stage, stage)
 
 
@@ -140,10 +176,13 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
     def refuse(constant: str) -> None:
         raise AssertionError(constant)
 
-    return [json.loads(x, parse_constant=refuse) for x in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [
+        json.loads(x, parse_constant=refuse)
+        for x in (folder / "metrics.jsonl").read_text().splitlines()
+    ]
 
 
-# --- metrics.jsonl ---------------------------------------------------------------------------------------------------
+# --- metrics.jsonl --------------------------------------------------------------------------------
 
 
 def test_metrics_file(run: record.Run, tmp_path: Path) -> None:
@@ -153,22 +192,46 @@ def test_metrics_file(run: record.Run, tmp_path: Path) -> None:
     rows = metrics(tmp_path)
     kinds = [r["kind"] for r in rows]
     assert kinds[0] == "start" and kinds[-1] == "finish"
-    assert Counter(kinds) == {"start": 1, "step": 8, "dev": 2, "eval": 9, "task": 2, "stage": 3, "note": 1, "finish": 1}
+    assert Counter(kinds) == {
+        "start": 1,
+        "step": 8,
+        "dev": 2,
+        "eval": 9,
+        "task": 2,
+        "stage": 3,
+        "note": 1,
+        "finish": 1,
+    }
     cell = next(r for r in rows if r["kind"] == "eval" and r["stage"] == 2 and r["domain"] == "b")
     assert cell["nll_nats"] == run.record.stages[2].domains["b"].nll_nats  # every bit of it
     answers = run.record.stages[0].tasks["boolq@100"].model_dump()
-    assert next(r for r in rows if r["kind"] == "task") == {"kind": "task", "stage": 0, "task": "boolq@100", **answers}
+    assert next(r for r in rows if r["kind"] == "task") == {
+        "kind": "task",
+        "stage": 0,
+        "task": "boolq@100",
+        **answers,
+    }
     assert [r["step"] for r in rows if r["kind"] == "step"] == [1, 2, 3, 4] * 2
 
 
 def test_numbers_that_are_not_finite_become_null_and_are_named(tmp_path: Path) -> None:
     clock = Clock()
     row = {"stage": 1, "domain": "a", "step": 1, "steps": 4}
-    row |= {"loss_nats": np.float32("nan"), "grad_norm": math.inf, "lr": np.float64(0.5), "more": [-math.inf]}
+    row |= {
+        "loss_nats": np.float32("nan"),
+        "grad_norm": math.inf,
+        "lr": np.float64(0.5),
+        "more": [-math.inf],
+    }
     with tracking(tmp_path, clock, io.StringIO()) as tracker:
         tracker.step(row)
     written = metrics(tmp_path)[-1]
-    assert (written["loss_nats"], written["grad_norm"], written["more"], written["lr"]) == (None, None, [None], 0.5)
+    assert (written["loss_nats"], written["grad_norm"], written["more"], written["lr"]) == (
+        None,
+        None,
+        [None],
+        0.5,
+    )
     assert written["not_finite"] == {"loss_nats": "nan", "grad_norm": "inf", "more[0]": "-inf"}
 
 
@@ -181,12 +244,20 @@ def test_a_run_that_begins_again_begins_its_file(tmp_path: Path) -> None:
 
 def test_rows_after_the_last_checkpoint_vanish(run: record.Run, tmp_path: Path) -> None:
     position = None
-    for wanted in (4, 9, 11):  # rows; the last is in the middle of a stage, and each attempt does one step more than it saves
+    for wanted in (
+        4,
+        9,
+        11,
+        # rows; the last is in the middle of a stage, and each attempt does one step more than it saves
+    ):
         with tracking(tmp_path, Clock(), io.StringIO(), position=position) as tracker:
             for action in list(actions(run, tracker))[position["rows"] if position else 0 : wanted]:
                 action()
             position = tracker.position()
-            assert position == {"bytes": (tmp_path / "metrics.jsonl").stat().st_size, "rows": wanted}
+            assert position == {
+                "bytes": (tmp_path / "metrics.jsonl").stat().st_size,
+                "rows": wanted,
+            }
             tracker.step(step_row(9, 9))
         with open(tmp_path / "metrics.jsonl", "a") as file:
             file.write('{"kind": "st')  # and the next was torn
@@ -211,13 +282,23 @@ def test_a_file_that_somebody_cut(run: record.Run, tmp_path: Path, damage: str) 
         position = tracker.position()
     whole = path.read_bytes()
     lines = whole.splitlines(keepends=True)
-    left = {"short": b"".join(lines[:4]), "torn": whole[:-3], "shifted": whole[1:] + b"{}", "empty": b""}.get(damage)
+    left = {
+        "short": b"".join(lines[:4]),
+        "torn": whole[:-3],
+        "shifted": whole[1:] + b"{}",
+        "empty": b"",
+    }.get(damage)
     path.unlink() if left is None else path.write_bytes(left)
     with tracking(tmp_path, Clock(), out, position=position) as tracker:
         tracker.step(step_row(2, 1))
     after = path.read_bytes().splitlines(keepends=True)
-    kept = {"short": 4, "torn": len(lines) - 1, "shifted": len(lines), "empty": 0, "missing": 0}[damage]
-    assert after[1 if damage == "shifted" else 0 : kept] == lines[1 if damage == "shifted" else 0 : kept]
+    kept = {"short": 4, "torn": len(lines) - 1, "shifted": len(lines), "empty": 0, "missing": 0}[
+        damage
+    ]
+    assert (
+        after[1 if damage == "shifted" else 0 : kept]
+        == lines[1 if damage == "shifted" else 0 : kept]
+    )
     tail = [json.loads(x) for x in after[kept:]]
     assert [r["kind"] for r in tail] == ["start", "note", "step"] and tail[-1]["row"] == 6
     assert out.getvalue().count("note: metrics.jsonl was cut or changed") == 1
@@ -233,7 +314,10 @@ def test_lines_are_there_at_once(run: record.Run, tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(StorageError, match="cannot write"), tracking(tmp_path / "file" / "run", Clock(), io.StringIO()):
+    with (
+        pytest.raises(StorageError, match="cannot write"),
+        tracking(tmp_path / "file" / "run", Clock(), io.StringIO()),
+    ):
         pass
 
 
@@ -241,12 +325,15 @@ def test_a_disk_that_fills_up(tmp_path: Path) -> None:
     if not Path("/dev/full").exists():
         pytest.skip("no /dev/full")
     (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
-    with pytest.raises(StorageError, match="No space left") as caught, tracking(tmp_path, Clock(), io.StringIO()):
+    with (
+        pytest.raises(StorageError, match="No space left") as caught,
+        tracking(tmp_path, Clock(), io.StringIO()),
+    ):
         pass
     assert caught.value.exit_code == 74
 
 
-# --- the console -----------------------------------------------------------------------------------------------------
+# --- the console ----------------------------------------------------------------------------------
 
 
 def test_plain_lines(run: record.Run, tmp_path: Path) -> None:
@@ -262,7 +349,10 @@ def test_plain_lines(run: record.Run, tmp_path: Path) -> None:
     assert f"perplexity {before:.2f} -> {after:.2f} ({100 * (after / before - 1):+.1f}%)" in text
     drift = 100 * (run.record.stages[2].domains["a"].perplexity / after - 1)
     assert f"earlier domains {drift:+.1f}% meanwhile" in text
-    at = [int(m) * 60 + int(s) for m, s in re.findall(r"^ +(\d+):(\d\d)  (?!note|run|stage \d of \d \w+ done)", text, re.M)]
+    at = [
+        int(m) * 60 + int(s)
+        for m, s in re.findall(r"^ +(\d+):(\d\d)  (?!note|run|stage \d of \d \w+ done)", text, re.M)
+    ]
     assert at and min(b - a for a, b in pairwise(at)) >= track.LINE_SECONDS
 
 
@@ -272,7 +362,17 @@ def test_a_long_stage_speaks_every_ten_seconds(tmp_path: Path) -> None:
         tracker.phase("learn a", stage=1, of=2)
         for k in range(100):
             clock.now += 1
-            tracker.step({"stage": 1, "domain": "a", "step": k + 1, "steps": 100, "loss_nats": 2.0, "tokens": 512, "seconds": 0.5})
+            tracker.step(
+                {
+                    "stage": 1,
+                    "domain": "a",
+                    "step": k + 1,
+                    "steps": 100,
+                    "loss_nats": 2.0,
+                    "tokens": 512,
+                    "seconds": 0.5,
+                }
+            )
     lines = out.getvalue().splitlines()[1:]
     assert len(lines) == 10
     assert re.search(r"stage 1 of 2 a: step 10/100, loss 2\.000, 1,024 tokens/s, ", lines[0])
@@ -283,18 +383,36 @@ def test_live_view(run: record.Run, tmp_path: Path) -> None:
     with tracking(tmp_path, clock, out, tasks=True) as tracker:
         follow(tracker, run, clock, finish=False)
         tracker.phase("learn b", stage=2, of=2)
-        tracker.step({"stage": 2, "domain": "b", "step": 1, "steps": 4, "loss_nats": 2.5, "tokens": 512, "seconds": 0.5})
+        tracker.step(
+            {
+                "stage": 2,
+                "domain": "b",
+                "step": 1,
+                "steps": 4,
+                "loss_nats": 2.5,
+                "tokens": 512,
+                "seconds": 0.5,
+            }
+        )
         frame = io.StringIO()
         Console(file=frame, width=110, color_system=None).print(tracker._view())
         shown = frame.getvalue()
-        for part in ("stage 2 of 2 b", "learn b, loss 2.500, 1,024 tokens/s", "steps 1/4", "elapsed", "left"):
+        for part in (
+            "stage 2 of 2 b",
+            "learn b, loss 2.500, 1,024 tokens/s",
+            "steps 1/4",
+            "elapsed",
+            "left",
+        ):
             assert part in shown
         assert max(map(len, shown.splitlines())) <= 110
         for width in (40, 80):
             Console(file=io.StringIO(), width=width).print(tracker._view())
     text = out.getvalue()
     assert "stage 1 of 2 a done" in text  # stays above the view
-    assert "\x1b[?25l" in text and text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l")  # the cursor is given back
+    assert "\x1b[?25l" in text and text.rindex("\x1b[?25h") > text.rindex(
+        "\x1b[?25l"
+    )  # the cursor is given back
 
 
 def test_the_terminal_is_restored_after_an_error(tmp_path: Path) -> None:
@@ -307,7 +425,9 @@ def test_the_terminal_is_restored_after_an_error(tmp_path: Path) -> None:
 def test_colour_forced_into_a_file_is_no_terminal(tmp_path: Path) -> None:
     out = io.StringIO()
     console = Console(file=out, force_terminal=True)
-    with track.Tracker(synthetic.config(), "run-1", tmp_path, steps_total=1, cells_total=1, console=console):
+    with track.Tracker(
+        synthetic.config(), "run-1", tmp_path, steps_total=1, cells_total=1, console=console
+    ):
         pass
     assert "\x1b[?25l" not in out.getvalue()
 
@@ -326,8 +446,12 @@ def test_going_on_says_where(run: record.Run, tmp_path: Path) -> None:
             tracker.resumed(run.record.stages[:finished], {0: 0, 1: 3, 2: 11, 3: 16}[finished])
             tracker.stage(run.record.stages[min(finished, 2)])
         assert out.getvalue().count(f"resumed at {words}\n") == 1
-        assert {r["kind"] for r in metrics(tmp_path)} == {"start", "eval", "task", "stage"} - ({"task"} if finished == 1 else set())
-        assert sum(r["kind"] == "stage" for r in metrics(tmp_path)) == 1  # none of what was done before
+        assert {r["kind"] for r in metrics(tmp_path)} == {"start", "eval", "task", "stage"} - (
+            {"task"} if finished == 1 else set()
+        )
+        assert (
+            sum(r["kind"] == "stage" for r in metrics(tmp_path)) == 1
+        )  # none of what was done before
     before, after = (s.domains["a"].perplexity for s in run.record.stages[:2])
     with tracking(tmp_path, Clock(), out) as tracker:
         tracker.resumed(run.record.stages[:1], 3)
@@ -337,22 +461,37 @@ def test_going_on_says_where(run: record.Run, tmp_path: Path) -> None:
 
 def test_a_spike_is_told_and_kept(tmp_path: Path) -> None:
     out = io.StringIO()
-    row = {"stage": 1, "domain": "a", "step": 40, "loss_nats": 3.207, "mean": 2.1, "sd": 0.05, "steps": 39}
+    row = {
+        "stage": 1,
+        "domain": "a",
+        "step": 40,
+        "loss_nats": 3.207,
+        "mean": 2.1,
+        "sd": 0.05,
+        "steps": 39,
+    }
     with tracking(tmp_path, Clock(), out) as tracker:
         tracker.phase("learn a", stage=1, of=2)
         tracker.spike(row)
     assert metrics(tmp_path)[-1] == {"kind": "spike", **row}
-    said = "loss spike at step 40: 3.21 against 2.10 +- 0.05 over the last 39 steps; nothing is skipped"
+    said = (
+        "loss spike at step 40: 3.21 against 2.10 +- 0.05 over the last 39 steps; nothing "
+        "is skipped"
+    )
     assert f"stage 1 of 2 a: {said}\n" in out.getvalue()
 
 
 def test_a_disk_that_fills_up_in_the_middle(tmp_path: Path) -> None:
-    """One error that says so, not a second one from closing the file; and what was written is whole lines and one torn."""
+    """One error that says so, not a second one from closing the file; and what was written is whole
+    lines and one torn."""
     resource = pytest.importorskip("resource")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     old = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
-        with pytest.raises(StorageError, match="cannot write") as caught, tracking(tmp_path, Clock(), io.StringIO()) as tracker:
+        with (
+            pytest.raises(StorageError, match="cannot write") as caught,
+            tracking(tmp_path, Clock(), io.StringIO()) as tracker,
+        ):
             position = tracker.position()
             resource.setrlimit(resource.RLIMIT_FSIZE, (position["bytes"] + 30, hard))
             tracker.step(step_row(1, 1))
@@ -365,13 +504,15 @@ def test_a_disk_that_fills_up_in_the_middle(tmp_path: Path) -> None:
     assert [r["kind"] for r in metrics(tmp_path)] == ["start", "start", "step"]
 
 
-# --- time left -------------------------------------------------------------------------------------------------------
+# --- time left ------------------------------------------------------------------------------------
 
 
 def test_time_left_is_remaining_units_times_their_pace(run: record.Run, tmp_path: Path) -> None:
     clock, seen = Clock(), []
     with tracking(tmp_path, clock, io.StringIO(), tasks=True) as tracker:
-        assert tracker.left() == (0.0, ["training", "scoring", "tasks"]) and tracker._rest == "? left"
+        assert (
+            tracker.left() == (0.0, ["training", "scoring", "tasks"]) and tracker._rest == "? left"
+        )
         tracker.phase("score", stage=0, of=2)
         tracker.progress(0, 3, "cells", "a")
         clock.now += 2
@@ -382,7 +523,9 @@ def test_time_left_is_remaining_units_times_their_pace(run: record.Run, tmp_path
         tracker.progress(2, 3, "cells", "x")
         assert tracker.left() == (7 * 3, ["training", "tasks"])  # 6 s for 2 of 9
         row = run.record.stages[0]
-        tracker.stage(row.model_copy(update={"eval_seconds": 12.0, "task_seconds": 10.0}))  # what was measured where it happened
+        tracker.stage(
+            row.model_copy(update={"eval_seconds": 12.0, "task_seconds": 10.0})
+        )  # what was measured where it happened
         assert tracker.left() == (6 * 4 + 10, ["training"])  # tasks once more, at the end
         tracker.phase("learn a", stage=1, of=2)
         clock.now += 3
@@ -397,13 +540,18 @@ def test_time_left_is_remaining_units_times_their_pace(run: record.Run, tmp_path
 
 
 @pytest.mark.parametrize("stages", ["ends", "all"])
-def test_nothing_is_left_when_the_last_tasks_are_done(run: record.Run, tmp_path: Path, stages: str) -> None:
-    """By progress alone, before the stage itself is told; the same units in both, or the time left is wrong."""
+def test_nothing_is_left_when_the_last_tasks_are_done(
+    run: record.Run, tmp_path: Path, stages: str
+) -> None:
+    """By progress alone, before the stage itself is told; the same units in both, or the time left
+    is wrong."""
     clock, left = Clock(), {}
     config = synthetic.config(["a", "b"], ["x"], tasks=["boolq@100"])
     config = config.model_copy(update={"tasks": config.tasks.model_copy(update={"stages": stages})})
     console = Console(file=io.StringIO())
-    with track.Tracker(config, "r", tmp_path, steps_total=0, cells_total=0, console=console, clock=clock) as tracker:
+    with track.Tracker(
+        config, "r", tmp_path, steps_total=0, cells_total=0, console=console, clock=clock
+    ) as tracker:
         for row in run.record.stages:
             if stages == "ends" and not row.tasks:
                 continue
@@ -413,15 +561,28 @@ def test_nothing_is_left_when_the_last_tasks_are_done(run: record.Run, tmp_path:
                 tracker.progress(done, 100, "items")
             left[row.index], unknown = tracker.left()
             assert not unknown
-            tracker.stage(row.model_copy(update={"domains": {}, "tasks": run.record.stages[0].tasks, "task_seconds": 10.0}))
+            tracker.stage(
+                row.model_copy(
+                    update={
+                        "domains": {},
+                        "tasks": run.record.stages[0].tasks,
+                        "task_seconds": 10.0,
+                    }
+                )
+            )
             assert tracker.left()[0] == pytest.approx(left[row.index])
     assert left == ({0: 10.0, 2: 0.0} if stages == "ends" else {0: 20.0, 1: 10.0, 2: 0.0})
 
 
 def test_time_left_of_a_run_that_goes_on(run: record.Run, tmp_path: Path) -> None:
     clock = Clock()
-    with tracking(tmp_path, clock, io.StringIO(), tasks=True, position={"bytes": 1, "rows": 7}) as tracker:
-        stages = [s.model_copy(update={"eval_seconds": 6.0, "task_seconds": 10.0 if s.tasks else 0.0}) for s in run.record.stages]
+    with tracking(
+        tmp_path, clock, io.StringIO(), tasks=True, position={"bytes": 1, "rows": 7}
+    ) as tracker:
+        stages = [
+            s.model_copy(update={"eval_seconds": 6.0, "task_seconds": 10.0 if s.tasks else 0.0})
+            for s in run.record.stages
+        ]
         tracker.resumed(stages[:1], 1)
         assert tracker.left() == (6 * 2 + 10, ["training"])  # 7 steps, but at which pace?
         tracker.phase("learn a", stage=1, of=2)
@@ -429,7 +590,9 @@ def test_time_left_of_a_run_that_goes_on(run: record.Run, tmp_path: Path) -> Non
         tracker.step(step_row(1, 2))
         assert tracker.left() == (6 * 2 + 10 + 6 * 3, [])
     with tracking(tmp_path, Clock(), io.StringIO(), tasks=True) as tracker:
-        learned = record.TrainStats(steps=4, tokens=1, seconds=8.0, lr=1e-3, first_loss_nats=1, last_loss_nats=1, dev=[])
+        learned = record.TrainStats(
+            steps=4, tokens=1, seconds=8.0, lr=1e-3, first_loss_nats=1, last_loss_nats=1, dev=[]
+        )
         tracker.resumed([stages[0], stages[1].model_copy(update={"train": learned})], 6)
         assert tracker.left() == (3 * 2 + 10 + 2 * 2, [])
 
@@ -446,7 +609,15 @@ def test_task_items_of_the_whole_run(tmp_path: Path, stages: Any, scored: int) -
     config = synthetic.config(["a", "b"], ["x"], tasks=["boolq@100"])
     config = config.model_copy(update={"tasks": config.tasks.model_copy(update={"stages": stages})})
     clock = Clock()
-    with track.Tracker(config, "r", tmp_path, steps_total=0, cells_total=0, console=Console(file=io.StringIO()), clock=clock) as tracker:
+    with track.Tracker(
+        config,
+        "r",
+        tmp_path,
+        steps_total=0,
+        cells_total=0,
+        console=Console(file=io.StringIO()),
+        clock=clock,
+    ) as tracker:
         tracker.phase("run tasks", stage=0, of=2)
         clock.now += 5
         tracker.progress(50, 100, "items")
@@ -463,7 +634,7 @@ def test_other_units_are_shown_and_not_timed(tmp_path: Path) -> None:
     assert "prepare domains, domains 1/3 b" in out.getvalue()
 
 
-# --- wandb -----------------------------------------------------------------------------------------------------------
+# --- wandb ----------------------------------------------------------------------------------------
 
 
 class Broken(Exception):
@@ -535,7 +706,9 @@ def home(tmp_path: Path, monkeypatch: Patch) -> Path:
     return tmp_path / "home"
 
 
-def mirrored(folder: Path, run: record.Run, fake: FakeWandb, monkeypatch: Patch, **keys: Any) -> tuple[str, list[dict[str, Any]]]:
+def mirrored(
+    folder: Path, run: record.Run, fake: FakeWandb, monkeypatch: Patch, **keys: Any
+) -> tuple[str, list[dict[str, Any]]]:
     """Everything printed, and everything in metrics.jsonl but notes of wandb's."""
     monkeypatch.setitem(sys.modules, "wandb", fake)
     clock, out = Clock(), io.StringIO()
@@ -543,16 +716,31 @@ def mirrored(folder: Path, run: record.Run, fake: FakeWandb, monkeypatch: Patch,
     (folder / "matrix.png").write_bytes(b"png")
     with tracking(folder, clock, out, tasks=True, backend="wandb", **keys) as tracker:
         follow(tracker, run, clock)
-    assert tracker.notes == ["a [warning]"]  # trouble with wandb is no note on the numbers: it must not reach the record
-    return out.getvalue(), [r for r in metrics(folder) if not (r["kind"] == "note" and r["text"].startswith("wandb"))]
+    assert tracker.notes == [
+        "a [warning]"
+    ]  # trouble with wandb is no note on the numbers: it must not reach the record
+    return out.getvalue(), [
+        r for r in metrics(folder) if not (r["kind"] == "note" and r["text"].startswith("wandb"))
+    ]
 
 
-FAULTS = ["setup", "init", "run.define_metric", "run.log", "run.update", "Table", "Image", "run.finish"]
+FAULTS = [
+    "setup",
+    "init",
+    "run.define_metric",
+    "run.log",
+    "run.update",
+    "Table",
+    "Image",
+    "run.finish",
+]
 
 
 @pytest.mark.parametrize("at", [1, 2])
 @pytest.mark.parametrize("fault", FAULTS)
-def test_wandb_may_break_anywhere(home: Path, run: record.Run, tmp_path: Path, monkeypatch: Patch, fault: str, at: int) -> None:
+def test_wandb_may_break_anywhere(
+    home: Path, run: record.Run, tmp_path: Path, monkeypatch: Patch, fault: str, at: int
+) -> None:
     clean, calm = FakeWandb(), FakeWandb(fault, at)
     expected = mirrored(tmp_path / "clean", run, clean, monkeypatch, mode="offline")[1]
     text, written = mirrored(tmp_path / "broken", run, calm, monkeypatch, mode="offline")
@@ -563,15 +751,22 @@ def test_wandb_may_break_anywhere(home: Path, run: record.Run, tmp_path: Path, m
         assert f"(Broken: {fault} broke); the run goes on without it" in text
         assert "second line" not in text
         last = max(i for i, c in enumerate(calm.calls) if c[0] == fault)
-        assert {c[0] for c in calm.calls[last + 1 :]} <= {"run.finish", "teardown"}  # it is left alone afterwards
+        assert {c[0] for c in calm.calls[last + 1 :]} <= {
+            "run.finish",
+            "teardown",
+        }  # it is left alone afterwards
 
 
-def test_wandb_that_is_not_installed(home: Path, run: record.Run, tmp_path: Path, monkeypatch: Patch) -> None:
+def test_wandb_that_is_not_installed(
+    home: Path, run: record.Run, tmp_path: Path, monkeypatch: Patch
+) -> None:
     text, _ = mirrored(tmp_path / "run", run, None, monkeypatch)  # type: ignore[arg-type]
     assert text.count("note: wandb: start failed (ModuleNotFoundError") == 1
 
 
-def test_an_interrupt_is_not_swallowed(home: Path, run: record.Run, tmp_path: Path, monkeypatch: Patch) -> None:
+def test_an_interrupt_is_not_swallowed(
+    home: Path, run: record.Run, tmp_path: Path, monkeypatch: Patch
+) -> None:
     fake = FakeWandb()
 
     def interrupt(**_: Any) -> None:
@@ -622,21 +817,45 @@ def test_modes(
         assert fake.calls == []
 
 
-def test_no_answer_means_offline_with_one_note(home: Path, run: record.Run, tmp_path: Path, monkeypatch: Patch) -> None:
+def test_no_answer_means_offline_with_one_note(
+    home: Path, run: record.Run, tmp_path: Path, monkeypatch: Patch
+) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
     fake = FakeWandb("online")
     text, _ = mirrored(tmp_path / "run", run, fake, monkeypatch, init_timeout_seconds=15)
     calls = [c[0] for c in fake.calls]
     assert [c[2]["mode"] for c in fake.calls if c[0] == "init"] == ["online", "offline"]
-    assert "teardown" in calls[calls.index("init") : len(calls)]  # the service would not take the same run id twice
-    assert text.count("note: wandb: not reached (Broken: no answer); tracking offline, upload later with: wandb sync ") == 1
+    assert (
+        "teardown" in calls[calls.index("init") : len(calls)]
+    )  # the service would not take the same run id twice
+    assert (
+        text.count(
+            "note: wandb: not reached (Broken: no answer); tracking offline, upload later with: "
+            "wandb sync "
+        )
+        == 1
+    )
     assert text.count("note: wandb") == 1
-    assert max(c[2]["settings"].init_timeout for c in fake.calls if c[0] == "init") <= 10  # + start, give up, start again < 20 s
+    assert (
+        max(c[2]["settings"].init_timeout for c in fake.calls if c[0] == "init") <= 10
+    )  # + start, give up, start again < 20 s
 
 
-def test_what_wandb_is_given(home: Path, run: record.Run, tmp_path: Path, monkeypatch: Patch) -> None:
+def test_what_wandb_is_given(
+    home: Path, run: record.Run, tmp_path: Path, monkeypatch: Patch
+) -> None:
     fake = FakeWandb()
-    mirrored(tmp_path / "run", run, fake, monkeypatch, mode="offline", tags=["t"], group="g", job_type="j", project="p")
+    mirrored(
+        tmp_path / "run",
+        run,
+        fake,
+        monkeypatch,
+        mode="offline",
+        tags=["t"],
+        group="g",
+        job_type="j",
+        project="p",
+    )
     keys = next(c[2] for c in fake.calls if c[0] == "init")
     assert {k: keys[k] for k in ("id", "name", "group", "job_type", "tags", "project")} == {
         "id": "run-1",
@@ -649,22 +868,44 @@ def test_what_wandb_is_given(home: Path, run: record.Run, tmp_path: Path, monkey
     assert keys["resume"] is None  # the run begins: what wandb has of an earlier one is replaced
     numbers = [c[2]["step"] for c in fake.calls if c[0] == "run.log"]
     assert numbers == list(range(len(numbers)))
-    assert keys["dir"] == str(tmp_path / "run") and keys["config"]["train"]["lr"] == 3e-3 and keys["config"]["run_id"] == "run-1"
+    assert (
+        keys["dir"] == str(tmp_path / "run")
+        and keys["config"]["train"]["lr"] == 3e-3
+        and keys["config"]["run_id"] == "run-1"
+    )
     axes = [(c[1][0], c[2].get("step_metric")) for c in fake.calls if c[0] == "run.define_metric"]
     assert ("ppl/*", "stage") in axes and ("train/*", "train/global_step") in axes
     logs = [c[1][0] for c in fake.calls if c[0] == "run.log"]
     assert [x["train/global_step"] for x in logs if "train/loss_nats" in x] == synthetic_steps()
     ppl = [(x["stage"], x["ppl/b"], x["change_pct/b"]) for x in logs if "ppl/b" in x]
     scores = [s.domains["b"].perplexity for s in run.record.stages]
-    assert ppl == [(i, pytest.approx(p), pytest.approx(100 * (p / scores[0] - 1), abs=1e-9)) for i, p in enumerate(scores)]
+    assert ppl == [
+        (i, pytest.approx(p), pytest.approx(100 * (p / scores[0] - 1), abs=1e-9))
+        for i, p in enumerate(scores)
+    ]
     summary = next(c[1][0] for c in fake.calls if c[0] == "run.update")
     for metric in ("own_step", "backward", "backward_net", "from_base"):
-        assert {f"{metric}_nats", f"{metric}_pct", f"{metric}_pct_low", f"{metric}_pct_high"} <= set(summary)
+        assert {
+            f"{metric}_nats",
+            f"{metric}_pct",
+            f"{metric}_pct_low",
+            f"{metric}_pct_high",
+        } <= set(summary)
     r = run.record
-    wanted = (r.trainable_parameters, r.peak_memory_bytes, sum(s.train.seconds for s in r.stages[1:] if s.train))
-    assert (summary["trainable_parameters"], summary["peak_memory_bytes"], summary["train_seconds"]) == wanted
+    wanted = (
+        r.trainable_parameters,
+        r.peak_memory_bytes,
+        sum(s.train.seconds for s in r.stages[1:] if s.train),
+    )
+    assert (
+        summary["trainable_parameters"],
+        summary["peak_memory_bytes"],
+        summary["train_seconds"],
+    ) == wanted
     before, after = (s.tasks["boolq@100"].correct / 100 for s in (r.stages[0], r.stages[-1]))
-    assert summary["task/boolq@100/accuracy"] == after and summary["task/boolq@100/accuracy_change"] == pytest.approx(after - before)
+    assert summary["task/boolq@100/accuracy"] == after and summary[
+        "task/boolq@100/accuracy_change"
+    ] == pytest.approx(after - before)
     margin = items.change(run.items, "boolq@100", 0, 2)["margin"]
     names = [f"task/boolq@100/margin_change{end}" for end in ("", "_low", "_high")]
     assert [summary[name] for name in names] == [margin.value, margin.low, margin.high]
@@ -672,7 +913,9 @@ def test_what_wandb_is_given(home: Path, run: record.Run, tmp_path: Path, monkey
     table = next(c[2] for c in fake.calls if c[0] == "Table")
     assert table["columns"] == ["stage", "trained", "a", "b", "x"]
     assert table["data"][1] == [1, "a", *run.matrix.iloc[1].tolist()]
-    assert next(c[1][0] for c in fake.calls if c[0] == "Image") == str(tmp_path / "run" / "matrix.png")
+    assert next(c[1][0] for c in fake.calls if c[0] == "Image") == str(
+        tmp_path / "run" / "matrix.png"
+    )
     assert fake.calls[-1][0] == "run.finish" and fake.calls[-1][2] == {"exit_code": 0}
 
 
@@ -682,7 +925,9 @@ def test_a_task_that_one_stage_alone_scored_has_no_change(run: record.Run) -> No
     assert mirror._tasks(run) == {"task/boolq@100/accuracy": first.correct / first.items}
 
 
-def test_wandb_is_given_what_a_checkpoint_covers(home: Path, run: record.Run, tmp_path: Path, monkeypatch: Patch) -> None:
+def test_wandb_is_given_what_a_checkpoint_covers(
+    home: Path, run: record.Run, tmp_path: Path, monkeypatch: Patch
+) -> None:
     fake = FakeWandb()
     monkeypatch.setitem(sys.modules, "wandb", fake)
 
@@ -708,16 +953,33 @@ def test_wandb_is_given_what_a_checkpoint_covers(home: Path, run: record.Run, tm
     (tmp_path / "wandb" / "offline-run-3-other").mkdir()
     fake.starting_step = 3
     fake.place = "run-4-run-1"
-    with tracking(tmp_path, Clock(), io.StringIO(), position=position, backend="wandb", mode="offline"):
+    with tracking(
+        tmp_path, Clock(), io.StringIO(), position=position, backend="wandb", mode="offline"
+    ):
         assert given() == [0, 1, 2, 3, 4]  # mirror.json counts here
-    assert sorted(p.name for p in (tmp_path / "wandb").iterdir()) == ["offline-run-1-run-1", "offline-run-3-other"]
+    assert sorted(p.name for p in (tmp_path / "wandb").iterdir()) == [
+        "offline-run-1-run-1",
+        "offline-run-3-other",
+    ]
     monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
-    with tracking(tmp_path, Clock(), io.StringIO(), position=position, backend="wandb", mode="online"):
-        assert given() == [0, 1, 2, 3, 4, 3, 4]  # and here what the server says, whatever was meant to be uploaded later
+    with tracking(
+        tmp_path, Clock(), io.StringIO(), position=position, backend="wandb", mode="online"
+    ):
+        assert given() == [
+            0,
+            1,
+            2,
+            3,
+            4,
+            3,
+            4,
+        ]  # and here what the server says, whatever was meant to be uploaded later
     assert [c[2]["resume"] for c in fake.calls if c[0] == "init"] == [None, "allow", "allow"]
     assert sorted(p.name for p in (tmp_path / "wandb").iterdir()) == ["offline-run-3-other"]
     (tmp_path / "mirror.json").write_text("[")
-    with tracking(tmp_path, Clock(), out := io.StringIO(), position=position, backend="wandb", mode="offline"):
+    with tracking(
+        tmp_path, Clock(), out := io.StringIO(), position=position, backend="wandb", mode="offline"
+    ):
         pass
     assert out.getvalue().count("note: wandb: start failed (JSONDecodeError") == 1
 
@@ -731,7 +993,10 @@ def synthetic_steps() -> list[int]:
 def test_a_failed_run_is_marked_as_failed(home: Path, tmp_path: Path, monkeypatch: Patch) -> None:
     fake = FakeWandb()
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    with pytest.raises(RuntimeError), tracking(tmp_path, Clock(), io.StringIO(), backend="wandb", mode="offline"):
+    with (
+        pytest.raises(RuntimeError),
+        tracking(tmp_path, Clock(), io.StringIO(), backend="wandb", mode="offline"),
+    ):
         raise RuntimeError
     assert fake.calls[-1][2] == {"exit_code": 1}
 
@@ -739,8 +1004,18 @@ def test_a_failed_run_is_marked_as_failed(home: Path, tmp_path: Path, monkeypatc
 def test_secrets_are_blanked(monkeypatch: Patch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_canary_canary")
     monkeypatch.setenv("aws_secret_access_key", "aws/canary/canary")
-    config = {"a": ["x hf_canary_canary y"], "b": "https://me:pass@host/x", "c": 3, "d": {"e": "aws/canary/canary"}}
-    assert mirror._public(config) == {"a": ["x *** y"], "b": "https://***@host/x", "c": 3, "d": {"e": "***"}}
+    config = {
+        "a": ["x hf_canary_canary y"],
+        "b": "https://me:pass@host/x",
+        "c": 3,
+        "d": {"e": "aws/canary/canary"},
+    }
+    assert mirror._public(config) == {
+        "a": ["x *** y"],
+        "b": "https://***@host/x",
+        "c": 3,
+        "d": {"e": "***"},
+    }
 
 
 # The real wandb, in processes of its own: it keeps global state and threads.
@@ -793,8 +1068,9 @@ def inspect(folder: Path) -> dict[str, list[Any]]:
 
 
 def attempt(folder: Path, mode: str, die: str, run: record.Run) -> str:
-    """One process of a run that saves after rows 4, 8 and 12 of its 13. die: "position@8", "saved@8", "sent@8": killed at
-    that place; "stop@9": leaves in order after row 9; "": runs to its end. Returns what was printed."""
+    """One process of a run that saves after rows 4, 8 and 12 of its 13. die: "position@8",
+    "saved@8", "sent@8": killed at that place; "stop@9": leaves in order after row 9; "": runs to
+    its end. Returns what was printed."""
     place, _, number = die.partition("@")
 
     def reach(name: str, done: int) -> None:
@@ -805,7 +1081,16 @@ def attempt(folder: Path, mode: str, die: str, run: record.Run) -> str:
     position = json.loads(saved.read_text()) if saved.exists() else None
     with (
         contextlib.suppress(PreemptedError),
-        tracking(folder, Clock(), out, tasks=True, position=position, backend="wandb", mode=mode, init_timeout_seconds=15) as tracker,
+        tracking(
+            folder,
+            Clock(),
+            out,
+            tasks=True,
+            position=position,
+            backend="wandb",
+            mode=mode,
+            init_timeout_seconds=15,
+        ) as tracker,
     ):
         first = position["rows"] if position else 0
         for done, action in enumerate(list(actions(run, tracker))[first:], start=first + 1):
@@ -841,7 +1126,9 @@ def attempts(folder: Path, *chain: str, mode: str = "offline", **env: str) -> li
     for die in (*chain, ""):
         point = {"GAIN_CL_FAILPOINT": die} if die.startswith("dashboard.") else {}
         command = [sys.executable, "-c", ATTEMPT, str(folder), mode, "" if point else die]
-        done = subprocess.run(command, env=clean | point, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(
+            command, env=clean | point, capture_output=True, text=True, timeout=120
+        )
         ordered = not die or die.startswith("stop")
         assert done.returncode == (0 if ordered else -signal.SIGKILL), (die, done.stderr)
         assert done.stderr == ""
@@ -854,13 +1141,21 @@ def history(offline: Path) -> list[dict[str, Any]]:
     wandb = "import sys; from wandb.cli.cli import cli; sys.argv[0] = 'wandb'; cli()"
     command = [sys.executable, "-c", wandb, "leet", "inspect", "--json", str(offline)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
-    return [x["history"]["item"] for x in map(json.loads, done.stdout.splitlines()) if x["type"] == "history"]
+    return [
+        x["history"]["item"]
+        for x in map(json.loads, done.stdout.splitlines())
+        if x["type"] == "history"
+    ]
 
 
 def shown(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Rows of wandb without its clocks, and without the picture and the table at the end."""
     assert all("matrix" in json.dumps(r) for r in rows if r["_step"] == 13)
-    return [{k: v for k, v in r.items() if k not in ("_runtime", "_timestamp")} for r in rows if r["_step"] != 13]
+    return [
+        {k: v for k, v in r.items() if k not in ("_runtime", "_timestamp")}
+        for r in rows
+        if r["_step"] != 13
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -871,8 +1166,19 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]
     (offline,) = (folder / "wandb").glob("offline-run-*")
     rows = shown(history(offline))
     assert [r["_step"] for r in rows] == list(range(13))
-    assert [r["train/global_step"] for r in rows if "train/loss_nats" in r] == [1, 2, 3, 4, 9, 10, 11, 12]
-    assert [r["stage"] for r in rows if "ppl/a" in r] == [0, 1, 2] and all("change_pct/a" in r for r in rows if "ppl/a" in r)
+    assert [r["train/global_step"] for r in rows if "train/loss_nats" in r] == [
+        1,
+        2,
+        3,
+        4,
+        9,
+        10,
+        11,
+        12,
+    ]
+    assert [r["stage"] for r in rows if "ppl/a" in r] == [0, 1, 2] and all(
+        "change_pct/a" in r for r in rows if "ppl/a" in r
+    )
     return rows
 
 
@@ -883,7 +1189,11 @@ CHAINS = [
 ]
 
 
-@pytest.mark.parametrize("chain", [CHAINS[0], *(pytest.param(c, marks=pytest.mark.slow) for c in CHAINS[1:])], ids=" ".join)
+@pytest.mark.parametrize(
+    "chain",
+    [CHAINS[0], *(pytest.param(c, marks=pytest.mark.slow) for c in CHAINS[1:])],
+    ids=" ".join,
+)
 def test_offline_each_row_is_shown_once_over_all_processes(
     tmp_path: Path, undisturbed: list[dict[str, Any]], chain: tuple[str, ...]
 ) -> None:
@@ -892,7 +1202,9 @@ def test_offline_each_row_is_shown_once_over_all_processes(
     folders = sorted((tmp_path / "wandb").glob("offline-run-*"))
     rows = [row for folder in folders for row in history(folder)]
     assert sorted(shown(rows), key=lambda r: r["_step"]) == undisturbed
-    assert len(rows) == 14 and [r["row"] for r in metrics(tmp_path) if "row" in r] == list(range(13))
+    assert len(rows) == 14 and [r["row"] for r in metrics(tmp_path) if "row" in r] == list(
+        range(13)
+    )
     state = json.loads((tmp_path / "mirror.json").read_text())
     assert state == {"rows": 13, "folders": [f.name for f in folders]}
 
@@ -901,31 +1213,48 @@ def test_offline_each_row_is_shown_once_over_all_processes(
 @pytest.mark.parametrize(
     ("twin", "chain"),
     [
-        ("test_track.track._cut = lambda path, length: path.stat().st_size", ["position@8"]),  # what was taken back stays
+        (
+            "test_track.track._cut = lambda path, length: path.stat().st_size",
+            ["position@8"],
+        ),  # what was taken back stays
         (
             "import types; dashboard.shutil = types.SimpleNamespace(rmtree=lambda path: None)",
             ["dashboard.closed@1"],
         ),  # a folder that does not count stays
-        ("send = dashboard.Mirror.send; dashboard.Mirror.send = lambda m, n: (send(m, n), m._remember())", ["sent@8"]),  # given is not kept
-        ("test_track.track.Tracker.position = lambda t: {'bytes': 10**9, 'rows': t._shown}", ["stop@9"]),
+        (
+            "send = dashboard.Mirror.send; dashboard.Mirror.send = lambda m, n: (send(m, n), "
+            "m._remember())",
+            ["sent@8"],
+        ),  # given is not kept
+        (
+            "test_track.track.Tracker.position = lambda t: {'bytes': 10**9, 'rows': t._shown}",
+            ["stop@9"],
+        ),
     ],
 )
-def test_broken_twins_show_a_row_twice_or_never(tmp_path: Path, undisturbed: list[dict[str, Any]], twin: str, chain: list[str]) -> None:
+def test_broken_twins_show_a_row_twice_or_never(
+    tmp_path: Path, undisturbed: list[dict[str, Any]], twin: str, chain: list[str]
+) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             sys.modules[__name__],
             "ATTEMPT",
-            ATTEMPT.replace("folder,", f"from gain_cl.runs import mirror as dashboard; {twin}\nfolder,", 1),
+            ATTEMPT.replace(
+                "folder,", f"from gain_cl.runs import mirror as dashboard; {twin}\nfolder,", 1
+            ),
         )
         attempts(tmp_path, *chain)
     rows = [row for folder in (tmp_path / "wandb").glob("offline-run-*") for row in history(folder)]
     in_file = [r["row"] for r in metrics(tmp_path) if "row" in r]
-    assert (sorted(shown(rows), key=lambda r: r["_step"]), in_file) != (undisturbed, list(range(13)))
+    assert (sorted(shown(rows), key=lambda r: r["_step"]), in_file) != (
+        undisturbed,
+        list(range(13)),
+    )
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """As much of a wandb server as a run needs, on loopback. fault: what it answers instead, once ``broken`` is set: an HTTP
-    status, "cut" (half an answer) or "hole" (none)."""
+    """As much of a wandb server as a run needs, on loopback. fault: what it answers instead, once
+    ``broken`` is set: an HTTP status, "cut" (half an answer) or "hole" (none)."""
 
     daemon_threads = True
 
@@ -961,8 +1290,19 @@ class Server(http.server.ThreadingHTTPServer):
             return {}
         place = {"id": "p", "name": "gain_cl", "entity": {"id": "e", "name": "me"}}
         tail = json.dumps([self.lines[i] for i in sorted(self.lines)][-1:])
-        bucket = {"id": "b", "name": "run-1", "displayName": "run-1", "historyLineCount": len(self.lines)}
-        bucket |= {"eventsLineCount": 0, "logLineCount": 0, "historyTail": tail, "eventsTail": "[]", "config": "{}"}
+        bucket = {
+            "id": "b",
+            "name": "run-1",
+            "displayName": "run-1",
+            "historyLineCount": len(self.lines),
+        }
+        bucket |= {
+            "eventsLineCount": 0,
+            "logLineCount": 0,
+            "historyTail": tail,
+            "eventsTail": "[]",
+            "config": "{}",
+        }
         bucket |= {"summaryMetrics": "{}", "tags": [], "wandbConfig": '{"t": 1}'}
         if "query RunResumeStatus" in body["query"]:
             return {"model": {**place, "bucket": bucket if self.known else None}}
@@ -970,7 +1310,15 @@ class Server(http.server.ThreadingHTTPServer):
             self.known = True
             return {"upsertBucket": {"bucket": {**bucket, "project": place}, "inserted": False}}
         if "viewer" in body["query"]:
-            return {"viewer": {"id": "u", "username": "me", "entity": "me", "flags": "{}", "teams": {"edges": []}}}
+            return {
+                "viewer": {
+                    "id": "u",
+                    "username": "me",
+                    "entity": "me",
+                    "flags": "{}",
+                    "teams": {"edges": []},
+                }
+            }
         return {"project": None} if "query ArtifactType" in body["query"] else None
 
 
@@ -1002,9 +1350,16 @@ class Answer(http.server.BaseHTTPRequestHandler):
 
 
 @pytest.mark.parametrize(
-    "chain", [("saved@4", "sent@8"), pytest.param(("position@4", "stop@9", "sent@12"), marks=pytest.mark.slow)], ids=" ".join
+    "chain",
+    [
+        ("saved@4", "sent@8"),
+        pytest.param(("position@4", "stop@9", "sent@12"), marks=pytest.mark.slow),
+    ],
+    ids=" ".join,
 )
-def test_online_the_server_says_what_it_has(tmp_path: Path, undisturbed: list[dict[str, Any]], chain: tuple[str, ...]) -> None:
+def test_online_the_server_says_what_it_has(
+    tmp_path: Path, undisturbed: list[dict[str, Any]], chain: tuple[str, ...]
+) -> None:
     with Server() as server:
         texts = attempts(tmp_path, *chain, mode="online", **server.env)
         assert shown(server.rows) == undisturbed
@@ -1020,16 +1375,24 @@ FAULTY: list[int | str] = [401, 403, 404, 429, 500, "cut", "hole"]
 @pytest.mark.parametrize("since", ["start", "middle"])
 @pytest.mark.parametrize("fault", [*FAULTY, "refused", "killed"])
 def test_services_away(tmp_path: Path, run: record.Run, fault: int | str, since: str) -> None:
-    """From the start or from row 4 on: at most one line, at most a minute in all, and the same metrics.jsonl."""
+    """From the start or from row 4 on: at most one line, at most a minute in all, and the same
+    metrics.jsonl."""
     if (fault, since) == ("killed", "start"):
         pytest.skip("it is there only after the start")
     with Server(fault, broken=since == "start") as server:
         if (fault, since) == ("refused", "start"):
             server.shutdown()
             server.server_close()
-        env = {**server.env, "PYTHONPATH": HELPERS, "HOME": str(tmp_path), "PATH": os.environ["PATH"]}
+        env = {
+            **server.env,
+            "PYTHONPATH": HELPERS,
+            "HOME": str(tmp_path),
+            "PATH": os.environ["PATH"],
+        }
         command = [sys.executable, "-c", WATCHED, str(tmp_path), str(fault)]
-        with subprocess.Popen(command, env=env, text=True, stdin=-1, stdout=-1, stderr=-1) as process:
+        with subprocess.Popen(
+            command, env=env, text=True, stdin=-1, stdout=-1, stderr=-1
+        ) as process:
             assert process.stdin is not None and process.stdout is not None
             seconds = float(process.stdout.readline())
             server.broken = True
@@ -1039,7 +1402,8 @@ def test_services_away(tmp_path: Path, run: record.Run, fault: int | str, since:
             begun = time.monotonic()
             out, err = process.communicate("go\n", timeout=100)
             seconds += time.monotonic() - begun
-    # wandb's own service may crash in Go when its server goes (seen: 0.31, uploader.go); the run does not.
+    # wandb's own service may crash in Go when its server goes (seen: 0.31, uploader.go); the run
+    # does not.
     assert process.returncode == 0, err
     assert err == "" or (err.startswith("panic: ") and "wandb/core" in err), err
     assert out.count("note: wandb") == 1
@@ -1075,13 +1439,19 @@ print(out.getvalue())
 
 
 def grep(folder: Path, *needles: bytes) -> list[str]:
-    return [str(p) for p in folder.rglob("*") if p.is_file() and any(n in p.read_bytes() for n in needles)]
+    return [
+        str(p)
+        for p in folder.rglob("*")
+        if p.is_file() and any(n in p.read_bytes() for n in needles)
+    ]
 
 
 def test_real_wandb_offline(tmp_path: Path) -> None:
     text = drive(tmp_path, "disabled", "online", "offline")
     assert "IMPORTED False" in text and not (tmp_path / "disabled" / "wandb").exists()
-    assert text.count("note: wandb") == text.count("note: wandb: no API key") == 1  # online without a key; offline was asked for
+    assert (
+        text.count("note: wandb") == text.count("note: wandb: no API key") == 1
+    )  # online without a key; offline was asked for
     (run_folder,) = (tmp_path / "offline" / "wandb").glob("offline-run-*-run-1")
     (table,) = run_folder.glob("files/media/table/matrix_*.table.json")
     assert json.loads(table.read_text())["columns"] == ["stage", "trained", "a", "b", "x"]
@@ -1094,7 +1464,15 @@ def test_real_wandb_offline(tmp_path: Path) -> None:
     axes = {m.get("glob_name") or m["name"]: m.get("step_metric") for m in found["metric"]}
     assert axes["ppl/*"] == axes["task/*"] == "stage" and axes["train/*"] == "train/global_step"
     history = json.dumps(found["history"])
-    for key in ("ppl/a", "change_pct/x", "train/loss_nats", "train/dev_loss_nats", "task/boolq@100/accuracy", "matrix_image", "matrix"):
+    for key in (
+        "ppl/a",
+        "change_pct/x",
+        "train/loss_nats",
+        "train/dev_loss_nats",
+        "task/boolq@100/accuracy",
+        "matrix_image",
+        "matrix",
+    ):
         assert f'"{key}' in history, key
     assert '"backward_net_pct"' in json.dumps(found["summary"])
     assert grep(tmp_path, b"hf_canary") == []
@@ -1104,7 +1482,9 @@ def test_real_wandb_out_of_reach(tmp_path: Path) -> None:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    text = drive(tmp_path, "auto", WANDB_API_KEY="k" * 40, WANDB_BASE_URL=f"http://127.0.0.1:{port}")
+    text = drive(
+        tmp_path, "auto", WANDB_API_KEY="k" * 40, WANDB_BASE_URL=f"http://127.0.0.1:{port}"
+    )
     assert float(re.findall(r"SECONDS (\S+)", text)[0]) < 20
     assert text.count("note: wandb") == text.count("note: wandb: not reached") == 1
     assert inspect(tmp_path / "auto")["history"]
@@ -1113,14 +1493,24 @@ def test_real_wandb_out_of_reach(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("listens", [False, True], ids=["refused", "black hole"])
-def test_real_wandb_out_of_reach_within_20_seconds(tmp_path: Path, monkeypatch: Patch, listens: bool) -> None:
-    """With the default timeout, from the start of the run to its first stage; and the process ends soon after."""
-    monkeypatch.setattr(sys.modules[__name__], "DRIVER", DRIVER.replace(", init_timeout_seconds=3", ""))
+def test_real_wandb_out_of_reach_within_20_seconds(
+    tmp_path: Path, monkeypatch: Patch, listens: bool
+) -> None:
+    """With the default timeout, from the start of the run to its first stage; and the process ends
+    soon after."""
+    monkeypatch.setattr(
+        sys.modules[__name__], "DRIVER", DRIVER.replace(", init_timeout_seconds=3", "")
+    )
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         if listens:
             s.listen()
-        text = drive(tmp_path, "auto", WANDB_API_KEY="k" * 40, WANDB_BASE_URL=f"http://127.0.0.1:{s.getsockname()[1]}")
+        text = drive(
+            tmp_path,
+            "auto",
+            WANDB_API_KEY="k" * 40,
+            WANDB_BASE_URL=f"http://127.0.0.1:{s.getsockname()[1]}",
+        )
     assert float(re.findall(r"SECONDS (\S+)", text)[0]) < 20
 
 
@@ -1134,5 +1524,11 @@ def test_without_a_tracker_wandb_is_not_imported(tmp_path: Path) -> None:
     print({"wandb", "torch", "matplotlib"} & set(sys.modules))
     """
     env = {**os.environ, "PYTHONPATH": HELPERS}
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code), str(tmp_path)], env=env, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code), str(tmp_path)],
+        env=env,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert done.stdout == "set()\n"

@@ -1,4 +1,5 @@
-"""The training loop: schedule, accumulation, determinism, packing, refusal of non-finite numbers."""
+"""The training loop: schedule, accumulation, determinism, packing, refusal of non-finite
+numbers."""
 
 from __future__ import annotations
 
@@ -36,7 +37,19 @@ def fit(
     adapter.attach(loaded)
     blocks = blocks or ListBlocks(np.random.default_rng(0).integers(1, 257, (32, setup.block)))
     optimizer = train.optimizer(adapter, setup)
-    log = list(train.stage(loaded, adapter, guard or Guard(), blocks, setup, optimizer, index=1, seed=seed, micro_batch=micro))
+    log = list(
+        train.stage(
+            loaded,
+            adapter,
+            guard or Guard(),
+            blocks,
+            setup,
+            optimizer,
+            index=1,
+            seed=seed,
+            micro_batch=micro,
+        )
+    )
     return adapter.state(), log
 
 
@@ -113,14 +126,16 @@ def test_masked_packing_equals_separate_documents(family: str, dtype: str) -> No
     with torch.no_grad():
         together = forward.loss_sum(loaded, packed, owners).item()
         joined = forward.loss_sum(loaded, packed).item()
-        # b starts from what precedes it in the stream (in a real stream, the separator), not from the prefix
+        # b starts from what precedes it in the stream (in a real stream, the separator), not from
+        # the prefix
         ids = torch.tensor([[a[-1], *b[:-1]]])
         hidden = loaded.body(input_ids=ids).last_hidden_state[0]
         logits = loaded.head(hidden).float()
         if loaded.softcap:
             logits = loaded.softcap * torch.tanh(logits / loaded.softcap)
         alone = (
-            forward.loss_sum(loaded, a[None]).item() + torch.nn.functional.cross_entropy(logits, torch.tensor(b), reduction="sum").item()
+            forward.loss_sum(loaded, a[None]).item()
+            + torch.nn.functional.cross_entropy(logits, torch.tensor(b), reduction="sum").item()
         )
     assert together == pytest.approx(alone, rel=1e-5 if dtype == "float32" else 1e-2)
     assert joined != pytest.approx(alone, rel=1e-6)
@@ -135,7 +150,18 @@ def test_gradient_checkpointing_changes_nothing() -> None:
         if checkpointing:
             load.checkpoint_activations(loaded.model)
         blocks = ListBlocks(np.random.default_rng(0).integers(1, 257, (32, 16)))
-        list(train.stage(loaded, adapter, Guard(), blocks, settings(), train.optimizer(adapter, settings()), index=1, seed=0))
+        list(
+            train.stage(
+                loaded,
+                adapter,
+                Guard(),
+                blocks,
+                settings(),
+                train.optimizer(adapter, settings()),
+                index=1,
+                seed=0,
+            )
+        )
         states.append(adapter.state())
     assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])
 
@@ -154,7 +180,18 @@ def test_non_finite_numbers_stop_before_the_update(where: str) -> None:
     before = adapter.state()
     blocks = ListBlocks(np.random.default_rng(0).integers(1, 257, (32, 16)))
     with pytest.raises(DataError, match=rf"the {where} is not finite \(stage 1, step 1\)") as error:
-        list(train.stage(loaded, adapter, Guard(), blocks, settings(), train.optimizer(adapter, settings()), index=1, seed=0))
+        list(
+            train.stage(
+                loaded,
+                adapter,
+                Guard(),
+                blocks,
+                settings(),
+                train.optimizer(adapter, settings()),
+                index=1,
+                seed=0,
+            )
+        )
     assert error.value.exit_code == 65
     assert all(torch.equal(before[k], v) for k, v in adapter.state().items())
 
@@ -190,7 +227,11 @@ def test_guard_mixes_and_penalises() -> None:
     pull.attach(loaded, adapter, 0)
     setup = settings(steps=60, schedule="constant", clip=None, lr=2e-2, warmup=0.0)
     blocks = ListBlocks(np.random.default_rng(0).integers(1, 257, (32, 16)))
-    list(train.stage(loaded, adapter, pull, blocks, setup, train.optimizer(adapter, setup), index=1, seed=0))
+    list(
+        train.stage(
+            loaded, adapter, pull, blocks, setup, train.optimizer(adapter, setup), index=1, seed=0
+        )
+    )
     assert all((p - 0.5).abs().max() < 0.1 for p in adapter.parameters().values())
 
 

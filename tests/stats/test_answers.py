@@ -14,22 +14,41 @@ from gain_cl.errors import DataError
 from gain_cl.stats import answers
 
 
-def table(gold: list[int], *stages: list[list[float]], task: str = "boolq@4", chars: list[list[int]] | None = None) -> pd.DataFrame:
+def table(
+    gold: list[int],
+    *stages: list[list[float]],
+    task: str = "boolq@4",
+    chars: list[list[int]] | None = None,
+) -> pd.DataFrame:
     """Items of several stages, in an order that is not sorted."""
     chars = chars or [[len("no"), len("yes"), 5, 7, 11][: len(x)] for x in stages[0]]
     rows = [
-        {"stage": s, "task": task, "item": f"{i:016x}", "gold": g, "logprobs": x, "choice_bytes": c, "choice_chars": c}
+        {
+            "stage": s,
+            "task": task,
+            "item": f"{i:016x}",
+            "gold": g,
+            "logprobs": x,
+            "choice_bytes": c,
+            "choice_chars": c,
+        }
         for s, logprobs in enumerate(stages)
         for i, (g, x, c) in enumerate(zip(gold, logprobs, chars, strict=True))
     ]
     return pd.DataFrame(rows).sample(frac=1, random_state=0).reset_index(drop=True)
 
 
-def drawn(count: int, stages: int = 2, choices: int = 2, seed: int = 0, drift: float = 0.3) -> pd.DataFrame:
+def drawn(
+    count: int, stages: int = 2, choices: int = 2, seed: int = 0, drift: float = 0.3
+) -> pd.DataFrame:
     rng = np.random.default_rng(seed)
     gold = rng.integers(0, choices, count)
     base = rng.normal(-3, 1, (count, choices)) + 0.7 * np.eye(choices)[gold]
-    return table(gold.tolist(), *[(base + s * rng.normal(-0.1, drift, base.shape)).tolist() for s in range(stages)], task="t")
+    return table(
+        gold.tolist(),
+        *[(base + s * rng.normal(-0.1, drift, base.shape)).tolist() for s in range(stages)],
+        task="t",
+    )
 
 
 def test_hand_values() -> None:
@@ -43,7 +62,9 @@ def test_hand_values() -> None:
     found = answers.level(frame, "boolq@4", 0)
     assert found["accuracy"].value == 0.75 and found["accuracy"].n == 4
     wilson = stats.binomtest(3, 4).proportion_ci(0.95, "wilson")
-    assert (found["accuracy"].low, found["accuracy"].high) == pytest.approx((wilson.low, wilson.high))
+    assert (found["accuracy"].low, found["accuracy"].high) == pytest.approx(
+        (wilson.low, wilson.high)
+    )
 
 
 def test_accuracy_norm_divides_by_characters() -> None:
@@ -61,7 +82,11 @@ def test_items_with_different_numbers_of_choices() -> None:
     frame = table([2, 4, 0], [[-3.0, -2.0, -1.0], [-5.0, -4.0, -3.0, -2.0, -1.5], [-1.0, -2.0]])
     a = answers.answers(frame, "boolq@4", 0)
     assert answers.correct(a).tolist() == [True, True, True]
-    by_hand = [-1 - math.log(math.exp(-3) + math.exp(-2)), -1.5 - math.log(sum(math.exp(-x) for x in (5, 4, 3, 2))), 1.0]
+    by_hand = [
+        -1 - math.log(math.exp(-3) + math.exp(-2)),
+        -1.5 - math.log(sum(math.exp(-x) for x in (5, 4, 3, 2))),
+        1.0,
+    ]
     assert answers.margin(a) == pytest.approx(by_hand)
     assert answers.auc(a) is None
     with pytest.raises(ValueError, match="5 choices"):
@@ -73,10 +98,16 @@ def test_against_scikit_learn(seed: int) -> None:
     frame = drawn(211, seed=seed)
     frame.logprobs = frame.logprobs.map(lambda x: np.round(x, 1).tolist())  # with ties
     a = answers.answers(frame, "t", 0)
-    assert answers.auc(a) == pytest.approx(roc_auc_score(a.gold, a.logprobs[:, 1] - a.logprobs[:, 0]), abs=1e-12)
-    assert answers.balanced_accuracy(a) == pytest.approx(balanced_accuracy_score(a.gold, a.logprobs.argmax(1)), abs=1e-12)
+    assert answers.auc(a) == pytest.approx(
+        roc_auc_score(a.gold, a.logprobs[:, 1] - a.logprobs[:, 0]), abs=1e-12
+    )
+    assert answers.balanced_accuracy(a) == pytest.approx(
+        balanced_accuracy_score(a.gold, a.logprobs.argmax(1)), abs=1e-12
+    )
     many = answers.answers(drawn(150, choices=4, seed=seed), "t", 1)
-    assert answers.balanced_accuracy(many) == pytest.approx(balanced_accuracy_score(many.gold, many.logprobs.argmax(1)), abs=1e-12)
+    assert answers.balanced_accuracy(many) == pytest.approx(
+        balanced_accuracy_score(many.gold, many.logprobs.argmax(1)), abs=1e-12
+    )
 
 
 def test_change_is_paired() -> None:
@@ -96,7 +127,12 @@ def test_change_is_paired() -> None:
     assert found["balanced_accuracy"].value == pytest.approx(
         answers.balanced_accuracy(after) - answers.balanced_accuracy(before), abs=1e-12
     )
-    unpaired = math.hypot(*(e.high - e.low for e in (answers.level(frame, "t", 0)["auc"], answers.level(frame, "t", 1)["auc"])))
+    unpaired = math.hypot(
+        *(
+            e.high - e.low
+            for e in (answers.level(frame, "t", 0)["auc"], answers.level(frame, "t", 1)["auc"])
+        )
+    )
     assert found["auc"].high - found["auc"].low < 0.8 * unpaired
     assert answers.change(frame, "t", 0, 1) == found  # seeded
 
@@ -127,10 +163,13 @@ def test_balanced_accuracy_interval_against_closed_form() -> None:
 
 
 def test_intervals_cover() -> None:
-    """Drawn again and again from one population, 95% intervals of the accuracy change hold its truth about 95% of the time."""
+    """Drawn again and again from one population, 95% intervals of the accuracy change hold its
+    truth about 95% of the time."""
     rng, truth, hits = np.random.default_rng(0), 0.06, 0
     for _ in range(200):
-        kind = rng.choice(3, size=100, p=[0.10, 0.04, 0.86])  # wrong -> right, right -> wrong, still right
+        kind = rng.choice(
+            3, size=100, p=[0.10, 0.04, 0.86]
+        )  # wrong -> right, right -> wrong, still right
         before = [[-2.0, -1.0] if k else [-1.0, -2.0] for k in kind]
         after = [[-1.0, -2.0] if k == 1 else [-2.0, -1.0] for k in kind]
         e = answers.change(table([1] * 100, before, after), "boolq@4", 0, 1)["accuracy"]
@@ -145,7 +184,7 @@ def test_flips() -> None:
     assert answers.change(frame, "boolq@4", 0, 1)["accuracy"].value == pytest.approx(-0.2)
 
 
-# --- what cannot be known is said, not invented ----------------------------------------------------------------------
+# --- what cannot be known is said, not invented ---------------------------------------------------
 
 
 def test_one_answer_only_has_no_ranking() -> None:
@@ -159,10 +198,14 @@ def test_no_flip_among_few_items_is_not_certainty() -> None:
     moved = [[x - 0.01, y] for x, y in same]
     e = answers.change(table([1] * 60 + [0] * 40, same, moved), "boolq@4", 0, 1)
     bound = 1 - 0.025 ** (1 / 100)  # 3.6%: more changing items would likely have shown one
-    assert (e["accuracy"].value, e["accuracy"].low, e["accuracy"].high) == pytest.approx((0, -bound, bound))
+    assert (e["accuracy"].value, e["accuracy"].low, e["accuracy"].high) == pytest.approx(
+        (0, -bound, bound)
+    )
     assert e["balanced_accuracy"].low < -bound and e["balanced_accuracy"].high > bound
     assert e["margin"].value != 0
-    assert math.isnan(e["auc"].low) and math.isnan(e["auc"].high) and e["auc"].value == 0  # a perfect ranking stays perfect
+    assert (
+        math.isnan(e["auc"].low) and math.isnan(e["auc"].high) and e["auc"].value == 0
+    )  # a perfect ranking stays perfect
 
 
 def test_the_same_answers_changed_by_nothing() -> None:
@@ -174,7 +217,9 @@ def test_the_same_answers_changed_by_nothing() -> None:
 
 
 def test_every_item_lost() -> None:
-    e = answers.change(table([1] * 20, [[-2.0, -1.0]] * 20, [[-1.0, -2.0]] * 20), "boolq@4", 0, 1)["accuracy"]
+    e = answers.change(table([1] * 20, [[-2.0, -1.0]] * 20, [[-1.0, -2.0]] * 20), "boolq@4", 0, 1)[
+        "accuracy"
+    ]
     assert e.value == -1 and e.low == -1 and -1 < e.high < -0.6
 
 

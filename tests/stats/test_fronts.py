@@ -1,4 +1,5 @@
-"""Equal skill: which settings count, interpolation against known fronts, intervals that cover, and what is refused."""
+"""Equal skill: which settings count, interpolation against known fronts, intervals that cover, and
+what is refused."""
 
 from __future__ import annotations
 
@@ -11,7 +12,10 @@ from scipy.interpolate import PchipInterpolator
 from gain_cl.stats import fronts, inference
 from gain_cl.stats.fronts import Front
 
-SETTINGS = {"a": np.array([-0.03, -0.06, -0.10, -0.15, -0.19, -0.22]), "b": np.array([-0.05, -0.10, -0.16, -0.21, -0.24])}
+SETTINGS = {
+    "a": np.array([-0.03, -0.06, -0.10, -0.15, -0.19, -0.22]),
+    "b": np.array([-0.05, -0.10, -0.16, -0.21, -0.24]),
+}
 
 
 def truth(name: str, x: float | np.ndarray) -> float | np.ndarray:
@@ -20,10 +24,17 @@ def truth(name: str, x: float | np.ndarray) -> float | np.ndarray:
 
 
 def simulated(
-    rng: np.random.Generator, blocks: int = 1, n: int = 32, domains: int = 3, sd: float = 0.03, block_sd: float = 0.0, resamples: int = 300
+    rng: np.random.Generator,
+    blocks: int = 1,
+    n: int = 32,
+    domains: int = 3,
+    sd: float = 0.03,
+    block_sd: float = 0.0,
+    resamples: int = 300,
 ) -> dict[str, list[Front]]:
-    """Fronts of a and b as measured: a document's change varies with the size of the change (sd at an own step of -0.15), in part in
-    the same way for methods, settings and blocks; a block shifts a whole method."""
+    """Fronts of a and b as measured: a document's change varies with the size of the change (sd at
+    an own step of -0.15), in part in the same way for methods, settings and blocks; a block shifts
+    a whole method."""
 
     def trait() -> np.ndarray:
         return rng.standard_t(5, (domains, 2, n)) / np.sqrt(5 / 3)
@@ -37,16 +48,30 @@ def simulated(
             for x in steps:
                 noise = sd * abs(x) / 0.15 * (0.8 * document + 0.5 * method[name] + 0.33 * trait())
                 parts = [
-                    {f"d{i}": ((mean + noise[i, axis]) * tokens[i] / domains, tokens[i]) for i in range(domains)}
+                    {
+                        f"d{i}": ((mean + noise[i, axis]) * tokens[i] / domains, tokens[i])
+                        for i in range(domains)
+                    }
                     for axis, mean in enumerate((x, float(truth(name, x)) + shift))
                 ]
-                points.append([(sum(z.sum() / t.sum() for z, t in p.values()), inference.resampled(p, 0, resamples)) for p in parts])
-            (x0, xs), (y0, ys) = (([p[axis][0] for p in points], np.stack([p[axis][1] for p in points], axis=1)) for axis in (0, 1))
+                points.append(
+                    [
+                        (
+                            sum(z.sum() / t.sum() for z, t in p.values()),
+                            inference.resampled(p, 0, resamples),
+                        )
+                        for p in parts
+                    ]
+                )
+            (x0, xs), (y0, ys) = (
+                ([p[axis][0] for p in points], np.stack([p[axis][1] for p in points], axis=1))
+                for axis in (0, 1)
+            )
             found[name].append(Front(np.array(x0), np.array(y0), xs, ys, n, name))
     return found
 
 
-# --- which settings count ----------------------------------------------------------------------------------------------
+# --- which settings count -------------------------------------------------------------------------
 
 
 def test_efficient_by_hand() -> None:
@@ -68,7 +93,7 @@ def test_efficient_equals_the_definition() -> None:
         assert (np.diff(x[found]) > 0).all() and (np.diff(y[found]) < 0).all()
 
 
-# --- interpolation -----------------------------------------------------------------------------------------------------
+# --- interpolation --------------------------------------------------------------------------------
 
 
 def test_interpolation_equals_scipy() -> None:
@@ -77,11 +102,16 @@ def test_interpolation_equals_scipy() -> None:
         x, y = np.sort(rng.normal(size=m)), -np.sort(rng.normal(size=m))
         shuffled = rng.permutation(m)
         for at in np.linspace(x[0], x[-1], 9):
-            assert math.isclose(fronts.at_skill(x[shuffled], y[shuffled], at), PchipInterpolator(x, y)(at), abs_tol=1e-12)
+            assert math.isclose(
+                fronts.at_skill(x[shuffled], y[shuffled], at),
+                PchipInterpolator(x, y)(at),
+                abs_tol=1e-12,
+            )
 
 
 def test_interpolation_recovers_the_truth() -> None:
-    """Smooth fronts read at any skill to 0.001 nats from five or six settings, and a bad setting in between changes nothing."""
+    """Smooth fronts read at any skill to 0.001 nats from five or six settings, and a bad setting in
+    between changes nothing."""
     for name, x in SETTINGS.items():
         y = np.asarray(truth(name, x))
         worse = np.append(x, -0.12), np.append(y, 0.5)
@@ -93,31 +123,47 @@ def test_interpolation_recovers_the_truth() -> None:
 def test_never_beyond_the_settings() -> None:
     x, y = np.array([-0.2, -0.1, -0.02]), np.array([0.05, 0.0, 0.01])
     assert math.isnan(fronts.at_skill(x, y, -0.25))
-    assert fronts.out_of_reach(x, y, -0.25, "m") == "m does not reach the own step -0.2500 nats: its best is -0.2000"
+    assert (
+        fronts.out_of_reach(x, y, -0.25, "m")
+        == "m does not reach the own step -0.2500 nats: its best is -0.2000"
+    )
     assert fronts.out_of_reach(x, y, -0.15) == "" and 0 < fronts.at_skill(x, y, -0.15) < 0.05
-    assert fronts.at_skill(x, y, -0.05) == 0.0  # of answers that learn at least as much the one at -0.1 forgets least
-    better = np.array([-0.05, -0.02, 0.0])  # learns more and forgets less with every step: one setting is efficient
-    assert fronts.at_skill(x, better, -0.12) == -0.05 and fronts.out_of_reach(x, better, -0.12) == ""
-    assert "no setting with numbers" in fronts.out_of_reach(np.array([np.nan]), np.array([0.0]), -0.1)
+    assert (
+        fronts.at_skill(x, y, -0.05) == 0.0
+    )  # of answers that learn at least as much the one at -0.1 forgets least
+    better = np.array(
+        [-0.05, -0.02, 0.0]
+    )  # learns more and forgets less with every step: one setting is efficient
+    assert (
+        fronts.at_skill(x, better, -0.12) == -0.05 and fronts.out_of_reach(x, better, -0.12) == ""
+    )
+    assert "no setting with numbers" in fronts.out_of_reach(
+        np.array([np.nan]), np.array([0.0]), -0.1
+    )
 
 
 def test_equal_cost() -> None:
-    """A power law of the cost is read exactly half-way on the log axis; resamples are rows; the order is free."""
+    """A power law of the cost is read exactly half-way on the log axis; resamples are rows; the
+    order is free."""
     cost, y = np.array([1e6, 1e4, 1e5]), np.array([3.0, 1.0, 2.0])
     assert math.isclose(fronts.at_equal(cost, y, 10**4.5), 1.5)
     assert np.allclose(fronts.at_equal(cost, np.stack([y, 2 * y]), 1e5), [2, 4])
-    assert math.isclose(fronts.at_equal(np.array([1.0, 3.0]), np.array([1.0, 2.0]), 2.0, log=False), 1.5)
+    assert math.isclose(
+        fronts.at_equal(np.array([1.0, 3.0]), np.array([1.0, 2.0]), 2.0, log=False), 1.5
+    )
     assert math.isnan(fronts.at_equal(cost, y, 1e7))
     for bad in ([1e4, 1e4], [1e4]):
         with pytest.raises(ValueError, match="settings"):
             fronts.at_equal(np.array(bad), y[: len(bad)], 1e4)
 
 
-# --- differences at matched skill --------------------------------------------------------------------------------------
+# --- differences at matched skill -----------------------------------------------------------------
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("n", "domains", "sd"), [(32, 3, 0.03), (32, 1, 0.03), (64, 3, 0.03), (32, 3, 0.06)])
+@pytest.mark.parametrize(
+    ("n", "domains", "sd"), [(32, 3, 0.03), (32, 1, 0.03), (64, 3, 0.03), (32, 3, 0.06)]
+)
 def test_matched_covers_over_documents(n: int, domains: int, sd: float) -> None:
     rng, hits, off = np.random.default_rng([n, domains, int(100 * sd)]), [], []
     for _ in range(1000):
@@ -128,7 +174,9 @@ def test_matched_covers_over_documents(n: int, domains: int, sd: float) -> None:
         hits.append(m.over_documents.low <= expected <= m.over_documents.high)
         off.append(m.over_documents.value - expected)
     assert 0.93 <= np.mean(hits) <= 0.97
-    assert abs(np.mean(off)) < 0.2 * np.std(off)  # noise and interpolation shift it by far less than its error
+    assert abs(np.mean(off)) < 0.2 * np.std(
+        off
+    )  # noise and interpolation shift it by far less than its error
 
 
 @pytest.mark.slow
@@ -139,7 +187,9 @@ def test_matched_covers_over_blocks(blocks: int) -> None:
         f = simulated(rng, blocks, block_sd=0.005, resamples=200)
         m = fronts.matched(f["a"], f["b"], -0.14)
         assert not m.reason and m.over_blocks.n == blocks
-        hits.append(m.over_blocks.low <= float(truth("a", -0.14) - truth("b", -0.14)) <= m.over_blocks.high)
+        hits.append(
+            m.over_blocks.low <= float(truth("a", -0.14) - truth("b", -0.14)) <= m.over_blocks.high
+        )
     assert 0.93 <= np.mean(hits) <= 0.97
 
 
@@ -148,10 +198,14 @@ def test_matched_is_paired_and_signed() -> None:
     m, mirrored = fronts.matched(f["a"], f["b"]), fronts.matched(f["b"], f["a"])
     assert math.isclose(m.skill, fronts.common_skill([*f["a"], *f["b"]])) and m.a < m.b
     assert m.over_blocks.high < 0 and m.over_documents.high < 0  # a forgets less
-    assert np.allclose(m.differences, -mirrored.differences) and math.isclose(m.over_blocks.low, -mirrored.over_blocks.high)
+    assert np.allclose(m.differences, -mirrored.differences) and math.isclose(
+        m.over_blocks.low, -mirrored.over_blocks.high
+    )
     assert math.isclose(m.over_documents.value, m.a - m.b)
     same = fronts.matched(f["a"], f["a"])
-    assert same.over_documents.value == same.over_documents.low == same.over_documents.high == 0  # every resample is the same
+    assert (
+        same.over_documents.value == same.over_documents.low == same.over_documents.high == 0
+    )  # every resample is the same
     assert math.isnan(same.over_blocks.low)
     assert m.documents is not None and inference.t_test(m.differences, m.documents) < 0.05
 
@@ -167,12 +221,18 @@ def test_matched_without_documents_uses_blocks_alone() -> None:
 def test_matched_refuses_what_is_out_of_reach() -> None:
     f = simulated(np.random.default_rng(4))
     m = fronts.matched(f["a"], f["b"], -0.235)
-    assert "a does not reach" in m.reason and math.isnan(m.over_documents.value) and math.isfinite(m.b)
+    assert (
+        "a does not reach" in m.reason and math.isnan(m.over_documents.value) and math.isfinite(m.b)
+    )
     edge = float(f["a"][0].x.min()) + 1e-6  # half of the resamples learn less than this
     m = fronts.matched(f["a"], f["b"], edge)
     assert "of the resamples of documents do not reach" in m.reason
     assert math.isfinite(m.over_documents.value) and math.isnan(m.over_documents.low)
     weak = Front(np.array([-0.01, -0.02]), np.array([0.0, 0.01]), name="weak")
-    m = fronts.matched([weak], [Front(SETTINGS["b"], np.asarray(truth("b", SETTINGS["b"])), name="b")])
-    assert m.skill == pytest.approx(-0.018) and m.reason == ""  # 9/10 of what the weak one learns at most; b answers with its least
+    m = fronts.matched(
+        [weak], [Front(SETTINGS["b"], np.asarray(truth("b", SETTINGS["b"])), name="b")]
+    )
+    assert (
+        m.skill == pytest.approx(-0.018) and m.reason == ""
+    )  # 9/10 of what the weak one learns at most; b answers with its least
     assert math.isnan(fronts.common_skill([]))

@@ -1,4 +1,5 @@
-"""The loss matrix: every metric against a matrix worked out by hand, every interval against a bootstrap and in simulation."""
+"""The loss matrix: every metric against a matrix worked out by hand, every interval against a
+bootstrap and in simulation."""
 
 from __future__ import annotations
 
@@ -29,11 +30,18 @@ LOSS = np.array(
 )
 
 
-def flat(loss: np.ndarray, trained: list[str], controls: list[str], documents: int = 4) -> LossMatrix:
+def flat(
+    loss: np.ndarray, trained: list[str], controls: list[str], documents: int = 4
+) -> LossMatrix:
     """Documents of different lengths that all have their cell's loss per token."""
     tokens = np.arange(1, documents + 1) * 10.0
     names = trained + controls
-    return LossMatrix({d: np.outer(loss[:, j], tokens) for j, d in enumerate(names)}, dict.fromkeys(names, tokens), trained, controls)
+    return LossMatrix(
+        {d: np.outer(loss[:, j], tokens) for j, d in enumerate(names)},
+        dict.fromkeys(names, tokens),
+        trained,
+        controls,
+    )
 
 
 def noisy(seed: int, documents: int = 40, trained: int = 4, controls: int = 2) -> LossMatrix:
@@ -44,7 +52,9 @@ def noisy(seed: int, documents: int = 40, trained: int = 4, controls: int = 2) -
     for d in names:
         tokens[d] = rng.integers(20, 129, documents).astype(float)
         level = 3 + rng.normal(0, 0.5, documents)
-        steps = rng.normal(-0.02, 0.08, (trained + 1, documents)) * (1 + tokens[d] / 128)  # a change that depends on the length
+        steps = rng.normal(-0.02, 0.08, (trained + 1, documents)) * (
+            1 + tokens[d] / 128
+        )  # a change that depends on the length
         steps[0] = 0
         nll[d] = (level + steps.cumsum(0)) * tokens[d]
     return LossMatrix(nll, tokens, names[:trained], names[trained:])
@@ -57,14 +67,17 @@ def noisy(seed: int, documents: int = 40, trained: int = 4, controls: int = 2) -
         ("own_step", ((2.50 - 3.00) + (1.40 - 1.90) + (3.10 - 3.80)) / 3),
         ("zero_shot", ((1.90 - 2.00) + (3.80 - 4.00)) / 2),
         ("backward", ((2.60 - 2.50) + (1.70 - 1.40)) / 2),
-        # the controls moved by (-0.15 - 0.05) / 2 since stage 1 and by (-0.10 - 0.10) / 2 since stage 2
+        # the controls moved by (-0.15 - 0.05) / 2 since stage 1 and by (-0.10 - 0.10) / 2 since
+        # stage 2
         ("backward_net", ((0.10 + 0.10) + (0.30 + 0.10)) / 2),
         ("from_base", ((2.60 - 3.00) + (1.70 - 2.00) + (3.10 - 4.00)) / 3),
         ("controls_from_base", ((2.30 - 2.50) + (3.40 - 3.50)) / 2),
     ],
 )
 def test_metric_by_hand(metric: str, by_hand: float) -> None:
-    assert matrix.summary(flat(LOSS, TRAINED, CONTROLS))[metric].value == pytest.approx(by_hand, abs=1e-12)
+    assert matrix.summary(flat(LOSS, TRAINED, CONTROLS))[metric].value == pytest.approx(
+        by_hand, abs=1e-12
+    )
 
 
 def test_every_metric_is_tested_by_hand() -> None:
@@ -73,7 +86,8 @@ def test_every_metric_is_tested_by_hand() -> None:
 
 
 def test_gem_signs() -> None:
-    """Against GEM's own formulas (1706.08840, eqs. 2-4) on R = -L: forgetting is -BWT, the zero-shot part is -FWT."""
+    """Against GEM's own formulas (1706.08840, eqs. 2-4) on R = -L: forgetting is -BWT, the
+    zero-shot part is -FWT."""
     r, t = -LOSS[:, :3], 3
     bwt = sum(r[t, i] - r[i + 1, i] for i in range(t - 1)) / (t - 1)
     fwt = sum(r[i, i] - r[0, i] for i in range(1, t)) / (t - 1)
@@ -84,21 +98,29 @@ def test_gem_signs() -> None:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_learned_is_zero_shot_part_plus_own_step(seed: int) -> None:
-    """The first domain has no stage before its own, so its zero-shot part is 0; the metric is the mean over the others."""
+    """The first domain has no stage before its own, so its zero-shot part is 0; the metric is the
+    mean over the others."""
     m = noisy(seed)
     found, t = matrix.summary(m), m.stages
-    assert found["learned"].value == pytest.approx(found["own_step"].value + found["zero_shot"].value * (t - 1) / t, abs=1e-12)
+    assert found["learned"].value == pytest.approx(
+        found["own_step"].value + found["zero_shot"].value * (t - 1) / t, abs=1e-12
+    )
     whole = matrix.own_step(m) + matrix.zero_shot(m) * (t - 1) / t
-    np.testing.assert_allclose(matrix.learned(m), whole, atol=1e-15)  # as coefficients: document by document
+    np.testing.assert_allclose(
+        matrix.learned(m), whole, atol=1e-15
+    )  # as coefficients: document by document
 
 
 def test_change_from_base_is_learned_plus_backward_change() -> None:
     found, t = matrix.summary(noisy(5)), 4
-    assert found["from_base"].value == pytest.approx(found["learned"].value + found["backward"].value * (t - 1) / t, abs=1e-12)
+    assert found["from_base"].value == pytest.approx(
+        found["learned"].value + found["backward"].value * (t - 1) / t, abs=1e-12
+    )
 
 
 def test_every_metric_ignores_a_shift_of_a_domain() -> None:
-    """All are differences: coefficients of a domain sum to 0, so a domain that is harder throughout changes nothing."""
+    """All are differences: coefficients of a domain sum to 0, so a domain that is harder throughout
+    changes nothing."""
     m = noisy(1)
     for f in matrix.METRICS:
         np.testing.assert_allclose(f(m).sum(0), 0, atol=1e-12)
@@ -112,16 +134,19 @@ def test_a_drift_shared_with_the_controls_leaves_the_net_backward_change_alone()
 
 
 def test_a_cell_is_weighted_by_tokens() -> None:
-    m = LossMatrix({"a": np.array([[10.0, 300.0], [10.0, 200.0]])}, {"a": np.array([10.0, 100.0])}, ["a"], [])
+    m = LossMatrix(
+        {"a": np.array([[10.0, 300.0], [10.0, 200.0]])}, {"a": np.array([10.0, 100.0])}, ["a"], []
+    )
     assert m.loss[:, 0] == pytest.approx([310 / 110, 210 / 110])  # not the mean of 1.0 and 3.0
     assert m.cell(1, "a").value == pytest.approx(210 / 110)
 
 
-# --- bytes, contributions, ids ----------------------------------------------------------------------------------------
+# --- bytes, contributions, ids --------------------------------------------------------------------
 
 
 def test_bits_per_byte_by_hand() -> None:
-    """ln 2 nats are one bit: 40 bits over 20 bytes, of documents whose own ratios (3 and 1.667) average to another number."""
+    """ln 2 nats are one bit: 40 bits over 20 bytes, of documents whose own ratios (3 and 1.667)
+    average to another number."""
     nll = np.array([[15.0, 25.0], [5.0, 5.0]]) * math.log(2)
     tokens, nbytes = (dict.fromkeys("ax", np.array(n)) for n in ([4, 6], [5, 15]))
     m = LossMatrix({"a": nll, "x": nll * 2}, tokens, ["a"], ["x"], nbytes=nbytes)
@@ -129,9 +154,13 @@ def test_bits_per_byte_by_hand() -> None:
 
 
 def test_bits_per_byte_do_not_depend_on_the_tokenizer() -> None:
-    """The same probability of the same text in half the tokens: twice the nats per token, the same bits per byte."""
+    """The same probability of the same text in half the tokens: twice the nats per token, the same
+    bits per byte."""
     nll, nbytes = {"a": np.array([[30.0, 60.0], [20.0, 50.0]])}, {"a": np.array([40.0, 80.0])}
-    fine, coarse = (LossMatrix(nll, {"a": np.array(tokens)}, ["a"], [], nbytes=nbytes) for tokens in ([10.0, 20.0], [5.0, 10.0]))
+    fine, coarse = (
+        LossMatrix(nll, {"a": np.array(tokens)}, ["a"], [], nbytes=nbytes)
+        for tokens in ([10.0, 20.0], [5.0, 10.0])
+    )
     np.testing.assert_allclose(coarse.loss, 2 * fine.loss)
     np.testing.assert_array_equal(coarse.bits_per_byte, fine.bits_per_byte)
 
@@ -147,9 +176,19 @@ def test_bytes_and_ids_are_optional() -> None:
 
 
 def test_contributions_by_hand() -> None:
-    """Own step of two domains, half each: the later row minus the earlier one, halved, document by document."""
-    nll = {"a": [[30.0, 50.0], [20.0, 46.0], [21.0, 47.0]], "b": [[8.0, 10.0], [9.0, 9.0], [5.0, 7.0]], "x": [[1.0, 1.0]] * 3}
-    m = LossMatrix({d: np.array(v) for d, v in nll.items()}, dict.fromkeys("abx", np.array([10.0, 20.0])), ["a", "b"], ["x"])
+    """Own step of two domains, half each: the later row minus the earlier one, halved, document by
+    document."""
+    nll = {
+        "a": [[30.0, 50.0], [20.0, 46.0], [21.0, 47.0]],
+        "b": [[8.0, 10.0], [9.0, 9.0], [5.0, 7.0]],
+        "x": [[1.0, 1.0]] * 3,
+    }
+    m = LossMatrix(
+        {d: np.array(v) for d, v in nll.items()},
+        dict.fromkeys("abx", np.array([10.0, 20.0])),
+        ["a", "b"],
+        ["x"],
+    )
     c = matrix.own_step(m)
     assert c is not None
     found = m.contributions(c)
@@ -166,14 +205,16 @@ def test_contributions_hold_all_of_an_estimate(metric: object) -> None:
     c = metric(m)  # type: ignore[operator]
     parts = m.contributions(c)
     assert set(parts) == {d for j, d in enumerate(m.domains) if c[:, j].any()}
-    assert sum(z.sum() / tokens.sum() for z, tokens in parts.values()) == pytest.approx(float((c * m.loss).sum()), abs=1e-12)
+    assert sum(z.sum() / tokens.sum() for z, tokens in parts.values()) == pytest.approx(
+        float((c * m.loss).sum()), abs=1e-12
+    )
     assert sum(len(z) for z, _ in parts.values()) == m.estimate(c).n
 
 
-# --- forgetting by age, forward transfer, other definitions -----------------------------------------------------------
+# --- forgetting by age, forward transfer, other definitions ---------------------------------------
 
-# Right after its own stage is not a domain's best: a is best before any training, b before its own stage.
-#                  a     b     c     x
+# Right after its own stage is not a domain's best: a is best before any training, b before its own
+# stage. a     b     c     x
 ODD = np.array(
     [
         [2.00, 3.00, 4.00, 2.50],
@@ -194,16 +235,24 @@ def test_forgetting_by_age_by_hand() -> None:
     found = matrix.forgetting_by_age(m)
     assert list(found) == [1, 2] and values(m, found) == pytest.approx(by_hand)
     odd = flat(ODD, TRAINED, ["x"])
-    assert values(odd, matrix.forgetting_by_age(odd)) == pytest.approx({1: (-0.10 + 0.20) / 2, 2: -0.05})  # better is negative
-    assert not any(c[:, 2:].any() for c in found.values())  # the last domain has no age, controls none
+    assert values(odd, matrix.forgetting_by_age(odd)) == pytest.approx(
+        {1: (-0.10 + 0.20) / 2, 2: -0.05}
+    )  # better is negative
+    assert not any(
+        c[:, 2:].any() for c in found.values()
+    )  # the last domain has no age, controls none
 
 
 def test_forgetting_by_age_and_backward_change() -> None:
-    """Backward change is the mean over domains of their highest ages; with two stages there is one age, and it is that."""
+    """Backward change is the mean over domains of their highest ages; with two stages there is one
+    age, and it is that."""
     m = noisy(6)
     ages = matrix.forgetting_by_age(m)
     assert list(ages) == [1, 2, 3]
-    last = sum(c * np.isin(np.arange(len(m.domains)), m.stages - 1 - a) * (m.stages - a) for a, c in ages.items()) / (m.stages - 1)
+    last = sum(
+        c * np.isin(np.arange(len(m.domains)), m.stages - 1 - a) * (m.stages - a)
+        for a, c in ages.items()
+    ) / (m.stages - 1)
     np.testing.assert_allclose(last, matrix.backward(m), atol=1e-15)
     two = noisy(7, trained=2)
     np.testing.assert_array_equal(matrix.forgetting_by_age(two)[1], matrix.backward(two))
@@ -212,13 +261,16 @@ def test_forgetting_by_age_and_backward_change() -> None:
 def test_forward_transfer_by_hand() -> None:
     m = flat(LOSS, TRAINED, CONTROLS)
     c = matrix.forward_transfer(m)
-    assert c is not None and m.estimate(c).value == pytest.approx((0.10 + 0.20) / 2)  # b 2.00 > 1.90, c 4.00 > 3.80: helped
+    assert c is not None and m.estimate(c).value == pytest.approx(
+        (0.10 + 0.20) / 2
+    )  # b 2.00 > 1.90, c 4.00 > 3.80: helped
     assert m.estimate(c).value == -matrix.summary(m)["zero_shot"].value
     assert matrix.forward_transfer not in matrix.METRICS
 
 
 def test_published_by_hand() -> None:
-    # a: 2.50 after its stage, 2.45 at the end, best of stages 1 and 2 2.40; b: 2.90, 3.10, 2.80; c: 3.00 at its stage and the end
+    # a: 2.50 after its stage, 2.45 at the end, best of stages 1 and 2 2.40; b: 2.90, 3.10, 2.80; c:
+    # 3.00 at its stage and the end
     assert matrix.published(flat(ODD, TRAINED, ["x"])) == pytest.approx(
         {
             "forward_transfer": (0.20 - 0.10) / 2,
@@ -245,9 +297,16 @@ def test_published_leaves_out_controls_and_the_base_where_it_should() -> None:
     base[:, 3] += 7.0
     assert matrix.published(flat(base, TRAINED, ["x"])) == matrix.published(flat(ODD, TRAINED, []))
     base[0] -= 1.0
-    moved, still = matrix.published(flat(base, TRAINED, ["x"])), matrix.published(flat(ODD, TRAINED, ["x"]))
+    moved, still = (
+        matrix.published(flat(base, TRAINED, ["x"])),
+        matrix.published(flat(ODD, TRAINED, ["x"])),
+    )
     changed = {name for name in still if moved[name] != pytest.approx(still[name])}
-    assert changed == {"forward_transfer", "gem_fwt", "avalanche_forward_transfer"}  # row 0 is no best of Chaudhry's
+    assert changed == {
+        "forward_transfer",
+        "gem_fwt",
+        "avalanche_forward_transfer",
+    }  # row 0 is no best of Chaudhry's
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -255,30 +314,54 @@ def test_published_against_the_metrics(seed: int) -> None:
     m, t = noisy(seed), 4
     found, own = matrix.published(m), {name: e.value for name, e in matrix.summary(m).items()}
     assert found["gem_bwt"] == found["avalanche_bwt"] == pytest.approx(-own["backward"])
-    assert found["gem_fwt"] == found["avalanche_forward_transfer"] == found["forward_transfer"] == pytest.approx(-own["zero_shot"])
+    assert (
+        found["gem_fwt"]
+        == found["avalanche_forward_transfer"]
+        == found["forward_transfer"]
+        == pytest.approx(-own["zero_shot"])
+    )
     assert found["trace_bwt"] == pytest.approx(found["gem_bwt"] * (t - 1) / t)
     assert found["chaudhry_forgetting"] >= -found["gem_bwt"]
     assert all(type(v) is float for v in found.values())
 
 
 def test_what_needs_an_order_of_stages_exists_only_there() -> None:
-    joint = LossMatrix({d: np.array([[30.0], [20.0]]) for d in "ab"}, dict.fromkeys("ab", np.array([10.0])), ["a", "b"], [], "joint")
-    alone = LossMatrix({d: np.ones((3, 2)) for d in "ab"}, dict.fromkeys("ab", np.ones(2)), ["a", "b"], [], "individual")
+    joint = LossMatrix(
+        {d: np.array([[30.0], [20.0]]) for d in "ab"},
+        dict.fromkeys("ab", np.array([10.0])),
+        ["a", "b"],
+        [],
+        "joint",
+    )
+    alone = LossMatrix(
+        {d: np.ones((3, 2)) for d in "ab"},
+        dict.fromkeys("ab", np.ones(2)),
+        ["a", "b"],
+        [],
+        "individual",
+    )
     for m in (joint, alone):
-        assert matrix.published(m) == {} and matrix.forgetting_by_age(m) == {} and matrix.forward_transfer(m) is None
+        assert (
+            matrix.published(m) == {}
+            and matrix.forgetting_by_age(m) == {}
+            and matrix.forward_transfer(m) is None
+        )
     one = LossMatrix({"a": np.array([[30.0], [20.0]])}, {"a": np.array([10.0])}, ["a"], [])
     assert matrix.published(one) == {"trace_op": -2.0, "trace_bwt": 0.0}
     assert matrix.forgetting_by_age(one) == {} and matrix.forward_transfer(one) is None
 
 
-# --- docs/metrics.md --------------------------------------------------------------------------------------------------
+# --- docs/metrics.md ------------------------------------------------------------------------------
 
 
 def tables() -> list[list[list[str]]]:
     """Rows of cells of every table on the page, heads and rules left out."""
     page = (Path(__file__).parents[2] / "docs/metrics.md").read_text()
     found = re.findall(r"(?:^\|.*\n)+", page, flags=re.MULTILINE)
-    return [[[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]] for table in found]
+    return [
+        [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
+        for table in found
+    ]
 
 
 def test_the_page_names_what_exists_and_every_metric() -> None:
@@ -294,12 +377,21 @@ def test_the_page_names_what_exists_and_every_metric() -> None:
 
 
 def test_the_example_of_the_page() -> None:
-    """Each number as the arithmetic beside it and as the code computes it from the page's matrix."""
+    """Each number as the arithmetic beside it and as the code computes it from the page's
+    matrix."""
     _, cells, rows = tables()
-    m = flat(np.array([[float(x) for x in row[1:]] for row in cells]), ["law", "code", "news"], ["geography"])
+    m = flat(
+        np.array([[float(x) for x in row[1:]] for row in cells]),
+        ["law", "code", "news"],
+        ["geography"],
+    )
     computed = {name: e.value for name, e in matrix.summary(m).items()} | matrix.published(m)
-    computed |= {f"forgetting_by_age[{a}]": v for a, v in values(m, matrix.forgetting_by_age(m)).items()}
-    assert [row[0].strip("`") for row in rows] == list(dict.fromkeys(row[0].strip("`") for row in rows))
+    computed |= {
+        f"forgetting_by_age[{a}]": v for a, v in values(m, matrix.forgetting_by_age(m)).items()
+    }
+    assert [row[0].strip("`") for row in rows] == list(
+        dict.fromkeys(row[0].strip("`") for row in rows)
+    )
     assert {row[0].strip("`") for row in rows} == set(computed)
     for name, arithmetic, shown in rows:
         assert re.fullmatch(r"(?:[0-9.+*/(), -]|max)+", arithmetic)
@@ -313,11 +405,14 @@ def test_the_example_of_the_page() -> None:
     assert f"= {law:.4f} bits per byte" in page
 
 
-# --- intervals -------------------------------------------------------------------------------------------------------
+# --- intervals ------------------------------------------------------------------------------------
 
 
-def bootstrap(m: LossMatrix, coefficients: np.ndarray, resamples: int = 4000) -> tuple[float, float, float]:
-    """Standard error and 95% percentile interval: documents drawn with replacement within each domain, stages together."""
+def bootstrap(
+    m: LossMatrix, coefficients: np.ndarray, resamples: int = 4000
+) -> tuple[float, float, float]:
+    """Standard error and 95% percentile interval: documents drawn with replacement within each
+    domain, stages together."""
     rng = np.random.default_rng(0)
     values = np.zeros(resamples)
     for j, d in enumerate(m.domains):
@@ -350,18 +445,22 @@ def test_a_cell_interval_agrees_with_a_bootstrap() -> None:
 
 
 def test_stages_are_paired_on_documents() -> None:
-    """Levels of documents differ far more than their changes: the interval of a change must not contain the levels."""
+    """Levels of documents differ far more than their changes: the interval of a change must not
+    contain the levels."""
     rng = np.random.default_rng(0)
     tokens = np.full(64, 128.0)
     level = 3 + rng.normal(0, 0.5, 64)
     nll = np.stack([level, level - 0.1 + rng.normal(0, 0.03, 64)]) * tokens
     e = matrix.summary(LossMatrix({"a": nll}, {"a": tokens}, ["a"], []))["own_step"]
-    assert e.high - e.low == pytest.approx(2 * 2.0 * 0.03 / 8, rel=0.25)  # unpaired it would be 20 times wider
+    assert e.high - e.low == pytest.approx(
+        2 * 2.0 * 0.03 / 8, rel=0.25
+    )  # unpaired it would be 20 times wider
 
 
 @pytest.mark.parametrize(("documents", "confidence"), [(8, 0.95), (32, 0.95), (32, 0.5)])
 def test_simulated_coverage(documents: int, confidence: float) -> None:
-    """The interval holds the truth as often as it says: documents of unequal length, skewed changes, unequal domains."""
+    """The interval holds the truth as often as it says: documents of unequal length, skewed
+    changes, unequal domains."""
     rng = np.random.default_rng(documents)
     trials, hits = 1500, 0
     means, spreads = {"a": -0.1, "b": 0.02, "c": 0.0}, {"a": 0.03, "b": 0.15, "c": 0.03}
@@ -369,14 +468,20 @@ def test_simulated_coverage(documents: int, confidence: float) -> None:
     for _ in range(trials):
         nll, tokens = {}, {}
         for d, mean in means.items():
-            tokens[d] = np.where(rng.random(documents) < 0.7, 128.0, rng.integers(30, 128, documents))
-            change = mean + spreads[d] * (rng.gamma(4, 1, documents) - 4) / 2  # independent of the length
+            tokens[d] = np.where(
+                rng.random(documents) < 0.7, 128.0, rng.integers(30, 128, documents)
+            )
+            change = (
+                mean + spreads[d] * (rng.gamma(4, 1, documents) - 4) / 2
+            )  # independent of the length
             nll[d] = np.stack([3 * tokens[d]] * 3 + [(3 + change) * tokens[d]])
         m = LossMatrix(nll, tokens, list(means), [])
         e = m.estimate(matrix.from_base(m), confidence)
         hits += e.low <= truth <= e.high
     error = math.sqrt(confidence * (1 - confidence) / trials)
-    assert hits / trials == pytest.approx(confidence, abs=4 * error + (0.03 if documents < 16 else 0.01))
+    assert hits / trials == pytest.approx(
+        confidence, abs=4 * error + (0.03 if documents < 16 else 0.01)
+    )
 
 
 def test_a_length_that_goes_with_the_change_is_covered_too() -> None:
@@ -388,19 +493,25 @@ def test_a_length_that_goes_with_the_change_is_covered_too() -> None:
         short = rng.random(32) < 0.5
         tokens = np.where(short, 40.0, 128.0)
         change = np.where(short, 0.3, -0.1) + rng.normal(0, 0.05, 32)
-        m = LossMatrix({"a": np.stack([3 * tokens, (3 + change) * tokens])}, {"a": tokens}, ["a"], [])
+        m = LossMatrix(
+            {"a": np.stack([3 * tokens, (3 + change) * tokens])}, {"a": tokens}, ["a"], []
+        )
         e = m.estimate(matrix.own_step(m))
         hits += e.low <= truth <= e.high
     assert hits / trials == pytest.approx(0.95, abs=0.03)
 
 
-# --- degenerate cases ------------------------------------------------------------------------------------------------
+# --- degenerate cases -----------------------------------------------------------------------------
 
 
 def test_one_stage_one_document_no_control() -> None:
     m = LossMatrix({"a": np.array([[30.0], [20.0]])}, {"a": np.array([10.0])}, ["a"], [])
     found = matrix.summary(m)
-    assert set(found) == {"learned", "own_step", "from_base"}  # nothing came before or after, nothing controls
+    assert set(found) == {
+        "learned",
+        "own_step",
+        "from_base",
+    }  # nothing came before or after, nothing controls
     e = found["own_step"]
     assert (e.value, e.n) == (-1.0, 1)
     assert math.isnan(e.low) and math.isnan(e.high)  # one document has no spread
@@ -420,8 +531,15 @@ def test_identical_documents_have_an_interval_of_no_width() -> None:
 
 
 def test_estimate_on_another_scale() -> None:
-    e = matrix.Estimate(math.log(1.1), math.log(1.05), math.log(1.2), 7).map(lambda x: 100 * math.expm1(x))
-    assert (e.value, e.low, e.high, e.n) == (pytest.approx(10), pytest.approx(5), pytest.approx(20), 7)
+    e = matrix.Estimate(math.log(1.1), math.log(1.05), math.log(1.2), 7).map(
+        lambda x: 100 * math.expm1(x)
+    )
+    assert (e.value, e.low, e.high, e.n) == (
+        pytest.approx(10),
+        pytest.approx(5),
+        pytest.approx(20),
+        7,
+    )
 
 
 def test_shapes_must_agree() -> None:
@@ -429,7 +547,7 @@ def test_shapes_must_agree() -> None:
         LossMatrix({"a": np.zeros((3, 2))}, {"a": np.ones(2)}, ["a"], [])
 
 
-# --- from the document table -----------------------------------------------------------------------------------------
+# --- from the document table ----------------------------------------------------------------------
 
 
 def test_from_documents_pairs_by_id_in_any_row_order() -> None:
@@ -440,20 +558,30 @@ def test_from_documents_pairs_by_id_in_any_row_order() -> None:
     assert matrix.summary(one)["own_step"].low == pytest.approx(matrix.summary(two)["own_step"].low)
     rows = table[(table.domain == "b") & (table.stage == 2)]
     assert one.loss[2, 1] == pytest.approx(rows.nll_nats.sum() / rows.tokens.sum())
-    assert one.bits_per_byte[2, 1] == pytest.approx(rows.nll_nats.sum() / math.log(2) / rows.bytes.sum())
+    assert one.bits_per_byte[2, 1] == pytest.approx(
+        rows.nll_nats.sum() / math.log(2) / rows.bytes.sum()
+    )
 
 
 def test_from_documents_keeps_ids_in_the_order_of_the_columns() -> None:
     """What pairs the documents of two runs."""
-    table = synthetic.documents({"a": 20.0, "x": 10.0}, ["a"], count=6).sample(frac=1, random_state=1)
+    table = synthetic.documents({"a": 20.0, "x": 10.0}, ["a"], count=6).sample(
+        frac=1, random_state=1
+    )
     m = LossMatrix.from_documents(table, ["a"], ["x"])
     assert m.documents is not None and m.nbytes is not None
     for d in ("a", "x"):
         assert list(m.documents[d]) == sorted(set(table[table.domain == d].document))
         for i, document in enumerate(m.documents[d]):
             for stage in (0, 1):
-                (row,) = table[(table.domain == d) & (table.document == document) & (table.stage == stage)].itertuples()
-                assert (m.nll_nats[d][stage, i], m.tokens[d][i], m.nbytes[d][i]) == (row.nll_nats, row.tokens, row.bytes)
+                (row,) = table[
+                    (table.domain == d) & (table.document == document) & (table.stage == stage)
+                ].itertuples()
+                assert (m.nll_nats[d][stage, i], m.tokens[d][i], m.nbytes[d][i]) == (
+                    row.nll_nats,
+                    row.tokens,
+                    row.bytes,
+                )
 
 
 def test_from_documents_without_bytes() -> None:

@@ -28,12 +28,25 @@ CONTROLS = ["x", "y"]
 
 
 def simulated(
-    path: Path, method: str, lr: float, block: int, *, learn: float, forget: float, seed: int = 0, count: int = 32, tasks: bool = False
+    path: Path,
+    method: str,
+    lr: float,
+    block: int,
+    *,
+    learn: float,
+    forget: float,
+    seed: int = 0,
+    count: int = 32,
+    tasks: bool = False,
 ) -> record.Run:
-    """A run in which a domain falls by ``learn`` nats in its own stage and rises by ``forget`` by the end, each with the noise of
-    its block (0.01 nats), of its documents, which all runs share, and of both."""
+    """A run in which a domain falls by ``learn`` nats in its own stage and rises by ``forget`` by
+    the end, each with the noise of its block (0.01 nats), of its documents, which all runs share,
+    and of both."""
     order = [DOMAINS[i] for i in latin_order(len(DOMAINS), block)]
-    shared, own = np.random.default_rng(7), np.random.default_rng([seed, block, *f"{method}{lr}".encode()])
+    shared, own = (
+        np.random.default_rng(7),
+        np.random.default_rng([seed, block, *f"{method}{lr}".encode()]),
+    )
     learn, forget = learn + own.normal(0, 0.01), forget + own.normal(0, 0.01)
     rows = []
     for d in [*DOMAINS, *CONTROLS]:
@@ -45,41 +58,85 @@ def simulated(
                 noise = own.normal(0, 0.01, count)
                 k = order.index(d) + 1 if d in order else 0
                 later = len(order) - k
-                change = -(learn + ease) if stage == k else forget / later if k and stage > k else 0.0
+                change = (
+                    -(learn + ease) if stage == k else forget / later if k and stage > k else 0.0
+                )
                 level = level + change + noise
-            parts = {"stage": stage, "domain": d, "split": "test", "document": [f"{d}{i:04d}" for i in range(count)]}
-            rows.append(pd.DataFrame({**parts, "nll_nats": level * tokens, "tokens": tokens, "bytes": tokens * 4}))
+            parts = {
+                "stage": stage,
+                "domain": d,
+                "split": "test",
+                "document": [f"{d}{i:04d}" for i in range(count)],
+            }
+            rows.append(
+                pd.DataFrame(
+                    {**parts, "nll_nats": level * tokens, "tokens": tokens, "bytes": tokens * 4}
+                )
+            )
     table = pd.concat(rows, ignore_index=True)
     items = pd.DataFrame(columns=record.ITEM_COLUMNS)
     if tasks:
         gold = shared.integers(0, 2, 50)
         margins = np.array([shared.normal(0, 1, 50), shared.normal(0, 1, 50) - forget])
-        of = [(s, i, int(gold[i]), margins[int(s > 0)][i]) for s in (0, len(order)) for i in range(50)]
+        of = [
+            (s, i, int(gold[i]), margins[int(s > 0)][i]) for s in (0, len(order)) for i in range(50)
+        ]
         items = pd.DataFrame(
             [
-                {"stage": s, "task": "boolq@50", "item": f"{i:04d}", "gold": g, "logprobs": [0.0, m] if g else [m, 0.0]}
+                {
+                    "stage": s,
+                    "task": "boolq@50",
+                    "item": f"{i:04d}",
+                    "gold": g,
+                    "logprobs": [0.0, m] if g else [m, 0.0],
+                }
                 | {"choice_bytes": [2, 3], "choice_chars": [2, 3]}
                 for s, i, g, m in of
             ]
         )
     settings = config(order, CONTROLS, tasks=["boolq@50"] if tasks else None)
-    settings = settings.model_copy(update={"method": method, "seed": block, "train": settings.train.model_copy(update={"lr": lr})})
+    settings = settings.model_copy(
+        update={
+            "method": method,
+            "seed": block,
+            "train": settings.train.model_copy(update={"lr": lr}),
+        }
+    )
     stages = []
     for stage in range(len(order) + 1):
         at = table[table.stage == stage]
         scores = {
             str(d): record.DomainScore(
-                nll_nats=float(r.nll_nats.sum()), tokens=int(r.tokens.sum()), bytes=int(r.bytes.sum()), documents=len(r)
+                nll_nats=float(r.nll_nats.sum()),
+                tokens=int(r.tokens.sum()),
+                bytes=int(r.bytes.sum()),
+                documents=len(r),
             )
             for d, r in at.groupby("domain")
         }
         scored = (
-            {"boolq@50": record.TaskScore(items=50, correct=25, correct_norm=25, fewshot=0)} if tasks and stage in (0, len(order)) else {}
+            {"boolq@50": record.TaskScore(items=50, correct=25, correct_norm=25, fewshot=0)}
+            if tasks and stage in (0, len(order))
+            else {}
         )
-        train = record.TrainStats(steps=8, tokens=8192, seconds=40, lr=lr, first_loss_nats=3, last_loss_nats=2.9) if stage else None
+        train = (
+            record.TrainStats(
+                steps=8, tokens=8192, seconds=40, lr=lr, first_loss_nats=3, last_loss_nats=2.9
+            )
+            if stage
+            else None
+        )
         name = order[stage - 1] if stage else None
         stages.append(
-            record.StageRecord(index=stage, domain=name, domains=scores, tasks=scored, train=train, eval_seconds=9, task_seconds=1)
+            record.StageRecord(
+                index=stage,
+                domain=name,
+                domains=scores,
+                tasks=scored,
+                train=train,
+                eval_seconds=9,
+                task_seconds=1,
+            )
         )
     made = record.RunRecord(
         run_id=f"smollm2-{method}-lr{lr:g}-b{block}",
@@ -102,7 +159,9 @@ def simulated(
     return record.save(made, table, items, path / f"{made.run_id}.json")
 
 
-def an_experiment(endpoints: list[dict[str, object]], blocks: int = 4, **keys: object) -> Experiment:
+def an_experiment(
+    endpoints: list[dict[str, object]], blocks: int = 4, **keys: object
+) -> Experiment:
     grid = {"gain": {"train.lr": [1e-2, 3e-2]}, "lora": {"train.lr": [1e-3, 3e-3]}}
     plain = {
         "name": "e",
@@ -117,25 +176,47 @@ def an_experiment(endpoints: list[dict[str, object]], blocks: int = 4, **keys: o
     return Experiment.model_validate(plain)
 
 
-LINE = {"gain": {1e-2: (0.10, 0.02), 3e-2: (0.20, 0.12)}, "lora": {1e-3: (0.12, 0.05), 3e-3: (0.30, 0.25)}}
-"""method -> rate -> (learned, forgotten): both on lines, so that the truth at any skill is known."""
+LINE = {
+    "gain": {1e-2: (0.10, 0.02), 3e-2: (0.20, 0.12)},
+    "lora": {1e-3: (0.12, 0.05), 3e-3: (0.30, 0.25)},
+}
+"""method -> rate -> (learned, forgotten): both on lines, so that the truth at any skill is
+known."""
 
 
 def a_study(
-    path: Path, e: Experiment, line: dict[str, dict[float, tuple[float, float]]] = LINE, seed: int = 0, tasks: bool = False
+    path: Path,
+    e: Experiment,
+    line: dict[str, dict[float, tuple[float, float]]] = LINE,
+    seed: int = 0,
+    tasks: bool = False,
 ) -> comparison.Study:
     runs = {}
     for method, values in e.settings():
         for block in range(e.blocks):
             learn, forget = line[method][values["train.lr"]]
             runs[label(method, values), block] = simulated(
-                path, method, values["train.lr"], block, learn=learn, forget=forget, seed=seed, tasks=tasks
+                path,
+                method,
+                values["train.lr"],
+                block,
+                learn=learn,
+                forget=forget,
+                seed=seed,
+                tasks=tasks,
             )
     return comparison.from_experiment(e, runs)
 
 
 FOUR = [
-    {"name": "learns", "metric": "own_step", "of": "gain", "minus": "lora", "kind": "equivalence", "margin": 5},
+    {
+        "name": "learns",
+        "metric": "own_step",
+        "of": "gain",
+        "minus": "lora",
+        "kind": "equivalence",
+        "margin": 5,
+    },
     {"name": "forgets", "metric": "backward", "of": "gain", "minus": "lora", "at": "matched"},
     {"name": "keeps", "metric": "backward", "of": "gain"},
     {"name": "boolq", "metric": "margin:boolq@50", "of": "gain", "minus": "lora"},
@@ -150,7 +231,9 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> comparison.Study:
 def test_levels_and_differences_are_the_truth(study: comparison.Study) -> None:
     gain, lora = study.chosen["gain"], study.chosen["lora"]
     own = comparison.level(gain, "own_step")
-    assert own is not None and own.blocks == 4 and own.estimate.value == pytest.approx(-0.10, abs=0.02)
+    assert (
+        own is not None and own.blocks == 4 and own.estimate.value == pytest.approx(-0.10, abs=0.02)
+    )
     back = comparison.difference(gain, lora, "backward")
     assert back is not None and back.estimate.low < 0.02 - 0.05 < back.estimate.high
     by_hand = np.mean([gain.value("backward", k) - lora.value("backward", k) for k in study.blocks])
@@ -163,71 +246,117 @@ def test_equal_skill_is_read_off_both_fronts(study: comparison.Study) -> None:
     truth = (0.02 + 0.05) - (0.05 + 0.2 * 0.03 / 0.18)  # on each line at 0.15 learned
     assert found.differences.mean() == pytest.approx(truth, abs=0.03)
     unreached = equal.matched(study, "gain", "lora", skill=-0.28)
-    assert math.isnan(equal.interval(unreached).value) and "gain does not reach the own step" in unreached.reason
+    assert (
+        math.isnan(equal.interval(unreached).value)
+        and "gain does not reach the own step" in unreached.reason
+    )
 
 
 def test_one_setting_is_no_front(study: comparison.Study) -> None:
     """It would be given for any lesser skill what it forgot at its own."""
     settings = [s for s in study.settings if s.method == "gain" or s is study.chosen["lora"]]
     found = equal.matched(dataclasses.replace(study, settings=settings), "gain", "lora")
-    assert found.reason == "one setting of lora: no front to read" and math.isnan(equal.interval(found).value)
+    assert found.reason == "one setting of lora: no front to read" and math.isnan(
+        equal.interval(found).value
+    )
 
 
 def test_a_skill_below_every_setting_of_a_method_is_not_read(study: comparison.Study) -> None:
     """What learned more would be said to forget as much at less."""
-    found = equal.matched(study, "gain", "lora", skill=-0.11)  # gain's least is 0.10 learned, lora's 0.12
-    assert found.reason.startswith("lora has no setting that learns as little as -10.4%: its least is -1")
+    found = equal.matched(
+        study, "gain", "lora", skill=-0.11
+    )  # gain's least is 0.10 learned, lora's 0.12
+    assert found.reason.startswith(
+        "lora has no setting that learns as little as -10.4%: its least is -1"
+    )
     assert math.isnan(equal.interval(found).value)
 
 
 def test_every_block_must_have_settings_on_both_sides(tmp_path: Path) -> None:
     runs = {}
-    for method, rate, learn in (("gain", 1e-2, 0.05), ("gain", 3e-2, 0.3), ("lora", 1e-3, 0.05), ("lora", 3e-3, 0.3)):
+    for method, rate, learn in (
+        ("gain", 1e-2, 0.05),
+        ("gain", 3e-2, 0.3),
+        ("lora", 1e-3, 0.05),
+        ("lora", 3e-3, 0.3),
+    ):
         for block in range(3):
-            more = 0.25 if (method, rate, block) == ("lora", 1e-3, 2) else learn  # over the blocks its mean is still below the skill
-            runs[label(method, {"train.lr": rate}), block] = simulated(tmp_path, method, rate, block, learn=more, forget=0.1)
+            more = (
+                0.25 if (method, rate, block) == ("lora", 1e-3, 2) else learn
+            )  # over the blocks its mean is still below the skill
+            runs[label(method, {"train.lr": rate}), block] = simulated(
+                tmp_path, method, rate, block, learn=more, forget=0.1
+            )
     study = comparison.from_experiment(an_experiment([], blocks=3), runs)
-    assert equal.matched(study, "gain", "lora", skill=-0.15).reason.startswith("lora has no setting that learns as little as -13.9%")
+    assert equal.matched(study, "gain", "lora", skill=-0.15).reason.startswith(
+        "lora has no setting that learns as little as -13.9%"
+    )
 
 
 def test_verdicts_over_blocks(study: comparison.Study) -> None:
     judged = {j.endpoint.name: j for j in verdicts.judge(study)}
     assert judged["learns"].verdict == "equivalent"  # 0.02 nats apart, margin 5%
-    assert judged["keeps"].verdict in ("worse", "inconclusive")  # it forgets 0.02 nats: never better
+    assert judged["keeps"].verdict in (
+        "worse",
+        "inconclusive",
+    )  # it forgets 0.02 nats: never better
     assert judged["boolq"].compared is not None and judged["boolq"].compared.estimate.n == 50
     assert all(j.tests.difference >= 0 for j in judged.values())
 
 
 def test_a_clear_difference_is_a_verdict(tmp_path: Path) -> None:
-    line = {"gain": {1e-2: (0.1, 0.0), 3e-2: (0.3, 0.01)}, "lora": {1e-3: (0.1, 0.2), 3e-3: (0.3, 0.3)}}
+    line = {
+        "gain": {1e-2: (0.1, 0.0), 3e-2: (0.3, 0.01)},
+        "lora": {1e-3: (0.1, 0.2), 3e-3: (0.3, 0.3)},
+    }
     judged = verdicts.judge(a_study(tmp_path, an_experiment(FOUR[:2]), line))
     assert [j.verdict for j in judged] == ["equivalent", "better"]
 
 
 def test_without_a_positive_control_nothing_is_decided(tmp_path: Path) -> None:
-    line = {"gain": {1e-2: (0.2, 0.0), 3e-2: (0.3, 0.01)}, "lora": {1e-3: (0.2, 0.05), 3e-3: (0.3, 0.06)}}
+    line = {
+        "gain": {1e-2: (0.2, 0.0), 3e-2: (0.3, 0.01)},
+        "lora": {1e-3: (0.2, 0.05), 3e-3: (0.3, 0.06)},
+    }
     study = a_study(tmp_path, an_experiment(FOUR[:3]), line)
     setting, most, reached = verdicts.positive_control(study)
     assert not reached and setting is not None and setting.method == "lora" and most is not None
     judged = verdicts.judge(study)
-    assert {j.verdict for j in judged} == {"inconclusive"} and "no setting forgets by 10%" in judged[0].why
+    assert {j.verdict for j in judged} == {
+        "inconclusive"
+    } and "no setting forgets by 10%" in judged[0].why
     assert any("higher learning rate" in text for text in verdicts.advice(study))
 
 
 def test_one_block_decides_nothing(tmp_path: Path) -> None:
-    line = {"gain": {1e-2: (0.1, 0.0), 3e-2: (0.3, 0.01)}, "lora": {1e-3: (0.1, 0.2), 3e-3: (0.3, 0.3)}}
+    line = {
+        "gain": {1e-2: (0.1, 0.0), 3e-2: (0.3, 0.01)},
+        "lora": {1e-3: (0.1, 0.2), 3e-3: (0.3, 0.3)},
+    }
     judged = verdicts.judge(a_study(tmp_path, an_experiment(FOUR[:3], blocks=1), line))
     assert {j.verdict for j in judged} == {"inconclusive"} and "one block" in judged[0].why
-    assert judged[1].compared is not None and judged[1].compared.estimate.high < 0  # over documents, shown as such
+    assert (
+        judged[1].compared is not None and judged[1].compared.estimate.high < 0
+    )  # over documents, shown as such
 
 
 def test_two_blocks_decide_nothing(tmp_path: Path) -> None:
     """What three of the same show."""
-    line = {"gain": {1e-2: (0.1, 0.0), 3e-2: (0.3, 0.01)}, "lora": {1e-3: (0.1, 0.2), 3e-3: (0.3, 0.3)}}
+    line = {
+        "gain": {1e-2: (0.1, 0.0), 3e-2: (0.3, 0.01)},
+        "lora": {1e-3: (0.1, 0.2), 3e-3: (0.3, 0.3)},
+    }
     backward = [{"name": "forgets", "metric": "backward", "of": "gain", "minus": "lora"}]
-    (two,) = verdicts.judge(study := a_study(tmp_path / "two", an_experiment(backward, blocks=2), line))
-    assert (two.verdict, two.why) == ("inconclusive", "two blocks: a verdict takes 3") and two.tests.difference < 0.05
-    assert any(text.startswith("two blocks: set blocks: 3 or more") for text in verdicts.advice(study))
+    (two,) = verdicts.judge(
+        study := a_study(tmp_path / "two", an_experiment(backward, blocks=2), line)
+    )
+    assert (two.verdict, two.why) == (
+        "inconclusive",
+        "two blocks: a verdict takes 3",
+    ) and two.tests.difference < 0.05
+    assert any(
+        text.startswith("two blocks: set blocks: 3 or more") for text in verdicts.advice(study)
+    )
     (three,) = verdicts.judge(a_study(tmp_path / "three", an_experiment(backward, blocks=3), line))
     assert three.verdict == "better"
 
@@ -237,27 +366,41 @@ def test_a_method_without_runs_is_said(tmp_path: Path) -> None:
     run = simulated(tmp_path, "gain", 1e-2, 0, learn=0.1, forget=0.2)
     study = comparison.from_experiment(e, {("gain lr=0.01", 0): run})
     assert study.absent == {"gain": 7, "lora": 8}
-    assert [j.why for j in verdicts.judge(study)] == ["no finished run of the chosen setting of lora", "no finished run of lora"]
+    assert [j.why for j in verdicts.judge(study)] == [
+        "no finished run of the chosen setting of lora",
+        "no finished run of lora",
+    ]
 
 
-CLEAR = {"gain": {1e-2: (0.1, 0.0), 3e-2: (0.3, 0.01)}, "lora": {1e-3: (0.1, 0.2), 3e-3: (0.3, 0.3)}}
+CLEAR = {
+    "gain": {1e-2: (0.1, 0.0), 3e-2: (0.3, 0.01)},
+    "lora": {1e-3: (0.1, 0.2), 3e-3: (0.3, 0.3)},
+}
 
 
 def test_an_unfinished_experiment_decides_nothing(tmp_path: Path) -> None:
-    """Looking after every block until something shows up, or leaving out the runs that diverged, is no test."""
+    """Looking after every block until something shows up, or leaving out the runs that diverged, is
+    no test."""
     e = an_experiment(FOUR[:2])
     study = a_study(tmp_path, e, CLEAR)
     assert {j.verdict for j in verdicts.judge(study)} == {"better", "equivalent"}
     runs = {(s.label, k): run for s in study.settings for k, run in enumerate(s.runs.values())}
     del runs["lora lr=0.003", 3]
     judged = verdicts.judge(comparison.from_experiment(e, runs))
-    assert {j.verdict for j in judged} == {"inconclusive"} and judged[0].why == "1 run of its methods is not finished"
-    assert judged[0].compared is not None and judged[0].tests.equivalence < 0.05  # shown, but no verdict
+    assert {j.verdict for j in judged} == {"inconclusive"} and judged[
+        0
+    ].why == "1 run of its methods is not finished"
+    assert (
+        judged[0].compared is not None and judged[0].tests.equivalence < 0.05
+    )  # shown, but no verdict
 
 
 def test_what_diverged_is_no_positive_control(tmp_path: Path) -> None:
     """A setting that learned nothing and lost everything shows no forgetting."""
-    line = {"gain": {1e-2: (0.2, 0.0), 3e-2: (0.3, 0.01)}, "lora": {1e-3: (0.2, 0.05), 3e-3: (-2.0, 3.0)}}
+    line = {
+        "gain": {1e-2: (0.2, 0.0), 3e-2: (0.3, 0.01)},
+        "lora": {1e-3: (0.2, 0.05), 3e-3: (-2.0, 3.0)},
+    }
     study = a_study(tmp_path, an_experiment(FOUR[:1], blocks=2), line)
     setting, _, reached = verdicts.positive_control(study)
     assert not reached and setting is not None and setting.label != "lora lr=0.003"
@@ -268,13 +411,20 @@ def test_no_common_block_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[s
         simulated(tmp_path / "runs", "gain", 1e-2, 0, learn=0.1, forget=0.2),
         simulated(tmp_path / "runs", "lora", 1e-3, 1, learn=0.1, forget=0.2),
     ]
-    assert "no block has runs of both" in equal.matched(comparison.from_records(runs), "gain", "lora").reason
-    assert cli.main(["compare", *(r.record.run_id for r in runs), "--results-dir", str(tmp_path)]) == 0
+    assert (
+        "no block has runs of both"
+        in equal.matched(comparison.from_records(runs), "gain", "lora").reason
+    )
+    assert (
+        cli.main(["compare", *(r.record.run_id for r in runs), "--results-dir", str(tmp_path)]) == 0
+    )
     assert "no block has runs of both" in " ".join(capsys.readouterr().out.split())
 
 
 def test_other_items_are_refused(tmp_path: Path) -> None:
-    a, b = (simulated(tmp_path, m, 1e-2, 0, learn=0.1, forget=0.2, tasks=True) for m in ("gain", "lora"))
+    a, b = (
+        simulated(tmp_path, m, 1e-2, 0, learn=0.1, forget=0.2, tasks=True) for m in ("gain", "lora")
+    )
     b.items.loc[0, "item"] = "other"
     with pytest.raises(DataError, match="boolq@50 has other items"):
         comparison.from_records([a, b])
@@ -285,11 +435,15 @@ def test_a_task_scored_at_one_end_has_no_change(tmp_path: Path) -> None:
     setting = comparison.from_records([a]).settings[0]
     assert comparison.level(setting, "margin:boolq@50") is not None
     a.record.stages[0].tasks.clear()
-    assert comparison.level(setting, "margin:boolq@50") is None and comparison.level(setting, "accuracy:nosuch") is None
+    assert (
+        comparison.level(setting, "margin:boolq@50") is None
+        and comparison.level(setting, "accuracy:nosuch") is None
+    )
 
 
 class Drawn(comparison.Setting):
-    """A setting whose numbers are drawn, not read: documents are shared by all settings and blocks, noise is of setting and block."""
+    """A setting whose numbers are drawn, not read: documents are shared by all settings and blocks,
+    noise is of setting and block."""
 
     trained = True
 
@@ -303,15 +457,17 @@ class Drawn(comparison.Setting):
 
 @pytest.mark.slow
 def test_a_planted_null_gives_no_winner() -> None:
-    """Two methods on the same true front, 200 experiments of 4 blocks, through judge: a winner in at most 5% (and three standard
-    errors of that share)."""
+    """Two methods on the same true front, 200 experiments of 4 blocks, through judge: a winner in
+    at most 5% (and three standard errors of that share)."""
     won, line = 0, [(-0.10, 0.02), (-0.20, 0.12), (-0.30, 0.22)]
     e = an_experiment(FOUR[:2])
     for seed in range(200):
         places: Any = {(seed, tuple("abcd"[k:] + "abcd"[:k])): None for k in range(4)}
         settings = [Drawn(m, {"x": x, "y": y}, places) for m in ("gain", "lora") for x, y in line]
         chosen = {"gain": settings[0], "lora": settings[3]}
-        study = comparison.Study("null", "", settings, chosen, "lora", e.endpoints, 10.0, -0.15, 0.05)
+        study = comparison.Study(
+            "null", "", settings, chosen, "lora", e.endpoints, 10.0, -0.15, 0.05
+        )
         won += any(j.verdict in ("better", "worse") for j in verdicts.judge(study))
     assert won <= 0.05 * 200 + 3 * math.sqrt(200 * 0.05 * 0.95)
 
@@ -320,24 +476,34 @@ def test_runs_that_measure_different_things_are_refused(tmp_path: Path) -> None:
     a = simulated(tmp_path, "gain", 1e-2, 0, learn=0.1, forget=0.2)
     b = simulated(tmp_path, "lora", 1e-2, 0, learn=0.1, forget=0.2)
     b.record.protocol = "ppl-test-first64x32-prefix0-ctx1024"
-    with pytest.raises(DataError, match=f"different protocol cannot be compared \\({a.record.run_id} and {b.record.run_id}\\)"):
+    with pytest.raises(
+        DataError,
+        match=f"different protocol cannot be compared \\({a.record.run_id} and "
+        f"{b.record.run_id}\\)",
+    ):
         comparison.from_records([a, b])
 
 
 def test_runs_by_name_are_grouped_into_blocks(tmp_path: Path) -> None:
     runs = [
-        simulated(tmp_path, m, lr, k, learn=0.1, forget=0.1) for m, lr in (("gain", 1e-2), ("gain", 3e-2), ("lora", 1e-3)) for k in (0, 1)
+        simulated(tmp_path, m, lr, k, learn=0.1, forget=0.1)
+        for m, lr in (("gain", 1e-2), ("gain", 3e-2), ("lora", 1e-3))
+        for k in (0, 1)
     ]
     study = comparison.from_records(runs)
     assert [s.label for s in study.settings] == ["gain lr=0.01", "gain lr=0.03", "lora"]
     assert len(study.blocks) == 2 and study.reference == "lora" and not study.endpoints
 
 
-# --- in a notebook -----------------------------------------------------------------------------------------------------
+# --- in a notebook --------------------------------------------------------------------------------
 
 
 def test_compare_gives_a_row_for_each_setting(tmp_path: Path) -> None:
-    runs = [simulated(tmp_path, m, lr, k, learn=0.1, forget=0.05) for m, lr in (("gain", 1e-2), ("lora", 1e-3)) for k in (0, 1, 2)]
+    runs = [
+        simulated(tmp_path, m, lr, k, learn=0.1, forget=0.05)
+        for m, lr in (("gain", 1e-2), ("lora", 1e-3))
+        for k in (0, 1, 2)
+    ]
     table = gain_cl.compare(*runs[:4], runs[4].path, str(runs[5].path))
     assert list(table["setting"]) == ["gain", "lora"] and list(table["blocks"]) == [3, 3]
     assert list(table["trainable_parameters"]) == [1000, 50_000]
@@ -347,7 +513,11 @@ def test_compare_gives_a_row_for_each_setting(tmp_path: Path) -> None:
             found = comparison.level(setting, metric)
             assert found is not None
             e = found.estimate
-            assert (row[metric], row[f"{metric}_low"], row[f"{metric}_high"]) == (e.value, e.low, e.high)
+            assert (row[metric], row[f"{metric}_low"], row[f"{metric}_high"]) == (
+                e.value,
+                e.low,
+                e.high,
+            )
     assert len(table.columns) == 3 + 3 * 5
 
 
@@ -357,7 +527,9 @@ def test_what_compare_cannot_compare(tmp_path: Path) -> None:
     lone = synthetic.run(tmp_path / "r.json", bases={"a": 20.0}, controls=[], with_items=False)
     (row,) = gain_cl.compare(lone).to_dict("records")
     assert row["blocks"] == 1 and row["own_step_low"] < row["own_step"] < row["own_step_high"]
-    assert math.isnan(row["backward"]) and math.isnan(row["controls_from_base_high"])  # one domain, no control
+    assert math.isnan(row["backward"]) and math.isnan(
+        row["controls_from_base_high"]
+    )  # one domain, no control
     with pytest.raises(DataError, match="cannot be compared"):
         gain_cl.compare(lone, simulated(tmp_path, "lora", 1e-3, 0, learn=0.1, forget=0.05))
 
@@ -371,7 +543,7 @@ def test_the_example_of_compare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert doctest.DocTestRunner().run(found[0]).failed == 0
 
 
-# --- experiments -------------------------------------------------------------------------------------------------------
+# --- experiments ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [3, 4, 5, 8])
@@ -379,9 +551,14 @@ def test_latin_orders_are_balanced(size: int) -> None:
     """Each domain once in each place, and each follows each other equally often (Williams)."""
     rows = [latin_order(size, k) for k in range(size if size % 2 == 0 else 2 * size)]
     assert rows[0] == list(range(size))
-    assert all(sorted(column) == sorted(list(range(size)) * (len(rows) // size)) for column in zip(*rows, strict=True))
+    assert all(
+        sorted(column) == sorted(list(range(size)) * (len(rows) // size))
+        for column in zip(*rows, strict=True)
+    )
     follows = [(r[i], r[i + 1]) for r in rows for i in range(size - 1)]
-    assert {follows.count(pair) for pair in set(follows)} == {len(rows) // size} and len(set(follows)) == size * (size - 1)
+    assert {follows.count(pair) for pair in set(follows)} == {len(rows) // size} and len(
+        set(follows)
+    ) == size * (size - 1)
 
 
 @pytest.mark.parametrize("path", sorted(experiments.folder().glob("*.yaml")), ids=lambda p: p.stem)
@@ -402,33 +579,55 @@ def test_presets_and_plugins_of_ones_own(tmp_path: Path, monkeypatch: pytest.Mon
     """An experiment names them, so that whoever runs it need not."""
     monkeypatch.chdir(tmp_path)
     Path("mine/method").mkdir(parents=True)
-    Path("mine/method/mild.yaml").write_text("# @package _global_\ndefaults: [gain_ffn, _self_]\nmethod: mild\ntrain: {lr: 1.0e-4}\n")
+    Path("mine/method/mild.yaml").write_text(
+        "# @package _global_\ndefaults: [gain_ffn, _self_]\nmethod: mild\ntrain: {lr: 1.0e-4}\n"
+    )
     Path("plug.py").write_text("")
-    Path("e.yaml").write_text("question: q\nconfig_dirs: [mine]\nplugins: [plug.py]\noverrides: [debug=smoke]\nmethods: {mild: {}}\n")
+    Path("e.yaml").write_text(
+        "question: q\nconfig_dirs: [mine]\nplugins: [plug.py]\noverrides: "
+        "[debug=smoke]\nmethods: {mild: {}}\n"
+    )
     (cell,) = experiments.cells(experiments.load("e.yaml"))
-    assert cell.config.train.lr == 1e-4 and cell.overrides[-2:] == ["--config-dir=mine", "--plugin=plug.py"]
+    assert cell.config.train.lr == 1e-4 and cell.overrides[-2:] == [
+        "--config-dir=mine",
+        "--plugin=plug.py",
+    ]
     assert cli.main(["run", *cell.overrides, "compute.threads=1"]) == 0 and cell.record.exists()
 
 
 def test_models_repeat_an_experiment_and_once_is_of_block_0(tmp_path: Path) -> None:
     (tmp_path / "e.yaml").write_text(
-        "question: q\nblocks: 2\nmodels: [smollm2, smollm2_healed]\noverrides: [tasks=none, train.tokens=512]\nonce: [tasks=boolq]\n"
+        "question: q\nblocks: 2\nmodels: [smollm2, smollm2_healed]\noverrides: [tasks=none, "
+        "train.tokens=512]\nonce: [tasks=boolq]\n"
         "methods: {gain_ffn: {}, lora: {}}\n"
     )
-    cells = experiments.cells(experiments.load(str(tmp_path / "e.yaml")), [f"results_dir={tmp_path}", f"output_dir={tmp_path}"])
+    cells = experiments.cells(
+        experiments.load(str(tmp_path / "e.yaml")),
+        [f"results_dir={tmp_path}", f"output_dir={tmp_path}"],
+    )
     assert [(c.model, c.block, c.method) for c in cells] == [
-        (model, block, method) for model in ("smollm2", "smollm2_healed") for block in (0, 1) for method in ("gain_ffn", "lora")
+        (model, block, method)
+        for model in ("smollm2", "smollm2_healed")
+        for block in (0, 1)
+        for method in ("gain_ffn", "lora")
     ]
-    assert [c.config.tasks.names for c in cells] == [["boolq"]] * 2 + [[]] * 2 + [["boolq"]] * 2 + [[]] * 2
+    assert [c.config.tasks.names for c in cells] == [["boolq"]] * 2 + [[]] * 2 + [["boolq"]] * 2 + [
+        []
+    ] * 2
     assert all(c.config.train.tokens == 512 and c.config.seed == c.block for c in cells)
 
 
 def test_blocks_have_their_order_and_seed(tmp_path: Path) -> None:
     (tmp_path / "e.yaml").write_text(
-        "question: q\nblocks: 3\noverrides: [debug=smoke]\nmethods: {gain_ffn: {train.lr: [0.01]}, lora: {adapter.config.r: [1, 2]}}\n"
+        "question: q\nblocks: 3\noverrides: [debug=smoke]\nmethods: {gain_ffn: {train.lr: "
+        "[0.01]}, lora: {adapter.config.r: [1, 2]}}\n"
     )
-    cells = experiments.cells(experiments.load(str(tmp_path / "e.yaml")), [f"results_dir={tmp_path}"])
-    assert len(cells) == 9 and [c.overrides[-2:] for c in cells[:1]] == [["seed=0", "sequence.order=[0,1,2]"]]
+    cells = experiments.cells(
+        experiments.load(str(tmp_path / "e.yaml")), [f"results_dir={tmp_path}"]
+    )
+    assert len(cells) == 9 and [c.overrides[-2:] for c in cells[:1]] == [
+        ["seed=0", "sequence.order=[0,1,2]"]
+    ]
     assert cells[3].overrides[-2:] == ["seed=1", "sequence.order=[1,2,0]"]
 
 
@@ -443,22 +642,30 @@ BAD = {
     "question: q\nmethods: {gain_ffn: {}}\nblocks: 0\n": "blocks",
     "question: q\nmethods: {gain_ffn: {}}\nreference: lora\n": "lora is not among the methods",
     "question: q\nmethods: {gain_ffn: {}}\ntypo: 1\n": "typo",
-    "question: q\nmethods: {gain_ffn: {}}\nendpoints: [{name: e, metric: forgeting, of: gain_ffn}]\n": "'forgeting' is unknown",
-    "question: q\nmethods: {gain_ffn: {}}\nendpoints: [{name: e, metric: own_step, of: gain_ffn, kind: equivalence}]\n": "needs margin",
+    "question: q\nmethods: {gain_ffn: {}}\nendpoints: [{name: e, metric: forgeting, of: "
+    "gain_ffn}]\n": "'forgeting' is unknown",
+    "question: q\nmethods: {gain_ffn: {}}\nendpoints: [{name: e, metric: own_step, of: "
+    "gain_ffn, kind: equivalence}]\n": "needs margin",
     "question: q\nmethods: {gain_ffn: {train.lr: []}}\n": "has no value",
     BOTH: "declare skill",
     f"skill: -10\n{BOTH}": "give both as many",
-    "question: q\nmethods: {lora: {}}\nendpoints: [{name: e, metric: 'accuracy:boolq', of: lora, margin: 2}]\n": "2 points are 0.02",
+    "question: q\nmethods: {lora: {}}\nendpoints: [{name: e, metric: 'accuracy:boolq', "
+    "of: lora, margin: 2}]\n": "2 points are 0.02",
     "question: q\nmethods: {gain_fn: {}}\n": "experiment bad: method=gain_fn",
-    "question: q\nmethods: {gain_ffn: {}}\noverrides: [trian.tokens=4]\n": "experiment bad: command line",
-    "question: q\noverrides: [debug=smoke]\nmethods: {gain_ffn: {train.lr: [0.01, 0.010]}}\n": "two settings are the same run",
-    "question: q\nmethods: {gain_ffn: {}}\nendpoints: [{name: e, metric: 'margin:bolq', of: gain_ffn}]\n": "do not score 'bolq'",
+    "question: q\nmethods: {gain_ffn: {}}\noverrides: [trian.tokens=4]\n": "experiment bad: "
+    "command line",
+    "question: q\noverrides: [debug=smoke]\nmethods: {gain_ffn: {train.lr: [0.01, "
+    "0.010]}}\n": "two settings are the same run",
+    "question: q\nmethods: {gain_ffn: {}}\nendpoints: [{name: e, metric: 'margin:bolq', "
+    "of: gain_ffn}]\n": "do not score 'bolq'",
     "question: q\nmethods: {gain_ffn: {}}\nchosen: {gain_ffn: {train.lr: 1}}\n": "has no setting",
 }
 
 
 @pytest.mark.parametrize("text", BAD, ids=range(len(BAD)))
-def test_bad_experiments_are_one_line(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_experiments_are_one_line(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "bad.yaml").write_text(text)
     for verb in ("status", "compare", "power"):
         assert cli.main([verb, f"experiment={tmp_path}/bad.yaml"]) == 64
@@ -477,32 +684,55 @@ def test_endpoint_needs_a_sensible_match() -> None:
         Endpoint(name="e", metric="own_step", of="gain", minus="lora", at="matched")
 
 
-# --- the verbs -----------------------------------------------------------------------------------------------------------
+# --- the verbs ------------------------------------------------------------------------------------
 
 
-def test_compare_runs_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_compare_runs_on_the_command_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     runs = [
-        simulated(tmp_path / "runs", m, lr, k, learn=x, forget=y) for m, line in LINE.items() for lr, (x, y) in line.items() for k in (0, 1)
+        simulated(tmp_path / "runs", m, lr, k, learn=x, forget=y)
+        for m, line in LINE.items()
+        for lr, (x, y) in line.items()
+        for k in (0, 1)
     ]
     names = [r.record.run_id for r in runs]
     assert cli.main(["compare", *names, "--results-dir", str(tmp_path)]) == 0
     out = capsys.readouterr().out
-    assert "positive control, some setting forgets by 10%: reached" in out and "Backward change at equal own step" in out
+    assert (
+        "positive control, some setting forgets by 10%: reached" in out
+        and "Backward change at equal own step" in out
+    )
     assert "exploratory" in out and "2 blocks" in out
     assert cli.main(["compare", *names, "--results-dir", str(tmp_path), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert [s["setting"] for s in found["settings"]] == ["gain lr=0.01", "gain lr=0.03", "lora lr=0.001", "lora lr=0.003"]
+    assert [s["setting"] for s in found["settings"]] == [
+        "gain lr=0.01",
+        "gain lr=0.03",
+        "lora lr=0.001",
+        "lora lr=0.003",
+    ]
     assert found["positive_control"]["reached"] and found["equal_skill"][0]["minus"] == "lora"
     assert cli.main(["compare", names[0]]) == 64
     assert cli.main(["compare", names[0], "nosuch", "--results-dir", str(tmp_path)]) == 64
 
 
-def test_status_and_power_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "e.yaml").write_text("question: q\nblocks: 2\noverrides: [debug=smoke]\nmethods: {gain_ffn: {}, lora: {}}\n")
-    line = [f"experiment={tmp_path}/e.yaml", f"results_dir={tmp_path}", f"output_dir={tmp_path}/runs"]
+def test_status_and_power_on_the_command_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "e.yaml").write_text(
+        "question: q\nblocks: 2\noverrides: [debug=smoke]\nmethods: {gain_ffn: {}, lora: {}}\n"
+    )
+    line = [
+        f"experiment={tmp_path}/e.yaml",
+        f"results_dir={tmp_path}",
+        f"output_dir={tmp_path}/runs",
+    ]
     assert cli.main(["status", *line, "--missing"]) == 0
     commands = capsys.readouterr().out.splitlines()
-    assert len(commands) == 4 and all(c.startswith("python -m gain_cl run method=") for c in commands)
+    assert len(commands) == 4 and all(
+        c.startswith("python -m gain_cl run method=") for c in commands
+    )
     import shlex
 
     for command in commands:
@@ -514,21 +744,43 @@ def test_status_and_power_on_the_command_line(tmp_path: Path, capsys: pytest.Cap
     assert "NOT reached" in capsys.readouterr().out
     assert cli.main(["power", *line, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["cost"]["hours"] == 0 and found["effects"][0]["noise"] == "pilot of 2 blocks" and found["cost"]["memory_bytes"] > 0
+    assert (
+        found["cost"]["hours"] == 0
+        and found["effects"][0]["noise"] == "pilot of 2 blocks"
+        and found["cost"]["memory_bytes"] > 0
+    )
     assert cli.main(["power", *line, "--block-sd", "-1"]) == 64
     se = found["effects"][1]["document_se"]
-    assert cli.main(["power", *line, "eval.documents=16", "--pilot", f"{tmp_path}/e.yaml", "--json"]) == 0  # twice the documents
-    assert json.loads(capsys.readouterr().out)["effects"][1]["document_se"] == pytest.approx(se / math.sqrt(2))
+    assert (
+        cli.main(["power", *line, "eval.documents=16", "--pilot", f"{tmp_path}/e.yaml", "--json"])
+        == 0
+    )  # twice the documents
+    assert json.loads(capsys.readouterr().out)["effects"][1]["document_se"] == pytest.approx(
+        se / math.sqrt(2)
+    )
 
 
 def test_power_from_stated_noise(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Three blocks find 3.3 sd, five 1.7 (shared/paper.md), less what the documents add."""
-    (tmp_path / "e.yaml").write_text("question: q\nblocks: 3\noverrides: [debug=smoke]\nmethods: {gain_ffn: {}, lora: {}}\n")
+    (tmp_path / "e.yaml").write_text(
+        "question: q\nblocks: 3\noverrides: [debug=smoke]\nmethods: {gain_ffn: {}, lora: {}}\n"
+    )
     stated = ["--block-sd", "0.01", "--document-se", "1e-9", "--speed", "100"]
-    assert cli.main(["power", f"experiment={tmp_path}/e.yaml", f"results_dir={tmp_path}", *stated, "--json"]) == 0
+    assert (
+        cli.main(
+            ["power", f"experiment={tmp_path}/e.yaml", f"results_dir={tmp_path}", *stated, "--json"]
+        )
+        == 0
+    )
     found = json.loads(capsys.readouterr().out)
-    shown = {int(k): math.log1p(v / 100) / 0.01 for k, v in found["effects"][0]["detectable"].items()}
-    assert shown[3] == pytest.approx(3.3, abs=0.1) and shown[5] == pytest.approx(1.7, abs=0.1) and shown[8] == pytest.approx(1.2, abs=0.1)
+    shown = {
+        int(k): math.log1p(v / 100) / 0.01 for k, v in found["effects"][0]["detectable"].items()
+    }
+    assert (
+        shown[3] == pytest.approx(3.3, abs=0.1)
+        and shown[5] == pytest.approx(1.7, abs=0.1)
+        and shown[8] == pytest.approx(1.2, abs=0.1)
+    )
     run = 3 * 4 * 256 / 100 + 4 * 4 * 8 * 64 / 200
     assert found["cost"]["hours"] == pytest.approx(6 * run / 3600)
 
@@ -538,11 +790,12 @@ def test_an_experiment_that_is_not_there(tmp_path: Path) -> None:
         experiments.load(str(tmp_path / "x.yaml"))
 
 
-# --- equal cost ----------------------------------------------------------------------------------------------------------
+# --- equal cost -----------------------------------------------------------------------------------
 
 
 def test_at_equal_cost(study: comparison.Study) -> None:
-    """Norms on a line with what is forgotten: at equal norm the truth is known. Parameters do not vary within a method."""
+    """Norms on a line with what is forgotten: at equal norm the truth is known. Parameters do not
+    vary within a method."""
     norms = {
         run.record.run_id: {1e-2: 1.0, 3e-2: 4.0, 1e-3: 0.5, 3e-3: 2.0}[s.values["train.lr"]]
         for s in study.settings
@@ -552,6 +805,12 @@ def test_at_equal_cost(study: comparison.Study) -> None:
     assert found.skill == pytest.approx(math.sqrt(2))  # of 1..4 and 0.5..2 the middle of 1..2
     gain = 0.02 + 0.10 * math.log(math.sqrt(2)) / math.log(4)
     lora = 0.05 + 0.20 * math.log(2 * math.sqrt(2)) / math.log(4)
-    assert found.differences.mean() == pytest.approx(gain - lora, abs=0.02) and found.over_blocks.low < gain - lora < found.over_blocks.high
-    assert "do not differ in parameters" in equal.at_equal(study, "gain", "lora", "parameters", "backward", {}).reason
+    assert (
+        found.differences.mean() == pytest.approx(gain - lora, abs=0.02)
+        and found.over_blocks.low < gain - lora < found.over_blocks.high
+    )
+    assert (
+        "do not differ in parameters"
+        in equal.at_equal(study, "gain", "lora", "parameters", "backward", {}).reason
+    )
     assert "diagnose RUN" in equal.at_equal(study, "gain", "lora", "norm", "backward", {}).reason

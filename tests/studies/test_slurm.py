@@ -17,7 +17,9 @@ import pytest
 SCRIPT = Path(__file__).parents[2] / "scripts/slurm.sh"
 LIMIT_SECONDS = 300  # of a hang; nothing below is timed
 
-pytestmark = pytest.mark.skipif(shutil.which("bash") is None or not hasattr(signal, "SIGUSR1"), reason="needs bash and signals")
+pytestmark = pytest.mark.skipif(
+    shutil.which("bash") is None or not hasattr(signal, "SIGUSR1"), reason="needs bash and signals"
+)
 
 PREEMPTIBLE = """\
 trap 'echo saved > "$AT/saved"; exit 75' USR1
@@ -41,22 +43,43 @@ class Cluster:
         path.chmod(0o755)
 
     def start(self, *arguments: str, **environment: str) -> subprocess.Popen[str]:
-        about = {**os.environ, "PATH": f"{self.at / 'bin'}:{os.environ['PATH']}", "AT": str(self.at), "SLURM_JOB_ID": "4711", **environment}
+        about = {
+            **os.environ,
+            "PATH": f"{self.at / 'bin'}:{os.environ['PATH']}",
+            "AT": str(self.at),
+            "SLURM_JOB_ID": "4711",
+            **environment,
+        }
         command = ["bash", str(SCRIPT), *arguments]
-        return subprocess.Popen(command, env=about, cwd=self.at, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        return subprocess.Popen(
+            command,
+            env=about,
+            cwd=self.at,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
 
     def job(self, *arguments: str, **environment: str) -> int:
         process = self.start(*arguments, **environment)
         print(process.communicate(timeout=LIMIT_SECONDS)[0])
         return process.returncode
 
-    def preempted(self, *arguments: str, when: Callable[[], bool], number: int = signal.SIGUSR1, **environment: str) -> int:
+    def preempted(
+        self,
+        *arguments: str,
+        when: Callable[[], bool],
+        number: int = signal.SIGUSR1,
+        **environment: str,
+    ) -> int:
         """The job's exit code when its batch shell gets a signal once ``when`` holds."""
         process = self.start(*arguments, **environment)
         until = time.monotonic() + LIMIT_SECONDS
         while not when() and process.poll() is None and time.monotonic() < until:
             time.sleep(0.02)
-        assert process.poll() is None and when(), "it ended before the signal: " + process.communicate()[0]
+        assert process.poll() is None and when(), (
+            "it ended before the signal: " + process.communicate()[0]
+        )
         process.send_signal(number)
         print(process.communicate(timeout=LIMIT_SECONDS)[0])
         return process.returncode
@@ -94,7 +117,9 @@ def test_a_real_run(cluster: Cluster) -> None:
     settings = ["debug=smoke", "train.steps=12", "output_dir=runs", "results_dir=results"]
 
     def learning() -> bool:
-        return any('"kind": "step"' in p.read_text() for p in (cluster.at / "runs").glob("*/metrics.jsonl"))
+        return any(
+            '"kind": "step"' in p.read_text() for p in (cluster.at / "runs").glob("*/metrics.jsonl")
+        )
 
     assert cluster.preempted(*settings, when=learning) == 0
     assert cluster.trace("scontrol") == ["requeue 4711"]
@@ -145,7 +170,8 @@ def test_ended_by_a_signal_to_the_step_alone(cluster: Cluster, name: str) -> Non
 
 
 def test_several_signals(cluster: Cluster) -> None:
-    """A signal only asks: the child decides when it is done, and its code is the one that counts."""
+    """A signal only asks: the child decides when it is done, and its code is the one that
+    counts."""
     slow = "trap 'asked=$((asked + 1))' USR1\nasked=0\ntouch \"$AT/up\"\n"
     slow += 'while [ ! -e "$AT/enough" ]; do echo $asked > "$AT/asked"; sleep 0.05; done\nexit 75\n'
     cluster.program("python", slow)
@@ -165,7 +191,8 @@ def test_several_signals(cluster: Cluster) -> None:
 
 
 def test_cancelled_is_saved_and_stays_cancelled(cluster: Cluster) -> None:
-    """TERM is Slurm's own end of a job: after scancel a requeue would bring it back. srun gets USR1, for TERM kills its tasks."""
+    """TERM is Slurm's own end of a job: after scancel a requeue would bring it back. srun gets
+    USR1, for TERM kills its tasks."""
     cluster.program("python", PREEMPTIBLE)
     assert cluster.preempted(when=cluster.up, number=signal.SIGTERM) == 75
     assert cluster.trace("saved") == ["saved"]
@@ -181,7 +208,14 @@ def test_a_refused_requeue_does_not_look_complete(cluster: Cluster) -> None:
 
 def test_arguments_arrive_unchanged(cluster: Cluster) -> None:
     cluster.program("python", 'for a in "$@"; do echo "$a" >> "$AT/arguments"; done\n')
-    given = ["output_dir=a folder/runs", "domain=[law,medicine]", "track.name=*", "a=$HOME", 'b="quoted"', "c=it's"]
+    given = [
+        "output_dir=a folder/runs",
+        "domain=[law,medicine]",
+        "track.name=*",
+        "a=$HOME",
+        'b="quoted"',
+        "c=it's",
+    ]
     assert cluster.job(*given, SLURM_CPUS_PER_TASK="8") == 0
     assert cluster.trace("arguments") == ["-m", "gain_cl", "run", *given]
     assert cluster.trace("srun") == ["8"]

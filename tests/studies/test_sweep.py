@@ -1,4 +1,5 @@
-"""Sweeps: what is run, what is not run twice, what a failure leaves, and two launchers on one grid."""
+"""Sweeps: what is run, what is not run twice, what a failure leaves, and two launchers on one
+grid."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ from gain_cl.system import claims
 from gain_cl.tools import sweep as verb
 
 GRID = (
-    "question: q\nblocks: 2\noverrides: [debug=smoke, train.steps=1]\nmethods: {gain_ffn: {train.lr: [0.01]}, lora: {train.lr: [0.001]}}\n"
+    "question: q\nblocks: 2\noverrides: [debug=smoke, train.steps=1]\nmethods: "
+    "{gain_ffn: {train.lr: [0.01]}, lora: {train.lr: [0.001]}}\n"
 )
 LIMIT_SECONDS = 600  # of a hang; nothing is timed
 
@@ -38,7 +40,8 @@ def grid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Cell]:
 
 
 class Fake:
-    """A launcher whose runs end when they are told to: codes, by run id, one after the other. log: what was started, in order."""
+    """A launcher whose runs end when they are told to: codes, by run id, one after the other. log:
+    what was started, in order."""
 
     def __init__(self, limit: int, codes: dict[str, list[int]] | None = None) -> None:
         self.limit, self.codes, self.log, self.most, self.alive = limit, codes or {}, [], 0, 0  # type: ignore[var-annotated]
@@ -52,7 +55,9 @@ class Fake:
         self.most = max(self.most, self.alive)
         claimed.write({"host": "here", "gpu": str(len(self.log))})
         if not (job.cell.folder / "stages/00-pretrained").exists():
-            self.baselines += not any((f / "stages/00-pretrained").exists() for f in job.cell.folder.parent.glob("*"))
+            self.baselines += not any(
+                (f / "stages/00-pretrained").exists() for f in job.cell.folder.parent.glob("*")
+            )
         return Ends(self, job)
 
     def adopt(self, about: dict[str, Any]) -> None:
@@ -88,7 +93,10 @@ class Ends:
 
 def jobs(cells: list[Cell]) -> list[launchers.Job]:
     Path("logs").mkdir(exist_ok=True)
-    return [launchers.Job(c, ["-m", "gain_cl", "run", *c.overrides], {}, Path("logs") / c.run_id) for c in cells]
+    return [
+        launchers.Job(c, ["-m", "gain_cl", "run", *c.overrides], {}, Path("logs") / c.run_id)
+        for c in cells
+    ]
 
 
 @pytest.fixture(autouse=True)
@@ -98,7 +106,9 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def carried_out(cells: list[Cell], launcher: Fake) -> tuple[sweep.Outcome, list[str]]:
     said: list[str] = []
-    found = sweep.carry_out(jobs(cells), launcher, cells[0].claims, said.append, lambda some: [1.0] * len(some))  # type: ignore[arg-type]
+    found = sweep.carry_out(
+        jobs(cells), launcher, cells[0].claims, said.append, lambda some: [1.0] * len(some)
+    )  # type: ignore[arg-type]
     return found, said
 
 
@@ -111,7 +121,8 @@ def test_everything_runs_once_and_no_more_than_allowed_at_a_time(grid: list[Cell
 
 
 def test_stage_0_is_scored_by_one_run_before_the_others_start(grid: list[Cell]) -> None:
-    """All cells share the pretrained model, documents and protocol: the first runs alone until its stage 0 is saved."""
+    """All cells share the pretrained model, documents and protocol: the first runs alone until its
+    stage 0 is saved."""
     assert len({sweep.baseline(c) for c in grid}) == 1
     launcher = Fake(limit=4)
     carried_out(grid, launcher)
@@ -119,14 +130,19 @@ def test_stage_0_is_scored_by_one_run_before_the_others_start(grid: list[Cell]) 
 
 
 def test_other_ways_to_score_do_not_wait_for_each_other(grid: list[Cell]) -> None:
-    other = experiments.cells(experiments.load("e.yaml"), ["output_dir=runs", "results_dir=results", "eval.documents=4"])
+    other = experiments.cells(
+        experiments.load("e.yaml"), ["output_dir=runs", "results_dir=results", "eval.documents=4"]
+    )
     assert not {sweep.baseline(c) for c in other} & {sweep.baseline(c) for c in grid}
 
 
 def test_a_failure_does_not_stop_the_rest(grid: list[Cell]) -> None:
     launcher = Fake(limit=1, codes={grid[1].run_id: [65], grid[2].run_id: [-9]})
     found, said = carried_out(grid, launcher)
-    assert [(f.cell.run_id, f.code) for f in found.failed] == [(grid[1].run_id, 65), (grid[2].run_id, -9)]
+    assert [(f.cell.run_id, f.code) for f in found.failed] == [
+        (grid[1].run_id, 65),
+        (grid[2].run_id, -9),
+    ]
     assert found.failed[0].last_line == "gain_cl: error: what (where); do"
     assert "killed by SIGKILL" in found.failed[1].last_line
     assert {c.run_id for c in found.done} == {grid[0].run_id, grid[3].run_id}
@@ -139,7 +155,9 @@ def test_a_run_that_somebody_else_took_is_waited_for(grid: list[Cell]) -> None:
     assert launcher.log.count(grid[0].run_id) == 2 and not found.failed and len(found.done) == 4
 
 
-def test_a_run_without_a_record_has_failed(grid: list[Cell], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_without_a_record_has_failed(
+    grid: list[Cell], monkeypatch: pytest.MonkeyPatch
+) -> None:
     launcher = Fake(limit=4)
     found, _ = carried_out(grid[:1], launcher)
     assert found.done
@@ -150,7 +168,8 @@ def test_a_run_without_a_record_has_failed(grid: list[Cell], monkeypatch: pytest
 
 
 def test_what_failed_under_another_launcher_is_not_run_again(grid: list[Cell]) -> None:
-    """It failed while this launcher waited for it; one that failed before and was asked for again is run."""
+    """It failed while this launcher waited for it; one that failed before and was asked for again
+    is run."""
     launcher = Fake(limit=1)
     start = launcher.start
 
@@ -161,7 +180,9 @@ def test_what_failed_under_another_launcher_is_not_run_again(grid: list[Cell]) -
 
     launcher.start = first  # type: ignore[method-assign]
     found, _ = carried_out(grid, launcher)
-    assert [(f.cell.run_id, f.last_line) for f in found.failed] == [(grid[2].run_id, "of another launcher")]
+    assert [(f.cell.run_id, f.last_line) for f in found.failed] == [
+        (grid[2].run_id, "of another launcher")
+    ]
     assert grid[2].run_id not in launcher.log and len(found.done) == 3
     launcher = Fake(limit=1)
     found, _ = carried_out([grid[2]], launcher)
@@ -178,7 +199,11 @@ def test_a_failure_without_a_trace_is_remembered(grid: list[Cell]) -> None:
 
 def test_a_run_that_was_asked_to_stop_has_not_failed(grid: list[Cell]) -> None:
     found, _ = carried_out(grid, Fake(limit=2, codes={grid[1].run_id: [PREEMPTED]}))
-    assert [c.run_id for c in found.left] == [grid[1].run_id] and not found.failed and grid[1].state != "failed"
+    assert (
+        [c.run_id for c in found.left] == [grid[1].run_id]
+        and not found.failed
+        and grid[1].state != "failed"
+    )
 
 
 def test_a_refused_job_waits(grid: list[Cell], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,14 +223,17 @@ def test_a_refused_job_waits(grid: list[Cell], monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_runs_of_other_sweeps_count(grid: list[Cell]) -> None:
-    """Of another experiment or with another only=: towards the limit of this machine, and their GPUs are taken."""
+    """Of another experiment or with another only=: towards the limit of this machine, and their
+    GPUs are taken."""
     grid[0].claims.mkdir(parents=True)
     other = claims.take(grid[0].claims, "run-of-another-sweep")
     assert other is not None
     other.write({"host": os.uname().nodename, "gpu": "0"})
     launcher = Fake(limit=2)
     carried_out(grid, launcher)
-    assert launcher.most == 1 and all({"host": os.uname().nodename, "gpu": "0"} in taken for taken in launcher.taken)
+    assert launcher.most == 1 and all(
+        {"host": os.uname().nodename, "gpu": "0"} in taken for taken in launcher.taken
+    )
     other.release()
 
 
@@ -228,7 +256,9 @@ def test_times_and_values_of_slurm() -> None:
 
 def test_a_claim_is_one_launchers(tmp_path: Path) -> None:
     mine = claims.take(tmp_path, "run")
-    assert mine is not None and claims.take(tmp_path, "run") is None and claims.held(tmp_path, "run")
+    assert (
+        mine is not None and claims.take(tmp_path, "run") is None and claims.held(tmp_path, "run")
+    )
     mine.write({"gpu": "1"})
     assert claims.about(tmp_path, "run") == {"gpu": "1"}
     mine.release()
@@ -240,7 +270,9 @@ def test_a_claim_lasts_as_long_as_the_run_that_inherited_it(tmp_path: Path) -> N
     """Also when the launcher is gone: its descriptor closed, the child alive."""
     mine = claims.take(tmp_path, "run")
     assert mine is not None
-    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, pass_fds=(mine.handle,))
+    child = subprocess.Popen(
+        [sys.executable, "-c", "input()"], stdin=subprocess.PIPE, pass_fds=(mine.handle,)
+    )
     mine.release()
     assert claims.held(tmp_path, "run") and claims.take(tmp_path, "run") is None
     child.communicate(b"\n", timeout=LIMIT_SECONDS)
@@ -250,11 +282,20 @@ def test_a_claim_lasts_as_long_as_the_run_that_inherited_it(tmp_path: Path) -> N
 def test_gpus_are_given_out_one_to_a_run(grid: list[Cell]) -> None:
     launcher = launchers.Local(2, ["0", "1"])
     seen = []
-    for cell, taken in ((grid[0], []), (grid[1], [{"host": os.uname().nodename, "gpu": "0"}]), (grid[2], [{"host": "other", "gpu": "0"}])):
+    for cell, taken in (
+        (grid[0], []),
+        (grid[1], [{"host": os.uname().nodename, "gpu": "0"}]),
+        (grid[2], [{"host": "other", "gpu": "0"}]),
+    ):
         cell.claims.mkdir(parents=True, exist_ok=True)
         claimed = claims.take(cell.claims, cell.run_id)
         assert claimed is not None
-        job = launchers.Job(cell, ["-c", "import os; print(os.environ['CUDA_VISIBLE_DEVICES'])"], {}, Path(f"{cell.run_id}.log"))
+        job = launchers.Job(
+            cell,
+            ["-c", "import os; print(os.environ['CUDA_VISIBLE_DEVICES'])"],
+            {},
+            Path(f"{cell.run_id}.log"),
+        )
         process = launcher.start(job, claimed, taken)
         while process.poll() is None:
             time.sleep(0.02)
@@ -264,8 +305,22 @@ def test_gpus_are_given_out_one_to_a_run(grid: list[Cell]) -> None:
 
 
 def test_words(grid: list[Cell]) -> None:
-    options, more = verb._options(["only=lora,block1", "max_parallel=2", "dry_run=true", "gpus=", "slurm.partition=gpu", "seed=1"])
-    assert (options.only, options.max_parallel, options.dry_run, options.gpus) == (["lora", "block1"], 2, True, [])
+    options, more = verb._options(
+        [
+            "only=lora,block1",
+            "max_parallel=2",
+            "dry_run=true",
+            "gpus=",
+            "slurm.partition=gpu",
+            "seed=1",
+        ]
+    )
+    assert (options.only, options.max_parallel, options.dry_run, options.gpus) == (
+        ["lora", "block1"],
+        2,
+        True,
+        [],
+    )
     assert options.slurm == {"partition": "gpu"} and more == ["seed=1"]
     assert [(c.method, c.block) for c in verb._only(grid, options.only)] == [("lora", 1)]
     assert [c.run_id for c in verb._only(grid, [grid[2].run_id[:-3]])] == [grid[2].run_id]
@@ -280,7 +335,8 @@ def test_words(grid: list[Cell]) -> None:
 
 
 def test_runs_share_cores_and_a_group(grid: list[Cell]) -> None:
-    """compute.threads where several run at a time on a CPU, track.group where wandb is on, unless they are given."""
+    """compute.threads where several run at a time on a CPU, track.group where wandb is on, unless
+    they are given."""
     e = experiments.load("e.yaml")
     options = verb.Options(worktree=False)
 
@@ -289,18 +345,26 @@ def test_runs_share_cores_and_a_group(grid: list[Cell]) -> None:
         return verb._jobs(e, cells, more, options, launcher, Path("runs"))[0].command
 
     threads = f"compute.threads={max(1, (os.cpu_count() or 1) // 2)}"
-    assert threads in words([], launchers.Local(2)) and not [w for w in words([], launchers.Local(1)) if w.startswith("compute.")]
+    assert threads in words([], launchers.Local(2)) and not [
+        w for w in words([], launchers.Local(1)) if w.startswith("compute.")
+    ]
     assert not [w for w in words([], launchers.Local(2, ["0", "1"])) if w.startswith("compute.")]
     assert words(["compute.threads=7"], launchers.Local(2))[-1] == "compute.threads=7"
-    assert "track.group=e" in words(["track=wandb"], launchers.Local(1)) and "track.group=e" not in words([], launchers.Local(1))
+    assert "track.group=e" in words(
+        ["track=wandb"], launchers.Local(1)
+    ) and "track.group=e" not in words([], launchers.Local(1))
     assert "track.group=e" not in words(["track=wandb", "track.group=mine"], launchers.Local(1))
 
 
-def test_the_time_left_falls_with_what_is_done(grid: list[Cell], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_time_left_falls_with_what_is_done(
+    grid: list[Cell], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """By stages that are saved, by one stage 0 for all, and by the time spent on a stage."""
     training, scoring, stages = 8.0, 1.0, len(grid[0].config.stages)
 
-    def seconds(config: Any, method: str, records: Any, speed: float | None = None, saved: int = 0) -> float:
+    def seconds(
+        config: Any, method: str, records: Any, speed: float | None = None, saved: int = 0
+    ) -> float:
         return (stages - max(saved, 1) + 1) * training + (stages + 1 - saved) * scoring
 
     monkeypatch.setattr(verb.costs, "seconds", seconds)
@@ -309,48 +373,88 @@ def test_the_time_left_falls_with_what_is_done(grid: list[Cell], monkeypatch: py
     for name in ("00-pretrained", "01-a"):
         (grid[1].folder / "stages" / name).mkdir(parents=True)
     left = verb._left(grid, grid, [])
-    assert left == [whole - scoring, whole - 2 * scoring - training, whole - scoring, whole - scoring]
+    assert left == [
+        whole - scoring,
+        whole - 2 * scoring - training,
+        whole - scoring,
+        whole - scoring,
+    ]
     old = time.time() - 5  # the stage under way was begun five seconds ago
     for path in (grid[1].folder / "stages").iterdir():
         os.utime(path, (old, old))
     active = [sweep.Active(jobs(grid)[1], None, None, 0.0)]  # type: ignore[arg-type]
     told: list[float] = []
     monkeypatch.setattr(sweep.format, "duration", lambda s: told.append(s) or "soon")
-    line = sweep._status(active, [], jobs(grid[:1]), sweep.Outcome(), Fake(2), lambda some: verb._left(some, grid, []))
+    line = sweep._status(
+        active,
+        [],
+        jobs(grid[:1]),
+        sweep.Outcome(),
+        Fake(2),
+        lambda some: verb._left(some, grid, []),
+    )
     assert "about soon left" in line and "stage 2 of" in line
     assert told == [pytest.approx(max(left[0], (left[0] + left[1] - 5) / 2), abs=1.0)]
-    line = sweep._status(active, [], jobs(grid[:1]), sweep.Outcome(), Fake(2), lambda some: [math.nan] * len(some))
+    line = sweep._status(
+        active, [], jobs(grid[:1]), sweep.Outcome(), Fake(2), lambda some: [math.nan] * len(some)
+    )
     assert "left" not in line
 
 
 def test_what_is_left_of_a_run_is_its_later_stages(grid: list[Cell]) -> None:
-    """At a speed of 1 token a second for training and 2 for scoring: every stage costs the same, stage 0 only its scoring."""
+    """At a speed of 1 token a second for training and 2 for scoring: every stage costs the same,
+    stage 0 only its scoring."""
     config = grid[0].config
     stages, names = len(config.stages), len(config.sequence.trained) + len(config.sequence.controls)
     scoring = names * config.eval.documents * (config.eval.window or config.eval.context) / 2
     training = config.stage.stage_steps * config.train.batch_tokens
-    assert costs.seconds(config, "lora", [], 1.0) == pytest.approx(stages * training + (stages + 1) * scoring)
+    assert costs.seconds(config, "lora", [], 1.0) == pytest.approx(
+        stages * training + (stages + 1) * scoring
+    )
     for saved in range(1, stages + 2):
-        assert costs.seconds(config, "lora", [], 1.0, saved=saved) == pytest.approx((stages + 1 - saved) * (training + scoring))
+        assert costs.seconds(config, "lora", [], 1.0, saved=saved) == pytest.approx(
+            (stages + 1 - saved) * (training + scoring)
+        )
 
 
 @pytest.mark.parametrize(("more", "beside"), [(30.0, 30.0), (-5.0, 0.0)])
 def test_time_beside_stages(more: float, beside: float) -> None:
-    """Loading, checks and files count; scores that another run made can have taken longer than the run itself: then nothing is known."""
-    (path,) = (Path(__file__).parents[2] / "results/runs").glob("smollm2_healed-lora-offline-s2-*.json")
+    """Loading, checks and files count; scores that another run made can have taken longer than the
+    run itself: then nothing is known."""
+    (path,) = (Path(__file__).parents[2] / "results/runs").glob(
+        "smollm2_healed-lora-offline-s2-*.json"
+    )
     r = record.load(path).record
-    named = sum((s.train.seconds if s.train else 0) + s.eval_seconds + s.task_seconds for s in r.stages)
+    named = sum(
+        (s.train.seconds if s.train else 0) + s.eval_seconds + s.task_seconds for s in r.stages
+    )
     r.provenance["seconds"] = named + more
-    config = experiments.cells(experiments.load("study"), ["results_dir=none", "output_dir=none"])[-1].config
+    config = experiments.cells(experiments.load("study"), ["results_dir=none", "output_dir=none"])[
+        -1
+    ].config
     left = [costs.seconds(config, "lora", [r], saved=k) for k in range(10)]
     assert left[0] == pytest.approx(named + beside, rel=0.01) and left[9] == pytest.approx(beside)
     assert all(a > b for a, b in itertools.pairwise(left))
 
 
 def test_nothing_starts_in_a_dry_run(grid: list[Cell], capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["sweep", "experiment=e.yaml", "dry_run=true", "only=lora", "output_dir=runs", "results_dir=results"]) == 0
+    assert (
+        cli.main(
+            [
+                "sweep",
+                "experiment=e.yaml",
+                "dry_run=true",
+                "only=lora",
+                "output_dir=runs",
+                "results_dir=results",
+            ]
+        )
+        == 0
+    )
     out = capsys.readouterr().out
-    assert out.count("-m gain_cl run") == 2 and "2 runs ahead" in out and "method=gain_ffn" not in out
+    assert (
+        out.count("-m gain_cl run") == 2 and "2 runs ahead" in out and "method=gain_ffn" not in out
+    )
     assert not Path("runs").exists()
 
 
@@ -361,19 +465,37 @@ def test_what_is_not_committed_is_not_run(tmp_path: Path) -> None:
     for words in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "m"]):
         subprocess.run([*git, *words], check=True)
     tree = sweep.worktree(tmp_path, tmp_path / "runs/sweeps")
-    assert (tree / "src/gain_cl/__init__.py").exists() and sweep.worktree(tmp_path, tmp_path / "runs/sweeps") == tree
+    assert (tree / "src/gain_cl/__init__.py").exists() and sweep.worktree(
+        tmp_path, tmp_path / "runs/sweeps"
+    ) == tree
     (tmp_path / "src/gain_cl/__init__.py").write_text("x = 1\n")
     with pytest.raises(ConfigError, match=r"src/gain_cl/__init__.py is not committed"):
         sweep.worktree(tmp_path, tmp_path / "runs/sweeps")
 
 
-# --- real runs ---------------------------------------------------------------------------------------------------------
+# --- real runs ------------------------------------------------------------------------------------
 
 
 def launched(at: Path, *words: str, **environment: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "gain_cl", "sweep", "experiment=e.yaml", "worktree=false", "output_dir=runs", "results_dir=results"]
+    command = [
+        sys.executable,
+        "-m",
+        "gain_cl",
+        "sweep",
+        "experiment=e.yaml",
+        "worktree=false",
+        "output_dir=runs",
+        "results_dir=results",
+    ]
     about = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    return subprocess.Popen([*command, *words], cwd=at, env=about, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    return subprocess.Popen(
+        [*command, *words],
+        cwd=at,
+        env=about,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
 
 
 def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
@@ -383,14 +505,19 @@ def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
 
 
 def attempts(at: Path) -> dict[str, int]:
-    return {p.parent.name: len(p.read_text().splitlines()) for p in sorted((at / "runs").glob("*/attempts.jsonl"))}
+    return {
+        p.parent.name: len(p.read_text().splitlines())
+        for p in sorted((at / "runs").glob("*/attempts.jsonl"))
+    }
 
 
 @pytest.mark.slow
 def test_two_launchers_at_once_run_every_cell_once(tmp_path: Path) -> None:
     """Also one that fails: no failure stops the rest, and it is not run again unless asked for."""
     failing = "lora: {model.prefix_token_id: [null, 99999999]}"
-    (tmp_path / "e.yaml").write_text(GRID.replace("blocks: 2", "blocks: 1").replace("lora: {train.lr: [0.001]}", failing))
+    (tmp_path / "e.yaml").write_text(
+        GRID.replace("blocks: 2", "blocks: 1").replace("lora: {train.lr: [0.001]}", failing)
+    )
     both = [launched(tmp_path), launched(tmp_path)]
     codes = [ended(p) for p in both]
     assert {code for code, _ in codes} <= {0, 1} and any(code == 1 for code, _ in codes)
@@ -399,7 +526,12 @@ def test_two_launchers_at_once_run_every_cell_once(tmp_path: Path) -> None:
     counts = attempts(tmp_path)
     assert all(counts[r.run_id] == 1 for r in done)
     code, out = ended(launched(tmp_path))
-    assert code == 1 and "nothing to run" in out and "failed before" in out and "retry_failed=true" in out
+    assert (
+        code == 1
+        and "nothing to run" in out
+        and "failed before" in out
+        and "retry_failed=true" in out
+    )
 
 
 STATES = """\
@@ -434,7 +566,13 @@ exec "$@"
 """
 
 
-PROGRAMS = {"sbatch": SBATCH, "sacct": SACCT, "srun": SRUN, "scancel": "#!/bin/sh\n", "scontrol": "#!/bin/sh\necho here\n"}
+PROGRAMS = {
+    "sbatch": SBATCH,
+    "sacct": SACCT,
+    "srun": SRUN,
+    "scancel": "#!/bin/sh\n",
+    "scontrol": "#!/bin/sh\necho here\n",
+}
 
 
 def on_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -453,19 +591,34 @@ def test_jobs_of_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is asked of the cluster, and that the runs are done."""
     cluster = on_cluster(tmp_path, monkeypatch)
     (tmp_path / "e.yaml").write_text(GRID.replace("blocks: 2", "blocks: 1"))
-    words = ["launcher=slurm", "slurm.partition=gpu", "slurm.time=90", "slurm.gpus_per_node=1", "slurm.cpus_per_task=2"]
+    words = [
+        "launcher=slurm",
+        "slurm.partition=gpu",
+        "slurm.time=90",
+        "slurm.gpus_per_node=1",
+        "slurm.cpus_per_task=2",
+    ]
     code, out = ended(launched(tmp_path, *words))
     assert code == 0 and "2 done, 0 failed" in out
     assert len(list((tmp_path / "results/runs").glob("*.json"))) == 2
     asked = (cluster / "script-1").read_text()
-    for line in ("--partition=gpu", "--time=90", "--gpus-per-node=1", "--cpus-per-task=2", "--signal=USR2@300"):
+    for line in (
+        "--partition=gpu",
+        "--time=90",
+        "--gpus-per-node=1",
+        "--cpus-per-task=2",
+        "--signal=USR2@300",
+    ):
         assert f"#SBATCH {line}" in asked
-    ids = [json.loads(p.read_text())["job"] for p in sorted((tmp_path / "runs/claims").glob("tiny-*"))]
+    ids = [
+        json.loads(p.read_text())["job"] for p in sorted((tmp_path / "runs/claims").glob("tiny-*"))
+    ]
     assert sorted(ids) == ["1", "2"]
 
 
 @pytest.mark.parametrize(
-    ("state", "adopted"), [("RUNNING", True), ("PENDING", True), ("FAILED", False), ("COMPLETED", False), (None, False)]
+    ("state", "adopted"),
+    [("RUNNING", True), ("PENDING", True), ("FAILED", False), ("COMPLETED", False), (None, False)],
 )
 def test_a_job_is_followed_if_slurm_says_that_it_lives(
     state: str | None, adopted: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -502,7 +655,13 @@ command()
 
 def test_a_job_that_runs_out_of_time_saves_and_is_queued_again(tmp_path: Path) -> None:
     """submitit's handler interrupts the wait for the run."""
-    done = subprocess.run([sys.executable, "-c", CHECKPOINT], cwd=tmp_path, capture_output=True, text=True, timeout=LIMIT_SECONDS)
+    done = subprocess.run(
+        [sys.executable, "-c", CHECKPOINT],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_SECONDS,
+    )
     assert done.stdout.split() == ["True", "True"], done.stderr
 
 
@@ -513,20 +672,41 @@ def test_slurm_without_slurm_is_one_line(tmp_path: Path) -> None:
 
 
 def table(at: Path) -> dict[str, list[list[str]]]:
-    """Every table, but for what is measured anew in each run: seconds, bytes of memory, commit and hash of the record."""
-    assert cli.main(["tables", f"experiment={at}/e.yaml", f"results_dir={at}/results", f"output_dir={at}/runs"]) == 0
+    """Every table, but for what is measured anew in each run: seconds, bytes of memory, commit and
+    hash of the record."""
+    assert (
+        cli.main(
+            [
+                "tables",
+                f"experiment={at}/e.yaml",
+                f"results_dir={at}/results",
+                f"output_dir={at}/runs",
+            ]
+        )
+        == 0
+    )
     found = {}
     for path in sorted((at / "results/tables/e").glob("*.csv")):
         rows = list(csv.reader(path.open()))
-        drop = {j for j, head in enumerate(rows[0]) if head in ("training min", "memory GB", "sha256", "commit")}
+        drop = {
+            j
+            for j, head in enumerate(rows[0])
+            if head in ("training min", "memory GB", "sha256", "commit")
+        }
         rows = [[x for j, x in enumerate(row) if j not in drop] for row in rows]
-        found[path.name] = [row for row in rows if not {"seconds", "peak_memory_bytes"} & set(row) and not any("minutes" in x for x in row)]
+        found[path.name] = [
+            row
+            for row in rows
+            if not {"seconds", "peak_memory_bytes"} & set(row)
+            and not any("minutes" in x for x in row)
+        ]
     return found
 
 
 @pytest.mark.slow
 def test_a_killed_launcher_changes_no_number(tmp_path: Path) -> None:
-    """SIGKILL and SIGTERM at random moments, until the grid is done; then the tables of an undisturbed sweep."""
+    """SIGKILL and SIGTERM at random moments, until the grid is done; then the tables of an
+    undisturbed sweep."""
     import random
 
     draw = random.Random(0)

@@ -1,4 +1,5 @@
-"""Pinned archives and the hub resolver, without network: a folder of wheels for pip, a hub on 127.0.0.1."""
+"""Pinned archives and the hub resolver, without network: a folder of wheels for pip, a hub on
+127.0.0.1."""
 
 from __future__ import annotations
 
@@ -81,23 +82,32 @@ def test_cache_dir(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert hashes.cache_dir() == Path.home() / ".cache" / "gain_cl"
 
 
-# --- archives ----------------------------------------------------------------------------------------------------------
+# --- archives -------------------------------------------------------------------------------------
 
 
-def test_archive_is_fetched_once_and_read_as_pinned(index: Path, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_archive_is_fetched_once_and_read_as_pinned(
+    index: Path, cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = PackageFile(package="demo==1.0", members="demo/data/*.txt", sha256=digest(wheel(index)))
-    assert list(packages.members(file)) == [("demo/data/a.txt", b"first"), ("demo/data/b.txt", b"second")]
+    assert list(packages.members(file)) == [
+        ("demo/data/a.txt", b"first"),
+        ("demo/data/b.txt", b"second"),
+    ]
     told = capsys.readouterr().err
     assert told.count("\n") == 1 and told.startswith("fetching demo==1.0 ... ") and "MB" in told
     wheel(index).unlink()
     assert len(list(packages.members(file))) == 2  # from the cache, in silence
     assert capsys.readouterr().err == ""
-    assert [p.name for p in (cache / "packages").iterdir() if not p.name.startswith(".")] == ["demo==1.0"]
+    assert [p.name for p in (cache / "packages").iterdir() if not p.name.startswith(".")] == [
+        "demo==1.0"
+    ]
     assert not list((cache / "packages").glob(".fetch-*"))
 
 
 def test_wheel_of_one_platform_is_pinned_by_its_member(index: Path) -> None:
-    wheel(index, "demo-1.0-cp311-cp311-manylinux_2_28_x86_64.whl")  # for a Python and platform that need not be ours
+    wheel(
+        index, "demo-1.0-cp311-cp311-manylinux_2_28_x86_64.whl"
+    )  # for a Python and platform that need not be ours
     pin = hashlib.sha256(b"first").hexdigest()
     file = PackageFile(package="demo==1.0", members="demo/data/a.txt", members_sha256=pin)
     assert list(packages.members(file)) == [("demo/data/a.txt", b"first")]
@@ -129,7 +139,11 @@ def test_other_bytes_than_pinned(index: Path, cache: Path) -> None:
 
 def test_no_such_package(index: Path) -> None:
     index.mkdir()
-    with pytest.raises(StorageError, match=r"cannot fetch demo==1\.0: No matching distribution.*pip download --no-deps demo==1\.0"):
+    with pytest.raises(
+        StorageError,
+        match=r"cannot fetch demo==1\.0: No matching distribution.*pip download --no-deps "
+        r"demo==1\.0",
+    ):
         packages.archive(PackageFile(package="demo==1.0", members="*", members_sha256="0" * 64))
     for name in ("demo", "demo>=1", "../demo==1", "demo==1 --index-url=x"):
         with pytest.raises(ConfigError, match="NAME==VERSION"):
@@ -137,10 +151,13 @@ def test_no_such_package(index: Path) -> None:
 
 
 def test_only_wheels_are_fetched_without_a_hash(tmp_path: Path) -> None:
-    """pip runs a source archive's build script to read its metadata: never for bytes that are not pinned."""
+    """pip runs a source archive's build script to read its metadata: never for bytes that are not
+    pinned."""
     loose = list(packages._pip_attempts(PackageFile(package="demo==1.0", members="*"), tmp_path))
     assert loose and all("--only-binary=:all:" in arguments for arguments in loose)
-    (pinned,) = packages._pip_attempts(PackageFile(package="demo==1.0", members="*", sha256="0" * 64), tmp_path)
+    (pinned,) = packages._pip_attempts(
+        PackageFile(package="demo==1.0", members="*", sha256="0" * 64), tmp_path
+    )
     assert "--require-hashes" in pinned
 
 
@@ -148,7 +165,11 @@ def test_damaged_archive_and_missing_member(cache: Path) -> None:
     folder = cache / "packages" / "demo==1.0"
     path = wheel(folder)
     with pytest.raises(DataError, match="no member matches nothing"):
-        list(packages.members(PackageFile(package="demo==1.0", members="nothing", sha256=digest(path))))
+        list(
+            packages.members(
+                PackageFile(package="demo==1.0", members="nothing", sha256=digest(path))
+            )
+        )
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(DataError, match="damaged archive"):
         list(packages.members(PackageFile(package="demo==1.0", members="*.txt")))
@@ -176,7 +197,7 @@ def test_read_only_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         packages.archive(PackageFile(package="demo==1.0", members="*"))
 
 
-# --- hashes ------------------------------------------------------------------------------------------------------------
+# --- hashes ---------------------------------------------------------------------------------------
 
 
 def test_folder_pin_follows_names_and_content(tmp_path: Path) -> None:
@@ -205,7 +226,7 @@ def test_remembered_hash_is_not_trusted_after_a_change(tmp_path: Path) -> None:
     assert hashes.file_sha256(path, remember=True) == hashlib.sha256(b"two").hexdigest()
 
 
-# --- the hub -----------------------------------------------------------------------------------------------------------
+# --- the hub --------------------------------------------------------------------------------------
 
 CALLS = """
 import json, sys, time
@@ -230,11 +251,22 @@ assert "torch" not in sys.modules and "transformers" not in sys.modules
 
 
 def hub(calls: list[list[Any]], home: Path, **environment: str) -> list[dict[str, Any]]:
-    """Each call's outcome, in a fresh process: the hub's library reads its environment when it is imported."""
+    """Each call's outcome, in a fresh process: the hub's library reads its environment when it is
+    imported."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
-    clean |= {"HF_HOME": str(home), "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_XET": "1", **environment}
+    clean |= {
+        "HF_HOME": str(home),
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "HF_HUB_DISABLE_XET": "1",
+        **environment,
+    }
     done = subprocess.run(
-        [sys.executable, "-c", CALLS, json.dumps(calls)], env=clean, capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-c", CALLS, json.dumps(calls)],
+        env=clean,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
@@ -247,7 +279,13 @@ def repository(root: Path, kind: str, name: str, files: dict[str, str]) -> None:
         target.write_text(text)
 
 
-MODEL = {"config.json": "{}", "tokenizer.json": "{}", "model.safetensors": "weights", "README.md": "no", "pytorch_model.bin": "no"}
+MODEL = {
+    "config.json": "{}",
+    "tokenizer.json": "{}",
+    "model.safetensors": "weights",
+    "README.md": "no",
+    "pytorch_model.bin": "no",
+}
 PATTERNS = ["config.json", "tokenizer*", "*.safetensors"]
 DATA = {f"data/train-0000{i}-of-00003.parquet": f"part {i}" for i in range(3)}
 
@@ -272,9 +310,15 @@ def test_snapshot_online_then_from_the_cache(site: Path, tmp_path: Path) -> None
         ]
         first, absent, files, busy = hub(calls, tmp_path / "hf", HF_ENDPOINT=address)
         assert first["ok"] == wanted
-        assert "no file matching *.gguf" in absent["error"] and "README.md" in absent["error"] and absent["code"] == 65
+        assert (
+            "no file matching *.gguf" in absent["error"]
+            and "README.md" in absent["error"]
+            and absent["code"] == 65
+        )
         assert files["ok"] == ["train-00000-of-00003.parquet", "train-00001-of-00003.parquet"]
-        assert not any("train-00002" in line for line in log)  # only as many files as were asked for
+        assert not any(
+            "train-00002" in line for line in log
+        )  # only as many files as were asked for
         assert busy["ok"] == wanted, busy  # one 503 is not the end
         asked = len(log)
         assert hub([calls[0]], tmp_path / "hf", HF_ENDPOINT=address)[0]["ok"] == wanted
@@ -294,16 +338,26 @@ def test_hub_refusals_are_one_line(site: Path, tmp_path: Path) -> None:
             ["snapshot", "org/model", None, PATTERNS, "model"],
             ["snapshot", "org/flipped", SHA, PATTERNS, "model"],
         ]
-        gated, private, revision, branch, none, flipped = hub(calls, tmp_path / "hf", HF_ENDPOINT=address)
+        gated, private, revision, branch, none, flipped = hub(
+            calls, tmp_path / "hf", HF_ENDPOINT=address
+        )
     assert "gated" in gated["error"] and "HF_TOKEN" in gated["error"] and gated["code"] == 65
     assert "no repository org/private, or it is private" in private["error"]
     assert f"no revision {'f' * 40}" in revision["error"]
-    assert f"'main' of org/model is not a commit (revision); pin the commit: revision: {SHA}" in branch["error"] and branch["code"] == 64
+    assert (
+        f"'main' of org/model is not a commit (revision); pin the commit: revision: {SHA}"
+        in branch["error"]
+        and branch["code"] == 64
+    )
     assert SHA in none["error"]
     assert "is not what the hub states" in flipped["error"] and flipped["code"] == 65
 
 
-@pytest.mark.parametrize("environment", [{"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}], ids=["offline", "unreachable"])
+@pytest.mark.parametrize(
+    "environment",
+    [{"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}],
+    ids=["offline", "unreachable"],
+)
 def test_not_cached_and_no_hub(tmp_path: Path, environment: dict[str, str]) -> None:
     start = time.monotonic()
     model, data, branch = hub(
@@ -316,30 +370,47 @@ def test_not_cached_and_no_hub(tmp_path: Path, environment: dict[str, str]) -> N
         **environment,
     )
     assert model["code"] == data["code"] == 74 and branch["code"] == 64
-    assert f'hf download org/model --revision {SHA} --include "config.json" --include "tokenizer*"' in model["error"]
-    assert f'hf download org/data --repo-type dataset --revision {SHA} --include "data/*.parquet"' in data["error"]
+    assert (
+        f'hf download org/model --revision {SHA} --include "config.json" --include "tokenizer*"'
+        in model["error"]
+    )
+    assert (
+        f'hf download org/data --repo-type dataset --revision {SHA} --include "data/*.parquet"'
+        in data["error"]
+    )
     assert time.monotonic() - start < 15 and model["seconds"] < 5
 
 
 def test_cache_seeded_by_hand(tmp_path: Path) -> None:
-    """HF_HUB_OFFLINE over a cache tree that gain_cl did not write: used when whole, refused when surely not."""
+    """HF_HUB_OFFLINE over a cache tree that gain_cl did not write: used when whole, refused when
+    surely not."""
     hub_cache = tmp_path / "hf" / "hub"
     for name, files in {
         "models--org--whole": MODEL,
         "models--org--noweights": {"config.json": "{}", "tokenizer.json": "{}"},
         "models--org--shards": {
             **MODEL,
-            "model.safetensors.index.json": json.dumps({"weight_map": {"w": "model-00002-of-00002.safetensors"}}),
+            "model.safetensors.index.json": json.dumps(
+                {"weight_map": {"w": "model-00002-of-00002.safetensors"}}
+            ),
         },
-        "datasets--org--first": {"data/train-00000-of-00003.parquet": "x", "data/train-00001-of-00003.parquet": "x"},
+        "datasets--org--first": {
+            "data/train-00000-of-00003.parquet": "x",
+            "data/train-00001-of-00003.parquet": "x",
+        },
         "datasets--org--last": {"data/train-00002-of-00003.parquet": "x"},
     }.items():
         for path, text in files.items():
             target = hub_cache / name / "snapshots" / SHA / path
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_text(text)
-    calls = [["snapshot", f"org/{name}", SHA, PATTERNS, "model"] for name in ("whole", "noweights", "shards")]
-    calls += [["files", f"org/{name}", SHA, ["data/*.parquet"], "dataset"] for name in ("first", "last")]
+    calls = [
+        ["snapshot", f"org/{name}", SHA, PATTERNS, "model"]
+        for name in ("whole", "noweights", "shards")
+    ]
+    calls += [
+        ["files", f"org/{name}", SHA, ["data/*.parquet"], "dataset"] for name in ("first", "last")
+    ]
     whole, noweights, shards, first, last = hub(calls, tmp_path / "hf", HF_HUB_OFFLINE="1")
     assert "model.safetensors" in whole["ok"]
     assert "missing: *.safetensors" in noweights["error"]

@@ -47,7 +47,12 @@ def write(*paths: str | Path, days: float = 0, content: bytes = b"0123456789") -
 def run_folder(run_id: str = ID, days: float = 30) -> Path:
     """An unfinished run: 30 bytes in three files."""
     folder = Path("runs") / run_id
-    write(folder / "run.json", folder / "ckpt/step-4/state.json", folder / "stages/01-a/stage.json", days=days)
+    write(
+        folder / "run.json",
+        folder / "ckpt/step-4/state.json",
+        folder / "stages/01-a/stage.json",
+        days=days,
+    )
     return folder
 
 
@@ -57,7 +62,12 @@ def finish(run_id: str = ID) -> None:
 
 def run(*argv: str) -> dict[str, object]:
     """The JSON of a command that must succeed."""
-    done = subprocess.run([sys.executable, "-m", "gain_cl", "clean", "--json", *argv], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "gain_cl", "clean", "--json", *argv],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     found: dict[str, object] = json.loads(done.stdout)
     return found
 
@@ -71,7 +81,7 @@ def everything(folder: Path) -> set[str]:
     return {str(p.relative_to(folder)) for p in folder.rglob("*")}
 
 
-# --- what goes -------------------------------------------------------------------------------------------------------
+# --- what goes ------------------------------------------------------------------------------------
 
 
 def test_abandoned_run(capsys: pytest.CaptureFixture[str], places: Path) -> None:
@@ -79,7 +89,12 @@ def test_abandoned_run(capsys: pytest.CaptureFixture[str], places: Path) -> None
     before = everything(places)
     assert cli.main(["clean"]) == 0
     out = capsys.readouterr().out
-    assert str(folder) in out and "30 B" in out and "30.0" in out and "abandoned run: has no record" in out
+    assert (
+        str(folder) in out
+        and "30 B" in out
+        and "30.0" in out
+        and "abandoned run: has no record" in out
+    )
     assert out.endswith("nothing removed; add --yes\n")
     assert everything(places) == before
     assert cli.main(["clean", "--yes"]) == 0
@@ -107,12 +122,19 @@ def test_finished_run_keeps_all_but_checkpoints() -> None:
     finish()
     assert planned() == {f"runs/{ID}/ckpt": "checkpoints of a finished run"}
     assert run("--yes")["removed_bytes"] == 10
-    assert everything(folder) == {"run.json", "matrix.csv", "stages", "stages/01-a", "stages/01-a/stage.json"}
+    assert everything(folder) == {
+        "run.json",
+        "matrix.csv",
+        "stages",
+        "stages/01-a",
+        "stages/01-a/stage.json",
+    }
     assert everything(Path("results")) == {"runs", f"runs/{ID}.json", f"runs/{ID}.items.parquet"}
 
 
 def test_checkpoints_of_a_later_attempt_stay() -> None:
-    """Of a run with force=true that was preempted: its record still stands, and what it saved is not lost at once."""
+    """Of a run with force=true that was preempted: its record still stands, and what it saved is
+    not lost at once."""
     run_folder(days=2)
     write(f"results/runs/{ID}.json", days=3)
     assert planned() == {}
@@ -129,7 +151,13 @@ def test_leftovers_older_than_a_day() -> None:
     ]
     write(*old, days=2)
     write(folder / "stages/.tmp-new/a", "runs/.tmp-new", days=0.5)
-    assert sorted(planned()) == sorted(["runs/.tmp-a", "runs/cells/.x.json.9.tmp", *map(str, [folder / ".run.json.12.tmp", old[0].parent])])
+    assert sorted(planned()) == sorted(
+        [
+            "runs/.tmp-a",
+            "runs/cells/.x.json.9.tmp",
+            *map(str, [folder / ".run.json.12.tmp", old[0].parent]),
+        ]
+    )
     run("--yes")
     left = everything(Path("runs"))
     assert not [n for n in left if "tmp" in n and "new" not in n]
@@ -137,16 +165,31 @@ def test_leftovers_older_than_a_day() -> None:
 
 
 def test_caches_only_when_asked() -> None:
-    keys = ["packages/demo==1.0/demo.whl", "models/demo-1.0-01234567/model.safetensors", f"tokens/{'a' * 32}/tokens.npy"]
+    keys = [
+        "packages/demo==1.0/demo.whl",
+        "models/demo-1.0-01234567/model.safetensors",
+        f"tokens/{'a' * 32}/tokens.npy",
+    ]
     keys += [f"hashes/{'b' * 64}.json", f"hub/models--a--b/{'c' * 40}.json"]
     write(*(f"cache/{k}" for k in keys))
-    write("cache/packages/.fetch-abcdefgh/x", "cache/tokens/.build-abcdefgh/x", "cache/models/tmpabcd1234/x", days=2)
+    write(
+        "cache/packages/.fetch-abcdefgh/x",
+        "cache/tokens/.build-abcdefgh/x",
+        "cache/models/tmpabcd1234/x",
+        days=2,
+    )
     write(f"runs/cells/{'d' * 32}.json", run_folder(days=0) / "LOCK")
     assert not planned()
     shown = planned(cache=True)
-    caches = {str(Path("cache").absolute() / name) for name in ("packages", "models", "tokens", "hashes", "hub")}
+    caches = {
+        str(Path("cache").absolute() / name)
+        for name in ("packages", "models", "tokens", "hashes", "hub")
+    }
     assert caches | {"runs/cells"} <= set(shown) and len(shown) == 9
-    assert shown[str(Path("cache").absolute() / "packages")] == "cache of 1: fetched again from the package index"
+    assert (
+        shown[str(Path("cache").absolute() / "packages")]
+        == "cache of 1: fetched again from the package index"
+    )
     found = run("--cache", "--yes")
     assert found["removed_bytes"] == found["bytes"] == 90
     assert everything(Path("cache")) == {"packages", "models", "tokens", "hashes", "hub"}
@@ -155,21 +198,31 @@ def test_caches_only_when_asked() -> None:
 
 @pytest.mark.slow
 def test_what_a_real_run_leaves_is_known(places: Path) -> None:
-    """Its caches go by name, a finished run keeps everything, and what is left can still be shown."""
+    """Its caches go by name, a finished run keeps everything, and what is left can still be
+    shown."""
     command = [sys.executable, "-m", "gain_cl"]
     settings = ["debug=smoke", "train.steps=1", "output_dir=runs", "results_dir=results"]
-    subprocess.run([*command, "run", *settings], check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    subprocess.run(
+        [*command, "run", *settings],
+        check=True,
+        capture_output=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     [record] = Path("results/runs").glob("*.json")
     assert clean.RUN_ID.fullmatch(record.stem)
     before = {name: everything(places / name) for name in (f"runs/{record.stem}", "results")}
-    assert {p.name for p in Path("runs").iterdir()} == {record.stem, "cells"} and everything(Path("cache"))
+    assert {p.name for p in Path("runs").iterdir()} == {record.stem, "cells"} and everything(
+        Path("cache")
+    )
     assert run("--cache", "--yes", "--days", "0")["items"]
-    assert everything(Path("runs/cells")) == set() and {p.parent for p in Path("cache").rglob("*")} == {Path("cache")}
+    assert everything(Path("runs/cells")) == set() and {
+        p.parent for p in Path("cache").rglob("*")
+    } == {Path("cache")}
     assert {name: everything(places / name) for name in before} == before
     subprocess.run([*command, "show", record.stem], check=True, capture_output=True)
 
 
-# --- what stays ------------------------------------------------------------------------------------------------------
+# --- what stays -----------------------------------------------------------------------------------
 
 
 def test_a_run_in_use_stays(capsys: pytest.CaptureFixture[str]) -> None:
@@ -202,7 +255,9 @@ def test_a_run_that_went_on_between_showing_and_removing_stays() -> None:
 def test_a_run_whose_record_is_elsewhere_stays() -> None:
     write(run_folder() / "matrix.csv", days=30)
     found = run("--yes")
-    assert found["items"] == [] and found["left"] == [f"runs/{ID}: finished, with its record elsewhere than in results/runs"]
+    assert found["items"] == [] and found["left"] == [
+        f"runs/{ID}: finished, with its record elsewhere than in results/runs"
+    ]
     assert everything(Path(f"runs/{ID}/ckpt"))
 
 
@@ -216,16 +271,40 @@ def test_records_inside_a_run_folder_stay() -> None:
 def test_other_folders_stay() -> None:
     """A marker is not enough, nor is a name."""
     run_folder()
-    write("runs/thesis/stages/one.tex", "runs/LOCK", f"runs/{OTHER}/notes.txt", "runs/debug/x", days=400)
-    write("cache/models/mine/model.bin", "cache/packages/notes.txt", "cache/mine/x", "runs/cells/notes.txt", days=400)
-    kept = everything(Path("cache")) | {"thesis/stages/one.tex", "LOCK", f"{OTHER}/notes.txt", "debug/x", "cells/notes.txt"}
+    write(
+        "runs/thesis/stages/one.tex",
+        "runs/LOCK",
+        f"runs/{OTHER}/notes.txt",
+        "runs/debug/x",
+        days=400,
+    )
+    write(
+        "cache/models/mine/model.bin",
+        "cache/packages/notes.txt",
+        "cache/mine/x",
+        "runs/cells/notes.txt",
+        days=400,
+    )
+    kept = everything(Path("cache")) | {
+        "thesis/stages/one.tex",
+        "LOCK",
+        f"{OTHER}/notes.txt",
+        "debug/x",
+        "cells/notes.txt",
+    }
     run("--yes", "--cache")
     assert kept <= everything(Path("cache")) | everything(Path("runs"))
     assert not Path(f"runs/{ID}").exists()
 
 
 def test_links_are_not_followed(places: Path) -> None:
-    write("precious/ckpt/a", "precious/run.json", f"precious/{'a' * 32}.json", "precious/demo==1.0", days=400)
+    write(
+        "precious/ckpt/a",
+        "precious/run.json",
+        f"precious/{'a' * 32}.json",
+        "precious/demo==1.0",
+        days=400,
+    )
     outside = everything(places / "precious")
     folder = run_folder()
     (folder / "ckpt/link").symlink_to(places / "precious")
@@ -260,30 +339,57 @@ def test_hostile_names(capfd: pytest.CaptureFixture[str]) -> None:
         write(Path("runs") / name / "-rf", days=2)
     for name in ("-rf", "..-s0-0123456789", "a\n-s0-0123456789", "-s0-0123456789", " "):
         write(Path("runs") / name / "run.json", days=400)
-    kept = {"-rf/run.json", "..-s0-0123456789/run.json", "a\n-s0-0123456789/run.json", "-s0-0123456789/run.json", " /run.json"}
+    kept = {
+        "-rf/run.json",
+        "..-s0-0123456789/run.json",
+        "a\n-s0-0123456789/run.json",
+        "-s0-0123456789/run.json",
+        " /run.json",
+    }
     assert cli.main(["clean"]) == 0
     out = capfd.readouterr().out
     assert f"{len(HOSTILE)} to remove" in out and "\x1b[31m" not in out and "\u202e" not in out
     flat = "".join(out.split())
-    assert r".tmp-\n[red]-rf" in flat and r".tmp-\x1b[31mred" in flat and r"\u202e" in flat and r"\udcff" in flat
+    assert (
+        r".tmp-\n[red]-rf" in flat
+        and r".tmp-\x1b[31mred" in flat
+        and r"\u202e" in flat
+        and r"\udcff" in flat
+    )
     assert len(run("--yes")["items"]) == len(HOSTILE)  # type: ignore[arg-type]
     left = everything(Path("runs"))
     assert kept <= left and not [n for n in left if n.startswith(".tmp")]
     assert not Path("gone").exists()
 
 
-@pytest.mark.parametrize("folder", ["/", "/tmp/..", "home", "home/..", "src", "results/runs", "file"])
+@pytest.mark.parametrize(
+    "folder", ["/", "/tmp/..", "home", "home/..", "src", "results/runs", "file"]
+)
 def test_refused_folders(folder: str, capsys: pytest.CaptureFixture[str], places: Path) -> None:
-    write(f"home/{ID}/run.json", f"results/runs/{ID}/run.json", f"{ID}/run.json", "src/main.py", "file", days=400)
+    write(
+        f"home/{ID}/run.json",
+        f"results/runs/{ID}/run.json",
+        f"{ID}/run.json",
+        "src/main.py",
+        "file",
+        days=400,
+    )
     before = everything(places)
     assert cli.main(["clean", "--yes", "--output-dir", folder]) == 64
     out, err = capsys.readouterr()
-    assert out == "" and err.startswith("gain_cl: error: ") and err.count("\n") == 1 and "--output-dir" in err
+    assert (
+        out == ""
+        and err.startswith("gain_cl: error: ")
+        and err.count("\n") == 1
+        and "--output-dir" in err
+    )
     assert everything(places) == before
 
 
 @pytest.mark.parametrize("cache", ["/", "home"])
-def test_refused_caches(cache: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_refused_caches(
+    cache: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     write("home/packages/demo==1.0/x")
     monkeypatch.setenv("GAIN_CL_CACHE", cache)
     assert cli.main(["clean", "--yes", "--cache"]) == 64
@@ -303,7 +409,9 @@ def test_nothing_there(capsys: pytest.CaptureFixture[str], places: Path) -> None
     assert everything(places) == {"home"}  # nothing was made either
 
 
-def test_what_cannot_be_removed_is_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_removed_is_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The rest is removed nevertheless."""
     run_folder()
     run_folder(OTHER)
@@ -317,7 +425,10 @@ def test_what_cannot_be_removed_is_one_line(capsys: pytest.CaptureFixture[str], 
     monkeypatch.setattr(clean, "_remove", refuse)
     assert cli.main(["clean", "--yes"]) == 74
     err = capsys.readouterr().err
-    assert err.startswith("gain_cl: error: cannot remove: Permission denied (runs/") and err.count("\n") == 1
+    assert (
+        err.startswith("gain_cl: error: cannot remove: Permission denied (runs/")
+        and err.count("\n") == 1
+    )
     assert Path(f"runs/{ID}/run.json").exists() and not Path(f"runs/{OTHER}").exists()
 
 
@@ -332,18 +443,26 @@ def test_a_removal_cut_short_leaves_a_run_that_starts_anew(monkeypatch: pytest.M
     monkeypatch.setattr("shutil.rmtree", die)
     with pytest.raises(KeyboardInterrupt):
         clean.remove(items)
-    assert not (folder / "ckpt").exists() and (folder / "run.json").exists() and (folder / "stages/01-a/stage.json").exists()
+    assert (
+        not (folder / "ckpt").exists()
+        and (folder / "run.json").exists()
+        and (folder / "stages/01-a/stage.json").exists()
+    )
     assert [p.name for p in folder.iterdir() if p.name.startswith(".tmp-clean-")]
 
 
-# --- asking ----------------------------------------------------------------------------------------------------------
+# --- asking ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("answer", "gone"), [("y", True), ("YES", True), ("", False), ("n", False), ("yep", False)])
+@pytest.mark.parametrize(
+    ("answer", "gone"), [("y", True), ("YES", True), ("", False), ("n", False), ("yep", False)]
+)
 def test_question_on_a_terminal(answer: str, gone: bool) -> None:
     run_folder()
     ours, theirs = pty.openpty()
-    process = subprocess.Popen([sys.executable, "-m", "gain_cl", "clean"], stdin=theirs, stdout=theirs, stderr=theirs)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "gain_cl", "clean"], stdin=theirs, stdout=theirs, stderr=theirs
+    )
     os.close(theirs)
     said = b""
     while b"[y/N]" not in said:
@@ -363,10 +482,21 @@ def test_question_on_a_terminal(answer: str, gone: bool) -> None:
 def test_json_never_asks() -> None:
     run_folder()
     ours, theirs = pty.openpty()
-    done = subprocess.run([sys.executable, "-m", "gain_cl", "clean", "--json"], stdin=theirs, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "gain_cl", "clean", "--json"],
+        stdin=theirs,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     os.close(ours), os.close(theirs)
     found = json.loads(done.stdout)
     [item] = found["items"]
-    assert item == {"path": f"runs/{ID}", "bytes": 30, "days": item["days"], "why": "abandoned run: has no record"}
+    assert item == {
+        "path": f"runs/{ID}",
+        "bytes": 30,
+        "days": item["days"],
+        "why": "abandoned run: has no record",
+    }
     assert abs(item["days"] - 30) < 0.1 and found["bytes"] == 30 and found["removed_bytes"] == 0
     assert Path(f"runs/{ID}").exists()

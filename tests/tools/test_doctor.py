@@ -1,4 +1,5 @@
-"""What `doctor` finds, on this machine and on broken ones made up for it; and that it never shows a secret."""
+"""What `doctor` finds, on this machine and on broken ones made up for it; and that it never shows a
+secret."""
 
 from __future__ import annotations
 
@@ -40,7 +41,12 @@ NAMES = [
     "hub",
     "wandb",
 ]
-UNSET = [n for n in os.environ if n.startswith(("HF_", "HUGGING", "WANDB_"))] + ["HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"]
+UNSET = [n for n in os.environ if n.startswith(("HF_", "HUGGING", "WANDB_"))] + [
+    "HTTP_PROXY",
+    "HTTPS_PROXY",
+    "http_proxy",
+    "https_proxy",
+]
 
 
 @pytest.fixture(autouse=True)
@@ -106,7 +112,7 @@ def cached(*pins: str) -> None:
         (folder / "x.whl").touch()
 
 
-# --- the whole -------------------------------------------------------------------------------------------------------
+# --- the whole ------------------------------------------------------------------------------------
 
 
 def test_json_on_this_machine() -> None:
@@ -114,20 +120,31 @@ def test_json_on_this_machine() -> None:
     command = [sys.executable, "-m", "gain_cl", "doctor", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     found = {c["name"]: c for c in json.loads(done.stdout)["checks"]}
-    assert list(found) == NAMES and all(list(c) == ["name", "status", "finding", "advice"] for c in found.values())
+    assert list(found) == NAMES and all(
+        list(c) == ["name", "status", "finding", "advice"] for c in found.values()
+    )
     for name in ("python", "packages", "torch", "file system", "cache", "hub cache"):
         assert found[name]["status"] == "ok", found[name]
     for name in ("hub", "wandb"):
         assert found[name]["status"] == "warning" and "connection refused" in found[name]["finding"]
     assert found["package index"]["status"] == "warning"
     troubled = any(c["status"] == "problem" for c in found.values())  # this machine may be small
-    assert done.returncode == (65 if troubled else 0) and done.stderr.count("\n") == troubled, done.stderr
+    assert done.returncode == (65 if troubled else 0) and done.stderr.count("\n") == troubled, (
+        done.stderr
+    )
     assert all(c["advice"] for c in found.values() if c["status"] != "ok")
 
 
-def test_table_and_exit_code(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    good, bad = Finding("one", "ok", "fine [red]"), Finding("two", "problem", "a\x1b[31m\nb", "mend it")
-    monkeypatch.setattr(doctor, "examine", lambda places: [good, Finding("three", "warning", "so so", "look"), bad])
+def test_table_and_exit_code(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good, bad = (
+        Finding("one", "ok", "fine [red]"),
+        Finding("two", "problem", "a\x1b[31m\nb", "mend it"),
+    )
+    monkeypatch.setattr(
+        doctor, "examine", lambda places: [good, Finding("three", "warning", "so so", "look"), bad]
+    )
     assert cli.main(["doctor"]) == 65
     out, err = capsys.readouterr()
     assert "fine [red]" in out and r"a\x1b[31m\nb" in out and "mend it" in out
@@ -158,7 +175,7 @@ def test_command_line_is_checked(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--ofline" in capsys.readouterr().err
 
 
-# --- Python and torch ------------------------------------------------------------------------------------------------
+# --- Python and torch -----------------------------------------------------------------------------
 
 
 def test_without_torch(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,30 +183,47 @@ def test_without_torch(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.M
     assert cli.main(["doctor", "--offline", "--json"]) == 65
     out, err = capsys.readouterr()
     found = {c["name"]: c for c in json.loads(out)["checks"]}
-    assert found["torch"]["status"] == "problem" and "cannot be imported" in found["torch"]["finding"]
-    assert "pip install torch" in found["torch"]["advice"] and found["dtype"]["finding"] == "not tried: no torch"
+    assert (
+        found["torch"]["status"] == "problem" and "cannot be imported" in found["torch"]["finding"]
+    )
+    assert (
+        "pip install torch" in found["torch"]["advice"]
+        and found["dtype"]["finding"] == "not tried: no torch"
+    )
     assert "(torch)" in err
 
 
 class Torch:
     """As much of torch as the checks of dtypes need; seconds: of a product, by dtype."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, lacking: tuple[str, ...] = (), **seconds: float) -> None:
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, lacking: tuple[str, ...] = (), **seconds: float
+    ) -> None:
         import torch
 
         monkeypatch.setattr(doctor, "_torch", lambda: torch)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         real = doctor._computes
-        monkeypatch.setattr(doctor, "_computes", lambda t, d, k: str(k).removeprefix("torch.") not in lacking and real(t, d, k))
-        monkeypatch.setattr(doctor, "_seconds", lambda t, d, k: seconds[str(k).removeprefix("torch.")])
+        monkeypatch.setattr(
+            doctor,
+            "_computes",
+            lambda t, d, k: str(k).removeprefix("torch.") not in lacking and real(t, d, k),
+        )
+        monkeypatch.setattr(
+            doctor, "_seconds", lambda t, d, k: seconds[str(k).removeprefix("torch.")]
+        )
 
 
 @pytest.mark.parametrize(("bfloat16", "status"), [(1.4, "ok"), (1.6, "warning"), (5.0, "warning")])
-def test_slow_bfloat16(places: Places, monkeypatch: pytest.MonkeyPatch, bfloat16: float, status: str) -> None:
+def test_slow_bfloat16(
+    places: Places, monkeypatch: pytest.MonkeyPatch, bfloat16: float, status: str
+) -> None:
     Torch(monkeypatch, float32=1.0, bfloat16=bfloat16)
     found = doctor.dtype(places)
     assert found.status == status and found.finding.startswith("float32, bfloat16, float16 on cpu")
-    assert (f"bfloat16 is {bfloat16:.1f} times slower than float32 here" in found.finding) == (status == "warning")
+    assert (f"bfloat16 is {bfloat16:.1f} times slower than float32 here" in found.finding) == (
+        status == "warning"
+    )
     assert ("use model.dtype=float32" in found.advice) == (status == "warning")
 
 
@@ -203,21 +237,34 @@ def test_dtype_that_does_not_compute(places: Places, monkeypatch: pytest.MonkeyP
 def test_products_are_really_made() -> None:
     import torch
 
-    assert doctor._computes(torch, "cpu", torch.float32) and doctor._computes(torch, "cpu", torch.bfloat16)
+    assert doctor._computes(torch, "cpu", torch.float32) and doctor._computes(
+        torch, "cpu", torch.bfloat16
+    )
     assert not doctor._computes(torch, "cpu", torch.int8)  # rounds everything away
     assert doctor._seconds(torch, "cpu", torch.float32) > 0
 
 
-# --- the machine -----------------------------------------------------------------------------------------------------
+# --- the machine ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("lines", "files", "limit"),
     [
-        ("0::/slurm/job_1/step_0\n", {"slurm/memory.max": "max", "slurm/job_1/memory.max": "2000", "memory.max": "9000"}, 2000),
+        (
+            "0::/slurm/job_1/step_0\n",
+            {"slurm/memory.max": "max", "slurm/job_1/memory.max": "2000", "memory.max": "9000"},
+            2000,
+        ),
         ("0::/\n", {"memory.max": "max"}, None),
         ("0::/not/mounted\n", {"memory.max": "7000"}, 7000),
-        ("4:memory:/a\n0::/\n", {"memory/a/memory.limit_in_bytes": "3000", "memory/memory.limit_in_bytes": str(2**63 - 4096)}, 3000),
+        (
+            "4:memory:/a\n0::/\n",
+            {
+                "memory/a/memory.limit_in_bytes": "3000",
+                "memory/memory.limit_in_bytes": str(2**63 - 4096),
+            },
+            3000,
+        ),
         ("4:cpu:/a\n", {"memory/a/memory.limit_in_bytes": "3000"}, None),
     ],
 )
@@ -234,11 +281,16 @@ def test_cgroup_limit(tmp_path: Path, lines: str, files: dict[str, str], limit: 
 def test_too_little_memory(places: Places, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "cgroup_limit", lambda: 2_000_000_000)
     found = doctor.memory(places)
-    assert found.status == "problem" and "limited to 2.0 GB; the default run takes 4.1 GB" in found.finding
+    assert (
+        found.status == "problem"
+        and "limited to 2.0 GB; the default run takes 4.1 GB" in found.finding
+    )
 
 
 def test_little_disk(places: Places, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "free for output_dir, results_dir, cache, hub cache" in doctor.disk(places).finding  # one file system here
+    assert (
+        "free for output_dir, results_dir, cache, hub cache" in doctor.disk(places).finding
+    )  # one file system here
     for free, status in ((10**8 - 1, "problem"), (10**8, "warning"), (2 * 10**9, "ok")):
         usage = type(doctor.shutil.disk_usage("/"))(10**12, 0, free)
         monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path, usage=usage: usage)
@@ -272,7 +324,11 @@ def test_folders_that_cannot_be_written(places: Places, monkeypatch: pytest.Monk
 
     monkeypatch.setattr("tempfile.TemporaryFile", refuse)
     found = doctor.cache(places)
-    assert found.status == "problem" and found.finding.endswith("not there yet, not writable") and "GAIN_CL_CACHE" in found.advice
+    assert (
+        found.status == "problem"
+        and found.finding.endswith("not there yet, not writable")
+        and "GAIN_CL_CACHE" in found.advice
+    )
 
 
 def test_size_of_a_cache(places: Places, tmp_path: Path) -> None:
@@ -282,18 +338,29 @@ def test_size_of_a_cache(places: Places, tmp_path: Path) -> None:
     assert doctor.hub_cache(places).finding == f"{tmp_path / 'hf'}: 5.0 kB"
 
 
-# --- what is installed -----------------------------------------------------------------------------------------------
+# --- what is installed ----------------------------------------------------------------------------
 
 
 def test_versions(places: Places, monkeypatch: pytest.MonkeyPatch) -> None:
     real = doctor._installed
-    for version, status in (("2.13.0+cu130", "ok"), ("2.9.1", "warning"), ("2.5.0", "problem"), (None, "problem")):
-        monkeypatch.setattr(doctor, "_installed", lambda name, version=version: version if name == "torch" else real(name))
+    for version, status in (
+        ("2.13.0+cu130", "ok"),
+        ("2.9.1", "warning"),
+        ("2.5.0", "problem"),
+        (None, "problem"),
+    ):
+        monkeypatch.setattr(
+            doctor,
+            "_installed",
+            lambda name, version=version: version if name == "torch" else real(name),
+        )
         found = doctor.packages(places)
         assert found.status == status
         assert status == "ok" or "torch" in found.finding
     monkeypatch.setattr(doctor, "tested_versions", dict)
-    monkeypatch.setattr(doctor, "_installed", lambda name: "2.9.1" if name == "torch" else real(name))
+    monkeypatch.setattr(
+        doctor, "_installed", lambda name: "2.9.1" if name == "torch" else real(name)
+    )
     found = doctor.packages(places)
     assert found.status == "ok" and found.finding.endswith(", within the allowed ranges")
 
@@ -301,7 +368,9 @@ def test_versions(places: Places, monkeypatch: pytest.MonkeyPatch) -> None:
 def names() -> list[str]:
     import tomllib
 
-    project = tomllib.loads((presets.configs_dir().parent / "pyproject.toml").read_text())["project"]
+    project = tomllib.loads((presets.configs_dir().parent / "pyproject.toml").read_text())[
+        "project"
+    ]
     return [str(d) for d in project["dependencies"]]
 
 
@@ -325,19 +394,34 @@ def test_tested_versions_travel_in_the_wheel() -> None:
 
 @pytest.mark.parametrize(
     ("commit", "dirty", "status", "words"),
-    [("a" * 40, False, "ok", "commit aaaaaaaaaaaa"), ("a" * 40, True, "warning", "with changes"), (None, None, "ok", "not a git checkout")],
+    [
+        ("a" * 40, False, "ok", "commit aaaaaaaaaaaa"),
+        ("a" * 40, True, "warning", "with changes"),
+        (None, None, "ok", "not a git checkout"),
+    ],
 )
-def test_code(places: Places, monkeypatch: pytest.MonkeyPatch, commit: str | None, dirty: bool | None, status: str, words: str) -> None:
-    monkeypatch.setattr("gain_cl.measure.provenance.commit", lambda: {"commit": commit, "dirty": dirty})
+def test_code(
+    places: Places,
+    monkeypatch: pytest.MonkeyPatch,
+    commit: str | None,
+    dirty: bool | None,
+    status: str,
+    words: str,
+) -> None:
+    monkeypatch.setattr(
+        "gain_cl.measure.provenance.commit", lambda: {"commit": commit, "dirty": dirty}
+    )
     found = doctor.code(places)
     assert found.status == status and words in found.finding
 
 
-# --- servers ---------------------------------------------------------------------------------------------------------
+# --- servers --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("status", [200, 401, 403, 404, 405, 429])
-def test_any_answer_is_an_answer(places: Places, monkeypatch: pytest.MonkeyPatch, status: int) -> None:
+def test_any_answer_is_an_answer(
+    places: Places, monkeypatch: pytest.MonkeyPatch, status: int
+) -> None:
     with server(status) as url:
         monkeypatch.setenv("HF_ENDPOINT", url)
         monkeypatch.setenv("WANDB_BASE_URL", url)
@@ -359,7 +443,9 @@ def test_a_silent_server_is_given_up(places: Places, monkeypatch: pytest.MonkeyP
         assert doctor.hub(places)[1:3] == ("warning", "127.0.0.1: no answer in 0.2 s; no login")
 
 
-def test_checks_that_never_return_are_given_up(places: Places, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_checks_that_never_return_are_given_up(
+    places: Places, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(doctor, "DEADLINE_SECONDS", 0.2)
     monkeypatch.setattr(doctor, "CHECKS", ())
     monkeypatch.setattr(doctor, "SERVERS", (doctor.hub, stuck, doctor.wandb))
@@ -379,7 +465,9 @@ def test_only_web_servers_are_asked(url: str) -> None:
 
 
 @pytest.mark.parametrize("value", ["1", "true", "ON"])
-def test_offline_as_the_hub_understands_it(places: Places, monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+def test_offline_as_the_hub_understands_it(
+    places: Places, monkeypatch: pytest.MonkeyPatch, value: str
+) -> None:
     monkeypatch.setattr(doctor, "reach", never)
     monkeypatch.setenv("HF_HUB_OFFLINE", value)
     assert doctor.hub(places)[1:3] == ("ok", "not asked (HF_HUB_OFFLINE); no login")
@@ -399,7 +487,9 @@ def test_offline_asks_nobody(places: Places, monkeypatch: pytest.MonkeyPatch) ->
     assert "0 of the 9 packages" in doctor.package_index(alone).finding
 
 
-def test_where_logins_are_found(places: Places, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_logins_are_found(
+    places: Places, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(doctor, "reach", lambda url: "")
     (tmp_path / ".netrc").write_text(f"machine 127.0.0.1 login user password {CANARY}\n")
     assert "key present (netrc)" in doctor.wandb(places).finding
@@ -439,7 +529,12 @@ def index_page(*versions: str) -> str:
     ],
 )
 def test_package_index(
-    places: Places, monkeypatch: pytest.MonkeyPatch, versions: list[str], in_cache: bool, status: str, words: str
+    places: Places,
+    monkeypatch: pytest.MonkeyPatch,
+    versions: list[str],
+    in_cache: bool,
+    status: str,
+    words: str,
 ) -> None:
     monkeypatch.setattr(doctor, "default_packages", lambda: ["demo==1.0"])
     monkeypatch.setattr(doctor, "INDEX_SECONDS", 120)
@@ -454,10 +549,14 @@ def test_package_index(
 def test_a_silent_index_is_given_up(places: Places, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "INDEX_SECONDS", 0.2)
     found = doctor.package_index(places)
-    assert found.status == "problem" and found.finding == "no answer in 0.2 s; 0 of the 9 packages of the default run are in the cache"
+    assert (
+        found.status == "problem"
+        and found.finding
+        == "no answer in 0.2 s; 0 of the 9 packages of the default run are in the cache"
+    )
 
 
-# --- secrets ---------------------------------------------------------------------------------------------------------
+# --- secrets --------------------------------------------------------------------------------------
 
 SECRETS = {
     "HF_TOKEN": f"hf_{CANARY}",
@@ -479,14 +578,27 @@ PROXIES = [
 
 @pytest.mark.parametrize("proxy", PROXIES)
 @pytest.mark.parametrize("verbs", [["--json"], []])
-def test_no_secret_is_shown(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, proxy: str, verbs: list[str]) -> None:
+def test_no_secret_is_shown(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, proxy: str, verbs: list[str]
+) -> None:
     monkeypatch.delenv("no_proxy")
-    for name, value in {**SECRETS, "http_proxy": proxy, "https_proxy": proxy, "all_proxy": proxy}.items():
+    for name, value in {
+        **SECRETS,
+        "http_proxy": proxy,
+        "https_proxy": proxy,
+        "all_proxy": proxy,
+    }.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(doctor, "INDEX_SECONDS", 120)
     monkeypatch.setattr(doctor, "DEADLINE_SECONDS", 120)
-    monkeypatch.setattr(doctor, "CHECKS", (doctor.python, doctor.cache, doctor.hub_cache, doctor.code, doctor.packages))
-    assert cli.main(["doctor", *verbs]) == 65  # the index cannot be reached, and nothing is in the cache
+    monkeypatch.setattr(
+        doctor,
+        "CHECKS",
+        (doctor.python, doctor.cache, doctor.hub_cache, doctor.code, doctor.packages),
+    )
+    assert (
+        cli.main(["doctor", *verbs]) == 65
+    )  # the index cannot be reached, and nothing is in the cache
     out, err = capfd.readouterr()
     assert "login present (HF_TOKEN)" in out and "key present (WANDB_API_KEY)" in out
     assert CANARY.lower() not in (out + err).lower()

@@ -1,4 +1,5 @@
-"""Portable artefacts: what is exported is loaded by PEFT, transformers and lm-eval in an environment without gain_cl."""
+"""Portable artefacts: what is exported is loaded by PEFT, transformers and lm-eval in an
+environment without gain_cl."""
 
 from __future__ import annotations
 
@@ -48,18 +49,32 @@ def settings(method: str, family: str = "llama") -> Any:
         "gain_attn": {"kind": "gain", "roles": ["attn_out"]},
         "gain_ffn": GAIN,
         "gain_ffn_output": {**GAIN, "side": "output"},
-        "multiplicative_lora": {"kind": "multiplicative_lora", "roles": ["attn_out", "ffn_down"], "rank": 4, "alpha": 8},
+        "multiplicative_lora": {
+            "kind": "multiplicative_lora",
+            "roles": ["attn_out", "ffn_down"],
+            "rank": 4,
+            "alpha": 8,
+        },
         "lora": {**LORA, "config": {"r": 4, "lora_alpha": 8, **rest}},
         "rslora": {**LORA, "config": {"r": 4, "lora_alpha": 8, "use_rslora": True, **rest}},
         "dora": {**LORA, "config": {"r": 4, "lora_alpha": 8, "use_dora": True, **rest}},
-        "ia3": {"kind": "peft", "peft_type": "IA3", "config": {**rest, "feedforward_modules": TARGETS[family][-1:]}},
+        "ia3": {
+            "kind": "peft",
+            "peft_type": "IA3",
+            "config": {**rest, "feedforward_modules": TARGETS[family][-1:]},
+        },
         "hira": {"kind": "peft", "peft_type": "HIRA", "config": {"r": 4, **rest}},
         "vera": {"kind": "peft", "peft_type": "VERA", "config": {"r": 8, **rest}},
         "full": {"kind": "full"},
         "ln_only": {"kind": "full", "select": "norms"},
         "gain_random_basis": {**GAIN, "basis": "random"},
     }[method]
-    kinds = {"gain": schema.Gain, "multiplicative_lora": schema.MultiplicativeLora, "peft": schema.Peft, "full": schema.Full}
+    kinds = {
+        "gain": schema.Gain,
+        "multiplicative_lora": schema.MultiplicativeLora,
+        "peft": schema.Peft,
+        "full": schema.Full,
+    }
     return kinds[told["kind"]](**told)
 
 
@@ -112,7 +127,8 @@ def _cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.fixture(scope="module")
 def clean(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The Python of an environment with this one's packages, but gain_cl: a .pth inside an added path is not read."""
+    """The Python of an environment with this one's packages, but gain_cl: a .pth inside an added
+    path is not read."""
     folder = tmp_path_factory.mktemp("clean") / "env"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
     (site,) = folder.glob("lib/python*/site-packages")
@@ -124,13 +140,29 @@ def outside(python: Path, script: str, *args: object, cwd: Path) -> str:
     env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "GAIN_CL_CACHE")}
     env |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "HF_HOME": str(cwd / "hf")}
     done = subprocess.run(
-        [str(python), "-c", script, *map(str, args)], capture_output=True, text=True, timeout=540, env=env, cwd=cwd, check=False
+        [str(python), "-c", script, *map(str, args)],
+        capture_output=True,
+        text=True,
+        timeout=540,
+        env=env,
+        cwd=cwd,
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
 
-METHODS = ["gain_attn", "gain_ffn", "gain_ffn_output", "lora", "dora", "ia3", "hira", "vera", "multiplicative_lora"]
+METHODS = [
+    "gain_attn",
+    "gain_ffn",
+    "gain_ffn_output",
+    "lora",
+    "dora",
+    "ia3",
+    "hira",
+    "vera",
+    "multiplicative_lora",
+]
 
 VANILLA = """
 import importlib.util, json, sys
@@ -159,7 +191,8 @@ PAIRS = [(family, method) for family in TARGETS for method in METHODS]
 
 @pytest.mark.slow
 def test_vanilla_libraries_without_gain_cl(clean: Path, tmp_path: Path) -> None:
-    """PeftModel.from_pretrained, merge_and_unload, and the merged folder in transformers: the logits of gain_cl's model."""
+    """PeftModel.from_pretrained, merge_and_unload, and the merged folder in transformers: the
+    logits of gain_cl's model."""
     jobs, ours = [], {}
     bases = {family: save_base(family, tmp_path / family) for family in TARGETS}
     for family, method in PAIRS:
@@ -196,17 +229,23 @@ def test_after_handover_restart(method: str, family: str, tmp_path: Path) -> Non
     torch.testing.assert_close(theirs, logits(loaded.model), rtol=1e-5, atol=2e-6)
     saved = json.loads((folder / portable.CONFIG).read_bytes())
     assert saved["peft_type"] == "IA3" or saved["r"] == 12
-    assert (logits(trained(method, family)[0].model) - theirs).abs().max() > 1e-3  # one stage alone is something else
+    assert (
+        logits(trained(method, family)[0].model) - theirs
+    ).abs().max() > 1e-3  # one stage alone is something else
 
 
 def test_gains_on_a_bf16_base_are_bit_equal(tmp_path: Path) -> None:
-    """A gain on a bf16 model acts in fp32 and is rounded once: PEFT's IA3 does the same, bit for bit."""
+    """A gain on a bf16 model acts in fp32 and is rounded once: PEFT's IA3 does the same, bit for
+    bit."""
     from peft import PeftModel
 
     for method in ("gain_ffn", "gain_ffn_output"):
         loaded, adapter = trained(method, "llama", dtype="bfloat16")
         folder = put(adapter, loaded, tmp_path / method)
-        assert torch.equal(logits(PeftModel.from_pretrained(tiny("llama", "bfloat16").model, folder)), logits(loaded.model))
+        assert torch.equal(
+            logits(PeftModel.from_pretrained(tiny("llama", "bfloat16").model, folder)),
+            logits(loaded.model),
+        )
 
 
 @pytest.mark.parametrize("method", ["full", "ln_only", "gain_random_basis"])
@@ -221,17 +260,28 @@ def test_no_form_in_peft(method: str) -> None:
 @pytest.mark.slow
 def test_the_same_bytes_again() -> None:
     loaded, adapter = trained("ia3", "llama")
-    script = "import os, sys; sys.path[:0] = sys.argv[1].split(os.pathsep); import test_export as t; l, a = t.trained('ia3', 'llama');"
-    script += "import hashlib; print([hashlib.sha256(d).hexdigest() for d in t.portable.files(a, l, 'base', None).values()])"
+    script = (
+        "import os, sys; sys.path[:0] = sys.argv[1].split(os.pathsep); import test_export as "
+        "t; l, a = t.trained('ia3', 'llama');"
+    )
+    script += (
+        "import hashlib; print([hashlib.sha256(d).hexdigest() for d in t.portable.files(a, "
+        "l, 'base', None).values()])"
+    )
     import hashlib
 
-    ours = [hashlib.sha256(d).hexdigest() for d in portable.files(adapter, loaded, "base", None).values()]
+    ours = [
+        hashlib.sha256(d).hexdigest()
+        for d in portable.files(adapter, loaded, "base", None).values()
+    ]
     env = {**os.environ, "PYTHONHASHSEED": "5", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", script, HELPERS], capture_output=True, text=True, env=env, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script, HELPERS], capture_output=True, text=True, env=env, check=True
+    )
     assert done.stdout.strip() == str(ours)
 
 
-# --- lm-eval's command line ------------------------------------------------------------------------------------------
+# --- lm-eval's command line -----------------------------------------------------------------------
 
 TASK = """\
 task: animals
@@ -264,7 +314,8 @@ for model, out in json.loads(sys.argv[1]):
 
 @pytest.mark.slow
 def test_lm_evals_command_line(clean: Path, tmp_path: Path) -> None:
-    """`lm_eval --model hf --model_args pretrained=BASE,peft=DIR`, and with the merged folder: gain_cl's own scores, item by item."""
+    """`lm_eval --model hf --model_args pretrained=BASE,peft=DIR`, and with the merged folder:
+    gain_cl's own scores, item by item."""
     from lm_eval.tasks import TaskManager
 
     from gain_cl.measure import tasks
@@ -276,7 +327,9 @@ def test_lm_evals_command_line(clean: Path, tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     (tmp_path / "tasks").mkdir()
     (tmp_path / "tasks/animals.yaml").write_text(TASK.replace("DATA", str(tmp_path / "rows.jsonl")))
-    task = TaskManager(include_path=str(tmp_path / "tasks"), include_defaults=False).load(["animals"])["tasks"]["animals"]
+    task = TaskManager(include_path=str(tmp_path / "tasks"), include_defaults=False).load(
+        ["animals"]
+    )["tasks"]["animals"]
     jobs, ours = [], {}
     for family, method in LM_EVALS:
         base = save_base(family, tmp_path / family)
@@ -298,52 +351,84 @@ def test_lm_evals_command_line(clean: Path, tmp_path: Path) -> None:
     for name, expected in ours.items():
         for kind in ("peft", "merged"):
             (samples,) = (tmp_path / "out" / name / kind).rglob("samples_animals*.jsonl")
-            lines = sorted(map(json.loads, samples.read_text().splitlines()), key=lambda s: s["doc_id"])
+            lines = sorted(
+                map(json.loads, samples.read_text().splitlines()), key=lambda s: s["doc_id"]
+            )
             theirs = np.array([[float(r[0]) for r in line["filtered_resps"]] for line in lines])
-            np.testing.assert_allclose(theirs, expected, rtol=0, atol=1e-5, err_msg=f"{name} {kind}")
+            np.testing.assert_allclose(
+                theirs, expected, rtol=0, atol=1e-5, err_msg=f"{name} {kind}"
+            )
 
 
-# --- the verb --------------------------------------------------------------------------------------------------------
+# --- the verb -------------------------------------------------------------------------------------
 
 
 SHORT = ["train.block=32", "train.batch_tokens=64", "eval.context=64"]
 
 
 def go(folder: Path, *overrides: str) -> record.Run:
-    return gain_cl.run(*SMALL, f"output_dir={folder}/runs", f"results_dir={folder}/results", *overrides)
+    return gain_cl.run(
+        *SMALL, f"output_dir={folder}/runs", f"results_dir={folder}/results", *overrides
+    )
 
 
 def write(made: record.Run, *words: object) -> int:
-    return cli.main(["export", str(made.path), *map(str, words), "--output-dir", str(made.path.parents[2] / "runs")])
+    return cli.main(
+        [
+            "export",
+            str(made.path),
+            *map(str, words),
+            "--output-dir",
+            str(made.path.parents[2] / "runs"),
+        ]
+    )
 
 
 @pytest.fixture(scope="module")
 def first(tmp_path_factory: pytest.TempPathFactory, _cache: Any) -> record.Run:
     folder = tmp_path_factory.mktemp("first")
     return go(
-        folder, f"model.path={save_base('llama', folder / 'tiny-llama')}", "train.block=32", "train.batch_tokens=64", "eval.context=64"
+        folder,
+        f"model.path={save_base('llama', folder / 'tiny-llama')}",
+        "train.block=32",
+        "train.batch_tokens=64",
+        "eval.context=64",
     )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["gain_ffn", "lora"])
-def test_what_the_verb_writes_is_what_the_run_scored(method: str, clean: Path, tmp_path: Path) -> None:
-    """From the command line to libraries without gain_cl: the loss of the run's own scored documents, and both forms alike."""
+def test_what_the_verb_writes_is_what_the_run_scored(
+    method: str, clean: Path, tmp_path: Path
+) -> None:
+    """From the command line to libraries without gain_cl: the loss of the run's own scored
+    documents, and both forms alike."""
     base = save_base("gpt2", tmp_path / "tiny-gpt2")
-    made = go(tmp_path, f"model.path={base}", *SHORT, f"method={method}", "train.lr=3e-2", "domain=[smoke_a,smoke_b]")
+    made = go(
+        tmp_path,
+        f"model.path={base}",
+        *SHORT,
+        f"method={method}",
+        "train.lr=3e-2",
+        "domain=[smoke_a,smoke_b]",
+    )
     for to in ("peft", "merged"):
         assert write(made, f"to={to}", f"dir={tmp_path / to}") == 0
     job = [str(base), str(tmp_path / "peft"), str(tmp_path / "merged")]
     outside(clean, VANILLA, json.dumps([job]), tmp_path / "out.safetensors", cwd=tmp_path)
     theirs = load_file(tmp_path / "out.safetensors")[job[1]]
     torch.testing.assert_close(theirs, theirs[:1].expand_as(theirs), rtol=1e-5, atol=2e-6)
-    loaded = load.load(schema.RunConfig.model_validate(made.record.config).model, torch.device("cpu"))
+    loaded = load.load(
+        schema.RunConfig.model_validate(made.record.config).model, torch.device("cpu")
+    )
     assert (logits(loaded.model) - theirs[0]).abs().max() > 1e-3
     from transformers import AutoModelForCausalLM
 
     loaded.model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert torch.allclose(logits(loaded.model)[0], theirs[2], rtol=0, atol=1e-7)
-    assert _loss(made, loaded) == pytest.approx(made.record.stages[-1].domains["smoke_a"].nll_nats, rel=1e-5)
+    assert _loss(made, loaded) == pytest.approx(
+        made.record.stages[-1].domains["smoke_a"].nll_nats, rel=1e-5
+    )
 
 
 def _loss(made: record.Run, loaded: Any) -> float:
@@ -357,20 +442,31 @@ def _loss(made: record.Run, loaded: Any) -> float:
 
 
 @pytest.mark.parametrize("method", ["gain_ffn", "lora", "full"])
-def test_merged_is_the_model_that_was_scored(method: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_merged_is_the_model_that_was_scored(
+    method: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A plain transformers load of the exported folder scores the last stage as the run did."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     made = go(tmp_path, f"method={method}")
     assert write(made, "to=merged", f"dir={tmp_path / 'merged'}") == 0
     printed = capsys.readouterr().out
-    assert float(re.findall(r"merge error in float32: (\S+) nats per token, on 384 tokens", printed)[0]) == pytest.approx(0, abs=1e-6)
+    assert float(
+        re.findall(r"merge error in float32: (\S+) nats per token, on 384 tokens", printed)[0]
+    ) == pytest.approx(0, abs=1e-6)
     rounded = float(re.findall(r"merge error in bfloat16: (\S+) nats", printed)[0])
     assert (rounded == 0) == (method == "full")  # its weights are rounded either way
-    loaded = load.load(hydra.compose([*SMALL, f"method={method}"], [], []).model, torch.device("cpu"))
+    loaded = load.load(
+        hydra.compose([*SMALL, f"method={method}"], [], []).model, torch.device("cpu")
+    )
     loaded.model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-    assert AutoTokenizer.from_pretrained(tmp_path / "merged").get_vocab() == loaded.tokenizer.get_vocab()
-    assert _loss(made, loaded) == pytest.approx(made.record.stages[-1].domains["smoke_a"].nll_nats, rel=1e-5)
+    assert (
+        AutoTokenizer.from_pretrained(tmp_path / "merged").get_vocab()
+        == loaded.tokenizer.get_vocab()
+    )
+    assert _loss(made, loaded) == pytest.approx(
+        made.record.stages[-1].domains["smoke_a"].nll_nats, rel=1e-5
+    )
 
 
 PLUGIN = """
@@ -401,31 +497,62 @@ adapters.register("shift", Shift)
 
 @pytest.mark.parametrize(
     ("fold", "message"),
-    [("true", "self_attn.o_proj.bias is not a parameter of both the folded model and a LlamaForCausalLM"), ("false", "another model")],
+    [
+        (
+            "true",
+            "self_attn.o_proj.bias is not a parameter of both the folded model and a "
+            "LlamaForCausalLM",
+        ),
+        ("false", "another model"),
+    ],
 )
 def test_a_checkpoint_that_would_be_another_model_is_not_written(
     fold: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """transformers builds the model from its configuration, without the bias; and an absorb may forget what was learned."""
+    """transformers builds the model from its configuration, without the bias; and an absorb may
+    forget what was learned."""
     (tmp_path / "shift.py").write_text(PLUGIN)
-    words = ["++adapter.kind=shift", f"++adapter.fold={fold}", "~adapter.select", "train.lr=1", "domain=[smoke_a]", "method=full"]
-    places = [f"output_dir={tmp_path}/runs", f"results_dir={tmp_path}/results", "--plugin", f"{tmp_path}/shift.py"]
+    words = [
+        "++adapter.kind=shift",
+        f"++adapter.fold={fold}",
+        "~adapter.select",
+        "train.lr=1",
+        "domain=[smoke_a]",
+        "method=full",
+    ]
+    places = [
+        f"output_dir={tmp_path}/runs",
+        f"results_dir={tmp_path}/results",
+        "--plugin",
+        f"{tmp_path}/shift.py",
+    ]
     assert cli.main(["run", *SMALL, *words, *places]) == 0, capsys.readouterr().err
     path = capsys.readouterr().out.splitlines()[-1].removeprefix("record: ")
     assert cli.main(["export", path, "to=merged", f"dir={tmp_path}/merged"]) == 64
     assert message in capsys.readouterr().err and not (tmp_path / "merged").exists()
 
 
-def test_merged_is_rounded_once(first: record.Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_merged_is_rounded_once(
+    first: record.Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for dtype in ("float32", "bfloat16"):
-        assert write(first, "to=merged", "stage=2", f"dtype={dtype}", f"dir={tmp_path / dtype}") == 0
-    full, half = (load_file(tmp_path / dtype / "model.safetensors") for dtype in ("float32", "bfloat16"))
-    assert all(torch.equal(half[n], t.bfloat16()) for n, t in full.items()) and full.keys() == half.keys()
+        assert (
+            write(first, "to=merged", "stage=2", f"dtype={dtype}", f"dir={tmp_path / dtype}") == 0
+        )
+    full, half = (
+        load_file(tmp_path / dtype / "model.safetensors") for dtype in ("float32", "bfloat16")
+    )
+    assert (
+        all(torch.equal(half[n], t.bfloat16()) for n, t in full.items())
+        and full.keys() == half.keys()
+    )
     assert json.loads((tmp_path / "bfloat16/config.json").read_bytes())["dtype"] == "bfloat16"
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".tmp")]
 
 
-def test_the_card_says_what_it_is(first: record.Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_card_says_what_it_is(
+    first: record.Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert write(first, "to=peft", "stage=2", f"dir={tmp_path / 'a'}") == 0
     card = (tmp_path / "a/README.md").read_text()
     plain = card.replace("\\", "")
@@ -436,7 +563,8 @@ def test_the_card_says_what_it_is(first: record.Run, tmp_path: Path, capsys: pyt
         first.record.run_id,
         first.record.protocol,
         first.record.pins["model"]["folder"],
-        f"| smoke_c | {first.record.stages[0].domains['smoke_c'].perplexity:.4g} | {stage.domains['smoke_c'].perplexity:.4g} |",
+        f"| smoke_c | {first.record.stages[0].domains['smoke_c'].perplexity:.4g} | "
+        f"{stage.domains['smoke_c'].perplexity:.4g} |",
         f"{first.record.trainable_parameters:,} of",
     ):
         assert fact in plain, fact
@@ -444,14 +572,21 @@ def test_the_card_says_what_it_is(first: record.Run, tmp_path: Path, capsys: pyt
         assert float(row[1]) - float(row[0]) == pytest.approx(float(row[2]), abs=2e-6)
     assert len(re.findall(r"\| (?:float32|bfloat16|float16) \| \d", card)) >= 2
     for name in ("README.md", portable.CONFIG):
-        assert str(Path.home()) not in (text := (tmp_path / "a" / name).read_text()) and "/tmp" not in text
+        assert (
+            str(Path.home()) not in (text := (tmp_path / "a" / name).read_text())
+            and "/tmp" not in text
+        )
 
 
 def test_text_of_a_record_commands_no_markdown(first: record.Run) -> None:
     hostile = "[x](http://evil) <script> | `a` \n# head **b**"
-    made = first.record.model_copy(update={"tainted": [hostile], "provenance": {**first.record.provenance, "commit": hostile}})
+    made = first.record.model_copy(
+        update={"tainted": [hostile], "provenance": {**first.record.provenance, "commit": hostile}}
+    )
     settings = schema.RunConfig.model_validate(made.config)
-    card = exported.card(made, settings, 1, "peft", "float32", exported.Exported(Path("x"), None, [], 0))
+    card = exported.card(
+        made, settings, 1, "peft", "float32", exported.Exported(Path("x"), None, [], 0)
+    )
     assert "<script>" not in card and "](" not in card and "\n# head" not in card
     assert r"\[x\]\(http://evil\) \<script\> \|" in card
 
@@ -471,12 +606,28 @@ def test_refusals(first: record.Run, tmp_path: Path, capsys: pytest.CaptureFixtu
     ):
         assert write(first, *words) == code
         error = capsys.readouterr().err
-        assert error.startswith("gain_cl: error: ") and error.count("\n") == 1 and said in error, error
-    assert cli.main(["export", str(first.path), "to=peft", f"dir={tmp_path / 'x'}", "--output-dir", str(tmp_path)]) == 65
+        assert error.startswith("gain_cl: error: ") and error.count("\n") == 1 and said in error, (
+            error
+        )
+    assert (
+        cli.main(
+            [
+                "export",
+                str(first.path),
+                "to=peft",
+                f"dir={tmp_path / 'x'}",
+                "--output-dir",
+                str(tmp_path),
+            ]
+        )
+        == 65
+    )
     assert "the trained state of this stage is not there" in capsys.readouterr().err
 
 
-def test_a_changed_state_is_not_exported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_changed_state_is_not_exported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     made = go(tmp_path, "sequence.domains=[smoke_a]")
     (state,) = (tmp_path / "runs").glob("*/stages/01-*/adapter.safetensors")
     data = bytearray(state.read_bytes())
@@ -486,12 +637,19 @@ def test_a_changed_state_is_not_exported(tmp_path: Path, capsys: pytest.CaptureF
     assert "SHA-256" in capsys.readouterr().err and not (tmp_path / "x").exists()
 
 
-@pytest.mark.parametrize(("method", "what"), [("full", "adapter full"), ("gain_random_basis", "random basis"), ("ln_only", "select=norms")])
-def test_methods_without_a_peft_form(method: str, what: str, first: record.Run, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("method", "what"),
+    [("full", "adapter full"), ("gain_random_basis", "random basis"), ("ln_only", "select=norms")],
+)
+def test_methods_without_a_peft_form(
+    method: str, what: str, first: record.Run, tmp_path: Path
+) -> None:
     adapter = {"adapter": settings(method).model_dump(mode="json")}
     made = first.record.model_copy(update={"config": {**first.record.config, **adapter}})
     with pytest.raises(ConfigError, match=rf"{what}.*to=merged works"):
-        exported.export(made, "peft", tmp_path / "x", output_dir=str(first.path.parents[2] / "runs"))
+        exported.export(
+            made, "peft", tmp_path / "x", output_dir=str(first.path.parents[2] / "runs")
+        )
 
 
 def test_earlier_stage_of_full_is_gone_and_said(tmp_path: Path) -> None:
@@ -500,7 +658,7 @@ def test_earlier_stage_of_full_is_gone_and_said(tmp_path: Path) -> None:
         exported.export(made.record, "merged", tmp_path / "x", 1)
 
 
-# --- begin from an adapter -------------------------------------------------------------------------------------------
+# --- begin from an adapter ------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -518,7 +676,9 @@ def again(made: record.Run, *words: str) -> schema.RunConfig:
 def test_round_trip(first: record.Run, saved: Path) -> None:
     """What begins from the export of stage 2 computes what stage 2 computed, bit for bit."""
     settings = again(first, f"adapter.init_from={saved}")
-    state = load_file(next((first.path.parents[2] / "runs").glob("*/stages/02-*/adapter.safetensors")))
+    state = load_file(
+        next((first.path.parents[2] / "runs").glob("*/stages/02-*/adapter.safetensors"))
+    )
     found = []
     for of in (settings.adapter, schema.Gain(**GAIN)):
         loaded = load.load(settings.model, torch.device("cpu"))
@@ -548,24 +708,39 @@ def test_round_trip_through_peft(method: str, tmp_path: Path) -> None:
 
 
 def test_stage_0_stays_the_base(first: record.Run, saved: Path, tmp_path: Path) -> None:
-    words = [f"adapter.init_from={saved}", f"output_dir={tmp_path}/runs", f"results_dir={tmp_path}/results", "train.lr=1e-12"]
+    words = [
+        f"adapter.init_from={saved}",
+        f"output_dir={tmp_path}/runs",
+        f"results_dir={tmp_path}/results",
+        "train.lr=1e-12",
+    ]
     settings = again(first, *words)
     made = run.execute(settings, plan := plan_.prepare(settings))
     assert made.record.stages[0].domains == first.record.stages[0].domains
-    a, b = made.record.stages[1].domains["smoke_a"].nll_nats, first.record.stages[2].domains["smoke_a"].nll_nats
-    assert a == pytest.approx(b, rel=1e-9) and a != made.record.stages[0].domains["smoke_a"].nll_nats
+    a, b = (
+        made.record.stages[1].domains["smoke_a"].nll_nats,
+        first.record.stages[2].domains["smoke_a"].nll_nats,
+    )
+    assert (
+        a == pytest.approx(b, rel=1e-9) and a != made.record.stages[0].domains["smoke_a"].nll_nats
+    )
     assert plan.pins["init_from"]["files"].keys() == {portable.CONFIG, portable.WEIGHTS}
     assert cli.main(["verify", str(made.path), "--output-dir", f"{tmp_path}/runs"]) == 0
 
 
-def test_its_bytes_are_in_the_run_id_and_its_place_is_not(first: record.Run, saved: Path, tmp_path: Path) -> None:
+def test_its_bytes_are_in_the_run_id_and_its_place_is_not(
+    first: record.Run, saved: Path, tmp_path: Path
+) -> None:
     import shutil
 
     moved = shutil.copytree(saved, tmp_path / "moved")
     ids = [plan_.prepare(again(first, f"adapter.init_from={p}")).run_id for p in (saved, moved)]
     tensors = load_file(moved / portable.WEIGHTS)
     save_file({n: t + 1e-3 for n, t in tensors.items()}, moved / portable.WEIGHTS)
-    ids += [plan_.prepare(again(first, f"adapter.init_from={moved}")).run_id, plan_.prepare(again(first)).run_id]
+    ids += [
+        plan_.prepare(again(first, f"adapter.init_from={moved}")).run_id,
+        plan_.prepare(again(first)).run_id,
+    ]
     assert ids[0] == ids[1] and len(set(ids)) == 3
 
 
@@ -593,8 +768,14 @@ def test_what_cannot_be_begun_from(first: record.Run, saved: Path, tmp_path: Pat
         ([f"adapter.init_from={tmp_path / 'pickle'}"], "only pickle weights"),
         ([f"adapter.init_from={lora}"], "a LORA adapter, not IA3"),
         ([f"adapter.init_from={cut}"], "cut off"),
-        ([f"adapter.init_from={saved}", "adapter.side=output"], "it scales the input of model.layers.0"),
-        ([f"adapter.init_from={saved}", "method=gain_attn"], "which plays none of adapter.roles=['attn_out']"),
+        (
+            [f"adapter.init_from={saved}", "adapter.side=output"],
+            "it scales the input of model.layers.0",
+        ),
+        (
+            [f"adapter.init_from={saved}", "method=gain_attn"],
+            "which plays none of adapter.roles=['attn_out']",
+        ),
         ([f"adapter.init_from={saved}", "adapter.basis=random"], "not adapter.basis=random"),
     ):
         with pytest.raises((ConfigError, DataError)) as error:
@@ -605,14 +786,23 @@ def test_what_cannot_be_begun_from(first: record.Run, saved: Path, tmp_path: Pat
 def test_a_peft_config_that_differs_is_named(tmp_path: Path) -> None:
     loaded, adapter = trained("lora", "llama")
     folder = put(adapter, loaded, tmp_path / "adapter")
-    other = settings("lora").model_copy(update={"init_from": str(folder), "config": {**settings("lora").config, "lora_alpha": 9}})
-    with pytest.raises(ConfigError, match=r"saved with lora_alpha=8, adapter.config.lora_alpha is 9"):
+    other = settings("lora").model_copy(
+        update={"init_from": str(folder), "config": {**settings("lora").config, "lora_alpha": 9}}
+    )
+    with pytest.raises(
+        ConfigError, match=r"saved with lora_alpha=8, adapter.config.lora_alpha is 9"
+    ):
         portable.check(other, folder, "llama", None)
-    told = _altered(folder, tmp_path / "rs", use_rslora=True)  # a key that the run leaves to PEFT's default
+    told = _altered(
+        folder, tmp_path / "rs", use_rslora=True
+    )  # a key that the run leaves to PEFT's default
     with pytest.raises(ConfigError, match="use_rslora=True"):
         portable.fits(settings("lora").model_copy(update={"init_from": str(told)}))
     fewer = settings("lora").model_copy(
-        update={"init_from": str(folder), "config": {**settings("lora").config, "target_modules": ["q_proj"]}}
+        update={
+            "init_from": str(folder),
+            "config": {**settings("lora").config, "target_modules": ["q_proj"]},
+        }
     )
     fresh, begun = tiny("llama"), adapters.build(fewer)
     begun.attach(fresh)
@@ -621,16 +811,21 @@ def test_a_peft_config_that_differs_is_named(tmp_path: Path) -> None:
 
 
 def test_nothing_of_it_needs_torch(saved: Path, first: record.Run) -> None:
-    script = "import sys; from gain_cl.compose import hydra; from gain_cl.runs import plan; from gain_cl.tools import exported; from gain_cl.adapters import portable;"
+    script = (
+        "import sys; from gain_cl.compose import hydra; from gain_cl.runs import plan; from "
+        "gain_cl.tools import exported; from gain_cl.adapters import portable;"
+    )
     script += "plan.prepare(hydra.compose(sys.argv[1:], [], [])); assert 'torch' not in sys.modules"
     words = [*SMALL, f"model.path={first.record.config['model']['path']}", *SHORT]
     subprocess.run([sys.executable, "-c", script, *words, f"adapter.init_from={saved}"], check=True)
 
 
-# --- quantised bases -------------------------------------------------------------------------------------------------
+# --- quantised bases ------------------------------------------------------------------------------
 
 
-def test_load_in_is_refused_where_it_cannot_be(first: record.Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_load_in_is_refused_where_it_cannot_be(
+    first: record.Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(ConfigError, match="needs a CUDA GPU"):
         again(first, "model.load_in=4bit")
     with pytest.raises(ConfigError, match="random weights"):
@@ -648,9 +843,16 @@ def test_nothing_is_merged_into_a_quantised_model(first: record.Run, tmp_path: P
     model = {**first.record.config["model"], "load_in": "4bit"}
     made = first.record.model_copy(update={"config": {**first.record.config, "model": model}})
     with pytest.raises(ConfigError, match="is not merged"):
-        exported.export(made, "merged", tmp_path / "x", output_dir=str(first.path.parents[2] / "runs"))
-    done = exported.export(made, "peft", tmp_path / "y", output_dir=str(first.path.parents[2] / "runs"))
-    assert done.gap is None and "nothing is merged into quantised weights" in (tmp_path / "y/README.md").read_text()
+        exported.export(
+            made, "merged", tmp_path / "x", output_dir=str(first.path.parents[2] / "runs")
+        )
+    done = exported.export(
+        made, "peft", tmp_path / "y", output_dir=str(first.path.parents[2] / "runs")
+    )
+    assert (
+        done.gap is None
+        and "nothing is merged into quantised weights" in (tmp_path / "y/README.md").read_text()
+    )
 
 
 def test_a_packed_layer_refuses_absorb() -> None:

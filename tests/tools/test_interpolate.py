@@ -1,4 +1,5 @@
-"""Alpha as a front: the whole matrix of the models between the pretrained one and a run's stages, as records like any other."""
+"""Alpha as a front: the whole matrix of the models between the pretrained one and a run's stages,
+as records like any other."""
 
 from __future__ import annotations
 
@@ -29,13 +30,23 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(folder: Path, *overrides: str, lr: str = "3e-2") -> record.Run:
-    return api.run(*SMOKE, *overrides, f"train.lr={lr}", f"output_dir={folder}/runs", f"results_dir={folder}/results")
+    return api.run(
+        *SMOKE,
+        *overrides,
+        f"train.lr={lr}",
+        f"output_dir={folder}/runs",
+        f"results_dir={folder}/results",
+    )
 
 
-def interpolate(made: record.Run, capsys: pytest.CaptureFixture[str], alphas: str) -> list[record.Run]:
+def interpolate(
+    made: record.Run, capsys: pytest.CaptureFixture[str], alphas: str
+) -> list[record.Run]:
     """The records that --records tells of."""
     capsys.readouterr()
-    assert cli.main(["interpolate", str(made.path), "--alpha", alphas, "--records", "--json"]) == 0, capsys.readouterr()
+    assert (
+        cli.main(["interpolate", str(made.path), "--alpha", alphas, "--records", "--json"]) == 0
+    ), capsys.readouterr()
     return [record.load(row["path"]) for row in json.loads(capsys.readouterr().out)["records"]]
 
 
@@ -56,26 +67,42 @@ def copied(found: record.Run, place: Path) -> Path:
     ],
     ids="-".join,
 )
-def test_the_ends_are_the_base_and_the_run(folder: Path, capsys: pytest.CaptureFixture[str], overrides: list[str]) -> None:
+def test_the_ends_are_the_base_and_the_run(
+    folder: Path, capsys: pytest.CaptureFixture[str], overrides: list[str]
+) -> None:
     made = run(folder, *overrides)
     base, half, whole = interpolate(made, capsys, "0,0.5,1")
     losses = made.record.losses()
     np.testing.assert_allclose(whole.record.losses(), losses, rtol=0, atol=1e-6)
-    np.testing.assert_allclose(base.record.losses(), np.tile(losses[0], (len(losses), 1)), rtol=0, atol=1e-6)
+    np.testing.assert_allclose(
+        base.record.losses(), np.tile(losses[0], (len(losses), 1)), rtol=0, atol=1e-6
+    )
     for name, found in matrix.summary(comparison.loss_matrix(base)).items():
         assert abs(found.value) < 1e-12, name
     between = half.record.losses()
     assert np.abs(between[1:] - losses[1:]).max() > 1e-4 and np.array_equal(between[0], losses[0])
-    assert cli.main(["interpolate", str(made.path), "--alpha", "0.5", "--stage", "2", "--json"]) == 0
-    np.testing.assert_array_equal(json.loads(capsys.readouterr().out)["front"][0]["loss_nats"], between[2])
+    assert (
+        cli.main(["interpolate", str(made.path), "--alpha", "0.5", "--stage", "2", "--json"]) == 0
+    )
+    np.testing.assert_array_equal(
+        json.loads(capsys.readouterr().out)["front"][0]["loss_nats"], between[2]
+    )
 
 
 def test_what_a_record_says(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     made = run(folder, "method=lora")
     (half,) = interpolate(made, capsys, "0.5")
     r = half.record
-    assert r.run_id == f"{made.record.run_id}-alpha0.5" and half.path.parent == made.path.parent and r.alpha == 0.5
-    assert r.provenance["interpolated"] == {"of": made.record.run_id, "alpha": 0.5, "record_sha256": files.sha256(made.path)}
+    assert (
+        r.run_id == f"{made.record.run_id}-alpha0.5"
+        and half.path.parent == made.path.parent
+        and r.alpha == 0.5
+    )
+    assert r.provenance["interpolated"] == {
+        "of": made.record.run_id,
+        "alpha": 0.5,
+        "record_sha256": files.sha256(made.path),
+    }
     assert [s.train for s in r.stages] == [s.train for s in made.record.stages] and half.items.empty
     assert r.notes[:-1] == made.record.notes and r.notes[-1].startswith("interpolated: ")
     assert made.record.interpolated is None and made.record.alpha == 1
@@ -91,7 +118,9 @@ def test_what_a_record_says(folder: Path, capsys: pytest.CaptureFixture[str]) ->
     assert f"record: {made.path}" in capsys.readouterr().out.splitlines()
 
 
-def test_what_is_there_is_not_computed_again(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_there_is_not_computed_again(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     made = run(folder, "method=lora", "seed=3")
     (half,) = interpolate(made, capsys, "0.5")
     before = half.path.stat().st_mtime_ns
@@ -99,10 +128,14 @@ def test_what_is_there_is_not_computed_again(folder: Path, capsys: pytest.Captur
     assert interpolate(made, capsys, "0.5")[0].path.stat().st_mtime_ns == before
     synthetic.edit(made.path, lambda data: data.update(notes=["again"]))
     assert cli.main(["interpolate", str(made.path), "--alpha", "0.5", "--records"]) == 65
-    assert "it is not interpolated from" in (err := capsys.readouterr().err) and "move it away" in err
+    assert (
+        "it is not interpolated from" in (err := capsys.readouterr().err) and "move it away" in err
+    )
 
 
-def test_what_has_no_such_matrix_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_has_no_such_matrix_is_refused(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     made = run(folder, "method=lora")
     (half,) = interpolate(made, capsys, "0.5")
     for found, argv, code, message in (
@@ -118,14 +151,16 @@ def test_what_has_no_such_matrix_is_refused(folder: Path, capsys: pytest.Capture
         assert message in err and len(err.strip().splitlines()) == 1
 
 
-def test_numbers_of_another_numerics_do_not_mix(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_numbers_of_another_numerics_do_not_mix(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     made = run(folder, "method=lora")
     monkeypatch.setattr("gain_cl.measure.provenance.NUMERICS", 99)
     assert cli.main(["interpolate", str(made.path), "--alpha", "0.7", "--records"]) == 65
     assert "scored by numerics 1, this is 99" in capsys.readouterr().err
 
 
-# --- verify -----------------------------------------------------------------------------------------------------------
+# --- verify ---------------------------------------------------------------------------------------
 
 
 Change = Callable[[dict[str, Any], pd.DataFrame], Any]
@@ -158,12 +193,23 @@ def shifted(data: dict[str, Any], table: pd.DataFrame, stage: int) -> None:
     [
         (lambda data, table: shifted(data, table, 0), "its row 0 is not that of the run"),
         (lambda data, table: table.__setitem__("nll_nats", table.nll_nats + 1), "sums: nll_nats"),
-        (lambda data, table: data["stages"][1]["train"].update(seconds=1e6), "its stages cost something else"),
-        (lambda data, table: data.update(trainable_parameters=1), "its settings or pins are not those"),
-        (lambda data, table: data["provenance"]["interpolated"].update(record_sha256="0" * 64), "SHA-256 is"),
+        (
+            lambda data, table: data["stages"][1]["train"].update(seconds=1e6),
+            "its stages cost something else",
+        ),
+        (
+            lambda data, table: data.update(trainable_parameters=1),
+            "its settings or pins are not those",
+        ),
+        (
+            lambda data, table: data["provenance"]["interpolated"].update(record_sha256="0" * 64),
+            "SHA-256 is",
+        ),
     ],
 )
-def test_verify(folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path, change: Change, message: str) -> None:
+def test_verify(
+    folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path, change: Change, message: str
+) -> None:
     made = run(folder, "method=lora")
     (half,) = interpolate(made, capsys, "0.5")
     copied(made, tmp_path)
@@ -174,21 +220,27 @@ def test_verify(folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
     assert message in capsys.readouterr().err
 
 
-def test_verify_without_its_run(folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_verify_without_its_run(
+    folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     (half,) = interpolate(run(folder, "method=lora"), capsys, "0.5")
     assert cli.main(["verify", str(copied(half, tmp_path)), "--json"]) == 0
     states = {c["check"]: c["state"] for c in json.loads(capsys.readouterr().out)["checks"]}
-    assert states["beginning"] == "not there" and {states[c] for c in ("run id", "rows", "sums", "summaries", "training")} == {"ok"}
+    assert states["beginning"] == "not there" and {
+        states[c] for c in ("run id", "rows", "sums", "summaries", "training")
+    } == {"ok"}
 
 
-@pytest.mark.parametrize("made", [{"of": "x"}, "half", {"of": "x", "alpha": 0.5, "record_sha256": ""}], ids=str)
+@pytest.mark.parametrize(
+    "made", [{"of": "x"}, "half", {"of": "x", "alpha": 0.5, "record_sha256": ""}], ids=str
+)
 def test_a_malformed_origin_is_one_line(folder: Path, tmp_path: Path, made: Any) -> None:
     path = copied(run(folder, "method=lora"), tmp_path)
     with pytest.raises(DataError, match="not a run record"):
         record.load(edited(path, lambda data, table: data["provenance"].update(interpolated=made)))
 
 
-# --- compare ----------------------------------------------------------------------------------------------------------
+# --- compare --------------------------------------------------------------------------------------
 
 
 def compared(capsys: pytest.CaptureFixture[str], *argv: str) -> dict[str, Any]:
@@ -197,37 +249,72 @@ def compared(capsys: pytest.CaptureFixture[str], *argv: str) -> dict[str, Any]:
     return dict(json.loads(capsys.readouterr().out))
 
 
-def test_records_by_name_are_settings_by_alpha(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_records_by_name_are_settings_by_alpha(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     slow, fast = (run(folder, "method=lora", lr=lr) for lr in ("1e-2", "3e-2"))
     (half,) = interpolate(fast, capsys, "0.5")
     (whole,) = interpolate(fast, capsys, "1")
     found = compared(capsys, *(str(x.path) for x in (half, slow, fast)))
-    assert [s["setting"] for s in found["settings"]] == ["lora lr=0.03", "lora lr=0.03 alpha=0.5", "lora lr=0.01"]
+    assert [s["setting"] for s in found["settings"]] == [
+        "lora lr=0.03",
+        "lora lr=0.03 alpha=0.5",
+        "lora lr=0.01",
+    ]
     study = comparison.from_records([fast, half])
-    assert [(s.label, s.trained) for s in study.settings] == [("lora", True), ("lora alpha=0.5", False)]
+    assert [(s.label, s.trained) for s in study.settings] == [
+        ("lora", True),
+        ("lora alpha=0.5", False),
+    ]
     assert comparison.from_records([half, slow]).settings[0].label == "lora lr=0.03 alpha=0.5"
     with pytest.raises(DataError, match="are the same"):
         comparison.from_records([fast, whole])
 
 
-def test_an_experiment_with_alphas(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpolated models are further settings of their methods, on their fronts; what they do is no positive control."""
+def test_an_experiment_with_alphas(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The interpolated models are further settings of their methods, on their fronts; what they do
+    is no positive control."""
     monkeypatch.setenv("COLUMNS", "120")
-    text = "question: q\noverrides: [debug=smoke, compute.threads=1]\nmethods: {gain_ffn: {train.lr: [0.8]}, lora: {train.lr: [0.003]}}\n"
+    text = (
+        "question: q\noverrides: [debug=smoke, compute.threads=1]\nmethods: {gain_ffn: "
+        "{train.lr: [0.8]}, lora: {train.lr: [0.003]}}\n"
+    )
     (tmp_path / "e.yaml").write_text(text)
-    line = [f"experiment={tmp_path}/e.yaml", f"results_dir={tmp_path}/results", f"output_dir={tmp_path}/runs"]
-    gain, lora = run(tmp_path, "method=gain_ffn", lr="0.8"), run(tmp_path, "method=lora", lr="0.003")
-    assert any("--records makes them" in note for note in compared(capsys, *line, "--alphas")["notes"])
+    line = [
+        f"experiment={tmp_path}/e.yaml",
+        f"results_dir={tmp_path}/results",
+        f"output_dir={tmp_path}/runs",
+    ]
+    gain, lora = (
+        run(tmp_path, "method=gain_ffn", lr="0.8"),
+        run(tmp_path, "method=lora", lr="0.003"),
+    )
+    assert any(
+        "--records makes them" in note for note in compared(capsys, *line, "--alphas")["notes"]
+    )
     interpolate(gain, capsys, "0.25,0.5,1")
     interpolate(lora, capsys, "0.25,64")
     plain, found = compared(capsys, *line), compared(capsys, *line, "--alphas")
     one, other = "gain_ffn lr=0.8", "lora lr=0.003"
     assert [s["setting"] for s in plain["settings"]] == [one, other] and not plain["notes"]
-    all_of = [one, f"{one} alpha=0.25", f"{one} alpha=0.5", other, f"{other} alpha=0.25", f"{other} alpha=64"]
-    assert [s["setting"] for s in found["settings"]] == all_of and any("did not declare" in note for note in found["notes"])
+    all_of = [
+        one,
+        f"{one} alpha=0.25",
+        f"{one} alpha=0.5",
+        other,
+        f"{other} alpha=0.25",
+        f"{other} alpha=64",
+    ]
+    assert [s["setting"] for s in found["settings"]] == all_of and any(
+        "did not declare" in note for note in found["notes"]
+    )
     assert found["positive_control"] == plain["positive_control"]
     ((there, here),) = zip(plain["equal_skill"], found["equal_skill"], strict=True)
-    assert here["difference"]["value"] is not None and here["skill"] != there["skill"]  # read off other fronts
+    assert (
+        here["difference"]["value"] is not None and here["skill"] != there["skill"]
+    )  # read off other fronts
     assert cli.main(["compare", *line, "--alphas", "--equal", "tokens"]) == 0
     assert f"{other} alpha=0.25" in capsys.readouterr().out
     assert cli.main(["compare", str(gain.path), str(lora.path), "--alphas"]) == 64

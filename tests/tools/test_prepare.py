@@ -1,4 +1,5 @@
-"""The verb prepare: what it reports, what it refuses, and that a run then finds everything in the cache."""
+"""The verb prepare: what it reports, what it refuses, and that a run then finds everything in the
+cache."""
 
 from __future__ import annotations
 
@@ -18,7 +19,10 @@ from gain_cl.system import signals
 from gain_cl.tools import prepare
 
 PASSAGE = "River {0} -- The river {0} rises in hill {0}, it is {0} km long."
-BOOLQ = [{"question": f"is the river {i} long", "passage": PASSAGE.format(i), "idx": i, "label": i % 2} for i in range(4)]
+BOOLQ = [
+    {"question": f"is the river {i} long", "passage": PASSAGE.format(i), "idx": i, "label": i % 2}
+    for i in range(4)
+]
 
 
 @pytest.fixture(autouse=True)
@@ -35,14 +39,26 @@ def smoke(tmp_path: Path) -> list[str]:
 
 
 def own(tmp_path: Path, **texts: list[str]) -> list[str]:
-    """Overrides that train domains of these texts, a preset each, and no control; a quarter of each is scored."""
+    """Overrides that train domains of these texts, a preset each, and no control; a quarter of each
+    is scored."""
     (tmp_path / "presets" / "domain").mkdir(parents=True, exist_ok=True)
     for name, chosen in texts.items():
         file = tmp_path / f"{name}.jsonl"
         file.write_text("".join(json.dumps({"text": t}) + "\n" for t in chosen))
-        preset = {"name": name, "source": {"kind": "files", "path": str(file)}, "split": {"test": 0.25, "dev": 0.1}}
-        (tmp_path / "presets" / "domain" / f"{name}.yaml").write_text(json.dumps(preset | {"licence": "[b]ours[/b]"}))
-    return [f"domain=[{','.join(texts)}]", "sequence.controls=[]", "--config-dir", str(tmp_path / "presets")]
+        preset = {
+            "name": name,
+            "source": {"kind": "files", "path": str(file)},
+            "split": {"test": 0.25, "dev": 0.1},
+        }
+        (tmp_path / "presets" / "domain" / f"{name}.yaml").write_text(
+            json.dumps(preset | {"licence": "[b]ours[/b]"})
+        )
+    return [
+        f"domain=[{','.join(texts)}]",
+        "sequence.controls=[]",
+        "--config-dir",
+        str(tmp_path / "presets"),
+    ]
 
 
 def texts(seed: int, count: int = 60) -> list[str]:
@@ -61,17 +77,32 @@ def reported(capsys: pytest.CaptureFixture[str], *argv: str) -> dict[str, Any]:
     return found
 
 
-def test_the_report(smoke: list[str], cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_report(
+    smoke: list[str], cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert cli.main(["prepare", *smoke]) == 0
     out, err = capsys.readouterr()
     assert err.splitlines()[1] == "smoke_a: text and tokens (1 of 4)"
     first, *_, last = out.splitlines()
-    assert first == "Domains (train / dev / test)" and last.startswith("prepared: 4 domains, ") and last.endswith(f"tokens, cache {cache}")
-    for part in ("smoke_control (control)", "93 / 40 / 67", "generated, seed 2", "Apache-2.0", "  none", "(not finished yet)"):
+    assert (
+        first == "Domains (train / dev / test)"
+        and last.startswith("prepared: 4 domains, ")
+        and last.endswith(f"tokens, cache {cache}")
+    )
+    for part in (
+        "smoke_control (control)",
+        "93 / 40 / 67",
+        "generated, seed 2",
+        "Apache-2.0",
+        "  none",
+        "(not finished yet)",
+    ):
         assert part in out
     assert "learns 3 domains, 1,024 tokens each: 4 steps of 256 tokens" in out
     assert "scores the first 64 tokens of 8 test documents of 4 domains, 4 times" in out
-    assert not (tmp_path / "runs").exists() and not (tmp_path / "results").exists()  # nothing was trained
+    assert (
+        not (tmp_path / "runs").exists() and not (tmp_path / "results").exists()
+    )  # nothing was trained
 
 
 def test_the_report_as_json_is_what_a_run_finds_in_the_cache(
@@ -81,19 +112,29 @@ def test_the_report_as_json_is_what_a_run_finds_in_the_cache(
     kept = sorted((p, p.stat().st_mtime_ns) for p in cache.rglob("*.npy"))
     assert cli.main(["run", *smoke]) == 0
     made = json.loads(next((tmp_path / "results" / "runs").glob("*.json")).read_text())
-    assert sorted((p, p.stat().st_mtime_ns) for p in cache.rglob("*.npy")) == kept  # nothing was tokenised again
+    assert (
+        sorted((p, p.stat().st_mtime_ns) for p in cache.rglob("*.npy")) == kept
+    )  # nothing was tokenised again
     assert report["run"]["id"] == made["run_id"] and not report["run"]["finished"]
-    assert report["model"]["tokenizer"] == made["pins"]["tokenizer"] and report["model"]["embedding_rows"] == 257
+    assert (
+        report["model"]["tokenizer"] == made["pins"]["tokenizer"]
+        and report["model"]["embedding_rows"] == 257
+    )
     assert {name: d["hash"] for name, d in report["domains"].items()} == made["pins"]["tokens"]
     for name, d in report["domains"].items():
-        assert d["trained"] == (name != "smoke_control") and d["documents"]["test"] + d["documents"]["dev"] + d["documents"]["train"] == 200
+        assert (
+            d["trained"] == (name != "smoke_control")
+            and d["documents"]["test"] + d["documents"]["dev"] + d["documents"]["train"] == 200
+        )
     share = report["domains"]["smoke_a"]["learned_share"]
     assert share == 4 * 256 / report["domains"]["smoke_a"]["tokens"]["train"]
     capsys.readouterr()
     assert reported(capsys, *smoke)["run"]["finished"]
 
 
-def test_a_planted_near_duplicate_is_reported(smoke: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_planted_near_duplicate_is_reported(
+    smoke: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     a, b = texts(1), texts(2)
     planted = f"{scored(a)[0].upper()} And one more sentence, so that it is another document."
     if planted in scored([planted]):
@@ -102,28 +143,52 @@ def test_a_planted_near_duplicate_is_reported(smoke: list[str], tmp_path: Path, 
     report = reported(capsys, *argv)
     ids = [domains.text.text_hash(t)[:16] for t in (scored(a)[0], planted)]
     (pair,) = report["near_duplicates"]
-    assert pair["share"] == 1.0 and [pair["domain"], pair["document"], pair["in_domain"], pair["in_document"]] == ["a", ids[0], "b", ids[1]]
+    assert pair["share"] == 1.0 and [
+        pair["domain"],
+        pair["document"],
+        pair["in_domain"],
+        pair["in_document"],
+    ] == ["a", ids[0], "b", ids[1]]
     assert cli.main(["prepare", *argv, "eval.documents=12"]) == 0
     out = capsys.readouterr().out
-    assert f"  1.00  a test {ids[0]}: b train {ids[1]}" in out and "[b]ours[/b]" in out and "files, sha256" in out
-    assert "note: a: 1 of 12 scored documents has a near duplicate in training data (worst 1.00 of its 5-grams, domain b)" in out
+    assert (
+        f"  1.00  a test {ids[0]}: b train {ids[1]}" in out
+        and "[b]ours[/b]" in out
+        and "files, sha256" in out
+    )
+    assert (
+        "note: a: 1 of 12 scored documents has a near duplicate in training data (worst 1.00 "
+        "of its 5-grams, domain b)" in out
+    )
 
 
 def test_a_planted_benchmark_item_is_reported(
-    smoke: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    smoke: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(tasks, "docs", lambda task, source, split=None: BOOLQ)
     learned = "and so the river 3 RISES in hill 3; it is 3 km long. question: is it not"
     a = [t if t in scored([t]) else f"{t} {learned}" for t in texts(1)]
     argv = [*smoke, *own(tmp_path, a=a, b=texts(2)), "tasks.names=[boolq]"]
     law, other = reported(capsys, *argv)["benchmark_overlap"]
-    assert (law["task"], law["domain"], law["items"], law["long_enough"], len(law["found"])) == ("boolq", "a", 4, 4, 1)
+    assert (law["task"], law["domain"], law["items"], law["long_enough"], len(law["found"])) == (
+        "boolq",
+        "a",
+        4,
+        4,
+        1,
+    )
     assert (other["domain"], other["found"]) == ("b", {})
     assert cli.main(["prepare", *argv]) == 0
-    assert "note: boolq: 1 item shares a 13-gram with training documents (a 1)" in capsys.readouterr().out
+    assert (
+        "note: boolq: 1 item shares a 13-gram with training documents (a 1)"
+        in capsys.readouterr().out
+    )
 
 
-# --- what cannot be used -----------------------------------------------------------------------------------------------
+# --- what cannot be used --------------------------------------------------------------------------
 
 
 def refused(capsys: pytest.CaptureFixture[str], *argv: str, code: int) -> str:
@@ -134,28 +199,44 @@ def refused(capsys: pytest.CaptureFixture[str], *argv: str, code: int) -> str:
     return err.splitlines()[-1].removeprefix("gain_cl: error: ")
 
 
-def test_data_that_cannot_be_used(smoke: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_data_that_cannot_be_used(
+    smoke: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     both = own(tmp_path, a=texts(1), b=texts(1)[1:])
     line = refused(capsys, *smoke, *both, "domains.b.split.test=0.6", code=65)
     assert "documents are in the training split of a and in the test or dev split of b" in line
-    assert "test documents, eval.documents=500 (domain smoke_a)" in refused(capsys, *smoke, "eval.documents=500", code=65)
+    assert "test documents, eval.documents=500 (domain smoke_a)" in refused(
+        capsys, *smoke, "eval.documents=500", code=65
+    )
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\nno\n')
     assert "bad JSON" in refused(capsys, *smoke, *both, code=65)
-    assert "model.prefix_token_id=257 has no embedding row (257 rows)" in refused(capsys, *smoke, "model.prefix_token_id=257", code=65)
+    assert "model.prefix_token_id=257 has no embedding row (257 rows)" in refused(
+        capsys, *smoke, "model.prefix_token_id=257", code=65
+    )
 
 
 def test_mistakes_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert "did you mean train.lr?" in refused(capsys, "train.lrr=1", code=64)
-    assert refused(capsys, "--nope", code=64).startswith("unrecognized arguments: --nope (gain_cl prepare)")
+    assert refused(capsys, "--nope", code=64).startswith(
+        "unrecognized arguments: --nope (gain_cl prepare)"
+    )
 
 
 def test_a_mistake_is_told_without_torch() -> None:
-    checked = "assert cli.main(['prepare', 'seed=-1']) == 64\nassert not {'torch', 'lm_eval'} & set(sys.modules)"
+    checked = (
+        "assert cli.main(['prepare', 'seed=-1']) == 64\nassert not {'torch', 'lm_eval'} & "
+        "set(sys.modules)"
+    )
     program = f"import sys; from gain_cl import cli\n{checked}"
     subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
 
 
-def test_asked_to_stop(smoke: list[str], cache: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_asked_to_stop(
+    smoke: list[str],
+    cache: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     before = domains.prepare
 
     def and_ask(*given: Any) -> Any:
@@ -163,19 +244,31 @@ def test_asked_to_stop(smoke: list[str], cache: Path, capsys: pytest.CaptureFixt
         return before(*given)
 
     monkeypatch.setattr(prepare.domains_, "prepare", and_ask)
-    assert refused(capsys, *smoke, code=75) == "stopped by SIGUSR1 (what is done is kept); run the same command to go on"
+    assert (
+        refused(capsys, *smoke, code=75)
+        == "stopped by SIGUSR1 (what is done is kept); run the same command to go on"
+    )
     assert not list(cache.rglob("*.npy")) and signals.asked() is None
     monkeypatch.setattr(prepare.domains_, "prepare", before)
     assert cli.main(["prepare", *smoke]) == 0
 
 
 def test_long_lists_are_cut_on_paper_only(
-    smoke: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    smoke: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    pairs = [overlap.Near(1 - i / 100, "smoke_a", "dev", f"{i:016x}", i, "smoke_b", "f" * 16) for i in range(9)]
+    pairs = [
+        overlap.Near(1 - i / 100, "smoke_a", "dev", f"{i:016x}", i, "smoke_b", "f" * 16)
+        for i in range(9)
+    ]
     monkeypatch.setattr(overlap, "near_duplicates", lambda *_: pairs)
     assert len(reported(capsys, *smoke)["near_duplicates"]) == 9
     assert cli.main(["prepare", *smoke]) == 0
     out = capsys.readouterr().out
-    assert out.count("smoke_b train " + "f" * 16) == prepare.WORST and "... 9 pairs in all; --json lists them" in out
+    assert (
+        out.count("smoke_b train " + "f" * 16) == prepare.WORST
+        and "... 9 pairs in all; --json lists them" in out
+    )
     assert "9 of 107" in out and "0 of 8" in out

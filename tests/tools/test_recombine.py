@@ -33,10 +33,16 @@ def ask(capsys: pytest.CaptureFixture[str], *argv: str) -> dict[str, Any]:
     return dict(json.loads(capsys.readouterr().out))
 
 
-RESTARTED_BF16 = ["method=gain_random_basis", "handover=restart", "model.dtype=bfloat16"]  # a last bit of S shows after rounding
+RESTARTED_BF16 = [
+    "method=gain_random_basis",
+    "handover=restart",
+    "model.dtype=bfloat16",
+]  # a last bit of S shows after rounding
 
 
-@pytest.mark.parametrize("extra", [[], ["handover=restart"], ["method=gain_ffn_output"], RESTARTED_BF16], ids="".join)
+@pytest.mark.parametrize(
+    "extra", [[], ["handover=restart"], ["method=gain_ffn_output"], RESTARTED_BF16], ids="".join
+)
 def test_nothing_dropped_is_the_run_and_the_last_dropped_is_the_stage_before(
     folder: Path, capsys: pytest.CaptureFixture[str], extra: list[str]
 ) -> None:
@@ -51,12 +57,17 @@ def test_nothing_dropped_is_the_run_and_the_last_dropped_is_the_stage_before(
     assert np.abs(losses[-1] - losses[-2]).max() > 1e-4
 
 
-def test_contributions_are_differences_of_leaving_out(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_contributions_are_differences_of_leaving_out(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     made = run(folder)
     found = ask(capsys, "recombine", str(made.path))
     assert set(found["contribution_nats"]) == {"smoke_a", "smoke_b", "smoke_c"}
     np.testing.assert_allclose(
-        found["contribution_nats"]["smoke_c"], made.record.losses()[-2] - made.record.losses()[-1], rtol=0, atol=1e-6
+        found["contribution_nats"]["smoke_c"],
+        made.record.losses()[-2] - made.record.losses()[-1],
+        rtol=0,
+        atol=1e-6,
     )
     one = ask(capsys, "recombine", str(made.path), "--drop", "smoke_a", "--no-contributions")
     expected = np.array(one["loss_nats"]["recombined"]) - np.array(found["loss_nats"]["recombined"])
@@ -100,12 +111,16 @@ def test_gains_of_stages_are_ratios_of_cumulative_ones() -> None:
         (["--order", "smoke_a,smoke_b"], "name each once"),
     ],
 )
-def test_mistakes(folder: Path, capsys: pytest.CaptureFixture[str], argv: list[str], message: str) -> None:
+def test_mistakes(
+    folder: Path, capsys: pytest.CaptureFixture[str], argv: list[str], message: str
+) -> None:
     assert cli.main(["recombine", str(run(folder).path), *argv]) == 64
     assert message in capsys.readouterr().err
 
 
-def test_a_run_without_stages_in_a_row_has_no_factors(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_without_stages_in_a_row_has_no_factors(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert cli.main(["recombine", str(run(folder, "regime=individual").path)]) == 64
     assert capsys.readouterr().err.strip().endswith("; use it on a sequential run")
 
@@ -115,18 +130,26 @@ def test_only_gains_multiply(folder: Path, capsys: pytest.CaptureFixture[str]) -
     assert "method full has no gains" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("method", ["gain_ffn", "lora", "full", pytest.param("dora", marks=pytest.mark.slow)])
-def test_the_ends_of_the_front_are_the_base_and_the_run(folder: Path, capsys: pytest.CaptureFixture[str], method: str) -> None:
+@pytest.mark.parametrize(
+    "method", ["gain_ffn", "lora", "full", pytest.param("dora", marks=pytest.mark.slow)]
+)
+def test_the_ends_of_the_front_are_the_base_and_the_run(
+    folder: Path, capsys: pytest.CaptureFixture[str], method: str
+) -> None:
     made = run(folder, f"method={method}")
     found = ask(capsys, "interpolate", str(made.path), "--alpha", "0,0.5,1")
     losses = made.record.losses()
     np.testing.assert_allclose(found["front"][0]["loss_nats"], losses[0], rtol=0, atol=1e-6)
     np.testing.assert_allclose(found["front"][2]["loss_nats"], losses[-1], rtol=0, atol=2e-6)
     assert not np.allclose(found["front"][1]["loss_nats"], losses[-1], atol=1e-5)
-    assert found["front"][2]["from_base_nats"] == pytest.approx(float((losses[-1] - losses[0])[:3].mean()), abs=2e-6)
+    assert found["front"][2]["from_base_nats"] == pytest.approx(
+        float((losses[-1] - losses[0])[:3].mean()), abs=2e-6
+    )
 
 
-def test_half_of_the_change_of_gains_is_gains_of_half_the_size(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_half_of_the_change_of_gains_is_gains_of_half_the_size(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """An independent way to the same model: W diag(1 + alpha delta)."""
     from gain_cl.measure import scoring
     from gain_cl.tools.rescore import Bench
@@ -137,21 +160,29 @@ def test_half_of_the_change_of_gains_is_gains_of_half_the_size(folder: Path, cap
     bench.open(rows=1)
     adapter = bench.attach(bench.loaded)
     adapter.load_state({name: 0.5 * t for name, t in bench.state(3).items()})
-    rows = [scoring.score_domain(bench.loaded, d, bench.config.eval, 16) for d in bench.inputs.domains.values()]
+    rows = [
+        scoring.score_domain(bench.loaded, d, bench.config.eval, 16)
+        for d in bench.inputs.domains.values()
+    ]
     bench.close()
     expected = [r.nll_nats.sum() / r.tokens.sum() for r in rows]
     np.testing.assert_allclose(found["front"][0]["loss_nats"], expected, rtol=0, atol=1e-6)
 
 
-def test_a_state_that_was_not_kept_is_told(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_state_that_was_not_kept_is_told(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     made = run(folder, "method=full")
     assert cli.main(["interpolate", str(made.path), "--stage", "1"]) == 65
     assert "was not kept" in capsys.readouterr().err
     assert cli.main(["interpolate", str(made.path), "--stage", "9"]) == 64
 
 
-def test_the_front_of_a_bf16_run_is_computed_in_fp32(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A change below bf16's resolution is nothing at alpha 1, and 64 times of it is much: rounding comes last."""
+def test_the_front_of_a_bf16_run_is_computed_in_fp32(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A change below bf16's resolution is nothing at alpha 1, and 64 times of it is much: rounding
+    comes last."""
     settings = ["debug=smoke", "model.dtype=bfloat16", "train.lr=1e-4", "domain=[smoke_a]"]
     made = api.run(*settings, f"output_dir={folder}/runs", f"results_dir={folder}/results")
     found = ask(capsys, "interpolate", str(made.path), "--alpha", "0,64")
@@ -160,7 +191,9 @@ def test_the_front_of_a_bf16_run_is_computed_in_fp32(folder: Path, capsys: pytes
     assert any("do nothing" in note for note in made.record.notes)
 
 
-def test_a_run_that_began_from_an_adapter_is_refused(folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_a_run_that_began_from_an_adapter_is_refused(
+    folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     made = run(folder, "domain=[smoke_a]")
     assert cli.main(["export", str(made.path), "to=peft", f"dir={tmp_path}/a"]) == 0
     on = run(folder, "domain=[smoke_b]", f"adapter.init_from={tmp_path}/a")

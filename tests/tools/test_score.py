@@ -23,10 +23,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def made(folder: Path) -> record.Run:
-    """A run whose stages are exported: adapters of the first and last, the whole model of the second."""
+    """A run whose stages are exported: adapters of the first and last, the whole model of the
+    second."""
     run = api.run("debug=smoke", "method=lora", "train.lr=1e-2", THREE, *places(folder))
     for stage, to in ((1, "peft"), (2, "merged"), (3, "peft")):
-        assert cli.main(["export", str(run.path), f"stage={stage}", f"to={to}", f"dir={folder}/{to}{stage}"]) == 0
+        assert (
+            cli.main(
+                ["export", str(run.path), f"stage={stage}", f"to={to}", f"dir={folder}/{to}{stage}"]
+            )
+            == 0
+        )
     return run
 
 
@@ -35,23 +41,31 @@ def places(folder: Path) -> list[str]:
 
 
 def scored(folder: Path, *words: str) -> record.Run:
-    before = set((folder / "results/runs").glob("given*.json")) | set((folder / "results/runs").glob("*given*.json"))
+    before = set((folder / "results/runs").glob("given*.json")) | set(
+        (folder / "results/runs").glob("*given*.json")
+    )
     assert cli.main(["score", *words, "debug=smoke", *places(folder)]) == 0
     (path,) = set((folder / "results/runs").glob("*given*.json")) - before
     return record.load(path)
 
 
-def test_adapters_and_whole_models_score_as_the_stages_they_are(folder: Path, made: record.Run) -> None:
+def test_adapters_and_whole_models_score_as_the_stages_they_are(
+    folder: Path, made: record.Run
+) -> None:
     run = scored(folder, f"{folder}/peft1", f"{folder}/merged2", f"{folder}/peft3", THREE)
     np.testing.assert_allclose(run.record.losses(), made.record.losses(), rtol=0, atol=2e-6)
     assert run.record.losses()[0].tolist() == made.record.losses()[0].tolist()
     assert np.abs(np.diff(run.record.losses(), axis=0)).min() > 1e-4
-    assert [s.train for s in run.record.stages] == [None] * 4 and run.record.trainable_parameters == 0
+    assert [s.train for s in run.record.stages] == [
+        None
+    ] * 4 and run.record.trainable_parameters == 0
     assert cli.main(["verify", str(run.path)]) == 0
     assert cli.main(["show", str(run.path)]) == 0
 
 
-def test_the_id_is_of_the_content_not_of_the_path(folder: Path, made: record.Run, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_id_is_of_the_content_not_of_the_path(
+    folder: Path, made: record.Run, capsys: pytest.CaptureFixture[str]
+) -> None:
     import shutil
 
     from gain_cl.runs import plan
@@ -59,7 +73,9 @@ def test_the_id_is_of_the_content_not_of_the_path(folder: Path, made: record.Run
     if not (folder / "elsewhere").exists():
         shutil.copytree(folder / "peft1", folder / "elsewhere")
     one, two, other = (
-        plan.prepare(compose([str(folder / f), "debug=smoke", "domain=[smoke_a]", *places(folder)])).run_id
+        plan.prepare(
+            compose([str(folder / f), "debug=smoke", "domain=[smoke_a]", *places(folder)])
+        ).run_id
         for f in ("peft1", "elsewhere", "peft3")
     )
     assert one == two != other
@@ -83,9 +99,18 @@ def test_mistakes(folder: Path, made: record.Run, words: list[str], message: str
         plan.prepare(compose([*words, "debug=smoke", *places(folder)]))
 
 
-def test_another_architecture_is_told(folder: Path, made: record.Run, capsys: pytest.CaptureFixture[str]) -> None:
+def test_another_architecture_is_told(
+    folder: Path, made: record.Run, capsys: pytest.CaptureFixture[str]
+) -> None:
     code = cli.main(
-        ["score", str(folder / "merged2"), "domain=[smoke_a]", "debug=smoke", "model.arch.num_hidden_layers=3", *places(folder)]
+        [
+            "score",
+            str(folder / "merged2"),
+            "domain=[smoke_a]",
+            "debug=smoke",
+            "model.arch.num_hidden_layers=3",
+            *places(folder),
+        ]
     )
     assert code == 65
     assert "it is another model" in capsys.readouterr().err
@@ -100,7 +125,10 @@ def test_a_checkpoint_scores_the_same_whatever_was_scored_before(tmp_path: Path)
     from gain_cl.adapters.checkpoints import GivenAdapter
 
     for name, bias in (("a", "all"), ("b", "none")):
-        model = peft.get_peft_model(tiny("gpt2").model, peft.LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True, bias=bias))
+        model = peft.get_peft_model(
+            tiny("gpt2").model,
+            peft.LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True, bias=bias),
+        )
         with torch.no_grad():
             for p in model.parameters():
                 if p.requires_grad:
@@ -121,14 +149,28 @@ def test_a_checkpoint_scores_the_same_whatever_was_scored_before(tmp_path: Path)
 
 
 @pytest.mark.slow
-def test_an_interrupted_score_goes_on_wherever_its_checkpoints_lie(folder: Path, made: record.Run, tmp_path: Path) -> None:
+def test_an_interrupted_score_goes_on_wherever_its_checkpoints_lie(
+    folder: Path, made: record.Run, tmp_path: Path
+) -> None:
     import os
     import subprocess
     import sys
 
-    words = [f"{folder}/peft1", f"{folder}/peft3", "domain=[smoke_a,smoke_b]", "debug=smoke", "eval.documents=4", *places(tmp_path)]
+    words = [
+        f"{folder}/peft1",
+        f"{folder}/peft3",
+        "domain=[smoke_a,smoke_b]",
+        "debug=smoke",
+        "eval.documents=4",
+        *places(tmp_path),
+    ]
     env = {**os.environ, "GAIN_CL_FAILPOINT": "stage.after@2"}
-    assert subprocess.run([sys.executable, "-m", "gain_cl", "score", *words], env=env, capture_output=True).returncode == -9
+    assert (
+        subprocess.run(
+            [sys.executable, "-m", "gain_cl", "score", *words], env=env, capture_output=True
+        ).returncode
+        == -9
+    )
     words[0] = os.path.relpath(words[0])
     assert cli.main(["score", *words]) == 0
 
@@ -176,14 +218,19 @@ def test_an_adapter_of_another_model_is_told(tmp_path: Path) -> None:
         _take(deep, num_hidden_layers=4)
     file = deep / "adapter_model.safetensors"
     tensors = load_file(file)
-    save_file({n.removeprefix("base_model.model."): t for n, t in tensors.items()}, file, metadata={"format": "pt"})
+    save_file(
+        {n.removeprefix("base_model.model."): t for n, t in tensors.items()},
+        file,
+        metadata={"format": "pt"},
+    )
     with pytest.raises(DataError, match="it is not of this model"):
         _take(deep, num_hidden_layers=3)
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_an_adapter_that_our_loss_would_not_see_is_refused(tmp_path: Path) -> None:
-    """Trained vectors before the input act in PEFT's wrapper, a LoRA of the head beside its weight: the base would be scored."""
+    """Trained vectors before the input act in PEFT's wrapper, a LoRA of the head beside its weight:
+    the base would be scored."""
     import peft
 
     prefix = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
@@ -204,14 +251,24 @@ def test_whole_layers_saved_with_an_adapter_count(tmp_path: Path, beside: str) -
     from conftest import tiny
     from gain_cl.models import forward
 
-    lora = peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"], modules_to_save=[beside])
+    lora = peft.LoraConfig(
+        task_type="CAUSAL_LM", r=2, target_modules=["q_proj"], modules_to_save=[beside]
+    )
     folder = _peft(tmp_path / "a", lora)
     tokens = np.arange(1, 25).reshape(2, 12)
     loaded, base = _take(folder), tiny("llama")
     with torch.no_grad():
         ours = forward.loss_sum(loaded, tokens).item()
         other = peft.PeftModel.from_pretrained(tiny("llama").model, folder)
-        inputs = torch.cat([torch.full((2, 1), loaded.prefix_id), torch.from_numpy(tokens[:, :-1])], dim=1)
+        inputs = torch.cat(
+            [torch.full((2, 1), loaded.prefix_id), torch.from_numpy(tokens[:, :-1])], dim=1
+        )
         logits = other(input_ids=inputs).logits.flatten(0, 1)
-        theirs = torch.nn.functional.cross_entropy(logits, torch.from_numpy(tokens.reshape(-1)), reduction="sum").item()
-        assert ours == pytest.approx(theirs, rel=1e-6) != pytest.approx(forward.loss_sum(base, tokens).item(), rel=1e-4)
+        theirs = torch.nn.functional.cross_entropy(
+            logits, torch.from_numpy(tokens.reshape(-1)), reduction="sum"
+        ).item()
+        assert (
+            ours
+            == pytest.approx(theirs, rel=1e-6)
+            != pytest.approx(forward.loss_sum(base, tokens).item(), rel=1e-4)
+        )

@@ -1,4 +1,5 @@
-"""A finished run verifies; a planted change of every kind is found by the check that is there for it."""
+"""A finished run verifies; a planted change of every kind is found by the check that is there for
+it."""
 
 from __future__ import annotations
 
@@ -42,11 +43,14 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 class Made:
-    """A copy of a finished run that a test may damage. record, values, run: its places; other: another run's folder."""
+    """A copy of a finished run that a test may damage. record, values, run: its places; other:
+    another run's folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.record, other = (next((folder / "results/runs").glob(f"*-s{seed}-*.json")) for seed in (0, 1))
+        self.record, other = (
+            next((folder / "results/runs").glob(f"*-s{seed}-*.json")) for seed in (0, 1)
+        )
         self.values = record.items_path(self.record)
         self.run, self.other = folder / "runs" / self.record.stem, folder / "runs" / other.stem
         self.stages = self.run / "stages"
@@ -61,7 +65,8 @@ class Made:
         self.edit(lambda r: r.update(items_sha256=files.sha256(self.values)))
 
     def reseal(self, stage: str, **changed: bytes) -> None:
-        """Write a stage again with other files, so that its manifest agrees. Keys: names of files, _ for a dot."""
+        """Write a stage again with other files, so that its manifest agrees. Keys: names of files,
+        _ for a dot."""
         folder = self.stages / stage
         content = {name: (folder / name).read_bytes() for name in checkpoint.manifest(folder)}
         content |= {name.replace("_", "."): data for name, data in changed.items()}
@@ -71,7 +76,12 @@ class Made:
         return cli.main(["verify", str(self.record), "--output-dir", str(self.folder / "runs")])
 
     def lines(self) -> dict[str, verify.Line]:
-        return {line.check: line for line in verify.examine(verify.Case(record.load(self.record), str(self.folder / "runs")))[0]}
+        return {
+            line.check: line
+            for line in verify.examine(
+                verify.Case(record.load(self.record), str(self.folder / "runs"))
+            )[0]
+        }
 
 
 @pytest.fixture
@@ -95,14 +105,26 @@ def test_a_run_verifies(run: Made, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_by_run_id_as_json(run: Made, capsys: pytest.CaptureFixture[str]) -> None:
-    line = ["verify", run.record.stem[:-3], "--results-dir", f"{run.folder}/results", "--output-dir", f"{run.folder}/runs", "--json"]
+    line = [
+        "verify",
+        run.record.stem[:-3],
+        "--results-dir",
+        f"{run.folder}/results",
+        "--output-dir",
+        f"{run.folder}/runs",
+        "--json",
+    ]
     assert cli.main(line) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["run_id"] == run.record.stem and told["files"] == 45
-    assert {c["state"] for c in told["checks"]} == {"ok", "not there"} and len(told["checks"]) == len(verify.CHECKS)
+    assert {c["state"] for c in told["checks"]} == {"ok", "not there"} and len(
+        told["checks"]
+    ) == len(verify.CHECKS)
 
 
-def test_a_record_without_its_run_folder(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_record_without_its_run_folder(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("GAIN_CL_CACHE", str(tmp_path))
     assert cli.main(["verify", str(EXAMPLE), "--json", "--output-dir", str(tmp_path)]) == 0
     states = {c["check"]: c["state"] for c in json.loads(capsys.readouterr().out)["checks"]}
@@ -124,12 +146,19 @@ def test_a_record_without_its_run_folder(capsys: pytest.CaptureFixture[str], tmp
 
 
 def test_torch_is_not_imported(tmp_path: Path) -> None:
-    code = "import sys; from gain_cl import cli; code = cli.main(sys.argv[1:]); assert 'torch' not in sys.modules; sys.exit(code)"
+    code = (
+        "import sys; from gain_cl import cli; code = cli.main(sys.argv[1:]); assert 'torch' "
+        "not in sys.modules; sys.exit(code)"
+    )
     env = {**os.environ, "GAIN_CL_CACHE": str(tmp_path)}
-    subprocess.run([sys.executable, "-c", code, "verify", str(EXAMPLE), "--output-dir", str(tmp_path)], check=True, env=env)
+    subprocess.run(
+        [sys.executable, "-c", code, "verify", str(EXAMPLE), "--output-dir", str(tmp_path)],
+        check=True,
+        env=env,
+    )
 
 
-# --- planted changes -------------------------------------------------------------------------------------------------
+# --- planted changes ------------------------------------------------------------------------------
 
 Plant = Callable[[Made], Any]
 
@@ -158,17 +187,32 @@ def shifted(m: Made) -> None:
 
 def other_documents(m: Made) -> None:
     """Documents with the same numbers and other names, at every stage."""
-    m.rewrite(lambda t: t.assign(document=t.document.where(t.domain != "smoke_c", t.document.str.replace("0", "1"))))
+    m.rewrite(
+        lambda t: t.assign(
+            document=t.document.where(t.domain != "smoke_c", t.document.str.replace("0", "1"))
+        )
+    )
 
 
 def fewer(m: Made) -> None:
     """A document is left out at every stage, and every sum agrees."""
     table = pd.read_parquet(m.values)
-    gone = table[(table.domain == "smoke_b") & (table.document == table[table.domain == "smoke_b"].document.iloc[0])]
+    gone = table[
+        (table.domain == "smoke_b")
+        & (table.document == table[table.domain == "smoke_b"].document.iloc[0])
+    ]
     m.rewrite(lambda t: t.drop(gone.index))
     for _, row in gone.iterrows():
-        m.edit(lambda r, row=row: cell(r, row.stage).update(documents=7, tokens=cell(r, row.stage)["tokens"] - row.tokens))
-        m.edit(lambda r, row=row: cell(r, row.stage).update(bytes=cell(r, row.stage)["bytes"] - row.bytes))
+        m.edit(
+            lambda r, row=row: cell(r, row.stage).update(
+                documents=7, tokens=cell(r, row.stage)["tokens"] - row.tokens
+            )
+        )
+        m.edit(
+            lambda r, row=row: cell(r, row.stage).update(
+                bytes=cell(r, row.stage)["bytes"] - row.bytes
+            )
+        )
     left = pd.read_parquet(m.values)
     for stage in range(4):
         total = float(left[(left.domain == "smoke_b") & (left.stage == stage)].nll_nats.sum())
@@ -221,7 +265,9 @@ def steps(m: Made, change: Callable[[list[str], int], Any]) -> None:
 def token_array(m: Made, name: str) -> Path:
     """A file of the cached tokens of smoke_a."""
     metas = (m.folder.parent / "cache/tokens").glob("*/meta.json")
-    return next(p for p in metas if json.loads(p.read_bytes())["domain"] == "smoke_a").with_name(name)
+    return next(p for p in metas if json.loads(p.read_bytes())["domain"] == "smoke_a").with_name(
+        name
+    )
 
 
 def other_cache(m: Made) -> None:
@@ -241,17 +287,35 @@ def taint(r: dict[str, Any]) -> None:
 
 PLANTED: dict[str, tuple[str, Plant]] = {
     "a copy under another id": ("the record: the record is of tiny-gain_ffn-smoke-s0-", renamed),
-    "another seed": ("settings: seed is 3, its settings say 0", lambda m: m.edit(lambda r: r.update(seed=3))),
+    "another seed": (
+        "settings: seed is 3, its settings say 0",
+        lambda m: m.edit(lambda r: r.update(seed=3)),
+    ),
     "another protocol": (
         "settings: protocol ppl-test-first64x9",
         lambda m: m.edit(lambda r: r.update(protocol=r["protocol"].replace("x8", "x9"))),
     ),
-    "an invalid setting": ("settings: config.train.lr", lambda m: m.edit(lambda r: r["config"]["train"].update(lr=-1))),
-    "an unknown setting": ("settings: config.train.speed", lambda m: m.edit(lambda r: r["config"]["train"].update(speed=1))),
+    "an invalid setting": (
+        "settings: config.train.lr",
+        lambda m: m.edit(lambda r: r["config"]["train"].update(lr=-1)),
+    ),
+    "an unknown setting": (
+        "settings: config.train.speed",
+        lambda m: m.edit(lambda r: r["config"]["train"].update(speed=1)),
+    ),
     "a setting": ("run id:", lambda m: m.edit(lambda r: r["config"]["train"].update(clip=2.0))),
-    "a pin": ("run id:", lambda m: m.edit(lambda r: r["pins"]["domains"]["smoke_a"].update(seed=9))),
-    "the numerics version": ("run id:", lambda m: m.edit(lambda r: r["provenance"].update(numerics=2))),
-    "a row of nothing": ("rows: 1 rows are neither", lambda m: m.rewrite(lambda t: pd.concat([t, t.iloc[:1].assign(kind="note")]))),
+    "a pin": (
+        "run id:",
+        lambda m: m.edit(lambda r: r["pins"]["domains"]["smoke_a"].update(seed=9)),
+    ),
+    "the numerics version": (
+        "run id:",
+        lambda m: m.edit(lambda r: r["provenance"].update(numerics=2)),
+    ),
+    "a row of nothing": (
+        "rows: 1 rows are neither",
+        lambda m: m.rewrite(lambda t: pd.concat([t, t.iloc[:1].assign(kind="note")])),
+    ),
     "a row of no cell": (
         "rows: values without a score: smoke_z",
         lambda m: m.rewrite(lambda t: pd.concat([t, t.iloc[:1].assign(domain="smoke_z")])),
@@ -260,68 +324,145 @@ PLANTED: dict[str, tuple[str, Plant]] = {
         "rows: a score without values: smoke_b at",
         lambda m: m.rewrite(lambda t: t[(t.stage != 1) | (t.domain != "smoke_b")]),
     ),
-    "a row twice": ("rows: a document of smoke_a stands twice", lambda m: m.rewrite(lambda t: pd.concat([t, t.iloc[:1]]))),
+    "a row twice": (
+        "rows: a document of smoke_a stands twice",
+        lambda m: m.rewrite(lambda t: pd.concat([t, t.iloc[:1]])),
+    ),
     "a digit of a sum": (
         "sums: nll_nats of smoke_b at stage 1",
         lambda m: m.edit(lambda r: cell(r).update(nll_nats=cell(r)["nll_nats"] + 1e-7)),
     ),
-    "a count of tokens": ("sums: tokens of smoke_b at stage 1", lambda m: m.edit(lambda r: cell(r).update(tokens=cell(r)["tokens"] + 1))),
-    "a count of bytes": ("sums: bytes of smoke_b at stage 1", lambda m: m.edit(lambda r: cell(r).update(bytes=cell(r)["bytes"] - 1))),
+    "a count of tokens": (
+        "sums: tokens of smoke_b at stage 1",
+        lambda m: m.edit(lambda r: cell(r).update(tokens=cell(r)["tokens"] + 1)),
+    ),
+    "a count of bytes": (
+        "sums: bytes of smoke_b at stage 1",
+        lambda m: m.edit(lambda r: cell(r).update(bytes=cell(r)["bytes"] - 1)),
+    ),
     "a document's loss": ("sums: nll_nats of smoke_a at stage 0", lambda m: m.rewrite(nats)),
-    "a missing document": ("sums: nll_nats of smoke_a at stage 0", lambda m: m.rewrite(lambda t: t.iloc[1:])),
-    "other tokens at one stage": ("same documents: smoke_a is scored on other documents at stage 2", shifted),
+    "a missing document": (
+        "sums: nll_nats of smoke_a at stage 0",
+        lambda m: m.rewrite(lambda t: t.iloc[1:]),
+    ),
+    "other tokens at one stage": (
+        "same documents: smoke_a is scored on other documents at stage 2",
+        shifted,
+    ),
     "fewer documents": ("same documents: smoke_b is scored on 7 test documents", fewer),
-    "steps": ("training: stage 2 took 5 steps", lambda m: m.edit(lambda r: r["stages"][2]["train"].update(steps=5))),
-    "a rate": ("training: stage 2 took 4 steps at 0.5", lambda m: m.edit(lambda r: r["stages"][2]["train"].update(lr=0.5))),
-    "training tokens": ("training: stage 2 saw 1000 tokens", lambda m: m.edit(lambda r: r["stages"][2]["train"].update(tokens=1000))),
-    "no training": ("training: stage 2 was not trained", lambda m: m.edit(lambda r: r["stages"][2].update(train=None))),
-    "a taint": ("attempts: what changed", lambda m: m.edit(lambda r: r.update(tainted=["dtype was A, is B"]))),
+    "steps": (
+        "training: stage 2 took 5 steps",
+        lambda m: m.edit(lambda r: r["stages"][2]["train"].update(steps=5)),
+    ),
+    "a rate": (
+        "training: stage 2 took 4 steps at 0.5",
+        lambda m: m.edit(lambda r: r["stages"][2]["train"].update(lr=0.5)),
+    ),
+    "training tokens": (
+        "training: stage 2 saw 1000 tokens",
+        lambda m: m.edit(lambda r: r["stages"][2]["train"].update(tokens=1000)),
+    ),
+    "no training": (
+        "training: stage 2 was not trained",
+        lambda m: m.edit(lambda r: r["stages"][2].update(train=None)),
+    ),
+    "a taint": (
+        "attempts: what changed",
+        lambda m: m.edit(lambda r: r.update(tainted=["dtype was A, is B"])),
+    ),
     "a taint removed": ("attempts: what changed", lambda m: m.edit(taint)),
     "an attempt": (
         "attempts: attempts.jsonl lists other",
-        lambda m: m.edit(lambda r: r["provenance"]["attempts"].append(r["provenance"]["attempts"][0])),
+        lambda m: m.edit(
+            lambda r: r["provenance"]["attempts"].append(r["provenance"]["attempts"][0])
+        ),
     ),
     "another run's matrix": ("matrix csv:", lambda m: shutil.copy(m.other / "matrix.csv", m.run)),
     "another run's heat map": ("heat map:", lambda m: shutil.copy(m.other / "matrix.png", m.run)),
-    "a bit of a trained state": ("stages: adapter.safetensors has SHA-256", lambda m: flipped(m.stages / "02-smoke_b/adapter.safetensors")),
-    "a bit of a manifest": ("stages: MANIFEST.json is not", lambda m: flipped(m.stages / "02-smoke_b/MANIFEST.json", 30)),
+    "a bit of a trained state": (
+        "stages: adapter.safetensors has SHA-256",
+        lambda m: flipped(m.stages / "02-smoke_b/adapter.safetensors"),
+    ),
+    "a bit of a manifest": (
+        "stages: MANIFEST.json is not",
+        lambda m: flipped(m.stages / "02-smoke_b/MANIFEST.json", 30),
+    ),
     "stages that changed places": ("stages: stage.json tells other scores of stage 1", swapped),
     "a stage of another run": (
         "stages: it is a stage of tiny-gain_ffn-smoke-s1-",
-        lambda m: shutil.copytree(m.other / "stages/02-smoke_b", m.stages / "02-smoke_b", dirs_exist_ok=True),
+        lambda m: shutil.copytree(
+            m.other / "stages/02-smoke_b", m.stages / "02-smoke_b", dirs_exist_ok=True
+        ),
     ),
-    "a stage too many": ("stages: 04-smoke_d is no stage", lambda m: shutil.copytree(m.stages / "02-smoke_b", m.stages / "04-smoke_d")),
-    "a stage too few": ("stages: 02-smoke_b is missing", lambda m: shutil.rmtree(m.stages / "02-smoke_b")),
+    "a stage too many": (
+        "stages: 04-smoke_d is no stage",
+        lambda m: shutil.copytree(m.stages / "02-smoke_b", m.stages / "04-smoke_d"),
+    ),
+    "a stage too few": (
+        "stages: 02-smoke_b is missing",
+        lambda m: shutil.rmtree(m.stages / "02-smoke_b"),
+    ),
     "stage.json": ("stages: stage.json tells other scores of stage 2", told_otherwise),
-    "stage.json without its record": ("stages: stage.json is not of this", lambda m: m.reseal("02-smoke_b", stage_json=b"{}")),
+    "stage.json without its record": (
+        "stages: stage.json is not of this",
+        lambda m: m.reseal("02-smoke_b", stage_json=b"{}"),
+    ),
     "scores of a stage": ("stages: scores.parquet holds other documents of stage 2", other_scores),
-    "a trained state that is not finite": ("trained state:", lambda m: tensors(m, lambda s: next(iter(s.values())).__setitem__(0, np.nan))),
+    "a trained state that is not finite": (
+        "trained state:",
+        lambda m: tensors(m, lambda s: next(iter(s.values())).__setitem__(0, np.nan)),
+    ),
     "a smaller trained state": (
         "trained state: 448 trained numbers, the record says 512",
         lambda m: tensors(m, lambda s: s.pop(min(s, key=lambda k: s[k].size))),
     ),
-    "parameters": ("trained state:", lambda m: m.edit(lambda r: r.update(trainable_parameters=511))),
+    "parameters": (
+        "trained state:",
+        lambda m: m.edit(lambda r: r.update(trainable_parameters=511)),
+    ),
     "no trained state": (
         "trained state: the trained state of stage 2 is missing",
         lambda m: m.reseal("02-smoke_b", adapter_safetensors=b""),
     ),
-    "a step too few": ("metrics: it does not have every step of stage 1", lambda m: steps(m, lambda lines, i: lines.pop(i))),
-    "a step twice": ("metrics: it does not have every step of stage 1", lambda m: steps(m, lambda lines, i: lines.insert(i, lines[i]))),
+    "a step too few": (
+        "metrics: it does not have every step of stage 1",
+        lambda m: steps(m, lambda lines, i: lines.pop(i)),
+    ),
+    "a step twice": (
+        "metrics: it does not have every step of stage 1",
+        lambda m: steps(m, lambda lines, i: lines.insert(i, lines[i])),
+    ),
     "a loss": (
         "metrics: it tells other losses or tokens of stage 1",
-        lambda m: steps(m, lambda lines, i: lines.__setitem__(i, lines[i].replace('"loss_nats": 5', '"loss_nats": 4'))),
+        lambda m: steps(
+            m,
+            lambda lines, i: lines.__setitem__(
+                i, lines[i].replace('"loss_nats": 5', '"loss_nats": 4')
+            ),
+        ),
     ),
     "a score told": (
         "metrics: it tells other scores of stage 0",
-        lambda m: steps(m, lambda lines, i: lines.__setitem__(1, lines[1].replace('"nll_nats": 2', '"nll_nats": 3'))),
+        lambda m: steps(
+            m,
+            lambda lines, i: lines.__setitem__(
+                1, lines[1].replace('"nll_nats": 2', '"nll_nats": 3')
+            ),
+        ),
     ),
-    "run.json of other settings": ("beginning: the id is not that", lambda m: begun(m, lambda first: first["settings"].update(seed=4))),
+    "run.json of other settings": (
+        "beginning: the id is not that",
+        lambda m: begun(m, lambda first: first["settings"].update(seed=4)),
+    ),
     "run.json of other data": (
         "beginning: tokens are not those of the record",
         lambda m: begun(m, lambda first: first["facts"]["data"]["tokens"].update(smoke_b="0" * 64)),
     ),
     "a bit of the tokens": ("tokens: SHA-256 is", lambda m: flipped(token_array(m, "tokens.npy"))),
-    "other tokens in the cache": ("tokens: the tokens of smoke_a have hash 000000000000", other_cache),
+    "other tokens in the cache": (
+        "tokens: the tokens of smoke_a have hash 000000000000",
+        other_cache,
+    ),
     "a pin of tokens": (
         "beginning: tokens are not those of the record",
         lambda m: m.edit(lambda r: r["pins"]["tokens"].update(smoke_a="f" * 64)),
@@ -330,7 +471,9 @@ PLANTED: dict[str, tuple[str, Plant]] = {
 
 
 @pytest.mark.parametrize("planted", PLANTED)
-def test_a_planted_change_is_found(run: Made, capsys: pytest.CaptureFixture[str], planted: str) -> None:
+def test_a_planted_change_is_found(
+    run: Made, capsys: pytest.CaptureFixture[str], planted: str
+) -> None:
     found, plant = PLANTED[planted]
     if planted != "another run's heat map":
         (run.run / "matrix.png").unlink()  # drawing it again takes longer than all the rest
@@ -370,14 +513,18 @@ def test_a_heat_map_of_another_matplotlib_is_not_compared(run: Made) -> None:
     shutil.copy(run.other / "matrix.png", run.run)
     run.edit(lambda r: r["provenance"]["packages"].update(matplotlib="1.0"))
     line = run.lines()["heat map"]
-    assert line.state == "not there" and line.finding.startswith("not comparable: matplotlib 1.0 then")
+    assert line.state == "not there" and line.finding.startswith(
+        "not comparable: matplotlib 1.0 then"
+    )
 
 
 def test_a_run_that_is_made_again_meanwhile(run: Made) -> None:
     """Its folder then holds another attempt than the one that the record is of."""
     checkpoint.save(run.run / "ckpt/step-2", {"state.json": b"{}"})
     lines = run.lines()
-    assert {lines[name].state for name in ("stages", "trained state", "metrics", "matrix csv")} == {"not there"}
+    assert {lines[name].state for name in ("stages", "trained state", "metrics", "matrix csv")} == {
+        "not there"
+    }
     assert "under way" in lines["stages"].finding
 
 
@@ -393,10 +540,17 @@ def test_a_tainted_run_has_the_id_of_its_first_attempt(run: Made) -> None:
     attempts = [json.loads(line) for line in (run.run / "attempts.jsonl").read_text().splitlines()]
     (run.run / "attempts.jsonl").write_text(json.dumps({**attempts[0], "changed": told}) + "\n")
     lines = run.lines()
-    assert lines["run id"].state == "ok" and lines["run id"].finding.endswith("of the first attempt; TAINTED since")
-    assert lines["attempts"].state == "ok" and "TAINTED: model.pin was A, is B" in lines["attempts"].finding
+    assert lines["run id"].state == "ok" and lines["run id"].finding.endswith(
+        "of the first attempt; TAINTED since"
+    )
+    assert (
+        lines["attempts"].state == "ok"
+        and "TAINTED: model.pin was A, is B" in lines["attempts"].finding
+    )
     first = json.loads((run.run / "run.json").read_bytes())
-    (run.run / "run.json").write_text(json.dumps({**first, "settings": {**first["settings"], "seed": 4}}))
+    (run.run / "run.json").write_text(
+        json.dumps({**first, "settings": {**first["settings"], "seed": 4}})
+    )
     assert run.lines()["run id"].state == "FAILED"
 
 
@@ -415,7 +569,7 @@ def _one(check: Callable[[verify.Case], str], run: Made) -> tuple[Any, str]:
         return "not there", str(reason)
 
 
-# --- tasks -----------------------------------------------------------------------------------------------------------
+# --- tasks ----------------------------------------------------------------------------------------
 
 
 def with_tasks(run: Made) -> Made:
@@ -426,16 +580,40 @@ def with_tasks(run: Made) -> Made:
     for stage in (0, 3):
         logprobs = -rng.random((20, 2)) * 5
         right = int(sum(int(p[1] > p[0]) == g for p, g in zip(logprobs, gold, strict=True)))
-        normed = int(sum(int(p[1] / c[1] > p[0] / c[0]) == g for p, c, g in zip(logprobs, chars, gold, strict=True)))
+        normed = int(
+            sum(
+                int(p[1] / c[1] > p[0] / c[0]) == g
+                for p, c, g in zip(logprobs, chars, gold, strict=True)
+            )
+        )
         scores[stage] = {"items": 20, "correct": right, "correct_norm": normed, "fewshot": 0}
         rows += [
-            {"kind": "item", "stage": stage, "task": "boolq@20", "item": f"{i:02d}", "gold": gold[i], "logprobs": logprobs[i].tolist()}
+            {
+                "kind": "item",
+                "stage": stage,
+                "task": "boolq@20",
+                "item": f"{i:02d}",
+                "gold": gold[i],
+                "logprobs": logprobs[i].tolist(),
+            }
             | {"choice_bytes": chars[i].tolist(), "choice_chars": chars[i].tolist()}
             for i in range(20)
         ]
-    run.rewrite(lambda t: pd.concat([t.drop(columns=["logprobs", "choice_bytes", "choice_chars"], errors="ignore"), pd.DataFrame(rows)]))
+    run.rewrite(
+        lambda t: pd.concat(
+            [
+                t.drop(columns=["logprobs", "choice_bytes", "choice_chars"], errors="ignore"),
+                pd.DataFrame(rows),
+            ]
+        )
+    )
     run.edit(lambda r: r["config"]["tasks"].update(names=["boolq@20"], stages="ends"))
-    run.edit(lambda r: [r["stages"][stage]["tasks"].update({"boolq@20": score}) for stage, score in scores.items()])
+    run.edit(
+        lambda r: [
+            r["stages"][stage]["tasks"].update({"boolq@20": score})
+            for stage, score in scores.items()
+        ]
+    )
     return run
 
 
@@ -445,11 +623,15 @@ def test_tasks_are_counted_again(run: Made) -> None:
     assert lines["same items"].finding == "20 of boolq@20"
 
 
-def item(key: str, change: Callable[[Any], Any], stage: int = 3) -> Callable[[pd.DataFrame], pd.DataFrame]:
+def item(
+    key: str, change: Callable[[Any], Any], stage: int = 3
+) -> Callable[[pd.DataFrame], pd.DataFrame]:
     """Change a value of the fourth item."""
 
     def rewrite(table: pd.DataFrame) -> pd.DataFrame:
-        at = table.index[(table.kind == "item") & (table.stage == stage) & (table["item"] == "03")][0]
+        at = table.index[(table.kind == "item") & (table.stage == stage) & (table["item"] == "03")][
+            0
+        ]
         table.at[at, key] = change(table.at[at, key])
         return table
 
@@ -462,16 +644,56 @@ def score(r: dict[str, Any]) -> dict[str, Any]:
 
 
 TASKS: dict[str, tuple[str, str, Plant]] = {
-    "right answers": ("task counts", "correct of boolq@20", lambda m: m.edit(lambda r: score(r).update(correct=score(r)["correct"] - 1))),
-    "by length": ("task counts", "correct_norm of", lambda m: m.edit(lambda r: score(r).update(correct_norm=score(r)["correct_norm"] - 1))),
-    "items": ("task counts", "items of boolq@20", lambda m: m.edit(lambda r: score(r).update(items=21))),
-    "a limit": ("task counts", "limited of boolq@20", lambda m: m.edit(lambda r: score(r).update(limited=True))),
-    "a log-likelihood": ("task counts", "correct of", lambda m: m.rewrite(item("logprobs", lambda v: v[::-1]))),
-    "a length": ("task counts", "malformed items", lambda m: m.rewrite(item("choice_chars", lambda v: [0, 1]))),
-    "not finite": ("rows", "not finite", lambda m: m.rewrite(item("logprobs", lambda v: [float("nan"), -1.0]))),
-    "other items": ("same items", "has other items at stage 3", lambda m: m.rewrite(item("item", lambda v: "zz"))),
-    "other answers": ("same items", "has other items at stage 3", lambda m: m.rewrite(item("gold", lambda v: 1 - v, stage=0))),
-    "a score too few": ("task counts", "other tasks at stage 3", lambda m: m.edit(lambda r: r["stages"][3]["tasks"].clear())),
+    "right answers": (
+        "task counts",
+        "correct of boolq@20",
+        lambda m: m.edit(lambda r: score(r).update(correct=score(r)["correct"] - 1)),
+    ),
+    "by length": (
+        "task counts",
+        "correct_norm of",
+        lambda m: m.edit(lambda r: score(r).update(correct_norm=score(r)["correct_norm"] - 1)),
+    ),
+    "items": (
+        "task counts",
+        "items of boolq@20",
+        lambda m: m.edit(lambda r: score(r).update(items=21)),
+    ),
+    "a limit": (
+        "task counts",
+        "limited of boolq@20",
+        lambda m: m.edit(lambda r: score(r).update(limited=True)),
+    ),
+    "a log-likelihood": (
+        "task counts",
+        "correct of",
+        lambda m: m.rewrite(item("logprobs", lambda v: v[::-1])),
+    ),
+    "a length": (
+        "task counts",
+        "malformed items",
+        lambda m: m.rewrite(item("choice_chars", lambda v: [0, 1])),
+    ),
+    "not finite": (
+        "rows",
+        "not finite",
+        lambda m: m.rewrite(item("logprobs", lambda v: [float("nan"), -1.0])),
+    ),
+    "other items": (
+        "same items",
+        "has other items at stage 3",
+        lambda m: m.rewrite(item("item", lambda v: "zz")),
+    ),
+    "other answers": (
+        "same items",
+        "has other items at stage 3",
+        lambda m: m.rewrite(item("gold", lambda v: 1 - v, stage=0)),
+    ),
+    "a score too few": (
+        "task counts",
+        "other tasks at stage 3",
+        lambda m: m.edit(lambda r: r["stages"][3]["tasks"].clear()),
+    ),
 }
 
 
@@ -483,7 +705,7 @@ def test_a_planted_change_of_a_task_is_found(run: Made, planted: str) -> None:
     assert line.state == "FAILED" and found in line.finding
 
 
-# --- sources and models ----------------------------------------------------------------------------------------------
+# --- sources and models ---------------------------------------------------------------------------
 
 
 def pinned(run: Made, **pins: Any) -> verify.Case:
@@ -515,10 +737,21 @@ def test_local_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A real run on a file of the user's, then a word changes in it."""
     monkeypatch.setenv("GAIN_CL_CACHE", str(tmp_path / "cache"))
     text = tmp_path / "notes.txt"
-    text.write_text("\n\n".join(f"{i} " + "the quick brown fox jumps over the lazy dog. " * 50 for i in range(60)))
+    text.write_text(
+        "\n\n".join(
+            f"{i} " + "the quick brown fox jumps over the lazy dog. " * 50 for i in range(60)
+        )
+    )
     (tmp_path / "presets/domain").mkdir(parents=True)
     (tmp_path / "presets/domain/notes.yaml").write_text(f"source: {{kind: files, path: {text}}}\n")
-    words = ["debug=smoke", "compute.threads=1", "domain=[notes]", "sequence.controls=[]", "train.steps=1", "eval.documents=2"]
+    words = [
+        "debug=smoke",
+        "compute.threads=1",
+        "domain=[notes]",
+        "sequence.controls=[]",
+        "train.steps=1",
+        "eval.documents=2",
+    ]
     words += [f"output_dir={tmp_path}/runs", f"results_dir={tmp_path}/results"]
     case = verify.Case(gain_cl.run(*words, config_dirs=tmp_path / "presets"))
     assert outcome(verify.sources_, case) == "as pinned: notes"
@@ -559,17 +792,25 @@ def test_a_converted_model(run: Made) -> None:
     (folder / "config.json").write_bytes(b"{}")
     made_of = {"config.json": files.sha256(folder / "config.json")}
     (folder / "CONVERTED.json").write_text(json.dumps({"source": source, "files": made_of}))
-    assert outcome(verify.model_files, pinned(run, model=source, model_files=made_of)) == "1 converted files"
-    assert "another version" in outcome(verify.model_files, pinned(run, model=source, model_files={"config.json": "b" * 64}))
+    assert (
+        outcome(verify.model_files, pinned(run, model=source, model_files=made_of))
+        == "1 converted files"
+    )
+    assert "another version" in outcome(
+        verify.model_files, pinned(run, model=source, model_files={"config.json": "b" * 64})
+    )
     flipped(folder / "config.json")
-    assert outcome(verify.model_files, pinned(run, model=source, model_files=made_of)).startswith("SHA-256 is ")
+    assert outcome(verify.model_files, pinned(run, model=source, model_files=made_of)).startswith(
+        "SHA-256 is "
+    )
 
 
-# --- hostile records -------------------------------------------------------------------------------------------------
+# --- hostile records ------------------------------------------------------------------------------
 
 
 def test_a_record_of_any_shape_is_no_traceback(run: Made) -> None:
-    """Values of pins, settings and provenance may be anything: a check fails or has nothing to compare with."""
+    """Values of pins, settings and provenance may be anything: a check fails or has nothing to
+    compare with."""
     draw, whole = random.Random(0), run.record.read_bytes()
     for path in (run.run, run.folder / "results/runs"):
         for picture in path.glob("*.png"):
@@ -581,7 +822,9 @@ def test_a_record_of_any_shape_is_no_traceback(run: Made) -> None:
         while isinstance(at[key], dict | list) and at[key] and draw.random() < 0.85:
             at = at[key]
             key = draw.choice(list(at)) if isinstance(at, dict) else draw.randrange(len(at))
-        at[key] = draw.choice([None, 0, -1, 1e300, "", "\x1b[2J", [], {}, [[]], {"kind": "package"}, True])
+        at[key] = draw.choice(
+            [None, 0, -1, 1e300, "", "\x1b[2J", [], {}, [[]], {"kind": "package"}, True]
+        )
         data["seal"] = record.seal_of(data)
         run.record.write_text(json.dumps(data))
         try:
@@ -600,7 +843,8 @@ def test_provenance_names_what_draws() -> None:
 
 
 def test_files_are_hashed_not_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A bit flips on the disk and time and size stay: what a run remembers of the file, verify does not believe."""
+    """A bit flips on the disk and time and size stay: what a run remembers of the file, verify does
+    not believe."""
     from gain_cl.system import hashes
 
     monkeypatch.setattr(hashes, "_trusting", True)  # a verify in this process may have ended that
@@ -611,9 +855,14 @@ def test_files_are_hashed_not_remembered(tmp_path: Path, monkeypatch: pytest.Mon
     before = hashes.file_sha256(path, remember=True)
     path.write_bytes(b"0124")
     os.utime(path, ns=times)
-    look = f"from gain_cl.system import hashes as sources; from pathlib import Path; print(sources.file_sha256(Path({str(path)!r}), remember=True))"
+    look = (
+        "from gain_cl.system import hashes as sources; from pathlib import Path; "
+        f"print(sources.file_sha256(Path({str(path)!r}), remember=True))"
+    )
     seen = [
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout.strip()
         for code in (look, look.replace("; print", "; sources.trust_nothing(); print"))
     ]
     assert seen[0] == before != seen[1]

@@ -1,4 +1,5 @@
-"""What may move. An adapter touches the model once: it adds what trains, and can fold it into the weights."""
+"""What may move. An adapter touches the model once: it adds what trains, and can fold it into the
+weights."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ _PLUGINS: dict[str, type[Adapter]] = {}
 
 
 def register(kind: str, adapter: type[Adapter]) -> None:
-    """Make ``adapter.kind=KIND`` known; for plugin files and entry points of the group gain_cl.plugins."""
+    """Make ``adapter.kind=KIND`` known; for plugin files and entry points of the group
+    gain_cl.plugins."""
     _PLUGINS[kind] = adapter
 
 
@@ -28,7 +30,8 @@ def registered() -> dict[str, type[Adapter]]:
 
 
 def pin(kind: str) -> str | None:
-    """SHA-256 of the file that defines a plugin's class, for the run id; None for what gain_cl itself brings."""
+    """SHA-256 of the file that defines a plugin's class, for the run id; None for what gain_cl
+    itself brings."""
     if kind not in _PLUGINS:
         return None
     return hashlib.sha256(Path(inspect.getfile(_PLUGINS[kind])).read_bytes()).hexdigest()
@@ -36,7 +39,9 @@ def pin(kind: str) -> str | None:
 
 def build(settings: schema.Adapter) -> Adapter:
     """The one place that maps a name to a class."""
-    keywords = settings.model_dump(exclude={"kind"} if settings.kind not in ADAPTERS else {"kind", "init_from"})
+    keywords = settings.model_dump(
+        exclude={"kind"} if settings.kind not in ADAPTERS else {"kind", "init_from"}
+    )
     if settings.kind in _PLUGINS:
         return _PLUGINS[settings.kind](**keywords)
     if settings.kind in ("gain", "multiplicative_lora"):
@@ -55,4 +60,8 @@ def build(settings: schema.Adapter) -> Adapter:
         from gain_cl.adapters.checkpoints import GivenAdapter
 
         return GivenAdapter(**keywords)
-    raise ConfigError(f"unknown adapter {settings.kind!r}", "adapter.kind", f"use one of: {', '.join([*ADAPTERS, *_PLUGINS])}")
+    raise ConfigError(
+        f"unknown adapter {settings.kind!r}",
+        "adapter.kind",
+        f"use one of: {', '.join([*ADAPTERS, *_PLUGINS])}",
+    )

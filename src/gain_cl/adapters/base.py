@@ -18,17 +18,21 @@ if TYPE_CHECKING:
 class Adapter(ABC):
     """Adds trainable state to a frozen model.
 
-    After ``attach`` the model computes what it did before, and only ``parameters`` train, all of them fp32. The base
-    weights stay as they are until ``absorb``.
+    After ``attach`` the model computes what it did before, and only ``parameters`` train, all of
+    them fp32. The base weights stay as they are until ``absorb``.
     """
 
-    keep_stages = True  # whether the trained state after every stage is small enough to keep, or only the last
+    # whether the trained state after every stage is small enough to keep, or only the last
+    keep_stages = True
 
-    trains = True  # whether stages are learned; otherwise ``take`` puts on what was learned elsewhere
+    trains = (
+        True  # whether stages are learned; otherwise ``take`` puts on what was learned elsewhere
+    )
 
     @abstractmethod
     def attach(self, loaded: Loaded) -> None:
-        """Add to the model what trains. The global RNG is seeded by the caller: draw initial values from it."""
+        """Add to the model what trains. The global RNG is seeded by the caller: draw initial values
+        from it."""
 
     @abstractmethod
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -36,7 +40,8 @@ class Adapter(ABC):
 
     @abstractmethod
     def absorb(self) -> None:
-        """Fold the trained state into the model's weights (computed in fp32, rounded once) and detach."""
+        """Fold the trained state into the model's weights (computed in fp32, rounded once) and
+        detach."""
 
     def after_step(self) -> None:
         """Called after every optimiser step; most adapters have nothing to do."""
@@ -51,8 +56,9 @@ class Adapter(ABC):
         return type(self).restart is not Adapter.restart
 
     def restart(self) -> None:
-        """Freeze what is learned so far and begin anew on top of it (handover=restart): the function stays, ``parameters`` are
-        new and the identity, ``state`` holds both. The global RNG is seeded by the caller."""
+        """Freeze what is learned so far and begin anew on top of it (handover=restart): the
+        function stays, ``parameters`` are new and the identity, ``state`` holds both. The global
+        RNG is seeded by the caller."""
         raise self._cannot("handover=restart", "use handover=continue")
 
     def keep_base(self) -> None:
@@ -68,31 +74,45 @@ class Adapter(ABC):
         return []
 
     def shift(self) -> Tensor:
-        """||W - W_base||_F^2 of the effective weights, summed over the layers, with gradients to ``parameters``."""
-        raise self._cannot("the distance of its effective weights from the base", "use another guard")
+        """||W - W_base||_F^2 of the effective weights, summed over the layers, with gradients to
+        ``parameters``."""
+        raise self._cannot(
+            "the distance of its effective weights from the base", "use another guard"
+        )
 
     def lora_inputs(self) -> dict[str, list[Tensor]]:
-        """A (r, in) of each LoRA of a layer, by the layer's name, the oldest first; the last one trains."""
+        """A (r, in) of each LoRA of a layer, by the layer's name, the oldest first; the last one
+        trains."""
         raise self._cannot("LoRA matrices", "use adapter.peft_type=LORA")
 
     def _cannot(self, what: str, do: str) -> ConfigError:
         return ConfigError(f"{type(self).__name__} does not offer {what}", "adapter", do)
 
     def state(self) -> dict[str, Tensor]:
-        """A copy of the trained state on the CPU: everything needed, with the base weights, to rebuild the model."""
-        return {name: p.detach().to("cpu", copy=True).contiguous() for name, p in self.parameters().items()}
+        """A copy of the trained state on the CPU: everything needed, with the base weights, to
+        rebuild the model."""
+        return {
+            name: p.detach().to("cpu", copy=True).contiguous()
+            for name, p in self.parameters().items()
+        }
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Put a saved state back; DataError when names or shapes differ."""
         own = self.parameters()
         if own.keys() != state.keys():
             wrong = sorted(own.keys() ^ state.keys())
-            raise DataError(f"{len(wrong)} tensors differ, first {wrong[0]}", "adapter state", "it belongs to another method or model")
+            raise DataError(
+                f"{len(wrong)} tensors differ, first {wrong[0]}",
+                "adapter state",
+                "it belongs to another method or model",
+            )
         with torch.no_grad():
             for name, p in own.items():
                 if p.shape != state[name].shape:
                     raise DataError(
-                        f"{name} has shape {tuple(state[name].shape)}, not {tuple(p.shape)}", "adapter state", "it belongs to another model"
+                        f"{name} has shape {tuple(state[name].shape)}, not {tuple(p.shape)}",
+                        "adapter state",
+                        "it belongs to another model",
                     )
                 p.copy_(state[name])
         self.after_step()

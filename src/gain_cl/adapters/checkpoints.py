@@ -1,4 +1,5 @@
-"""Checkpoints trained elsewhere, in the place of training: stage k is the k-th of them. For ``python -m gain_cl score``."""
+"""Checkpoints trained elsewhere, in the place of training: stage k is the k-th of them. For
+``python -m gain_cl score``."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
 
 
 class GivenAdapter(Adapter):
-    """checkpoints: folders or ORG/NAME@COMMIT, each a PEFT adapter or a whole model of the base's architecture and tokenizer."""
+    """checkpoints: folders or ORG/NAME@COMMIT, each a PEFT adapter or a whole model of the base's
+    architecture and tokenizer."""
 
     trains = False
 
@@ -44,15 +46,25 @@ class GivenAdapter(Adapter):
             self.peft = None
 
     def take(self, stage: int) -> None:
-        """Make the model that of a stage (from 1). DataError when the checkpoint is of another model."""
+        """Make the model that of a stage (from 1). DataError when the checkpoint is of another
+        model."""
         where = portable.place(self.checkpoints[stage - 1], portable.CHECKPOINT)
         if isinstance(where, tuple):
             repository, commit = where
             adapter = hub.snapshot(repository, commit, [portable.CONFIG, portable.WEIGHTS])
             whole = not (adapter / portable.CONFIG).exists()
-            where = hub.snapshot(repository, commit, source.SMALL_FILES + source.WEIGHTS) if whole else adapter
-        if not self.base:  # PEFT's unload leaves what an adapter wrote into the base itself: biases, some initial values
-            self.base = {name: p.detach().to("cpu", copy=True) for name, p in self.loaded.model.named_parameters()}
+            where = (
+                hub.snapshot(repository, commit, source.SMALL_FILES + source.WEIGHTS)
+                if whole
+                else adapter
+            )
+        # PEFT's unload leaves what an adapter wrote into the base itself: biases, some initial
+        # values
+        if not self.base:
+            self.base = {
+                name: p.detach().to("cpu", copy=True)
+                for name, p in self.loaded.model.named_parameters()
+            }
         self._release()
         if (where / portable.CONFIG).exists():
             self._adapter(where)
@@ -75,13 +87,24 @@ class GivenAdapter(Adapter):
     def _weights(self, folder: Path) -> None:
         source.inspect(folder)
         model = self.loaded.model
-        if source.has_tokenizer(folder) and load.tokenizer_hash(folder) != self.loaded.tokenizer_hash:
+        if (
+            source.has_tokenizer(folder)
+            and load.tokenizer_hash(folder) != self.loaded.tokenizer_hash
+        ):
             what = "its tokenizer is not the base model's: losses per token would not compare"
-            raise DataError(what, str(folder), "score it in a run of its own: model.path= that folder")
+            raise DataError(
+                what, str(folder), "score it in a run of its own: model.path= that folder"
+            )
         found = load.parameters_of(folder, str(model.dtype).removeprefix("torch."))
-        differing = sorted(found.keys() ^ self.base.keys()) or sorted(n for n, t in found.items() if t.shape != self.base[n].shape)
+        differing = sorted(found.keys() ^ self.base.keys()) or sorted(
+            n for n, t in found.items() if t.shape != self.base[n].shape
+        )
         if differing:
-            raise DataError(f"it is another model: {differing[0]} differs", str(folder), "name its base with model=")
+            raise DataError(
+                f"it is another model: {differing[0]} differs",
+                str(folder),
+                "name its base with model=",
+            )
         if bad := next((n for n, t in found.items() if not torch.isfinite(t).all()), None):
             raise DataError(f"{bad} is not finite", str(folder), "it cannot be scored")
         _copy(found, model)

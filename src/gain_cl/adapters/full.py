@@ -16,8 +16,9 @@ if TYPE_CHECKING:
 
 
 class FullAdapter(Adapter):
-    """The optimiser works on fp32 master weights; the model computes in its own dtype, so that it starts as the base
-    bit for bit and is measured on the same path. For an fp32 model masters and weights are the same tensors.
+    """The optimiser works on fp32 master weights; the model computes in its own dtype, so that it
+    starts as the base bit for bit and is measured on the same path. For an fp32 model masters and
+    weights are the same tensors.
 
     select: all, or norms (layers whose class is a ...Norm).
     """
@@ -31,7 +32,12 @@ class FullAdapter(Adapter):
         self.weights: dict[str, nn.Parameter] = {}
         self.base: dict[str, Tensor] = {}
         loaded.model.requires_grad_(False)
-        norms = {id(p) for m in loaded.model.modules() if "norm" in type(m).__name__.lower() for p in m.parameters(recurse=False)}
+        norms = {
+            id(p)
+            for m in loaded.model.modules()
+            if "norm" in type(m).__name__.lower()
+            for p in m.parameters(recurse=False)
+        }
         for name, weight in loaded.model.named_parameters():
             if self.select == "norms" and id(weight) not in norms:
                 continue
@@ -52,7 +58,9 @@ class FullAdapter(Adapter):
             weight.copy_(self.masters[name])
 
     def keep_base(self) -> None:
-        self.base = {name: self.weights.get(name, p).detach().clone() for name, p in self.masters.items()}
+        self.base = {
+            name: self.weights.get(name, p).detach().clone() for name, p in self.masters.items()
+        }
 
     @contextlib.contextmanager
     def disabled(self) -> Iterator[None]:
@@ -67,7 +75,9 @@ class FullAdapter(Adapter):
                 weight.data = before[name]
 
     def shift(self) -> Tensor:
-        return torch.stack([(p - self.base[name].float()).square().sum() for name, p in self.masters.items()]).sum()
+        return torch.stack(
+            [(p - self.base[name].float()).square().sum() for name, p in self.masters.items()]
+        ).sum()
 
     def absorb(self) -> None:
         for weight in (*self.masters.values(), *self.weights.values()):
@@ -75,7 +85,8 @@ class FullAdapter(Adapter):
 
 
 def _collector(master: nn.Parameter):  # type: ignore[no-untyped-def]
-    """Moves a low-precision gradient into the master's fp32 one, so that micro-batches add up in fp32."""
+    """Moves a low-precision gradient into the master's fp32 one, so that micro-batches add up in
+    fp32."""
 
     def collect(weight: torch.Tensor) -> None:
         assert weight.grad is not None

@@ -1,18 +1,22 @@
 """GAIN: W_new = S W with a learned diagonal S and W frozen (arXiv 2604.04516).
 
-S multiplies the attention output projection (role attn_out: method gain_attn) and also the FFN down projection (role
-ffn_down: gain_ffn). Which side of W the paper means is ambiguous in print (docs/design.md, "Which side"):
+S multiplies the attention output projection (role attn_out: method gain_attn) and also the FFN down
+projection (role ffn_down: gain_ffn). Which side of W the paper means is ambiguous in print
+(docs/design.md, "Which side"):
 
-- side=input (default): W diag(s) in nn.Linear's (out, in) layout; the input features are scaled, x -> s * x;
-- side=output: diag(s) W; the layer's output is scaled. Deviation: where the layer has a bias (GPT-2), it is scaled with
-  the rest, y -> s * (W x + b), as PEFT's (IA)^3 does, so that the gain stays one diagonal on the activation.
+- side=input (default): W diag(s) in nn.Linear's (out, in) layout; the input features are scaled, x
+  -> s * x;
+- side=output: diag(s) W; the layer's output is scaled. Deviation: where the layer has a bias
+  (GPT-2), it is scaled with the rest, y -> s * (W x + b), as PEFT's (IA)^3 does, so that the gain
+  stays one diagonal on the activation.
 
-Controls of the same shape: gains in a fixed random orthogonal basis Q, W Q diag(s) Q^T (RotatedGain), which are as many
-but not diagonal in the model's own basis; and multiplicative LoRA, W (I + B A) (LowRankFactor), which preserves the column
-span of W as gains do, but is not diagonal.
+Controls of the same shape: gains in a fixed random orthogonal basis Q, W Q diag(s) Q^T
+(RotatedGain), which are as many but not diagonal in the model's own basis; and multiplicative LoRA,
+W (I + B A) (LowRankFactor), which preserves the column span of W as gains do, but is not diagonal.
 
-The parameter is delta = S - 1, in fp32: S itself in bf16 could not move from 1 by less than 0.4%, and weight decay
-would pull S to 0. Scaling the activation costs one elementwise product; scaling W would cost a matrix and its gradient.
+The parameter is delta = S - 1, in fp32: S itself in bf16 could not move from 1 by less than 0.4%,
+and weight decay would pull S to 0. Scaling the activation costs one elementwise product; scaling W
+would cost a matrix and its gradient.
 """
 
 from __future__ import annotations
@@ -35,8 +39,8 @@ Side = Literal["input", "output"]
 
 
 class _Scale(torch.autograd.Function):
-    """x * s. The gradient of s is summed over blocks of rows that fit a CPU's cache: autograd would first make a second product
-    of x's size."""
+    """x * s. The gradient of s is summed over blocks of rows that fit a CPU's cache: autograd would
+    first make a second product of x's size."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, s: Tensor) -> Tensor:
@@ -48,13 +52,16 @@ class _Scale(torch.autograd.Function):
         x, s = ctx.saved_tensors
         grad = grads[0]
         rows = 128 if x.device.type == "cpu" else x.numel()
-        parts = zip(x.reshape(-1, len(s)).split(rows), grad.reshape(-1, len(s)).split(rows), strict=True)
+        parts = zip(
+            x.reshape(-1, len(s)).split(rows), grad.reshape(-1, len(s)).split(rows), strict=True
+        )
         grad_s = sum(((a.float() * b).sum(0) for a, b in parts), torch.zeros_like(s))
         return (grad * s).to(x.dtype) if ctx.needs_input_grad[0] else None, grad_s
 
 
 class Factor(nn.Module):
-    """A square matrix M that multiplies a weight; the identity at the start. Weights and activations are rows: (..., width)."""
+    """A square matrix M that multiplies a weight; the identity at the start. Weights and
+    activations are rows: (..., width)."""
 
     def forward(self, x: Tensor) -> Tensor:
         """x M^T: M applied to each vector of x, in x's dtype."""
@@ -74,7 +81,8 @@ class Factor(nn.Module):
 
 
 class DiagonalGain(Factor):
-    """M = diag(s), s = past * (1 + delta); delta (width,) fp32 and zero at the start, past: what earlier stages left frozen."""
+    """M = diag(s), s = past * (1 + delta); delta (width,) fp32 and zero at the start, past: what
+    earlier stages left frozen."""
 
     past: Tensor | None
 
@@ -127,7 +135,8 @@ class RotatedGain(DiagonalGain):
 
 
 class LowRankFactor(Factor):
-    """M = past (I + alpha / r B A), A (r, width) as LoRA's (uniform, Kaiming), B (width, r) zero at the start; fp32."""
+    """M = past (I + alpha / r B A), A (r, width) as LoRA's (uniform, Kaiming), B (width, r) zero at
+    the start; fp32."""
 
     def __init__(self, width: int, device: torch.device, rank: int, alpha: float) -> None:
         super().__init__()
@@ -143,7 +152,9 @@ class LowRankFactor(Factor):
 
     def pairs(self) -> list[tuple[Tensor, Tensor]]:
         """(A, B) of each factor, the oldest first."""
-        return [(getattr(self, f"past_a{i}"), getattr(self, f"past_b{i}")) for i in range(self.frozen)] + [(self.a, self.b)]
+        return [
+            (getattr(self, f"past_a{i}"), getattr(self, f"past_b{i}")) for i in range(self.frozen)
+        ] + [(self.a, self.b)]
 
     def forward(self, x: Tensor) -> Tensor:
         y = x.float()
@@ -179,12 +190,18 @@ class LowRankFactor(Factor):
 
 
 class Gains:
-    """Factors on some layers of a model. The layers keep their class, name and weights: the factors act by hooks.
+    """Factors on some layers of a model. The layers keep their class, name and weights: the factors
+    act by hooks.
 
     make: width, device -> Factor; None: diagonal gains.
     """
 
-    def __init__(self, layers: dict[str, nn.Module], side: Side, make: Callable[[int, torch.device], Factor] | None = None) -> None:
+    def __init__(
+        self,
+        layers: dict[str, nn.Module],
+        side: Side,
+        make: Callable[[int, torch.device], Factor] | None = None,
+    ) -> None:
         self.layers, self.side, self.active = layers, side, True
         self.gains: dict[str, Any] = {}
         self._hooks: list[Any] = []
@@ -192,9 +209,17 @@ class Gains:
             width = families.input_width(layer) if side == "input" else families.output_width(layer)
             gain = self.gains[name] = (make or DiagonalGain)(width, layer.weight.device)  # type: ignore[arg-type]
             if side == "input":
-                self._hooks.append(layer.register_forward_pre_hook(lambda _, args, gain=gain: (self._apply(gain, args[0]), *args[1:])))
+                self._hooks.append(
+                    layer.register_forward_pre_hook(
+                        lambda _, args, gain=gain: (self._apply(gain, args[0]), *args[1:])
+                    )
+                )
             else:
-                self._hooks.append(layer.register_forward_hook(lambda _, args, output, gain=gain: self._apply(gain, output)))
+                self._hooks.append(
+                    layer.register_forward_hook(
+                        lambda _, args, output, gain=gain: self._apply(gain, output)
+                    )
+                )
 
     def _apply(self, gain: Factor, x: Tensor) -> Tensor:
         found: Tensor = gain(x) if self.active else x
@@ -203,12 +228,21 @@ class Gains:
     def parameters(self) -> dict[str, nn.Parameter]:
         """delta = S - 1 of each layer, by module name; of other factors NAME.PARAMETER."""
         own = {name: gain.named_parameters() for name, gain in self.gains.items()}
-        return {name if key == "delta" else f"{name}.{key}": p for name, found in own.items() for key, p in found}
+        return {
+            name if key == "delta" else f"{name}.{key}": p
+            for name, found in own.items()
+            for key, p in found
+        }
 
     def frozen(self) -> dict[str, Tensor]:
         """What earlier stages left (handover=restart), as NAME.BUFFER."""
         kept = {name: gain.state_dict() for name, gain in self.gains.items()}
-        return {f"{name}.{key}": t for name, found in kept.items() for key, t in found.items() if key.startswith("past")}
+        return {
+            f"{name}.{key}": t
+            for name, found in kept.items()
+            for key, t in found.items()
+            if key.startswith("past")
+        }
 
     def restart(self) -> None:
         """Freeze every factor as it is and begin with the identity on top."""
@@ -244,10 +278,11 @@ class Gains:
 
     @torch.no_grad()
     def absorb(self) -> None:
-        """Fold each factor into the weights: the product in fp32, rounded once to the weight's dtype; then remove the gains.
+        """Fold each factor into the weights: the product in fp32, rounded once to the weight's
+        dtype; then remove the gains.
 
-        Input side: W M of an (out, in) weight; output side: M W, and M b. Conv1D stores (in, out). ConfigError when the
-        weights are quantised.
+        Input side: W M of an (out, in) weight; output side: M W, and M b. Conv1D stores (in, out).
+        ConfigError when the weights are quantised.
         """
         families.can_merge(self.layers)
         for name, layer in self.layers.items():
@@ -273,17 +308,19 @@ def attach_gains(
     names: dict[str, str] | None = None,
     make: Callable[[int, torch.device], Factor] | None = None,
 ) -> Gains:
-    """Put identity gains on any transformers causal LM: freezes the model and returns the handle that trains.
+    """Put identity gains on any transformers causal LM: freezes the model and returns the handle
+    that trains.
 
-    names: role -> suffix of module names, for a family gain_cl does not know. Raises ConfigError listing the candidates.
+    names: role -> suffix of module names, for a family gain_cl does not know. Raises ConfigError
+    listing the candidates.
     """
     model.requires_grad_(False)
     return Gains(families.targets(model, list(roles), names), side, make)
 
 
 def random_basis(width: int, seed: int, device: torch.device) -> Tensor:
-    """(width, width) fp32, orthogonal, uniform over rotations (Haar): Q of a Gaussian matrix's QR, with R's diagonal made
-    positive (Mezzadri 2007, math-ph/0609050). In float64, rounded once."""
+    """(width, width) fp32, orthogonal, uniform over rotations (Haar): Q of a Gaussian matrix's QR,
+    with R's diagonal made positive (Mezzadri 2007, math-ph/0609050). In float64, rounded once."""
     if device.type == "meta":
         return torch.empty(width, width, device=device)
     generator = torch.Generator().manual_seed(seed * 1_000_003 + width)
@@ -329,9 +366,12 @@ class _Multiplier(Adapter):
 
 
 class GainAdapter(_Multiplier):
-    """roles: attn_out, ffn_down; side: input or output; basis: own, or random (one Q for all layers of a width)."""
+    """roles: attn_out, ffn_down; side: input or output; basis: own, or random (one Q for all layers
+    of a width)."""
 
-    def __init__(self, roles: list[str], side: Side = "input", basis: str = "own", basis_seed: int = 0) -> None:
+    def __init__(
+        self, roles: list[str], side: Side = "input", basis: str = "own", basis_seed: int = 0
+    ) -> None:
         self.roles, self.side, self.basis, self.basis_seed = roles, side, basis, basis_seed
 
     def attach(self, loaded: Loaded) -> None:
@@ -342,15 +382,26 @@ class GainAdapter(_Multiplier):
                 bases[width] = random_basis(width, self.basis_seed, device)
             return RotatedGain(width, device, bases[width])
 
-        self.gains = attach_gains(loaded.model, self.roles, self.side, loaded.roles, turned if self.basis == "random" else None)
+        self.gains = attach_gains(
+            loaded.model,
+            self.roles,
+            self.side,
+            loaded.roles,
+            turned if self.basis == "random" else None,
+        )
 
     def remarks(self, dtype: torch.dtype) -> list[str]:
         fine = torch.finfo(dtype).eps / 4  # half a unit in the last place, where it is least
-        moved = torch.cat([(gain.s() - 1).abs().flatten() for gain in self.gains.gains.values()]).detach()
+        moved = torch.cat(
+            [(gain.s() - 1).abs().flatten() for gain in self.gains.gains.values()]
+        ).detach()
         lost = (moved < fine).float().mean().item()
         if dtype == torch.float32 or lost < 0.1:
             return []
-        what = f"{100 * lost:.0f}% of the gains moved by less than {dtype} resolves in an activation ({fine:.1e})"
+        what = (
+            f"{100 * lost:.0f}% of the gains moved by less than {dtype} resolves in an "
+            f"activation ({fine:.1e})"
+        )
         return [f"{what}: they do nothing; a forgetting near 0 may be that"]
 
 

@@ -1,4 +1,5 @@
-"""The YAML files of configs/: where they are and what there is. Neither Hydra nor torch is imported."""
+"""The YAML files of configs/: where they are and what there is. Neither Hydra nor torch is
+imported."""
 
 from __future__ import annotations
 
@@ -14,23 +15,38 @@ def configs_dir() -> Path:
     for folder in (package / "configs", package.parents[1] / "configs"):
         if (folder / "run.yaml").is_file():
             return folder
-    raise ConfigError("the presets are missing: no run.yaml", str(package / "configs"), "install gain_cl again")
+    raise ConfigError(
+        "the presets are missing: no run.yaml", str(package / "configs"), "install gain_cl again"
+    )
 
 
 def folders(config_dirs: Iterable[str | Path] = ()) -> list[Path]:
-    """The shipped presets and the user's; ConfigError for a folder that holds none or shadows a shipped preset."""
+    """The shipped presets and the user's; ConfigError for a folder that holds none or shadows a
+    shipped preset."""
     shipped = configs_dir()
     known = groups()
     found = [shipped]
     for given in config_dirs:
         folder, where = Path(given).expanduser().absolute(), f"--config-dir {given}"
         if not folder.is_dir():
-            raise ConfigError("no such folder", where, "give a folder that holds model/NAME.yaml, domain/NAME.yaml, ...")
+            raise ConfigError(
+                "no such folder",
+                where,
+                "give a folder that holds model/NAME.yaml, domain/NAME.yaml, ...",
+            )
         if not any((folder / g).is_dir() for g in known):
-            raise ConfigError("no presets in the folder", where, f"put them into its subfolders {', '.join(known)}")
-        for file in sorted(p.relative_to(folder) for g in known for p in (folder / g).rglob("*.yaml")):
+            raise ConfigError(
+                "no presets in the folder",
+                where,
+                f"put them into its subfolders {', '.join(known)}",
+            )
+        for file in sorted(
+            p.relative_to(folder) for g in known for p in (folder / g).rglob("*.yaml")
+        ):
             if any((other / file).exists() for other in found):
-                raise ConfigError(f"{file} has the name of another preset", where, "give it a name of its own")
+                raise ConfigError(
+                    f"{file} has the name of another preset", where, "give it a name of its own"
+                )
         found.append(folder)
     return found
 
@@ -42,7 +58,11 @@ def groups() -> list[str]:
 
 def names(group: str, config_dirs: Iterable[str | Path] = ()) -> list[str]:
     """The presets of a group, shipped ones first."""
-    return [p.name.removesuffix(".yaml") for f in folders(config_dirs) for p in sorted((f / group).glob("*.yaml"))]
+    return [
+        p.name.removesuffix(".yaml")
+        for f in folders(config_dirs)
+        for p in sorted((f / group).glob("*.yaml"))
+    ]
 
 
 def short(path: str | Path) -> str:

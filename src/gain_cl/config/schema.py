@@ -1,7 +1,9 @@
-"""The typed configuration of a run. Torch-free: every mistake here is reported before torch is imported.
+"""The typed configuration of a run. Torch-free: every mistake here is reported before torch is
+imported.
 
-Top-level sections are *scientific* (they change results and enter the run id) unless listed in ``EXECUTION``.
-Extra keys are forbidden everywhere, which catches what Hydra's ``+key=`` and ``++key=`` let through.
+Top-level sections are *scientific* (they change results and enter the run id) unless listed in
+``EXECUTION``. Extra keys are forbidden everywhere, which catches what Hydra's ``+key=`` and
+``++key=`` let through.
 """
 
 from __future__ import annotations
@@ -9,7 +11,15 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    model_validator,
+)
 
 NAME = re.compile(r"^(?![.-])[A-Za-z0-9._-]{1,100}\Z")
 SHA1 = re.compile(r"^[0-9a-f]{40}\Z")
@@ -17,13 +27,27 @@ SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|KEY", re.IGNO
 """Environment variables whose values reach no file."""
 SHA256 = re.compile(r"^[0-9a-f]{64}\Z")
 
-EXECUTION = ("compute", "track", "checkpoint", "resume", "allow_change", "output_dir", "results_dir", "force", "plugins", "lr_tuned_on")
-"""Sections that say how a run is carried out, not what it computes: recorded, but not part of the run id."""
+EXECUTION = (
+    "compute",
+    "track",
+    "checkpoint",
+    "resume",
+    "allow_change",
+    "output_dir",
+    "results_dir",
+    "force",
+    "plugins",
+    "lr_tuned_on",
+)
+"""Sections that say how a run is carried out, not what it computes: recorded, but not part of the
+run id."""
 
 
 def _name(value: Any) -> Any:
     if not isinstance(value, str) or not NAME.match(value):
-        raise ValueError(f"{value!r} is no name; use 1-100 of [A-Za-z0-9._-], not starting with '.' or '-'")
+        raise ValueError(
+            f"{value!r} is no name; use 1-100 of [A-Za-z0-9._-], not starting with '.' or '-'"
+        )
     return value
 
 
@@ -40,7 +64,7 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
 
-# --- where bytes come from -------------------------------------------------------------------------------------------
+# --- where bytes come from ------------------------------------------------------------------------
 
 
 class PackageFile(Section):
@@ -48,14 +72,21 @@ class PackageFile(Section):
 
     package: str  # NAME==VERSION
     members: str  # glob inside the archive; matched against the end of each member's path
-    sha256: str | None = Field(None, pattern=r"^[0-9a-f]{64}$")  # of the archive; None when the wheel is per platform
-    members_sha256: str | None = Field(None, pattern=r"^[0-9a-f]{64}$")  # of the one member, when the archive cannot be pinned
+    sha256: str | None = Field(
+        None, pattern=r"^[0-9a-f]{64}$"
+    )  # of the archive; None when the wheel is per platform
+    members_sha256: str | None = Field(
+        None, pattern=r"^[0-9a-f]{64}$"
+    )  # of the one member, when the archive cannot be pinned
 
 
 class Delta(Section):
-    """A low-rank change of a model's weights, added in fp32 when it is first loaded: scripts/delta.py writes such files."""
+    """A low-rank change of a model's weights, added in fp32 when it is first loaded:
+    scripts/delta.py writes such files."""
 
-    file: str  # safetensors: MODULE.lora_A (r, in) and MODULE.lora_B (out, r); a path, or a name beside the shipped model presets
+    # safetensors: MODULE.lora_A (r, in) and MODULE.lora_B (out, r); a path, or a name beside the
+    # shipped model presets
+    file: str
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
 
 
@@ -67,25 +98,41 @@ class PackageSource(Section):
 
 
 class RowSource(Section):
-    """Rows with fields. With prompt and completion each is instruction data: the completion alone is trained on and scored."""
+    """Rows with fields. With prompt and completion each is instruction data: the completion alone
+    is trained on and scored."""
 
     prompt: str | None = None  # field
     completion: str | None = None  # field
-    chat_template: str | None = None  # model: the tokenizer's own; FILE.jinja; None: the two joined by a line end
+    chat_template: str | None = (
+        None  # model: the tokenizer's own; FILE.jinja; None: the two joined by a line end
+    )
 
     @model_validator(mode="after")
     def _pair(self) -> RowSource:
         if (self.prompt is None) != (self.completion is None):
-            there, other = ("prompt", "completion") if self.completion is None else ("completion", "prompt")
-            raise ValueError(f"source.{there} is given without source.{other}; give both fields, or none for plain text")
+            there, other = (
+                ("prompt", "completion") if self.completion is None else ("completion", "prompt")
+            )
+            raise ValueError(
+                f"source.{there} is given without source.{other}; give both fields, or none for "
+                "plain text"
+            )
         if self.prompt is not None and self.prompt == self.completion:
-            raise ValueError(f"source.prompt and source.completion are the same field, {self.prompt!r}; name two")
+            raise ValueError(
+                f"source.prompt and source.completion are the same field, {self.prompt!r}; name two"
+            )
         if self.chat_template is None:
             return self
         if self.chat_template != "model" and not self.chat_template.endswith(".jinja"):
-            raise ValueError(f"source.chat_template={self.chat_template!r} is no template; use model (the tokenizer's own) or FILE.jinja")
+            raise ValueError(
+                f"source.chat_template={self.chat_template!r} is no template; use model (the "
+                "tokenizer's own) or FILE.jinja"
+            )
         if self.prompt is None:
-            raise ValueError("source.chat_template is for instruction data; give source.prompt and source.completion with it")
+            raise ValueError(
+                "source.chat_template is for instruction data; give source.prompt and "
+                "source.completion with it"
+            )
         return self
 
 
@@ -94,14 +141,17 @@ class HubSource(RowSource):
     path: str  # org/name
     revision: str | None = None  # 40-hex commit
     files: str  # glob of data files in the repository
-    fields: list[str] = []  # of plain text, joined by blank lines; dots descend into structs; lists are joined
+    fields: list[
+        str
+    ] = []  # of plain text, joined by blank lines; dots descend into structs; lists are joined
     max_bytes: int = Field(gt=0)  # UTF-8 bytes of text read from the stream before it stops
 
     @model_validator(mode="after")
     def _text(self) -> HubSource:
         if bool(self.fields) == (self.prompt is not None):
             raise ValueError(
-                "source.fields is given beside source.prompt and source.completion; give one or the other"
+                "source.fields is given beside source.prompt and source.completion; give one or "
+                "the other"
                 if self.fields
                 else "no field is named; give source.fields, or source.prompt and source.completion"
             )
@@ -117,7 +167,10 @@ class FilesSource(RowSource):
     @model_validator(mode="after")
     def _text(self) -> FilesSource:
         if self.prompt is not None and self.field != "text":
-            raise ValueError("source.field is given beside source.prompt and source.completion; give one or the other")
+            raise ValueError(
+                "source.field is given beside source.prompt and source.completion; give one or "
+                "the other"
+            )
         return self
 
 
@@ -138,19 +191,23 @@ class Split(Section):
     @model_validator(mode="after")
     def _check(self) -> Split:
         if self.test + self.dev > 1:
-            raise ValueError(f"test={self.test} and dev={self.dev} are more than all documents; lower them")
+            raise ValueError(
+                f"test={self.test} and dev={self.dev} are more than all documents; lower them"
+            )
         return self
 
 
 class Domain(Section):
     name: Name
-    source: Annotated[PackageSource | HubSource | FilesSource | GeneratedSource, Field(discriminator="kind")]
+    source: Annotated[
+        PackageSource | HubSource | FilesSource | GeneratedSource, Field(discriminator="kind")
+    ]
     split: Split = Split()
     licence: str = "unknown"
     note: str = ""
 
 
-# --- the axes --------------------------------------------------------------------------------------------------------
+# --- the axes -------------------------------------------------------------------------------------
 
 
 class Model(Section):
@@ -159,20 +216,33 @@ class Model(Section):
     revision: str | None = None  # 40-hex commit of a hub id
     package: PackageFile | None = None  # a GGUF file inside a package
     delta: Delta | None = None  # what is added to its weights
-    arch: dict[str, Any] | None = None  # transformers config keys incl. model_type: counts on the meta device; no path: random weights
+    arch: dict[str, Any] | None = (
+        # transformers config keys incl. model_type: counts on the meta device; no path: random
+        # weights
+        None
+    )
     init_seed: int = 0  # of random weights
     dtype: Literal["float32", "bfloat16", "float16"]
-    load_in: Literal["4bit", "8bit"] | None = None  # quantise the linear layers when loading (bitsandbytes, a CUDA GPU)
+    load_in: Literal["4bit", "8bit"] | None = (
+        None  # quantise the linear layers when loading (bitsandbytes, a CUDA GPU)
+    )
     attention: Literal["eager", "sdpa", "flash_attention_2"] = "sdpa"
-    prefix_token_id: int | None = None  # the one token before every scored text; None: bos, else eos
+    prefix_token_id: int | None = (
+        None  # the one token before every scored text; None: bos, else eos
+    )
     separator_token_id: int | None = None  # between packed training documents; None: eos
     note: str = ""  # what a reader of its numbers must know
-    roles: dict[str, str] | None = None  # role -> suffix of module names, for a family that models.ROLES does not know
+    roles: dict[str, str] | None = (
+        None  # role -> suffix of module names, for a family that models.ROLES does not know
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Model:
         if self.delta is not None and (self.package is None or self.path is not None):
-            raise ValueError("model.delta is for a model from a package; merge it into a folder of your own and give model.path")
+            raise ValueError(
+                "model.delta is for a model from a package; merge it into a folder of your own "
+                "and give model.path"
+            )
         return self
 
 
@@ -185,7 +255,9 @@ class Gain(Section):
     side: Literal["input", "output"] = "input"
     basis: Literal["own", "random"] = "own"  # random: gains in a fixed random orthogonal basis
     basis_seed: int = Field(0, ge=0, lt=2**31)  # of the random basis
-    init_from: str | None = None  # an IA3 adapter of PEFT to begin from: a folder, or ORG/NAME@COMMIT
+    init_from: str | None = (
+        None  # an IA3 adapter of PEFT to begin from: a folder, or ORG/NAME@COMMIT
+    )
 
 
 class MultiplicativeLora(Section):
@@ -197,15 +269,23 @@ class MultiplicativeLora(Section):
 
 class Full(Section):
     kind: Literal["full"]
-    select: Literal["all", "norms"] = "all"  # norms: weights (and biases) of the normalisation layers alone
+    select: Literal["all", "norms"] = (
+        "all"  # norms: weights (and biases) of the normalisation layers alone
+    )
 
 
 class Peft(Section):
     kind: Literal["peft"]
     peft_type: str  # LORA, IA3, ... : a name of peft.PeftType
     config: dict[str, Any]  # keyword arguments of that type's PEFT config class
-    roles: list[Role] | None = None  # in place of config.target_modules: the layers that play these roles
-    init_from: str | None = None  # a saved adapter of PEFT, of this type and config, to begin from: a folder, or ORG/NAME@COMMIT
+    roles: list[Role] | None = (
+        None  # in place of config.target_modules: the layers that play these roles
+    )
+    init_from: str | None = (
+        # a saved adapter of PEFT, of this type and config, to begin from: a folder, or
+        # ORG/NAME@COMMIT
+        None
+    )
 
 
 class Given(Section):
@@ -216,8 +296,9 @@ class Given(Section):
 
 
 KNOWN_CHANGE = ("LORA", "IA3", "VERA", "HIRA")
-"""PEFT types whose change of the weights is a known function of their parameters: several can be active at once, one trained and the
-others frozen, and be absorbed together (handover=restart); its size can be penalised (guard l2_base). Not LoRA's variants (DoRA)."""
+"""PEFT types whose change of the weights is a known function of their parameters: several can be
+active at once, one trained and the others frozen, and be absorbed together (handover=restart); its
+size can be penalised (guard l2_base). Not LoRA's variants (DoRA)."""
 
 
 class NoGuard(Section):
@@ -265,7 +346,11 @@ class PluginAdapter(BaseModel):
     @classmethod
     def _begun_from_nothing(cls, given: Any) -> Any:
         """The presets' ``init_from: null`` asks nothing of a plugin that takes their place."""
-        return {k: v for k, v in given.items() if (k, v) != ("init_from", None)} if isinstance(given, dict) else given
+        return (
+            {k: v for k, v in given.items() if (k, v) != ("init_from", None)}
+            if isinstance(given, dict)
+            else given
+        )
 
 
 class PluginGuard(BaseModel):
@@ -282,7 +367,11 @@ GUARDS = ("none", "ewc", "replay", "self_replay", "kl_base", "l2_base", "orthogo
 
 def _kind(known: tuple[str, ...]) -> Discriminator:
     """The tag of a section by its kind: itself, or plugin."""
-    return Discriminator(lambda v: k if (k := v.get("kind") if isinstance(v, dict) else v.kind) in known else "plugin")
+    return Discriminator(
+        lambda v: (
+            k if (k := v.get("kind") if isinstance(v, dict) else v.kind) in known else "plugin"
+        )
+    )
 
 
 Adapter = Annotated[
@@ -321,13 +410,18 @@ class Sequence(Section):
         if repeated:
             raise ValueError(f"repeated domain: {', '.join(repeated)}; name each once")
         if self.order is not None and sorted(self.order) != list(range(len(self.domains))):
-            raise ValueError(f"order {self.order} is not a permutation of 0..{len(self.domains) - 1}; name each position once")
+            raise ValueError(
+                f"order {self.order} is not a permutation of 0..{len(self.domains) - 1}; name "
+                "each position once"
+            )
         return self
 
     @property
     def trained(self) -> list[str]:
         """Domains in the order they are trained."""
-        return [self.domains[i] for i in self.order] if self.order is not None else list(self.domains)
+        return (
+            [self.domains[i] for i in self.order] if self.order is not None else list(self.domains)
+        )
 
 
 class Tasks(Section):
@@ -354,7 +448,9 @@ class Train(Section):
     weight_decay: float = Field(0.0, ge=0, allow_inf_nan=False)
     clip: float | None = Field(1.0, gt=0)  # global gradient norm; None: no clipping
     optimizer: Literal["fresh", "carried"] = "fresh"  # AdamW moments at a new stage
-    dev_every: int | None = Field(None, gt=0)  # steps between dev perplexities of the current domain and of the controls
+    dev_every: int | None = Field(
+        None, gt=0
+    )  # steps between dev perplexities of the current domain and of the controls
 
     @model_validator(mode="after")
     def _check(self) -> Train:
@@ -365,9 +461,15 @@ class Train(Section):
                 else "neither train.tokens nor train.steps is given; give one"
             )
         if self.batch_tokens % self.block:
-            raise ValueError(f"train.batch_tokens={self.batch_tokens} is not a multiple of train.block={self.block}; change one of them")
+            raise ValueError(
+                f"train.batch_tokens={self.batch_tokens} is not a multiple of "
+                f"train.block={self.block}; change one of them"
+            )
         if self.tokens is not None and self.tokens % self.batch_tokens:
-            raise ValueError(f"train.tokens={self.tokens} is not a multiple of train.batch_tokens={self.batch_tokens}; change one of them")
+            raise ValueError(
+                f"train.tokens={self.tokens} is not a multiple of "
+                f"train.batch_tokens={self.batch_tokens}; change one of them"
+            )
         return self
 
     @property
@@ -385,13 +487,18 @@ class Eval(Section):
     documents: int = Field(32, ge=2)  # test documents per domain
     window: int | None = Field(32, gt=0)  # first W tokens of each document; None: all
     context: int = Field(1024, gt=1)  # longest input of one forward pass, in tokens
-    stride: int | None = Field(None, gt=0)  # tokens scored per forward pass of a long document; None: context
+    stride: int | None = Field(
+        None, gt=0
+    )  # tokens scored per forward pass of a long document; None: context
     split: Literal["test", "dev"] = "test"
 
     @model_validator(mode="after")
     def _check(self) -> Eval:
         if self.stride is not None and self.stride > self.context:
-            raise ValueError(f"eval.stride={self.stride} exceeds eval.context={self.context}, tokens would be skipped; lower it")
+            raise ValueError(
+                f"eval.stride={self.stride} exceeds eval.context={self.context}, tokens would be "
+                "skipped; lower it"
+            )
         return self
 
 
@@ -400,7 +507,9 @@ class Compute(Section):
 
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     threads: int | None = Field(None, gt=0)  # CPU threads; None: all cores
-    micro_batch: int | None = Field(None, gt=0)  # sequences per forward pass of training; None: the whole step
+    micro_batch: int | None = Field(
+        None, gt=0
+    )  # sequences per forward pass of training; None: the whole step
     eval_batch: int = Field(16, gt=0)  # documents per forward pass of evaluation
     gradient_checkpointing: bool = False
     deterministic: bool = False
@@ -421,9 +530,13 @@ class Track(Section):
 class Checkpoint(Section):
     """Execution only: when the state of a run is saved, and how much of it stays."""
 
-    every_minutes: float | None = Field(10.0, gt=0, allow_inf_nan=False)  # and never more than 1/40 of the time
+    every_minutes: float | None = Field(
+        10.0, gt=0, allow_inf_nan=False
+    )  # and never more than 1/40 of the time
     every_steps: int | None = Field(None, gt=0)  # optimiser steps, besides
-    keep_stages: Literal["all", "last"] | None = None  # trained state of finished stages; None: all where it is small
+    keep_stages: Literal["all", "last"] | None = (
+        None  # trained state of finished stages; None: all where it is small
+    )
 
 
 Change = Literal["numerics", "model", "data", "tokenizer", "dtype", "device", "eval_batch"]
@@ -431,7 +544,8 @@ Change = Literal["numerics", "model", "data", "tokenizer", "dtype", "device", "e
 
 
 Regime = Literal["sequential", "joint", "individual"]
-"""One domain after another; all domains mixed in one stage; each domain alone, from the pretrained model."""
+"""One domain after another; all domains mixed in one stage; each domain alone, from the pretrained
+model."""
 
 
 class RunConfig(Section):
@@ -439,7 +553,9 @@ class RunConfig(Section):
     method: Name
     adapter: Adapter
     guard: Guard
-    handover: Literal["continue", "restart"] = "continue"  # restart: a stage freezes what was learned and trains a new adapter
+    handover: Literal["continue", "restart"] = (
+        "continue"  # restart: a stage freezes what was learned and trains a new adapter
+    )
     regime: Regime = "sequential"
     lr_tuned_on: str | None = None  # model whose dev split chose train.lr
     sequence: Sequence
@@ -447,12 +563,16 @@ class RunConfig(Section):
     tasks: Tasks
     train: Train
     eval: Eval
-    seed: int = Field(ge=0, lt=2**31)  # data order, adapter initialisation, replay: separate streams of one seed
+    seed: int = Field(
+        ge=0, lt=2**31
+    )  # data order, adapter initialisation, replay: separate streams of one seed
     compute: Compute
     track: Track
     checkpoint: Checkpoint = Checkpoint()
     resume: Literal["auto", "never", "must"] = "auto"  # go on where an earlier attempt was stopped
-    allow_change: list[Change] = []  # go on although this differs; the record is then marked tainted
+    allow_change: list[
+        Change
+    ] = []  # go on although this differs; the record is then marked tainted
     output_dir: str  # runs/<run_id>/: metrics.jsonl, matrix.csv, matrix.png, stages/
     results_dir: str  # runs/<run_id>.json and .items.parquet
     force: bool = False  # run again although the record exists
@@ -463,28 +583,42 @@ class RunConfig(Section):
         micro = self.compute.micro_batch
         if micro is not None and self.train.sequences % micro:
             raise ValueError(
-                f"compute.micro_batch={micro} does not divide the {self.train.sequences} sequences of a step; use a divisor of them"
+                f"compute.micro_batch={micro} does not divide the {self.train.sequences} "
+                "sequences of a step; use a divisor of them"
             )
-        if self.train.warmup and round(self.train.warmup * self.train.stage_steps) >= self.train.stage_steps:
-            raise ValueError(f"train.warmup={self.train.warmup} leaves no step after it; lower it or train longer")
+        if (
+            self.train.warmup
+            and round(self.train.warmup * self.train.stage_steps) >= self.train.stage_steps
+        ):
+            raise ValueError(
+                f"train.warmup={self.train.warmup} leaves no step after it; lower it or "
+                "train longer"
+            )
         return self
 
     @property
     def stages(self) -> list[str]:
-        """Names of the trained stages in order: their domains; the one stage of joint training is called joint."""
+        """Names of the trained stages in order: their domains; the one stage of joint training is
+        called joint."""
         return [JOINT] if self.regime == "joint" else self.sequence.trained
 
     @property
     def stage(self) -> Train:
-        """Training settings of one stage: joint training spends the budget of all domains in one."""
+        """Training settings of one stage: joint training spends the budget of all domains in
+        one."""
         times = len(self.sequence.domains) if self.regime == "joint" else 1
         tokens, steps = self.train.tokens, self.train.steps
-        return self.train.model_copy(update={"tokens": tokens and times * tokens, "steps": steps and times * steps})
+        return self.train.model_copy(
+            update={"tokens": tokens and times * tokens, "steps": steps and times * steps}
+        )
 
     @property
     def only_scored(self) -> list[str]:
-        """Domains of which no text is trained on here: the controls; all of them where the training was done elsewhere."""
-        return list(self.domains) if isinstance(self.adapter, Given) else list(self.sequence.controls)
+        """Domains of which no text is trained on here: the controls; all of them where the training
+        was done elsewhere."""
+        return (
+            list(self.domains) if isinstance(self.adapter, Given) else list(self.sequence.controls)
+        )
 
     def scientific(self) -> dict[str, Any]:
         """What the run id is a hash of: every setting that changes a result."""
@@ -492,9 +626,16 @@ class RunConfig(Section):
         if isinstance(self.adapter, Given):
             del settings["train"]  # nothing is trained here
         for about in (settings["model"], *settings["domains"].values()):
-            about.pop("licence", None), about.pop("note")  # words about the model or data, not the thing itself
+            (
+                about.pop("licence", None),
+                about.pop("note"),
+            )  # words about the model or data, not the thing itself
         if (delta := settings["model"].pop("delta")) is not None:
             settings["model"]["delta"] = delta["sha256"]  # its bytes count, not its place
         order = settings["sequence"]
-        settings["sequence"] = {"name": order["name"], "trained": self.sequence.trained, "controls": order["controls"]}
+        settings["sequence"] = {
+            "name": order["name"],
+            "trained": self.sequence.trained,
+            "controls": order["controls"],
+        }
         return settings

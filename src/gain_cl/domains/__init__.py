@@ -1,4 +1,5 @@
-"""Domains: where text comes from (read, recipes, generate) and what a run makes of it (base). Torch-free."""
+"""Domains: where text comes from (read, recipes, generate) and what a run makes of it (base).
+Torch-free."""
 
 from gain_cl.domains.checks import check
 from gain_cl.domains.domain import Domain

@@ -1,4 +1,5 @@
-"""Domain: tokenised documents, split by hash, memory-mapped; Blocks: the endless training stream as a pure function."""
+"""Domain: tokenised documents, split by hash, memory-mapped; Blocks: the endless training stream as
+a pure function."""
 
 from __future__ import annotations
 
@@ -16,19 +17,34 @@ SPLITS: tuple[SplitName, ...] = ("test", "dev", "train")  # in the order of the 
 
 
 class Domain:
-    """The tokenised documents of a domain, sorted by hash. Splits are ranges of that order: a document is in test when its
-    hash, read as a fraction, is below ``split.test``, in dev below test + dev, else in train. Never by position."""
+    """The tokenised documents of a domain, sorted by hash. Splits are ranges of that order: a
+    document is in test when its hash, read as a fraction, is below ``split.test``, in dev below
+    test + dev, else in train. Never by position."""
 
-    def __init__(self, name: str, split: schema.Split, content_hash: str, arrays: Mapping[str, np.ndarray]) -> None:
-        """arrays: ids [N] S16 sorted; offsets [N+1] into tokens and ends [T]; prompts [N], of which so many tokens are the prompt;
-        word_offsets [N+1] into words [W] uint32."""
+    def __init__(
+        self, name: str, split: schema.Split, content_hash: str, arrays: Mapping[str, np.ndarray]
+    ) -> None:
+        """arrays: ids [N] S16 sorted; offsets [N+1] into tokens and ends [T]; prompts [N], of which
+        so many tokens are the prompt; word_offsets [N+1] into words [W] uint32."""
         self.name, self.hash = name, content_hash
-        self._ids, self._offsets, self._tokens, self._ends, self._prompts, self._words, self._word_offsets = (
-            arrays[k] for k in tokens._ARRAYS
-        )
+        (
+            self._ids,
+            self._offsets,
+            self._tokens,
+            self._ends,
+            self._prompts,
+            self._words,
+            self._word_offsets,
+        ) = (arrays[k] for k in tokens._ARRAYS)
         share = np.array([int(i, 16) / 2**64 for i in self._ids.tolist()])
-        first, second = (int(np.searchsorted(share, bound)) for bound in (split.test, split.test + split.dev))
-        self._ranges = {"test": range(first), "dev": range(first, second), "train": range(second, len(share))}
+        first, second = (
+            int(np.searchsorted(share, bound)) for bound in (split.test, split.test + split.dev)
+        )
+        self._ranges = {
+            "test": range(first),
+            "dev": range(first, second),
+            "train": range(second, len(share)),
+        }
 
     def ids(self, split: SplitName) -> list[str]:
         """Document ids of a split, in hash order."""
@@ -36,7 +52,8 @@ class Domain:
         return [i.decode() for i in self._ids[r.start : r.stop].tolist()]
 
     def split_hash(self, split: SplitName) -> str:
-        """SHA-256 (hex) of the ids of a split: equal when it holds the same documents, whatever the tokenizer."""
+        """SHA-256 (hex) of the ids of a split: equal when it holds the same documents, whatever the
+        tokenizer."""
         return hashlib.sha256("\n".join(self.ids(split)).encode()).hexdigest()
 
     def n_documents(self, split: SplitName) -> int:
@@ -56,12 +73,22 @@ class Domain:
         return sum(int(doc.ends[-1]) for doc in self.split_documents(split))
 
     def split_documents(self, split: SplitName) -> list[stream.Doc]:
-        """Documents of a split in hash order; tokens and ends are views of the memory-mapped arrays."""
-        parts = [(i, slice(int(self._offsets[i]), int(self._offsets[i + 1]))) for i in self._ranges[split]]
-        return [stream.Doc(self._ids[i].decode(), self._tokens[part], self._ends[part], int(self._prompts[i])) for i, part in parts]
+        """Documents of a split in hash order; tokens and ends are views of the memory-mapped
+        arrays."""
+        parts = [
+            (i, slice(int(self._offsets[i]), int(self._offsets[i + 1])))
+            for i in self._ranges[split]
+        ]
+        return [
+            stream.Doc(
+                self._ids[i].decode(), self._tokens[part], self._ends[part], int(self._prompts[i])
+            )
+            for i, part in parts
+        ]
 
     def words(self, split: SplitName) -> tuple[np.ndarray, np.ndarray]:
-        """(word hashes [W] uint32, offsets [n+1] int64): document i of the split has the words offsets[i] to offsets[i+1]."""
+        """(word hashes [W] uint32, offsets [n+1] int64): document i of the split has the words
+        offsets[i] to offsets[i+1]."""
         r = self._ranges[split]
         offsets = np.asarray(self._word_offsets[r.start : r.stop + 1])
         return self._words[offsets[0] : offsets[-1]], offsets - offsets[0]

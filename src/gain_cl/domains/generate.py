@@ -11,10 +11,11 @@ WORDS, FOLLOWERS = 80, 3
 
 
 def generate(seed: int, documents: int) -> Iterator[str]:
-    """``documents`` texts of 400-1,200 characters: sentences of invented words in which most words have few followers.
+    """``documents`` texts of 400-1,200 characters: sentences of invented words in which most words
+    have few followers.
 
-    Each seed is a language of its own (syllables, words, followers). Only random.random() is used, whose stream is
-    fixed across Python versions.
+    Each seed is a language of its own (syllables, words, followers). Only random.random() is used,
+    whose stream is fixed across Python versions.
     """
     draw = random.Random(f"gain_cl:{seed}").random
     consonants = sorted("bcdfghjklmnpqrstvwz", key=lambda _: draw())[:9]
@@ -24,7 +25,9 @@ def generate(seed: int, documents: int) -> Iterator[str]:
         return options[int(u * len(options))]
 
     def word() -> str:
-        return "".join(pick(consonants, draw()) + pick(vowels, draw()) for _ in range(1 + int(draw() * 3)))
+        return "".join(
+            pick(consonants, draw()) + pick(vowels, draw()) for _ in range(1 + int(draw() * 3))
+        )
 
     lexicon: list[str] = []
     while len(lexicon) < WORDS:

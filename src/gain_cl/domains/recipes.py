@@ -1,8 +1,9 @@
-"""Recipes: how the documents of a package domain are cut out of its archive, one function each; see RECIPES.
+"""Recipes: how the documents of a package domain are cut out of its archive, one function each; see
+RECIPES.
 
-A recipe takes (name, content) pairs sorted by name and yields clean documents; those under MIN_CHARACTERS are dropped
-later. Its version is part of the run id: raise it when the text changes. A document is the natural unit: an article, a
-law, a chapter.
+A recipe takes (name, content) pairs sorted by name and yields clean documents; those under
+MIN_CHARACTERS are dropped later. Its version is part of the run id: raise it when the text changes.
+A document is the natural unit: an article, a law, a chapter.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ def _request_docs(members: Members) -> Iterator[dict[str, Any]]:
 
 
 def medicine(members: Members) -> Iterator[str]:
-    """Contexts of biomedical yes/no questions. Snippets repeat within and across contexts: a line counts once."""
+    """Contexts of biomedical yes/no questions. Snippets repeat within and across contexts: a line
+    counts once."""
     seen: set[str] = set()
     contexts = dict.fromkeys(doc["context"] for doc in _request_docs(members))
     for context in contexts:
@@ -51,7 +53,8 @@ def medicine(members: Members) -> Iterator[str]:
 
 
 def law(members: Members) -> Iterator[str]:
-    """Licences and contracts in English, 1.2-60 kB; a text of which 35% of the 12-word shingles were seen is a variant."""
+    """Licences and contracts in English, 1.2-60 kB; a text of which 35% of the 12-word shingles
+    were seen is a variant."""
     numbers: defaultdict[str, int] = defaultdict(count(1).__next__)
     seen: set[int] = set()
     for _, data in members:
@@ -62,8 +65,15 @@ def law(members: Members) -> Iterator[str]:
                 continue
             text = text[front.end() :]
         # Without comment frames and rules.
-        text = tidy("\n".join(" ".join(line.lstrip(" \t*#=_/+|-").rstrip(" \t*#=_+|-").split()) for line in text.split("\n")))
-        if not 1200 <= len(text.encode()) <= 60_000 or len(text.encode("ascii", "ignore")) < 0.97 * len(text):
+        text = tidy(
+            "\n".join(
+                " ".join(line.lstrip(" \t*#=_/+|-").rstrip(" \t*#=_+|-").split())
+                for line in text.split("\n")
+            )
+        )
+        if not 1200 <= len(text.encode()) <= 60_000 or len(
+            text.encode("ascii", "ignore")
+        ) < 0.97 * len(text):
             continue
         shingles = _shingles(text, numbers)
         if len(shingles & seen) > 0.35 * len(shingles):
@@ -81,7 +91,9 @@ def _shingles(text: str, numbers: defaultdict[str, int]) -> set[int]:
         return set()
     total = np.zeros(length, dtype=np.uint64)
     for shift in range(12):
-        total = total * np.uint64(0x9E3779B97F4A7C15) + codes[shift : shift + length] * np.uint64(0xD6E8FEB86659FD93)  # wraps
+        total = total * np.uint64(0x9E3779B97F4A7C15) + codes[shift : shift + length] * np.uint64(
+            0xD6E8FEB86659FD93
+        )  # wraps
     return set(total.tolist())
 
 
@@ -99,7 +111,9 @@ def maths(members: Members) -> Iterator[str]:
     for doc in _request_docs(members):
         problems.setdefault(doc["problem"].strip(), doc["solution"].strip())
     for problem, solution in problems.items():
-        solution = re.sub(r"\[asy\].*?\[/asy\]", "", solution, flags=re.DOTALL)  # drawings as program text
+        solution = re.sub(
+            r"\[asy\].*?\[/asy\]", "", solution, flags=re.DOTALL
+        )  # drawings as program text
         problem = re.sub(r"\[asy\].*?\[/asy\]", "", problem, flags=re.DOTALL)
         yield tidy(f"Problem. {problem.strip()}\n\nSolution. {solution.strip()}")
 
@@ -117,11 +131,15 @@ def news(members: Members) -> Iterator[str]:
 _HOLES = re.compile(r"INLINEFORM\d+|DISPLAYFORM\d+|\$\$|\{[\w., ]+\}@|@\w+\.\w")
 _CITATIONS = re.compile(r"\s*\(?\s*(?:BIBREF\d+(?:\s*[,;]\s*)?)+\s*\)?")
 _NOUNS = {"SEC": "the section", "FIG": "the figure", "TAB": "the table", "EQ": "the equation"}
-_REFERENCES = re.compile(r"(?:\b(Sections?|Figures?|Fig\.?|Tables?|Equations?|Eq\.?|Appendix|Algorithm)\s+)?(SEC|FIG|TAB|EQ)REF\d+", re.I)
+_REFERENCES = re.compile(
+    r"(?:\b(Sections?|Figures?|Fig\.?|Tables?|Equations?|Eq\.?|Appendix|Algorithm)\s+)?(SEC|FIG|TAB|EQ)REF\d+",
+    re.I,
+)
 
 
 def science(members: Members) -> Iterator[str]:
-    """Research papers: title, abstract, sections. Paragraphs with formula placeholders or author addresses are left out."""
+    """Research papers: title, abstract, sections. Paragraphs with formula placeholders or author
+    addresses are left out."""
     papers = {doc["title"]: doc for doc in _request_docs(members)}
     for title, doc in papers.items():
         parts = [title, _paper_paragraph(doc["abstract"])]
@@ -129,7 +147,9 @@ def science(members: Members) -> Iterator[str]:
         for heading, paragraphs in zip(full["section_name"], full["paragraphs"], strict=True):
             if re.match(r"acknowledg", heading or "", re.I):
                 continue
-            kept = [_paper_paragraph(p) for p in paragraphs if len(p) >= 80 and not _HOLES.search(p)]
+            kept = [
+                _paper_paragraph(p) for p in paragraphs if len(p) >= 80 and not _HOLES.search(p)
+            ]
             kept = [p for p in kept if p[:200] != doc["abstract"][:200]]
             if kept:
                 last = _paper_paragraph((heading or "").split(":::")[-1]).strip()
@@ -140,7 +160,9 @@ def science(members: Members) -> Iterator[str]:
 
 def _paper_paragraph(text: str) -> str:
     """Without the marks that stand for citations; references to numbered parts lose the number."""
-    text = _CITATIONS.sub(lambda m: " " if m[0].endswith(" ") else "", re.sub(r"@!(START|END)@", "", text))
+    text = _CITATIONS.sub(
+        lambda m: " " if m[0].endswith(" ") else "", re.sub(r"@!(START|END)@", "", text)
+    )
     text = _REFERENCES.sub(lambda m: m[1] or _NOUNS[m[2].upper()], text)
     return re.sub(r"\s+([,.;:)])", r"\1", text)
 
@@ -152,12 +174,16 @@ def politics(members: Members) -> Iterator[str]:
 
 
 def scripture(members: Members) -> Iterator[str]:
-    """Chapters of the King James Bible: the first triple-quoted string of a module that is read, not imported."""
+    """Chapters of the King James Bible: the first triple-quoted string of a module that is read,
+    not imported."""
     for _, data in members:
         text = data.decode("utf-8").split('"""')[1]
         verses: list[str] = []
-        # A number, a point and a space start a verse; numbers within verses are spelt out in this text.
-        for number, verse in re.findall(r"(?:^|(?<=\s))(\d{1,3})\. (.*?)(?=\s\d{1,3}\. |\Z)", text, flags=re.DOTALL):
+        # A number, a point and a space start a verse; numbers within verses are spelt out in this
+        # text.
+        for number, verse in re.findall(
+            r"(?:^|(?<=\s))(\d{1,3})\. (.*?)(?=\s\d{1,3}\. |\Z)", text, flags=re.DOTALL
+        ):
             if int(number) == 1 and verses:
                 yield tidy("\n".join(verses))
                 verses = []
@@ -171,11 +197,20 @@ def geography(members: Members) -> Iterator[str]:
     for _, data in members:
         country = json.loads(data)
         lines: list[str] = []
-        name = country.get("Government", {}).get("Country name", {}).get("conventional short form", {}).get("text")
+        name = (
+            country.get("Government", {})
+            .get("Country name", {})
+            .get("conventional short form", {})
+            .get("text")
+        )
         if name and name != "none":
             lines += [strip_html(name), ""]
         for section, fields in country.items():
-            body = [f"{field.strip()}: {text}" for field, value in fields.items() if (text := _field(value))]
+            body = [
+                f"{field.strip()}: {text}"
+                for field, value in fields.items()
+                if (text := _field(value))
+            ]
             if body:
                 lines += [section, *body, ""]
         yield tidy("\n".join(lines))
@@ -196,7 +231,8 @@ def _field(value: Any) -> str:
 
 
 def neutral(members: Members) -> Iterator[str]:
-    """News of 2016-17 and speeches of the House of Commons, zipped CSV tables; rows in which lost characters became "?" are left out."""
+    """News of 2016-17 and speeches of the House of Commons, zipped CSV tables; rows in which lost
+    characters became "?" are left out."""
     for name, data in members:
         if not re.search(r"/(NewsArticles|parlspeech[^/]*)\.zip$", name):
             continue

@@ -1,4 +1,5 @@
-"""How the past is kept. A guard touches the stream, the loss and its own memory; ``none`` does nothing."""
+"""How the past is kept. A guard touches the stream, the loss and its own memory; ``none`` does
+nothing."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ _PLUGINS: dict[str, type[Guard]] = {}
 
 
 def register(kind: str, guard: type[Guard]) -> None:
-    """Make ``guard.kind=KIND`` known; for plugin files and entry points of the group gain_cl.plugins."""
+    """Make ``guard.kind=KIND`` known; for plugin files and entry points of the group
+    gain_cl.plugins."""
     _PLUGINS[kind] = guard
 
 
@@ -28,7 +30,8 @@ def registered() -> dict[str, type[Guard]]:
 
 
 def pin(kind: str) -> str | None:
-    """SHA-256 of the file that defines a plugin's class, for the run id; None for what gain_cl itself brings."""
+    """SHA-256 of the file that defines a plugin's class, for the run id; None for what gain_cl
+    itself brings."""
     if kind not in _PLUGINS:
         return None
     return hashlib.sha256(Path(inspect.getfile(_PLUGINS[kind])).read_bytes()).hexdigest()
@@ -40,7 +43,11 @@ def build(settings: schema.Guard) -> Guard:
     if settings.kind in _PLUGINS:
         return _PLUGINS[settings.kind](**keywords)
     if settings.kind not in GUARDS:
-        raise ConfigError(f"unknown guard {settings.kind!r}", "guard.kind", f"use one of: {', '.join([*GUARDS, *_PLUGINS])}")
+        raise ConfigError(
+            f"unknown guard {settings.kind!r}",
+            "guard.kind",
+            f"use one of: {', '.join([*GUARDS, *_PLUGINS])}",
+        )
     from gain_cl.guards import base, ewc, near_base, replay
 
     kinds: dict[str, type[Guard]] = {

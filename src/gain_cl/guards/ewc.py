@@ -1,4 +1,5 @@
-"""Elastic weight consolidation (Kirkpatrick et al. 2017, 1612.00796; online form: Schwarz et al. 2018, 1805.06370)."""
+"""Elastic weight consolidation (Kirkpatrick et al. 2017, 1612.00796; online form: Schwarz et al.
+2018, 1805.06370)."""
 
 from __future__ import annotations
 
@@ -19,11 +20,12 @@ if TYPE_CHECKING:
 
 
 class EwcGuard(Guard):
-    """Adds (strength / 2) * sum_i F_i (theta_i - theta*_i)^2 to the mean loss (eq. 3). theta: what trains, theta*: where it stood
-    after the last stage, F: diagonal empirical Fisher information, summed over the stages (gamma of what was known is kept).
+    """Adds (strength / 2) * sum_i F_i (theta_i - theta*_i)^2 to the mean loss (eq. 3). theta: what
+    trains, theta*: where it stood after the last stage, F: diagonal empirical Fisher information,
+    summed over the stages (gamma of what was known is kept).
 
-    Deviation: one anchor, the latest, in place of one a stage. Strengths that matter lie near 1e5, for F is small: sweep them
-    by decades.
+    Deviation: one anchor, the latest, in place of one a stage. Strengths that matter lie near 1e5,
+    for F is small: sweep them by decades.
     """
 
     def __init__(self, strength: float, sequences: int, gamma: float = 1.0) -> None:
@@ -37,28 +39,47 @@ class EwcGuard(Guard):
     def penalty(self) -> Tensor | None:
         if not self.fisher:
             return None
-        terms = [(self.fisher[name] * (p - self.anchor[name]).square()).sum() for name, p in self.parameters.items()]
+        terms = [
+            (self.fisher[name] * (p - self.anchor[name]).square()).sum()
+            for name, p in self.parameters.items()
+        ]
         return self.strength / 2 * torch.stack(terms).sum()
 
     def after_stage(self, stage: int, domain: str, blocks: Stream) -> None:
         new = fisher(self.loaded, self.parameters, [blocks[i] for i in range(self.sequences)])
-        self.fisher = {name: f if name not in self.fisher else self.gamma * self.fisher[name] + f for name, f in new.items()}
+        self.fisher = {
+            name: f if name not in self.fisher else self.gamma * self.fisher[name] + f
+            for name, f in new.items()
+        }
         self.anchor = {name: p.detach().clone() for name, p in self.parameters.items()}
 
     def state(self) -> dict[str, Tensor]:
         both = {"fisher": self.fisher, "anchor": self.anchor}
-        return {f"{kind}/{name}": t.to("cpu", copy=True) for kind, tensors in both.items() for name, t in tensors.items()}
+        return {
+            f"{kind}/{name}": t.to("cpu", copy=True)
+            for kind, tensors in both.items()
+            for name, t in tensors.items()
+        }
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         device = self.loaded.device
         for kind, kept in (("fisher", self.fisher), ("anchor", self.anchor)):
             kept.clear()
-            kept.update({name.removeprefix(f"{kind}/"): t.to(device) for name, t in state.items() if name.startswith(f"{kind}/")})
+            kept.update(
+                {
+                    name.removeprefix(f"{kind}/"): t.to(device)
+                    for name, t in state.items()
+                    if name.startswith(f"{kind}/")
+                }
+            )
 
 
-def fisher(loaded: Loaded, parameters: dict[str, torch.nn.Parameter], blocks: list[tuple[np.ndarray, ...]]) -> dict[str, Tensor]:
-    """Diagonal empirical Fisher information: the mean over the sequences of the squared gradient of a sequence's summed token
-    NLL. One sequence at a time, for the square of a batch's mean gradient is something else; without dropout."""
+def fisher(
+    loaded: Loaded, parameters: dict[str, torch.nn.Parameter], blocks: list[tuple[np.ndarray, ...]]
+) -> dict[str, Tensor]:
+    """Diagonal empirical Fisher information: the mean over the sequences of the squared gradient of
+    a sequence's summed token NLL. One sequence at a time, for the square of a batch's mean gradient
+    is something else; without dropout."""
     total = {name: torch.zeros_like(p) for name, p in parameters.items()}
     with load.eval_mode(loaded.model):
         for tokens_T, _, scored_T in blocks:

@@ -1,4 +1,5 @@
-"""Guards that hold the model near the pretrained one, and each stage's update away from those before: no data is stored."""
+"""Guards that hold the model near the pretrained one, and each stage's update away from those
+before: no data is stored."""
 
 from __future__ import annotations
 
@@ -17,8 +18,9 @@ if TYPE_CHECKING:
 
 
 class KlBaseGuard(Guard):
-    """Adds strength * KL(pretrained || tuned) per token on the batch's own text: learning without forgetting (Li and Hoiem 2016,
-    1606.09282) at temperature 1 over the whole vocabulary. Costs one more forward pass."""
+    """Adds strength * KL(pretrained || tuned) per token on the batch's own text: learning without
+    forgetting (Li and Hoiem 2016, 1606.09282) at temperature 1 over the whole vocabulary. Costs one
+    more forward pass."""
 
     def __init__(self, strength: float) -> None:
         self.strength = strength
@@ -29,9 +31,15 @@ class KlBaseGuard(Guard):
         with adapter.disabled():  # refuses now what has no way back
             pass
 
-    def token_penalty(self, inputs: dict[str, Any], rows_N: Tensor, hidden_ND: Tensor) -> Tensor | None:
+    def token_penalty(
+        self, inputs: dict[str, Any], rows_N: Tensor, hidden_ND: Tensor
+    ) -> Tensor | None:
         loaded = self.loaded
-        with torch.no_grad(), self.adapter.disabled(), load.eval_mode(loaded.model):  # no dropout to learn from
+        with (
+            torch.no_grad(),
+            self.adapter.disabled(),
+            load.eval_mode(loaded.model),
+        ):  # no dropout to learn from
             hidden = loaded.body(**inputs).last_hidden_state.flatten(0, 1)[rows_N.to(loaded.device)]
             weight, bias = loaded.output
             base = (hidden, weight.detach(), bias if bias is None else bias.detach())
@@ -39,8 +47,9 @@ class KlBaseGuard(Guard):
 
 
 class L2BaseGuard(Guard):
-    """Adds (strength / 2) * ||W - W_pretrained||_F^2 over the effective weights: L2-SP (Li et al. 2018, 1802.01483), in the
-    weights, not in an adapter's parameters, so that one strength means one thing for every adapter."""
+    """Adds (strength / 2) * ||W - W_pretrained||_F^2 over the effective weights: L2-SP (Li et al.
+    2018, 1802.01483), in the weights, not in an adapter's parameters, so that one strength means
+    one thing for every adapter."""
 
     def __init__(self, strength: float) -> None:
         self.strength = strength
@@ -55,8 +64,9 @@ class L2BaseGuard(Guard):
 
 
 class OrthogonalGuard(Guard):
-    """O-LoRA (Wang et al. 2023, 2310.14152): a new LoRA for each stage, its input subspace held orthogonal to the earlier ones':
-    adds strength * sum over earlier stages i and layers of ||A_i A_t^T||_F^2 (eq. 8). Needs handover=restart."""
+    """O-LoRA (Wang et al. 2023, 2310.14152): a new LoRA for each stage, its input subspace held
+    orthogonal to the earlier ones': adds strength * sum over earlier stages i and layers of ||A_i
+    A_t^T||_F^2 (eq. 8). Needs handover=restart."""
 
     def __init__(self, strength: float) -> None:
         self.strength = strength
@@ -66,13 +76,22 @@ class OrthogonalGuard(Guard):
         self.adapter = adapter
 
     def penalty(self) -> Tensor | None:
-        pairs = [(old, matrices[-1]) for matrices in self.adapter.lora_inputs().values() for old in matrices[:-1]]
-        return self.strength * torch.stack([(old @ new.T).square().sum() for old, new in pairs]).sum() if pairs else None
+        pairs = [
+            (old, matrices[-1])
+            for matrices in self.adapter.lora_inputs().values()
+            for old in matrices[:-1]
+        ]
+        return (
+            self.strength * torch.stack([(old @ new.T).square().sum() for old, new in pairs]).sum()
+            if pairs
+            else None
+        )
 
 
 class EmaGuard(Guard):
-    """After each stage the trained state becomes the exponential moving average of its values since the stage began:
-    average <- decay * average + (1 - decay) * value, a step. The next stage goes on from the average."""
+    """After each stage the trained state becomes the exponential moving average of its values since
+    the stage began: average <- decay * average + (1 - decay) * value, a step. The next stage goes
+    on from the average."""
 
     def __init__(self, decay: float) -> None:
         self.decay = decay

@@ -24,15 +24,17 @@ def draw(*parts: int | str) -> float:
 
 
 def replaced(fraction: float, size: int, seed: int, stage: int, step: int) -> range:
-    """The rows of a step of ``size`` sequences that make way: the last ones; a fraction of a sequence is a whole one now and then."""
+    """The rows of a step of ``size`` sequences that make way: the last ones; a fraction of a
+    sequence is a whole one now and then."""
     wanted = fraction * size
     return range(size - math.floor(wanted) - (draw(seed, stage, step) < wanted % 1), size)
 
 
 class ReplayGuard(Guard):
-    """Replaces ``fraction`` of the sequences of a step, on average, by sequences of the text that earlier stages were given: the
-    domain is drawn uniformly, then the sequence, never one beyond a stage's budget. Compute stays equal. Experience replay as
-    in Chaudhry et al. 2019 (1902.10486), with all of that text as memory."""
+    """Replaces ``fraction`` of the sequences of a step, on average, by sequences of the text that
+    earlier stages were given: the domain is drawn uniformly, then the sequence, never one beyond a
+    stage's budget. Compute stays equal. Experience replay as in Chaudhry et al. 2019 (1902.10486),
+    with all of that text as memory."""
 
     def __init__(self, fraction: float) -> None:
         self.fraction = fraction
@@ -57,10 +59,12 @@ class ReplayGuard(Guard):
 
 
 class SelfReplayGuard(Guard):
-    """Replaces ``fraction`` of the sequences of a step by text sampled from the pretrained model before the first stage: needs
-    no stored data (language modelling as in LAMOL, Sun et al. 2020, 1909.03329).
+    """Replaces ``fraction`` of the sequences of a step by text sampled from the pretrained model
+    before the first stage: needs no stored data (language modelling as in LAMOL, Sun et al. 2020,
+    1909.03329).
 
-    Deviation: sampled once, from the pretrained model, not anew from each stage's; plain sampling at ``temperature``.
+    Deviation: sampled once, from the pretrained model, not anew from each stage's; plain sampling
+    at ``temperature``.
     """
 
     def __init__(self, fraction: float, samples: int, temperature: float = 1.0) -> None:
@@ -93,13 +97,15 @@ SAMPLED_AT_ONCE = 16
 
 @torch.no_grad()
 def sample(loaded: load.Loaded, count: int, length: int, temperature: float, seed: int) -> Tensor:
-    """(count, length) int64 token ids drawn from the model, each sequence after the prefix token. An end token ends nothing: the
-    model goes on, as in packed training text."""
+    """(count, length) int64 token ids drawn from the model, each sequence after the prefix token.
+    An end token ends nothing: the model goes on, as in packed training text."""
     generator = torch.Generator().manual_seed(seed)
     rows = []
     with load.eval_mode(loaded.model):
         for first in range(0, count, SAMPLED_AT_ONCE):
-            ids_N1 = torch.full((min(SAMPLED_AT_ONCE, count - first), 1), loaded.prefix_id, device=loaded.device)
+            ids_N1 = torch.full(
+                (min(SAMPLED_AT_ONCE, count - first), 1), loaded.prefix_id, device=loaded.device
+            )
             found, past = [], None
             for _ in range(length):
                 out = loaded.model(input_ids=ids_N1, past_key_values=past, use_cache=True)

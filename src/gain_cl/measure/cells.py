@@ -1,7 +1,9 @@
-"""Scores that are known already: one file for each (weights x domain or task x protocol x execution environment).
+"""Scores that are known already: one file for each (weights x domain or task x protocol x execution
+environment).
 
-The key is a hash of all that the numbers depend on, the source code of gain_cl included, so what is found is what would
-be computed again, bit for bit. One mechanism lets an interrupted evaluation go on and runs of one model share stage 0.
+The key is a hash of all that the numbers depend on, the source code of gain_cl included, so what is
+found is what would be computed again, bit for bit. One mechanism lets an interrupted evaluation go
+on and runs of one model share stage 0.
 """
 
 from __future__ import annotations
@@ -19,7 +21,9 @@ from gain_cl.system.files import write_bytes
 
 def key(what: dict[str, Any]) -> str:
     """The name of a cell. what: JSON data, all that the numbers depend on."""
-    return hashlib.sha256(json.dumps(what, sort_keys=True, allow_nan=False).encode()).hexdigest()[:32]
+    return hashlib.sha256(json.dumps(what, sort_keys=True, allow_nan=False).encode()).hexdigest()[
+        :32
+    ]
 
 
 def store(folder: Path, name: str, rows: pd.DataFrame, **facts: Any) -> None:
@@ -27,7 +31,10 @@ def store(folder: Path, name: str, rows: pd.DataFrame, **facts: Any) -> None:
     body = {"rows": rows.to_dict("list"), "facts": facts}
     text = json.dumps(body, allow_nan=False)
     reach("cell.before")
-    write_bytes(folder / f"{name}.json", json.dumps({"sha256": _hash(text), "body": text}, allow_nan=False).encode())
+    write_bytes(
+        folder / f"{name}.json",
+        json.dumps({"sha256": _hash(text), "body": text}, allow_nan=False).encode(),
+    )
     reach("cell.after")
 
 

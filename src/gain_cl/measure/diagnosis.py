@@ -1,7 +1,9 @@
-"""What ``python -m gain_cl diagnose`` leaves behind: results/diagnostics/<run_id>.json, a Diagnostics. Torch-free.
+"""What ``python -m gain_cl diagnose`` leaves behind: results/diagnostics/<run_id>.json, a
+Diagnostics. Torch-free.
 
-dW = W_tuned - W_base is the effective change of a parameter: the adapter folded in, in fp32. What is not there is null:
-a residual of a layer that was not asked for, an interval that the documents cannot give.
+dW = W_tuned - W_base is the effective change of a parameter: the adapter folded in, in fp32. What
+is not there is null: a residual of a layer that was not asked for, an interval that the documents
+cannot give.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ SCHEMA = 1
 DIRECTIONS = (8, 32, 128)
 """k of the column-span residual."""
 TOP, THRESHOLD = 10, 0.5
-"""Intruder dimensions: of the first TOP left singular vectors of W_tuned, those with no |cosine| of THRESHOLD with W's."""
+"""Intruder dimensions: of the first TOP left singular vectors of W_tuned, those with no |cosine| of
+THRESHOLD with W's."""
 _STEPS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 EDGES = tuple(round(1 + x, 6) for x in (*(-x for x in reversed(_STEPS)), 0.0, *_STEPS))
 """Bins of the gains' histogram: below the first, [edge, next edge), from the last on."""
@@ -30,7 +33,8 @@ class Part(BaseModel):
 
 
 class Divergence(Part):
-    """KL(base || tuned) in nats per token over the whole vocabulary, with its 95% interval over documents, cut at 0."""
+    """KL(base || tuned) in nats per token over the whole vocabulary, with its 95% interval over
+    documents, cut at 0."""
 
     nats: float
     low: float | None
@@ -40,8 +44,9 @@ class Divergence(Part):
 
 
 class Gains(Part):
-    """Gains s of one layer whose change is a diagonal. drift: mean |s - 1|; rms: of s - 1; counts: by EDGES; heads: drift of each
-    head's inputs, of an attention output projection with gains on its input."""
+    """Gains s of one layer whose change is a diagonal. drift: mean |s - 1|; rms: of s - 1; counts:
+    by EDGES; heads: drift of each head's inputs, of an attention output projection with gains on
+    its input."""
 
     side: str
     drift: float
@@ -53,10 +58,11 @@ class Gains(Part):
 
 
 class Layer(Part):
-    """One linear layer that changed. role: its name within its block. norm: ||dW||_F; relative: ||dW|| / ||W||. residual: k ->
+    """One linear layer that changed. role: its name within its block. norm: ||dW||_F; relative:
+    ||dW|| / ||W||. residual: k ->
     ||(I - P_k) dW|| / ||dW||, of "all" with all min(out, in) directions, null for a k beyond them; own: the same of W. intruders: how many;
-    cosines: the largest |cosine| of each of the TOP. heads: relative norm of the columns of dW that a head feeds, of an attention
-    output projection."""
+    cosines: the largest |cosine| of each of the TOP. heads: relative norm of the columns of dW that
+    a head feeds, of an attention output projection."""
 
     name: str
     role: str
@@ -81,10 +87,11 @@ class Other(Part):
 
 
 class Stage(Part):
-    """A stage against the pretrained model. total_norm: Frobenius norm of the whole change; total_relative: divided by that of all
-    parameters. analysed: how many layers the next four speak of. residual: mean over layers by k; chance: that of changes in random
-    directions; own: that of W; intruders: sum over layers. kl: by domain; kl_new: mean over the domains learned up to this stage;
-    kl_controls."""
+    """A stage against the pretrained model. total_norm: Frobenius norm of the whole change;
+    total_relative: divided by that of all parameters. analysed: how many layers the next four speak
+    of. residual: mean over layers by k; chance: that of changes in random directions; own: that of
+    W; intruders: sum over layers. kl: by domain; kl_new: mean over the domains learned up to this
+    stage; kl_controls."""
 
     index: int
     domain: str
@@ -104,9 +111,9 @@ class Stage(Part):
 
 
 class Diagnostics(Part):
-    """record_sha256: of the record that was diagnosed. last: index of the run's last stage. directions, top, threshold, edges: the
-    settings of the module. estimate_seconds: as printed before it began; peak_bytes: of the process (of the GPU where there is
-    one)."""
+    """record_sha256: of the record that was diagnosed. last: index of the run's last stage.
+    directions, top, threshold, edges: the settings of the module. estimate_seconds: as printed
+    before it began; peak_bytes: of the process (of the GPU where there is one)."""
 
     schema_version: int = SCHEMA
     run_id: str
@@ -154,26 +161,41 @@ def save(found: Diagnostics, results_dir: Path) -> Path:
     try:
         text = json.dumps(found.model_dump(mode="json"), indent=1, allow_nan=False)
     except ValueError:
-        raise DataError("a number of the diagnosis is not finite", found.run_id, "nothing was saved; check the model") from None
+        raise DataError(
+            "a number of the diagnosis is not finite",
+            found.run_id,
+            "nothing was saved; check the model",
+        ) from None
     write_bytes(path, (text + "\n").encode())
     return path
 
 
 def load(results_dir: Path, run_id: str) -> Diagnostics | None:
-    """None when there are none. DataError when they are malformed, or of another record than results_dir/runs/<run_id>.json."""
+    """None when there are none. DataError when they are malformed, or of another record than
+    results_dir/runs/<run_id>.json."""
     path = place(results_dir, run_id)
     again = f"python -m gain_cl diagnose {run_id}"
     try:
         found = Diagnostics.model_validate_json(path.read_bytes(), strict=True)
         if sha256(results_dir / "runs" / f"{run_id}.json") != found.record_sha256:
-            raise DataError("the diagnosis is of another record than the one that is there", str(path), again)
+            raise DataError(
+                "the diagnosis is of another record than the one that is there", str(path), again
+            )
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise StorageError(f"cannot read: {error.strerror or error}", str(path), "check the disk") from None
+        raise StorageError(
+            f"cannot read: {error.strerror or error}", str(path), "check the disk"
+        ) from None
     except ValidationError as error:
         first = error.errors()[0]
-        raise DataError(f"no diagnosis: {'.'.join(map(str, first['loc']))}: {first['msg']}", str(path), again) from None
+        raise DataError(
+            f"no diagnosis: {'.'.join(map(str, first['loc']))}: {first['msg']}", str(path), again
+        ) from None
     if found.schema_version != SCHEMA:
-        raise DataError(f"schema_version is {found.schema_version}, this program reads {SCHEMA}", str(path), again)
+        raise DataError(
+            f"schema_version is {found.schema_version}, this program reads {SCHEMA}",
+            str(path),
+            again,
+        )
     return found

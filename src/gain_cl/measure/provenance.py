@@ -1,4 +1,5 @@
-"""Where a number comes from: the run id before a run, and what is recorded beside its results. Torch-free."""
+"""Where a number comes from: the run id before a run, and what is recorded beside its results.
+Torch-free."""
 
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ PACKAGES = (
 
 
 def run_id(config: RunConfig, pins: dict[str, Any]) -> str:
-    """model-method-sequence-sSEED-HASH; HASH over the scientific settings, the pins and NUMERICS (40 bits)."""
+    """model-method-sequence-sSEED-HASH; HASH over the scientific settings, the pins and NUMERICS
+    (40 bits)."""
     names = "-".join([config.model.name, config.method, config.sequence.name])[:70]
     return f"{names}-s{config.seed}-{identity(config.scientific(), pins, NUMERICS)}"
 
@@ -35,14 +37,22 @@ def run_id(config: RunConfig, pins: dict[str, Any]) -> str:
 def identity(settings: dict[str, Any], pins: dict[str, Any], numerics: int) -> str:
     """HASH of a run id. settings: ``RunConfig.scientific``."""
     settings = without_places(settings, pins)
-    text = json.dumps({"settings": settings, "pins": pins, "numerics": numerics}, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    text = json.dumps(
+        {"settings": settings, "pins": pins, "numerics": numerics},
+        sort_keys=True,
+        separators=(",", ":"),
+        allow_nan=False,
+    )
     return hashlib.sha256(text.encode()).hexdigest()[:10]
 
 
 def without_places(settings: dict[str, Any], pins: dict[str, Any]) -> dict[str, Any]:
-    """Settings but for the paths of what the pins identify by its content: where it lies changes nothing."""
+    """Settings but for the paths of what the pins identify by its content: where it lies changes
+    nothing."""
     settings = copy.deepcopy(settings)
-    if "folder" in pins["model"]:  # its content is pinned: where it lies and how the path is spelt change nothing
+    if (
+        "folder" in pins["model"]
+    ):  # its content is pinned: where it lies and how the path is spelt change nothing
         del settings["model"]["path"]
     if "files" in pins.get("init_from", {}):
         del settings["adapter"]["init_from"]
@@ -55,7 +65,8 @@ def without_places(settings: dict[str, Any], pins: dict[str, Any]) -> dict[str, 
 
 
 def environment() -> dict[str, Any]:
-    """Commit, package versions and machine. No environment variable is recorded: secrets live there."""
+    """Commit, package versions and machine. No environment variable is recorded: secrets live
+    there."""
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "numerics": NUMERICS,
@@ -70,7 +81,8 @@ def environment() -> dict[str, Any]:
 
 
 def machine() -> dict[str, Any]:
-    """What the bits of a number may depend on besides settings and weights: the processor and the libraries that compute."""
+    """What the bits of a number may depend on besides settings and weights: the processor and the
+    libraries that compute."""
     return {
         "processor": _processor(),
         "platform": platform.machine(),
@@ -84,16 +96,34 @@ def version() -> str:
 
 
 def commit() -> dict[str, Any]:
-    """Git commit of the source tree that runs, and whether files differ from it; None outside a checkout."""
+    """Git commit of the source tree that runs, and whether files differ from it; None outside a
+    checkout."""
     here = Path(__file__).resolve().parents[1]
     try:
         git = ["git", "-C", str(here)]
-        sha = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-        tracked = subprocess.run([*git, "ls-files", "--error-unmatch", __file__], capture_output=True, timeout=10).returncode == 0
-        changes = subprocess.run([*git, "status", "--porcelain", str(here)], capture_output=True, text=True, timeout=10, check=True).stdout
+        sha = subprocess.run(
+            [*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True
+        ).stdout.strip()
+        tracked = (
+            subprocess.run(
+                [*git, "ls-files", "--error-unmatch", __file__], capture_output=True, timeout=10
+            ).returncode
+            == 0
+        )
+        changes = subprocess.run(
+            [*git, "status", "--porcelain", str(here)],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        ).stdout
     except (OSError, subprocess.SubprocessError):
         return {"commit": None, "dirty": None}
-    return {"commit": sha, "dirty": bool(changes.strip())} if tracked else {"commit": None, "dirty": None}
+    return (
+        {"commit": sha, "dirty": bool(changes.strip())}
+        if tracked
+        else {"commit": None, "dirty": None}
+    )
 
 
 @functools.cache
@@ -106,7 +136,8 @@ def code() -> str:
 
 
 def peak_memory() -> int:
-    """Largest resident set of this process so far, in bytes (GPU memory is counted by the caller)."""
+    """Largest resident set of this process so far, in bytes (GPU memory is counted by the
+    caller)."""
     if sys.platform == "win32":
         return 0
     import resource
@@ -125,6 +156,8 @@ def _installed(name: str) -> str | None:
 def _processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+        return next(
+            line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")
+        )
     except (OSError, StopIteration):
         return platform.processor()

@@ -1,7 +1,8 @@
 """What a run leaves behind: sums go in, ratios come out. Torch-free.
 
-``results/runs/<run_id>.json`` holds a RunRecord; ``<run_id>.items.parquet`` beside it holds one row per scored
-document and per task item, and its SHA-256 stands in the record. Everything shown is derived from these two files.
+``results/runs/<run_id>.json`` holds a RunRecord; ``<run_id>.items.parquet`` beside it holds one row
+per scored document and per task item, and its SHA-256 stands in the record. Everything shown is
+derived from these two files.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ class Part(BaseModel):
 
 
 class DomainScore(Part):
-    """Sums over the scored documents of one domain. nll_nats: float64 sum of -ln p; bytes: UTF-8, of the same text."""
+    """Sums over the scored documents of one domain. nll_nats: float64 sum of -ln p; bytes: UTF-8,
+    of the same text."""
 
     nll_nats: float
     tokens: int
@@ -54,8 +56,8 @@ class DomainScore(Part):
 
 
 class TaskScore(Part):
-    """Counts of one task at one stage. correct: argmax of log p is gold (lm-eval's acc); correct_norm: of log p per
-    character of the choice (its acc_norm)."""
+    """Counts of one task at one stage. correct: argmax of log p is gold (lm-eval's acc);
+    correct_norm: of log p per character of the choice (its acc_norm)."""
 
     items: int
     correct: int
@@ -74,8 +76,13 @@ class TrainStats(Part):
     lr: float
     first_loss_nats: float
     last_loss_nats: float
-    dev: list[dict[str, float]] = []  # within the stage: step, nll_nats and tokens of its domain, controls_... of the controls
-    spikes: list[int] = []  # steps whose loss was more than 6 standard deviations above the mean of those before
+    dev: list[
+        dict[str, float]
+        # within the stage: step, nll_nats and tokens of its domain, controls_... of the controls
+    ] = []
+    spikes: list[
+        int
+    ] = []  # steps whose loss was more than 6 standard deviations above the mean of those before
 
 
 class StageRecord(Part):
@@ -91,8 +98,9 @@ class StageRecord(Part):
 
 
 class Interpolated(Part):
-    """What ``interpolate --records`` makes a record of: W_base + alpha (W_stage - W_base) of every stage of a run. record_sha256: of
-    the run's record. It stands in the provenance; the configuration is the run's."""
+    """What ``interpolate --records`` makes a record of: W_base + alpha (W_stage - W_base) of every
+    stage of a run. record_sha256: of the run's record. It stands in the provenance; the
+    configuration is the run's."""
 
     of: str  # run_id
     alpha: float = Field(allow_inf_nan=False)
@@ -112,7 +120,9 @@ class RunRecord(Part):
     sequence: str
     seed: int
     regime: Regime = "sequential"
-    trained: list[str]  # domains in training order: stage k trains trained[k-1] (joint: stage 1 trains them all)
+    trained: list[
+        str
+    ]  # domains in training order: stage k trains trained[k-1] (joint: stage 1 trains them all)
     controls: list[str]
     protocol: str  # name of the perplexity protocol, e.g. ppl-test-first128x32-prefix0-ctx1024
     config: dict[str, Any]  # every setting, resolved; secrets never enter it
@@ -124,7 +134,9 @@ class RunRecord(Part):
     stages: list[StageRecord]
     items_sha256: str
     notes: list[str] = []  # warnings a reader of the numbers must see
-    tainted: list[str] = []  # what changed between the attempts of this run although it may not; empty: nothing
+    tainted: list[
+        str
+    ] = []  # what changed between the attempts of this run although it may not; empty: nothing
     seal: str = ""  # seal_of the rest, set by save: an edited record is told from what was written
 
     @property
@@ -139,21 +151,35 @@ class RunRecord(Part):
         return 1.0 if (made := self.interpolated) is None else made.alpha
 
     def losses(self) -> np.ndarray:
-        """(stages + 1, domains) nats per token; columns = trained + controls; NaN where not scored."""
+        """(stages + 1, domains) nats per token; columns = trained + controls; NaN where not
+        scored."""
         names = self.trained + self.controls
-        return np.array([[s.domains[d].loss_nats if d in s.domains else math.nan for d in names] for s in self.stages])
+        return np.array(
+            [
+                [s.domains[d].loss_nats if d in s.domains else math.nan for d in names]
+                for s in self.stages
+            ]
+        )
 
 
 def seal_of(plain: dict[str, Any]) -> str:
-    """SHA-256 of a record as JSON data but for its seal, however it is spelt. It tells accidents and edits by hand; whoever means to
-    deceive can seal again, which ``verify`` is there for."""
-    rest = json.dumps({k: v for k, v in plain.items() if k != "seal"}, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    """SHA-256 of a record as JSON data but for its seal, however it is spelt. It tells accidents
+    and edits by hand; whoever means to deceive can seal again, which ``verify`` is there for."""
+    rest = json.dumps(
+        {k: v for k, v in plain.items() if k != "seal"},
+        sort_keys=True,
+        separators=(",", ":"),
+        allow_nan=False,
+    )
     return hashlib.sha256(rest.encode()).hexdigest()
 
 
 def outcome(record: RunRecord) -> dict[str, Any]:
-    """What every undisturbed or interrupted attempt at one run agrees in: all but provenance, times and memory."""
-    kept = record.model_dump(mode="json", exclude={"provenance", "peak_memory_bytes", "config", "notes", "seal"})
+    """What every undisturbed or interrupted attempt at one run agrees in: all but provenance, times
+    and memory."""
+    kept = record.model_dump(
+        mode="json", exclude={"provenance", "peak_memory_bytes", "config", "notes", "seal"}
+    )
     for stage in kept["stages"]:
         del stage["eval_seconds"], stage["task_seconds"]
         if stage["train"] is not None:
@@ -164,19 +190,25 @@ def outcome(record: RunRecord) -> dict[str, Any]:
 class Run:
     """A record with its per-document and per-item values, as read from disk."""
 
-    def __init__(self, record: RunRecord, documents: pd.DataFrame, items: pd.DataFrame, path: Path) -> None:
+    def __init__(
+        self, record: RunRecord, documents: pd.DataFrame, items: pd.DataFrame, path: Path
+    ) -> None:
         self.record, self.documents, self.items, self.path = record, documents, items, path
 
     @property
     def matrix(self) -> pd.DataFrame:
-        """Perplexity, (stages + 1) x domains: rows are stages (0 = pretrained), columns trained then control domains."""
+        """Perplexity, (stages + 1) x domains: rows are stages (0 = pretrained), columns trained
+        then control domains."""
         r = self.record
         rows = pd.Index([f"{s.index} {s.domain or 'pretrained'}" for s in r.stages], name="stage")
         with np.errstate(over="ignore"):  # beyond float64 is inf
             return pd.DataFrame(np.exp(r.losses()), index=rows, columns=r.trained + r.controls)
 
     def __repr__(self) -> str:
-        return f"Run({self.record.run_id}, {len(self.record.stages) - 1} stages)\n{self.matrix.round(2)}"
+        return (
+            f"Run({self.record.run_id}, {len(self.record.stages) - 1} "
+            f"stages)\n{self.matrix.round(2)}"
+        )
 
 
 def items_path(record_path: Path) -> Path:
@@ -184,13 +216,19 @@ def items_path(record_path: Path) -> Path:
 
 
 def save(record: RunRecord, documents: pd.DataFrame, items: pd.DataFrame, path: Path) -> Run:
-    """Write the items, then the record with their hash; the record's presence means the run is finished.
+    """Write the items, then the record with their hash; the record's presence means the run is
+    finished.
 
-    Raises DataError, and writes nothing, when a number is not finite; StorageError when the disk refuses."""
+    Raises DataError, and writes nothing, when a number is not finite; StorageError when the disk
+    refuses."""
     import io
 
     if not np.isfinite(documents["nll_nats"].to_numpy(dtype=np.float64)).all():
-        raise DataError("a document's loss is not finite", record.run_id, "nothing was saved; lower train.lr or check the model")
+        raise DataError(
+            "a document's loss is not finite",
+            record.run_id,
+            "nothing was saved; lower train.lr or check the model",
+        )
     documents = documents.reindex(columns=DOCUMENT_COLUMNS).assign(kind="document")
     items = items.reindex(columns=ITEM_COLUMNS).assign(kind="item")
     buffer = io.BytesIO()
@@ -209,36 +247,64 @@ def save(record: RunRecord, documents: pd.DataFrame, items: pd.DataFrame, path: 
 
 
 def load(path: str | Path) -> Run:
-    """Read a record (file) and its items; DataError when either is missing, malformed or not what was written."""
+    """Read a record (file) and its items; DataError when either is missing, malformed or not what
+    was written."""
     path = Path(path)
     try:
         plain = _parse(path.read_bytes())
         record = RunRecord.model_validate(plain, strict=True)
         _check(record)
     except FileNotFoundError:
-        raise DataError("no record", str(path), "give the path of a results/runs/<run_id>.json") from None
+        raise DataError(
+            "no record", str(path), "give the path of a results/runs/<run_id>.json"
+        ) from None
     except OSError as error:
-        raise StorageError(f"cannot read: {error.strerror or error}", str(path), "give the path of a results/runs/<run_id>.json") from None
+        raise StorageError(
+            f"cannot read: {error.strerror or error}",
+            str(path),
+            "give the path of a results/runs/<run_id>.json",
+        ) from None
     except (ValueError, RecursionError) as error:
-        raise DataError(f"not a run record: {_first(error)}", str(path), "restore it or run again with force=true") from None
+        raise DataError(
+            f"not a run record: {_first(error)}",
+            str(path),
+            "restore it or run again with force=true",
+        ) from None
     beside = items_path(path)
     if not beside.exists():
-        raise DataError("per-item values are missing", str(beside), "restore the file or run again with force=true")
+        raise DataError(
+            "per-item values are missing",
+            str(beside),
+            "restore the file or run again with force=true",
+        )
     if sha256(beside) != record.items_sha256:
         what = "per-item values are not those the record was written with"
         raise DataError(what, str(beside), "restore the file or run again with force=true")
     if record.seal != seal_of(plain):
-        raise DataError("the record is not what was written: its seal is broken", str(path), "restore it or run again with force=true")
+        raise DataError(
+            "the record is not what was written: its seal is broken",
+            str(path),
+            "restore it or run again with force=true",
+        )
     try:
         documents, items = _tables(beside)
-    except (ValueError, TypeError, KeyError, OverflowError, OSError) as error:  # pyarrow's errors are ValueError or OSError
+    except (
+        ValueError,
+        TypeError,
+        KeyError,
+        OverflowError,
+        OSError,
+    ) as error:  # pyarrow's errors are ValueError or OSError
         what = f"per-item values cannot be read: {_first(error)}"
-        raise DataError(what, str(beside), "restore the file or run again with force=true") from None
+        raise DataError(
+            what, str(beside), "restore the file or run again with force=true"
+        ) from None
     return Run(record, documents, items, path)
 
 
 def between(run: Run) -> list[Run]:
-    """The records that ``interpolate --records`` made of a run, which lie beside its own, by alpha."""
+    """The records that ``interpolate --records`` made of a run, which lie beside its own, by
+    alpha."""
     paths = run.path.parent.glob(f"{run.record.run_id}-alpha*.json")
     return sorted((load_between(run, path) for path in paths), key=lambda found: found.record.alpha)
 
@@ -248,23 +314,35 @@ def load_between(run: Run, path: Path) -> Run:
     found = load(path)
     made = found.record.interpolated
     if made is None or (made.of, made.record_sha256) != (run.record.run_id, sha256(run.path)):
-        raise DataError(f"it is not interpolated from {run.path}", str(path), "move it away; interpolate --records makes it again")
+        raise DataError(
+            f"it is not interpolated from {run.path}",
+            str(path),
+            "move it away; interpolate --records makes it again",
+        )
     return found
 
 
 def _tables(path: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Documents and items of a values file."""
-    table = pd.read_parquet(path).reindex(columns=[*dict.fromkeys([*DOCUMENT_COLUMNS, *ITEM_COLUMNS]), "kind"])
+    table = pd.read_parquet(path).reindex(
+        columns=[*dict.fromkeys([*DOCUMENT_COLUMNS, *ITEM_COLUMNS]), "kind"]
+    )
     documents = table.loc[table.kind == "document", DOCUMENT_COLUMNS].reset_index(drop=True)
     items = table.loc[table.kind == "item", ITEM_COLUMNS].reset_index(drop=True)
-    documents, items = documents.astype({"stage": int, "tokens": int, "bytes": int}), items.astype({"stage": int, "gold": int})
-    if not np.isfinite(documents["nll_nats"].to_numpy(dtype=np.float64)).all() or not (documents[["tokens", "bytes"]] > 0).all(axis=None):
+    documents, items = (
+        documents.astype({"stage": int, "tokens": int, "bytes": int}),
+        items.astype({"stage": int, "gold": int}),
+    )
+    if not np.isfinite(documents["nll_nats"].to_numpy(dtype=np.float64)).all() or not (
+        documents[["tokens", "bytes"]] > 0
+    ).all(axis=None):
         raise ValueError("a document without finite loss, tokens or bytes")
     return documents, items
 
 
 def _parse(data: bytes) -> Any:
-    """JSON as this program writes it. ValueError: a key twice, or a number that is not finite or beyond 64 bits."""
+    """JSON as this program writes it. ValueError: a key twice, or a number that is not finite or
+    beyond 64 bits."""
 
     def whole(text: str) -> int:
         if len(text) > 20 or not -(2**63) <= int(text) < 2**63:
@@ -281,11 +359,18 @@ def _parse(data: bytes) -> Any:
             raise ValueError("a key stands twice in one object")
         return found
 
-    return json.loads(data.decode(), parse_int=whole, parse_float=real, parse_constant=real, object_pairs_hook=once)
+    return json.loads(
+        data.decode(),
+        parse_int=whole,
+        parse_float=real,
+        parse_constant=real,
+        object_pairs_hook=once,
+    )
 
 
 def _check(r: RunRecord) -> None:
-    """What types do not say of a finished run: its names, its stages in order, its counts. ValueError names the first fault."""
+    """What types do not say of a finished run: its names, its stages in order, its counts.
+    ValueError names the first fault."""
     names = [*r.trained, *r.controls]
     for name in (r.run_id, r.model, r.method, r.sequence, *names):
         if not NAME.fullmatch(name):
@@ -294,7 +379,9 @@ def _check(r: RunRecord) -> None:
         raise ValueError(f"it is interpolated and should be named {made.run_id}")
     if not r.trained or len(set(names)) < len(names):
         raise ValueError("trained and controls must be different domains, at least one trained")
-    if [(s.index, s.domain) for s in r.stages] != list(enumerate([None, *([JOINT] if r.regime == "joint" else r.trained)])):
+    if [(s.index, s.domain) for s in r.stages] != list(
+        enumerate([None, *([JOINT] if r.regime == "joint" else r.trained)])
+    ):
         raise ValueError("its stages are not the pretrained model and then what it trains")
     if r.schema_version != SCHEMA:
         raise ValueError(f"schema_version is {r.schema_version}, this program reads {SCHEMA}")
@@ -303,14 +390,24 @@ def _check(r: RunRecord) -> None:
     for stage in r.stages:
         where = f"stage {stage.index}"
         for domain, score in stage.domains.items():
-            if domain not in names or score.nll_nats < 0 or min(score.tokens, score.bytes, score.documents) < 1:
+            if (
+                domain not in names
+                or score.nll_nats < 0
+                or min(score.tokens, score.bytes, score.documents) < 1
+            ):
                 raise ValueError(f"{where}: impossible sums of {domain!r}")
         for task, count in stage.tasks.items():
             right = max(count.correct, count.correct_norm), min(count.correct, count.correct_norm)
-            if not 0 <= right[1] <= right[0] <= count.items or count.items < 1 or min(count.fewshot, count.truncated) < 0:
+            if (
+                not 0 <= right[1] <= right[0] <= count.items
+                or count.items < 1
+                or min(count.fewshot, count.truncated) < 0
+            ):
                 raise ValueError(f"{where}: impossible counts of {task!r}")
         train = stage.train
-        if train is not None and (min(train.steps, train.tokens) < 1 or min(train.seconds, train.lr) < 0):
+        if train is not None and (
+            min(train.steps, train.tokens) < 1 or min(train.seconds, train.lr) < 0
+        ):
             raise ValueError(f"{where}: impossible training statistics")
         if min(stage.eval_seconds, stage.task_seconds) < 0:
             raise ValueError(f"{where}: a negative time")
@@ -321,4 +418,8 @@ def _first(error: Exception) -> str:
     if isinstance(error, ValidationError):
         first = error.errors()[0]
         return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
-    return "nested too deeply" if isinstance(error, RecursionError) else (str(error).splitlines() or [type(error).__name__])[0]
+    return (
+        "nested too deeply"
+        if isinstance(error, RecursionError)
+        else (str(error).splitlines() or [type(error).__name__])[0]
+    )

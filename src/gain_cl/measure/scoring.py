@@ -1,4 +1,5 @@
-"""Scoring a stage: every domain, and the tasks that are due, cell by cell. A cell that is known already is not computed again."""
+"""Scoring a stage: every domain, and the tasks that are due, cell by cell. A cell that is known
+already is not computed again."""
 
 from __future__ import annotations
 
@@ -37,8 +38,8 @@ class Teller(Protocol):
 
 @dataclass(frozen=True)
 class Scores:
-    """rows: one per document and per item, told apart by the column kind. cells: document/DOMAIN or item/TASK -> key of the
-    cell and the seconds it took to compute, whenever that was."""
+    """rows: one per document and per item, told apart by the column kind. cells: document/DOMAIN or
+    item/TASK -> key of the cell and the seconds it took to compute, whenever that was."""
 
     domains: dict[str, record.DomainScore]
     tasks: dict[str, record.TaskScore]
@@ -46,37 +47,69 @@ class Scores:
     cells: dict[str, dict[str, Any]]
 
     def seconds(self, kind: str) -> float:
-        return float(sum(cell["seconds"] for name, cell in self.cells.items() if name.startswith(kind)))
+        return float(
+            sum(cell["seconds"] for name, cell in self.cells.items() if name.startswith(kind))
+        )
 
 
 def score_domain(loaded: Loaded, domain: Domain, settings: Eval, batch: int) -> pd.DataFrame:
-    """The first settings.documents documents of settings.split in hash order, scored by the protocol of settings."""
+    """The first settings.documents documents of settings.split in hash order, scored by the
+    protocol of settings."""
     from gain_cl.measure import perplexity
 
     chosen = domain.split_documents(settings.split)[: settings.documents]
-    return perplexity.score(loaded, chosen, settings.window, settings.context, settings.stride, batch)
+    return perplexity.score(
+        loaded, chosen, settings.window, settings.context, settings.stride, batch
+    )
 
 
 def domains(
-    loaded: Loaded, corpora: Mapping[str, Domain], settings: Eval, batch: int, identity: dict[str, Any], folder: Path, tracker: Teller
+    loaded: Loaded,
+    corpora: Mapping[str, Domain],
+    settings: Eval,
+    batch: int,
+    identity: dict[str, Any],
+    folder: Path,
+    tracker: Teller,
 ) -> Scores:
-    """Score every corpus. identity: all that a score depends on besides the text and the protocol; folder: of the cells."""
+    """Score every corpus. identity: all that a score depends on besides the text and the protocol;
+    folder: of the cells."""
     from gain_cl.measure import perplexity
 
-    protocol = {"eval": settings.model_dump(mode="json"), "batch": batch, "prefix": loaded.prefix_id}
+    protocol = {
+        "eval": settings.model_dump(mode="json"),
+        "batch": batch,
+        "prefix": loaded.prefix_id,
+    }
     scores, parts, known = {}, [], {}
     for i, (name, corpus) in enumerate(corpora.items()):
         signals.poll()
         tracker.progress(i, len(corpora), "cells", name)
-        what = {**identity, **protocol, "tokens": corpus.hash, "documents": corpus.ids(settings.split)[: settings.documents]}
-        rows, facts = _cell(folder, what, lambda corpus=corpus: (score_domain(loaded, corpus, settings, batch), {}))  # type: ignore[misc]
+        what = {
+            **identity,
+            **protocol,
+            "tokens": corpus.hash,
+            "documents": corpus.ids(settings.split)[: settings.documents],
+        }
+        rows, facts = _cell(
+            folder,
+            what,
+            lambda c=corpus: (score_domain(loaded, c, settings, batch), {}),  # type: ignore[misc]
+        )
         parts.append(rows.assign(kind="document", domain=name, split=settings.split))
         scores[name] = perplexity.total(rows)
         known[f"document/{name}"] = {"key": cells.key(what), "seconds": facts["seconds"]}
     return Scores(scores, {}, pd.concat(parts, ignore_index=True), known)
 
 
-def tasks(loaded: Loaded, taskset: TaskSet, pins: dict[str, Any], identity: dict[str, Any], folder: Path, tracker: Teller) -> Scores:
+def tasks(
+    loaded: Loaded,
+    taskset: TaskSet,
+    pins: dict[str, Any],
+    identity: dict[str, Any],
+    folder: Path,
+    tracker: Teller,
+) -> Scores:
     """Score every task. pins: what identifies the items of each."""
 
     def progress(done: int, of: int) -> None:
@@ -90,7 +123,14 @@ def tasks(loaded: Loaded, taskset: TaskSet, pins: dict[str, Any], identity: dict
     scores, parts, known = {}, [], {}
     settings = taskset.settings.model_dump(mode="json", exclude={"names", "stages"})
     for name in taskset.items:
-        what = {**identity, "task": name, "pin": pins[name], "tasks": settings, "prefix": loaded.prefix_id, "context": loaded.context}
+        what = {
+            **identity,
+            "task": name,
+            "pin": pins[name],
+            "tasks": settings,
+            "prefix": loaded.prefix_id,
+            "context": loaded.context,
+        }
         rows, facts = _cell(folder, what, lambda name=name: compute(name))  # type: ignore[misc]
         reach("task.after")
         parts.append(rows.assign(kind="item", task=name))

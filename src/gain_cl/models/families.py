@@ -1,4 +1,5 @@
-"""Know where the layers of a family are: roles, and the widths of what plays them. Torch-free at import."""
+"""Know where the layers of a family are: roles, and the widths of what plays them. Torch-free at
+import."""
 
 from __future__ import annotations
 
@@ -14,7 +15,21 @@ if TYPE_CHECKING:
 _LLAMA_LIKE = {"attn_out": "self_attn.o_proj", "ffn_down": "mlp.down_proj"}
 ROLES: dict[str, dict[str, str]] = {
     "gpt2": {"attn_out": "attn.c_proj", "ffn_down": "mlp.c_proj"},  # Conv1D: weight is (in, out)
-    **dict.fromkeys(["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "olmo2", "smollm3"], _LLAMA_LIKE),
+    **dict.fromkeys(
+        [
+            "llama",
+            "mistral",
+            "qwen2",
+            "qwen3",
+            "gemma",
+            "gemma2",
+            "gemma3_text",
+            "phi3",
+            "olmo2",
+            "smollm3",
+        ],
+        _LLAMA_LIKE,
+    ),
     "gpt_neox": {"attn_out": "attention.dense", "ffn_down": "mlp.dense_4h_to_h"},
     "opt": {"attn_out": "self_attn.out_proj", "ffn_down": "fc2"},
     "phi": {"attn_out": "self_attn.dense", "ffn_down": "mlp.fc2"},
@@ -22,18 +37,26 @@ ROLES: dict[str, dict[str, str]] = {
 """model_type -> role -> suffix of module names."""
 
 
-def targets(model: nn.Module, roles: list[str], names: dict[str, str] | None = None) -> dict[str, nn.Module]:
+def targets(
+    model: nn.Module, roles: list[str], names: dict[str, str] | None = None
+) -> dict[str, nn.Module]:
     """The layers that play the roles, by module name, in model order; see ``playing``."""
     family = getattr(getattr(model, "config", None), "model_type", "unknown")
-    layers = {n: m for n, m in model.named_modules() if getattr(m, "weight", None) is not None and m.weight.dim() == 2}  # packed ones too
+    layers = {
+        n: m
+        for n, m in model.named_modules()
+        if getattr(m, "weight", None) is not None and m.weight.dim() == 2
+    }  # packed ones too
     return {n: layers[n] for n in playing(layers, family, roles, names)}
 
 
-def playing(layers: Iterable[str], family: str, roles: list[str], names: dict[str, str] | None = None) -> list[str]:
+def playing(
+    layers: Iterable[str], family: str, roles: list[str], names: dict[str, str] | None = None
+) -> list[str]:
     """Those of the linear layers (names of modules) that play the roles.
 
-    names: role -> suffix of module names for families that ROLES does not know (model.roles). ConfigError lists the
-    candidates when the family is unknown or nothing matches.
+    names: role -> suffix of module names for families that ROLES does not know (model.roles).
+    ConfigError lists the candidates when the family is unknown or nothing matches.
     """
     table, layers = names or ROLES.get(family), list(layers)
     there = sorted({block[1] for n in layers if (block := re.search(r"\.\d+\.(.+)$", n))})
@@ -42,25 +65,40 @@ def playing(layers: Iterable[str], family: str, roles: list[str], names: dict[st
         raise ConfigError(
             f"no {missing} known for model family {family!r}",
             "model.roles",
-            f"name the layers, e.g. model.roles={{attn_out: SUFFIX, ffn_down: SUFFIX}} with suffixes among: {', '.join(there)}",
+            f"name the layers, e.g. model.roles={{attn_out: SUFFIX, ffn_down: SUFFIX}} with "
+            f"suffixes among: {', '.join(there)}",
         )
     for role in roles:
         if not any(f".{n}".endswith(f".{table[role]}") for n in layers):
-            raise ConfigError(f"no module matches {role}={table[role]!r}", "model.roles", f"there is: {', '.join(there)}")
+            raise ConfigError(
+                f"no module matches {role}={table[role]!r}",
+                "model.roles",
+                f"there is: {', '.join(there)}",
+            )
     return [n for n in layers if f".{n}".endswith(tuple(f".{table[r]}" for r in roles))]
 
 
 def input_width(layer: nn.Module) -> int:
-    """Width of a linear layer's input; Conv1D stores its weight as (in, out), a quantised layer packed."""
-    return int(cast("Tensor", layer.weight).shape[0]) if is_conv1d(layer) else int(cast("int", layer.in_features))
+    """Width of a linear layer's input; Conv1D stores its weight as (in, out), a quantised layer
+    packed."""
+    return (
+        int(cast("Tensor", layer.weight).shape[0])
+        if is_conv1d(layer)
+        else int(cast("int", layer.in_features))
+    )
 
 
 def output_width(layer: nn.Module) -> int:
-    return int(cast("Tensor", layer.weight).shape[1]) if is_conv1d(layer) else int(cast("int", layer.out_features))
+    return (
+        int(cast("Tensor", layer.weight).shape[1])
+        if is_conv1d(layer)
+        else int(cast("int", layer.out_features))
+    )
 
 
 def is_quantised(layer: nn.Module) -> bool:
-    """bitsandbytes' Linear4bit or Linear8bitLt: the weight is packed and can be computed with, not written to."""
+    """bitsandbytes' Linear4bit or Linear8bitLt: the weight is packed and can be computed with, not
+    written to."""
     return type(layer).__name__ in ("Linear4bit", "Linear8bitLt")
 
 
@@ -68,7 +106,9 @@ def can_merge(layers: dict[str, nn.Module]) -> None:
     """ConfigError when a layer's weight is quantised: a change below its step would be lost."""
     if name := next((n for n, layer in layers.items() if is_quantised(layer)), None):
         raise ConfigError(
-            f"{name} is quantised: nothing can be merged into it", "model.load_in", "merge into the model without model.load_in"
+            f"{name} is quantised: nothing can be merged into it",
+            "model.load_in",
+            "merge into the model without model.load_in",
         )
 
 

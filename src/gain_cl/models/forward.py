@@ -1,4 +1,5 @@
-"""From tokens to the sum of their losses: what training minimises, and what a guard may look at besides.
+"""From tokens to the sum of their losses: what training minimises, and what a guard may look at
+besides.
 
 Axes: B sequences of T tokens, N scored tokens among them, D model width.
 """
@@ -27,11 +28,16 @@ def loss_sum(
     scored_BT: np.ndarray | None = None,
     token_penalty: TokenPenalty | None = None,
 ) -> torch.Tensor:
-    """Sum of -ln p over the scored tokens (None: all), each sequence starting after the prefix token, as in evaluation; its
-    gradient is also that of a guard's token penalty. documents_BT: see ``inputs_of``."""
+    """Sum of -ln p over the scored tokens (None: all), each sequence starting after the prefix
+    token, as in evaluation; its gradient is also that of a guard's token penalty. documents_BT: see
+    ``inputs_of``."""
     inputs = inputs_of(loaded, tokens_BT, documents_BT)
     hidden = loaded.body(**inputs).last_hidden_state.flatten(0, 1)
-    rows_N = torch.arange(tokens_BT.size) if scored_BT is None else torch.from_numpy(np.flatnonzero(scored_BT))
+    rows_N = (
+        torch.arange(tokens_BT.size)
+        if scored_BT is None
+        else torch.from_numpy(np.flatnonzero(scored_BT))
+    )
     if len(rows_N) < len(hidden):
         hidden = hidden[rows_N.to(loaded.device)]
     targets_N = torch.from_numpy(tokens_BT.reshape(-1)[rows_N.numpy()]).to(loaded.device)
@@ -40,18 +46,29 @@ def loss_sum(
     return total if extra is None else total + (extra - extra.detach())
 
 
-def inputs_of(loaded: Loaded, tokens_BT: np.ndarray, documents_BT: np.ndarray | None = None) -> dict[str, Any]:
-    """What the model's body is called with to predict tokens_BT, each sequence after the prefix token.
+def inputs_of(
+    loaded: Loaded, tokens_BT: np.ndarray, documents_BT: np.ndarray | None = None
+) -> dict[str, Any]:
+    """What the model's body is called with to predict tokens_BT, each sequence after the prefix
+    token.
 
-    documents_BT: a token attends only within its own document, and positions restart there; None: to all before it.
+    documents_BT: a token attends only within its own document, and positions restart there; None:
+    to all before it.
     """
-    inputs_BT = np.concatenate([np.full((len(tokens_BT), 1), loaded.prefix_id), tokens_BT[:, :-1]], axis=1)
-    inputs: dict[str, Any] = {"input_ids": torch.from_numpy(inputs_BT).to(loaded.device), "use_cache": False}
+    inputs_BT = np.concatenate(
+        [np.full((len(tokens_BT), 1), loaded.prefix_id), tokens_BT[:, :-1]], axis=1
+    )
+    inputs: dict[str, Any] = {
+        "input_ids": torch.from_numpy(inputs_BT).to(loaded.device),
+        "use_cache": False,
+    }
     if documents_BT is not None:
         same_BTT = documents_BT[:, :, None] == documents_BT[:, None, :]
         seen_BTT = torch.from_numpy(np.tril(same_BTT)).to(loaded.device)
         mask_BTT = torch.zeros(seen_BTT.shape, dtype=loaded.model.dtype, device=loaded.device)
-        inputs["attention_mask"] = mask_BTT.masked_fill(~seen_BTT, torch.finfo(loaded.model.dtype).min)[:, None]
+        inputs["attention_mask"] = mask_BTT.masked_fill(
+            ~seen_BTT, torch.finfo(loaded.model.dtype).min
+        )[:, None]
         inputs["position_ids"] = torch.from_numpy(_positions(documents_BT)).to(loaded.device)
     return inputs
 

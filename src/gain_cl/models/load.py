@@ -1,7 +1,9 @@
-"""Models and tokenizers: the only door to transformers. Importing this module does not import torch.
+"""Models and tokenizers: the only door to transformers. Importing this module does not import
+torch.
 
-A model is a hub repository at a commit, a local folder, a GGUF file inside a pinned package, or random weights of a
-given architecture. ROLES says which layers of a family play which part; everything else asks for roles, not names.
+A model is a hub repository at a commit, a local folder, a GGUF file inside a pinned package, or
+random weights of a given architecture. ROLES says which layers of a family play which part;
+everything else asks for roles, not names.
 """
 
 from __future__ import annotations
@@ -24,15 +26,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-# --- with torch ------------------------------------------------------------------------------------------------------
+# --- with torch -----------------------------------------------------------------------------------
 
 
 @dataclass
 class Loaded:
     """A model on its device with what every consumer of it needs.
 
-    prefix_id: the one token put before every scored or trained text; separator_id: between packed documents;
-    context: longest input in tokens; tokenizer_hash: sha256 of the tokenizer's definition.
+    prefix_id: the one token put before every scored or trained text; separator_id: between packed
+    documents; context: longest input in tokens; tokenizer_hash: sha256 of the tokenizer's
+    definition.
     """
 
     model: PreTrainedModel
@@ -57,7 +60,9 @@ class Loaded:
     @property
     def output(self) -> tuple[Tensor, Tensor | None]:
         """Weight (V, D) and bias (V,) of the head: the loss is computed from them in chunks."""
-        return cast("Tensor", self.head.weight), cast("Tensor | None", getattr(self.head, "bias", None))
+        return cast("Tensor", self.head.weight), cast(
+            "Tensor | None", getattr(self.head, "bias", None)
+        )
 
     @property
     def vocabulary(self) -> int:
@@ -79,21 +84,35 @@ def device_of(name: str, dtype: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ConfigError(f"{name!r} is no device", "compute.device", "use auto, cpu, cuda, cuda:N or mps") from None
-    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
         raise ConfigError(
-            f"{name} is not available: torch sees {torch.cuda.device_count()} GPUs", "compute.device", "use compute.device=cpu"
+            f"{name!r} is no device", "compute.device", "use auto, cpu, cuda, cuda:N or mps"
+        ) from None
+    if device.type == "cuda" and (
+        not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()
+    ):
+        raise ConfigError(
+            f"{name} is not available: torch sees {torch.cuda.device_count()} GPUs",
+            "compute.device",
+            "use compute.device=cpu",
         )
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise ConfigError("mps is not available", "compute.device", "use compute.device=cpu")
-    if device.type == "cuda" and dtype == "bfloat16" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        raise ConfigError("this GPU does not compute in bfloat16", "model.dtype", "use model.dtype=float32 or float16")
+    if (
+        device.type == "cuda"
+        and dtype == "bfloat16"
+        and not torch.cuda.is_bf16_supported(including_emulation=False)
+    ):
+        raise ConfigError(
+            "this GPU does not compute in bfloat16",
+            "model.dtype",
+            "use model.dtype=float32 or float16",
+        )
     return device
 
 
 def load_tokenizer(model: schema.Model) -> tuple[PreTrainedTokenizerBase, str]:
-    """(tokenizer, SHA-256 of its definition) of a model, whose files are fetched when needed. Only AutoTokenizer knows the
-    family's class, and it imports torch."""
+    """(tokenizer, SHA-256 of its definition) of a model, whose files are fetched when needed. Only
+    AutoTokenizer knows the family's class, and it imports torch."""
     convert._quiet()
     folder = source.locate(model)
     try:
@@ -102,7 +121,9 @@ def load_tokenizer(model: schema.Model) -> tuple[PreTrainedTokenizerBase, str]:
         raise _cannot(model, error) from error
     if not getattr(tokenizer, "is_fast", False):
         raise DataError(
-            "the tokenizer has no fast version (tokenizer.json)", model.name, "save one with AutoTokenizer(...).save_pretrained"
+            "the tokenizer has no fast version (tokenizer.json)",
+            model.name,
+            "save one with AutoTokenizer(...).save_pretrained",
         )
     return tokenizer, hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
 
@@ -128,16 +149,22 @@ def parameters_of(folder: Path, dtype: str) -> dict[str, Tensor]:
     try:
         net = _pretrained(folder, dtype=getattr(torch, dtype))
     except (ValueError, ImportError, OSError) as error:
-        raise DataError(f"transformers cannot load it: {str(error).splitlines()[0]}", str(folder), "check the folder") from error
+        raise DataError(
+            f"transformers cannot load it: {str(error).splitlines()[0]}",
+            str(folder),
+            "check the folder",
+        ) from error
     return {name: p.detach() for name, p in net.named_parameters()}
 
 
 UNREAD = re.compile(r"\.masked_bias$|rotary_emb\.inv_freq$|decoder\.version$")
-"""Ends of names of buffers that old versions of transformers saved and no model reads, besides those that it passes over itself."""
+"""Ends of names of buffers that old versions of transformers saved and no model reads, besides
+those that it passes over itself."""
 
 
 def _pretrained(folder: Path, **keywords: Any) -> PreTrainedModel:
-    """from_pretrained, which gives random values to what a checkpoint lacks: DataError when anything does not fit."""
+    """from_pretrained, which gives random values to what a checkpoint lacks: DataError when
+    anything does not fit."""
     from transformers import AutoModelForCausalLM
 
     found: Any = AutoModelForCausalLM.from_pretrained(
@@ -150,7 +177,11 @@ def _pretrained(folder: Path, **keywords: Any) -> PreTrainedModel:
     )
     net, told = found
     others = [n for n in told["unexpected_keys"] if not UNREAD.search(n)]
-    if wrong := [*sorted(told["missing_keys"]), *sorted(others), *sorted(key[0] for key in told["mismatched_keys"])]:
+    if wrong := [
+        *sorted(told["missing_keys"]),
+        *sorted(others),
+        *sorted(key[0] for key in told["mismatched_keys"]),
+    ]:
         what = f"{len(wrong)} tensors are missing, unknown or of another shape, first {wrong[0]}"
         raise DataError(what, str(folder), "save the model again")
     return cast("PreTrainedModel", net)
@@ -168,26 +199,39 @@ def vocabulary(model: schema.Model) -> int:
     return int(settings.get_text_config().vocab_size)
 
 
-def special_tokens(model: schema.Model, tokenizer: PreTrainedTokenizerBase, rows: int) -> tuple[int, int]:
-    """(prefix, separator) token ids; DataError when there is none, or when an id is not below ``rows`` of the embedding."""
+def special_tokens(
+    model: schema.Model, tokenizer: PreTrainedTokenizerBase, rows: int
+) -> tuple[int, int]:
+    """(prefix, separator) token ids; DataError when there is none, or when an id is not below
+    ``rows`` of the embedding."""
     if max(tokenizer.get_vocab().values()) >= rows:
         raise DataError(
-            f"token ids reach {max(tokenizer.get_vocab().values())}, the model has {rows} embedding rows",
+            f"token ids reach {max(tokenizer.get_vocab().values())}, the model has {rows} "
+            "embedding rows",
             model.name,
             "this is another model's tokenizer",
         )
     separator = _first(model.separator_token_id, tokenizer.eos_token_id)
     prefix = _first(model.prefix_token_id, tokenizer.bos_token_id, separator)
     if separator is None or prefix is None:
-        raise DataError("the tokenizer has no end token", model.name, "set model.separator_token_id and model.prefix_token_id")
+        raise DataError(
+            "the tokenizer has no end token",
+            model.name,
+            "set model.separator_token_id and model.prefix_token_id",
+        )
     for key, value in (("prefix_token_id", prefix), ("separator_token_id", separator)):
         if not 0 <= value < rows:
-            raise DataError(f"model.{key}={value} has no embedding row ({rows} rows)", model.name, f"set model.{key} below {rows}")
+            raise DataError(
+                f"model.{key}={value} has no embedding row ({rows} rows)",
+                model.name,
+                f"set model.{key} below {rows}",
+            )
     return prefix, separator
 
 
 def load(model: schema.Model, device: torch.device) -> Loaded:
-    """Load weights and tokenizer; every parameter frozen, eval mode, no KV cache. model.load_in: linear layers quantised."""
+    """Load weights and tokenizer; every parameter frozen, eval mode, no KV cache. model.load_in:
+    linear layers quantised."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -209,7 +253,12 @@ def load(model: schema.Model, device: torch.device) -> Loaded:
                 raise _cannot(model, error) from error
     else:
         try:
-            net = _pretrained(folder, dtype=dtype, attn_implementation=model.attention, **_quantised(model, device))
+            net = _pretrained(
+                folder,
+                dtype=dtype,
+                attn_implementation=model.attention,
+                **_quantised(model, device),
+            )
         except (ValueError, ImportError, OSError) as error:
             raise _cannot(model, error) from error
     tokenizer, tokenizer_hash = load_tokenizer(model)
@@ -236,8 +285,9 @@ def load(model: schema.Model, device: torch.device) -> Loaded:
 
 
 def _quantised(model: schema.Model, device: torch.device) -> dict[str, Any]:
-    """What from_pretrained is told for model.load_in (bitsandbytes): 4bit is QLoRA's NF4 with double quantisation
-    (arXiv 2305.14314), computing in model.dtype; 8bit is LLM.int8 (arXiv 2208.07339)."""
+    """What from_pretrained is told for model.load_in (bitsandbytes): 4bit is QLoRA's NF4 with
+    double quantisation (arXiv 2305.14314), computing in model.dtype; 8bit is LLM.int8 (arXiv
+    2208.07339)."""
     import torch
     from transformers import BitsAndBytesConfig
 
@@ -257,8 +307,8 @@ def _quantised(model: schema.Model, device: torch.device) -> dict[str, Any]:
 
 
 def meta(model: schema.Model) -> PreTrainedModel:
-    """The model without memory for its weights (meta device), from the config.json of a local folder, arch, or the config.json of
-    the hub."""
+    """The model without memory for its weights (meta device), from the config.json of a local
+    folder, arch, or the config.json of the hub."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -276,7 +326,8 @@ def meta(model: schema.Model) -> PreTrainedModel:
 
 
 def weightless(model: schema.Model) -> Loaded:
-    """What an adapter can be attached to, to see what it refuses and trains: ``meta``, and no text."""
+    """What an adapter can be attached to, to see what it refuses and trains: ``meta``, and no
+    text."""
     import torch
 
     no_text: Any = None
@@ -296,8 +347,12 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 def checkpoint_activations(model: PreTrainedModel) -> None:
-    """Recompute activations in the backward pass: less memory, a third more time, the same numbers."""
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable  # the old name warns
+    """Recompute activations in the backward pass: less memory, a third more time, the same
+    numbers."""
+    enable = (
+        getattr(model, "activation_checkpointing_enable", None)
+        or model.gradient_checkpointing_enable
+    )  # the old name warns
     enable({"use_reentrant": False})
 
 
@@ -316,7 +371,8 @@ def byte_tokenizer() -> PreTrainedTokenizerBase:
 
 
 def _check_head(loaded: Loaded) -> None:
-    """Losses are computed from hidden states in chunks; prove on four tokens that this is what the model itself does."""
+    """Losses are computed from hidden states in chunks; prove on four tokens that this is what the
+    model itself does."""
     import torch
 
     ids = torch.arange(4, device=loaded.device)[None]
@@ -336,9 +392,15 @@ def _check_head(loaded: Loaded) -> None:
 def _cannot(model: schema.Model, error: Exception) -> DataError:
     reason = str(error).splitlines()[0]
     if any(word in reason.lower() for word in ("attention", "attn")):
-        return DataError(f"the model does not support model.attention={model.attention}", model.name, "use model.attention=eager")
+        return DataError(
+            f"the model does not support model.attention={model.attention}",
+            model.name,
+            "use model.attention=eager",
+        )
     return DataError(
-        f"transformers cannot load it: {reason}", model.path or model.name, "check that it is a causal language model for this version"
+        f"transformers cannot load it: {reason}",
+        model.path or model.name,
+        "check that it is a causal language model for this version",
     )
 
 

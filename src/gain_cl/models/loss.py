@@ -1,7 +1,8 @@
 """Cross-entropy from hidden states without ever holding all logits.
 
-Axes: N tokens, D model width, V vocabulary. A 152k vocabulary x 2048 tokens in fp32 is 1.2 GB per sequence; here only
-``chunk`` rows of logits exist at a time, in training and in evaluation, and the softmax is taken in fp32.
+Axes: N tokens, D model width, V vocabulary. A 152k vocabulary x 2048 tokens in fp32 is 1.2 GB per
+sequence; here only ``chunk`` rows of logits exist at a time, in training and in evaluation, and the
+softmax is taken in fp32.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 CHUNK_LOGITS = {"cpu": 2**23, "cuda": 2**27}
-"""Logits held at a time, by device: 32 MiB in fp32 stay in a CPU's cache (a fifth faster than 128 MiB), a GPU wants more."""
+"""Logits held at a time, by device: 32 MiB in fp32 stay in a CPU's cache (a fifth faster than 128
+MiB), a GPU wants more."""
 
 
 def _chunk(weight_VD: Tensor) -> int:
@@ -27,7 +29,13 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float 
 
 
 @torch.no_grad()
-def token_nll(hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_N: Tensor, softcap: float | None = None) -> Tensor:
+def token_nll(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    targets_N: Tensor,
+    softcap: float | None = None,
+) -> Tensor:
     """-ln p of each target, (N,) fp32."""
     step = _chunk(weight_VD)
     parts = [
@@ -39,13 +47,19 @@ def token_nll(hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targe
 
 @torch.no_grad()
 def token_divergence(
-    hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, base: tuple[Tensor, Tensor, Tensor | None], softcap: float | None = None
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    base: tuple[Tensor, Tensor, Tensor | None],
+    softcap: float | None = None,
 ) -> Tensor:
-    """KL(base || tuned) = sum_v p_base (ln p_base - ln p_tuned) over the whole vocabulary, in nats, (N,) fp32; exactly 0 where the
-    logits are equal. base: hidden states (N, D), weight and bias of the base on the same tokens; the rest is the tuned model's.
+    """KL(base || tuned) = sum_v p_base (ln p_base - ln p_tuned) over the whole vocabulary, in nats,
+    (N,) fp32; exactly 0 where the logits are equal. base: hidden states (N, D), weight and bias of
+    the base on the same tokens; the rest is the tuned model's.
 
-    Summed as p (ln p - ln q) - p + q, whose last two terms add to 0: an error of ln sum exp, common to a row, then enters by its
-    square (measured in fp32 on 49,152 tokens: 1e-8 nats off, not 1e-7).
+    Summed as p (ln p - ln q) - p + q, whose last two terms add to 0: an error of ln sum exp, common
+    to a row, then enters by its square (measured in fp32 on 49,152 tokens: 1e-8 nats off, not
+    1e-7).
     """
     step = _chunk(weight_VD)
     parts = []
@@ -65,16 +79,25 @@ def _sum_chunks(
     softcap: float | None,
     part: Callable[[slice, Tensor], tuple[Tensor, Tensor]],
 ) -> Tensor:
-    """Sum over chunks of rows of a function of the logits. part: rows, their logits -> the function's sum over these rows, and
-    its gradient in the logits (which may take their place in memory).
+    """Sum over chunks of rows of a function of the logits. part: rows, their logits -> the
+    function's sum over these rows, and its gradient in the logits (which may take their place in
+    memory).
 
-    The gradients of hidden, weight and bias are taken chunk by chunk in the forward pass and kept in ctx, so that logits are
-    made once and never kept.
+    The gradients of hidden, weight and bias are taken chunk by chunk in the forward pass and kept
+    in ctx, so that logits are made once and never kept.
     """
-    total = torch.zeros((), dtype=torch.float64 if hidden.device.type != "mps" else torch.float32, device=hidden.device)
+    total = torch.zeros(
+        (),
+        dtype=torch.float64 if hidden.device.type != "mps" else torch.float32,
+        device=hidden.device,
+    )
     grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
     grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-    grad_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and ctx.needs_input_grad[2] else None
+    grad_bias = (
+        torch.zeros_like(bias, dtype=torch.float32)
+        if bias is not None and ctx.needs_input_grad[2]
+        else None
+    )
     step = _chunk(weight)
     for start in range(0, len(hidden), step):
         rows = slice(start, start + step)
@@ -112,7 +135,14 @@ def _scaled(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
 
 class _SumCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, softcap: float | None) -> Tensor:
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        softcap: float | None,
+    ) -> Tensor:
         def part(rows: slice, logits: Tensor) -> tuple[Tensor, Tensor]:
             t = targets[rows]
             lse = torch.logsumexp(logits, dim=-1, keepdim=True)
@@ -131,7 +161,12 @@ class _SumCrossEntropy(torch.autograd.Function):
 class _SumDivergence(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, base: tuple[Tensor, Tensor, Tensor | None], softcap: float | None
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        base: tuple[Tensor, Tensor, Tensor | None],
+        softcap: float | None,
     ) -> Tensor:
         def part(rows: slice, logits: Tensor) -> tuple[Tensor, Tensor]:
             log_p = F.log_softmax(logits, dim=-1)
@@ -145,9 +180,14 @@ class _SumDivergence(torch.autograd.Function):
 
 
 def sum_cross_entropy(
-    hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_N: Tensor, softcap: float | None = None
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    targets_N: Tensor,
+    softcap: float | None = None,
 ) -> Tensor:
-    """Sum over tokens of -ln p, a scalar with gradients to hidden, and to weight and bias when they require them."""
+    """Sum over tokens of -ln p, a scalar with gradients to hidden, and to weight and bias when they
+    require them."""
     total: Tensor = _SumCrossEntropy.apply(hidden_ND, weight_VD, bias_V, targets_N, softcap)
     return total
 
@@ -159,7 +199,8 @@ def sum_divergence(
     base: tuple[Tensor, Tensor, Tensor | None],
     softcap: float | None = None,
 ) -> Tensor:
-    """Sum over tokens of KL(base || tuned) in nats, a scalar with gradients to hidden, weight and bias. base: hidden states,
-    weight and bias of the model it is measured from, without gradients."""
+    """Sum over tokens of KL(base || tuned) in nats, a scalar with gradients to hidden, weight and
+    bias. base: hidden states, weight and bias of the model it is measured from, without
+    gradients."""
     total: Tensor = _SumDivergence.apply(hidden_ND, weight_VD, bias_V, base, softcap)
     return total

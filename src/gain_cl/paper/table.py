@@ -1,4 +1,5 @@
-"""A table as data, and how it is written: Markdown, LaTeX, CSV. The same records give the same bytes anywhere."""
+"""A table as data, and how it is written: Markdown, LaTeX, CSV. The same records give the same
+bytes anywhere."""
 
 from __future__ import annotations
 
@@ -20,13 +21,14 @@ GAP = "GAP: "
 """Begins a note on a cell that is not in the table."""
 
 HEAD, LONG, PROSE, MANY = 11, 24, "p{2.6cm}", 8
-"""In LaTeX: characters in a line of a head; characters from which a column is set as prose, and that column; columns that fit a page with
-intervals in one line."""
+"""In LaTeX: characters in a line of a head; characters from which a column is set as prose, and
+that column; columns that fit a page with intervals in one line."""
 
 
 @dataclass(frozen=True)
 class Value:
-    """A number with its 95% interval, in the unit it is shown in (nan: there is none). write: how it is shown; bold: a test says so."""
+    """A number with its 95% interval, in the unit it is shown in (nan: there is none). write: how
+    it is shown; bold: a test says so."""
 
     value: float
     low: float = math.nan
@@ -42,7 +44,11 @@ class Value:
     @property
     def between(self) -> str:
         """Its interval; empty where there is none."""
-        return "" if math.isnan(self.low) or math.isnan(self.high) else f"{self.write(self.low)} to {self.write(self.high)}"
+        return (
+            ""
+            if math.isnan(self.low) or math.isnan(self.high)
+            else f"{self.write(self.low)} to {self.write(self.high)}"
+        )
 
     def text(self) -> str:
         return f"{self.shown} ({self.between})" if self.between else self.shown
@@ -50,7 +56,8 @@ class Value:
 
 @dataclass(frozen=True)
 class Row:
-    """cells: a Value, text or None (nothing) for each column; runs: ids of the runs that its numbers come from; rule: a line above."""
+    """cells: a Value, text or None (nothing) for each column; runs: ids of the runs that its
+    numbers come from; rule: a line above."""
 
     cells: Sequence[Value | str | None]
     runs: Sequence[str] = ()
@@ -59,8 +66,8 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """name: of its files; title: what it shows, with units; notes: below it; grouped: a first cell like the one above is left blank where
-    people read it."""
+    """name: of its files; title: what it shows, with units; notes: below it; grouped: a first cell
+    like the one above is left blank where people read it."""
 
     name: str
     title: str
@@ -73,18 +80,28 @@ class Table:
     def read(self) -> list[list[Value | str | None]]:
         """The cells as people read them."""
         cells = [list(row.cells) for row in self.rows]
-        return [["", *row[1:]] if self.grouped and i and row[0] == cells[i - 1][0] else row for i, row in enumerate(cells)]
+        return [
+            ["", *row[1:]] if self.grouped and i and row[0] == cells[i - 1][0] else row
+            for i, row in enumerate(cells)
+        ]
 
 
-# --- numbers -----------------------------------------------------------------------------------------------------------
+# --- numbers --------------------------------------------------------------------------------------
 
 
-def of(metric: str, found: Compared | None, bold: bool = False, interval: bool = True, blocks: int = 0) -> Value | None:
-    """A summary or difference in the unit its metric is shown in: % of perplexity; of a task's margin nats, of its accuracy points (100
-    times the share). blocks: of which it is said to be; a task that fewer have scored has an interval over items alone: left out."""
+def of(
+    metric: str, found: Compared | None, bold: bool = False, interval: bool = True, blocks: int = 0
+) -> Value | None:
+    """A summary or difference in the unit its metric is shown in: % of perplexity; of a task's
+    margin nats, of its accuracy points (100 times the share). blocks: of which it is said to be; a
+    task that fewer have scored has an interval over items alone: left out."""
     if found is None or math.isnan(found.estimate.value):
         return None
-    e = found.estimate if interval and found.blocks >= blocks else Estimate(found.estimate.value, math.nan, math.nan, found.estimate.n)
+    e = (
+        found.estimate
+        if interval and found.blocks >= blocks
+        else Estimate(found.estimate.value, math.nan, math.nan, found.estimate.n)
+    )
     if lower_is_better(metric):
         return percent(e, bold)
     if metric.startswith("margin"):
@@ -118,19 +135,34 @@ def p_value(p: float) -> str:
     return "<0.001" if p < 0.001 else f"{p:.3f}"
 
 
-# --- formats -----------------------------------------------------------------------------------------------------------
+# --- formats --------------------------------------------------------------------------------------
 
 
 def markdown(t: Table) -> str:
     cells = [[_md(c) for c in row] for row in t.read]
     heads = [_md(c) for c in t.columns]
-    widths = [max(len(heads[j]), 3, *(len(row[j]) for row in cells)) if cells else max(len(heads[j]), 3) for j in range(len(heads))]
+    widths = [
+        max(len(heads[j]), 3, *(len(row[j]) for row in cells)) if cells else max(len(heads[j]), 3)
+        for j in range(len(heads))
+    ]
     left = [textual(t, j) for j in range(len(heads))]
 
     def line(row: Sequence[str]) -> str:
-        return "| " + " | ".join(x.ljust(w) if a else x.rjust(w) for x, w, a in zip(row, widths, left, strict=True)) + " |"
+        return (
+            "| "
+            + " | ".join(
+                x.ljust(w) if a else x.rjust(w) for x, w, a in zip(row, widths, left, strict=True)
+            )
+            + " |"
+        )
 
-    rule = "|" + "|".join("-" * (w + 2) if a else "-" * (w + 1) + ":" for w, a in zip(widths, left, strict=True)) + "|"
+    rule = (
+        "|"
+        + "|".join(
+            "-" * (w + 2) if a else "-" * (w + 1) + ":" for w, a in zip(widths, left, strict=True)
+        )
+        + "|"
+    )
     out = [f"**{t.title}**", "", line(heads), rule, *(line(row) for row in cells), ""]
     out += [f"{note}  " for note in t.notes] + ([""] if t.notes else [])
     if found := named(t):
@@ -140,10 +172,14 @@ def markdown(t: Table) -> str:
 
 
 def latex(t: Table) -> str:
-    """A tabular with booktabs rules, to be \\input inside a table; the runs of each row as a comment behind it. So that more of it fits,
-    heads are broken, intervals stand below their numbers, long text is set in a narrow column. A partial one says so at its foot."""
+    """A tabular with booktabs rules, to be \\input inside a table; the runs of each row as a
+    comment behind it. So that more of it fits, heads are broken, intervals stand below their
+    numbers, long text is set in a narrow column. A partial one says so at its foot."""
     sides = ["l" if textual(t, j) else "r" for j in range(len(t.columns))]
-    prose = [side == "l" and any(len(str(row[j] or "")) > LONG for row in t.read) for j, side in enumerate(sides)]
+    prose = [
+        side == "l" and any(len(str(row[j] or "")) > LONG for row in t.read)
+        for j, side in enumerate(sides)
+    ]
     columns = "".join(PROSE if long else side for long, side in zip(prose, sides, strict=True))
     head = (
         " & ".join(
@@ -152,31 +188,56 @@ def latex(t: Table) -> str:
         )
         + r" \\"
     )
-    out = [f"% {_comment(t.title)}", f"\\begin{{tabular}}{{{columns}}}", r"\toprule", head, r"\midrule"]
+    out = [
+        f"% {_comment(t.title)}",
+        f"\\begin{{tabular}}{{{columns}}}",
+        r"\toprule",
+        head,
+        r"\midrule",
+    ]
     for i, (row, cells) in enumerate(zip(t.rows, t.read, strict=True)):
         if row.rule and i:
             out.append("\\midrule")
         runs = f" % {_comment(', '.join(row.runs))}" if row.runs else ""
         texts = [
-            f"{{\\raggedright {_broken(c)}\\par}}" if long else _cell(c, len(sides) > MANY) for c, long in zip(cells, prose, strict=True)
+            f"{{\\raggedright {_broken(c)}\\par}}" if long else _cell(c, len(sides) > MANY)
+            for c, long in zip(cells, prose, strict=True)
         ]
         out.append(" & ".join(texts) + f" \\\\{runs}")
     gaps = sum(note.startswith(GAP) for note in t.notes)
-    partial = [f"\\multicolumn{{{len(sides)}}}{{l}}{{\\textbf{{PARTIAL: {counted(gaps, 'gap')}}}}} \\\\"] if gaps else []
-    out += ["\\bottomrule", *partial, "\\end{tabular}", *(f"% {_comment(note)}" for note in t.notes)]
+    partial = (
+        [f"\\multicolumn{{{len(sides)}}}{{l}}{{\\textbf{{PARTIAL: {counted(gaps, 'gap')}}}}} \\\\"]
+        if gaps
+        else []
+    )
+    out += [
+        "\\bottomrule",
+        *partial,
+        "\\end{tabular}",
+        *(f"% {_comment(note)}" for note in t.notes),
+    ]
     return "\n".join(out) + "\n"
 
 
 def as_csv(t: Table) -> str:
     """A column for each number, two more for its interval, the run ids last; six digits."""
-    wide = [any(isinstance(r.cells[j], Value) and not math.isnan(r.cells[j].low) for r in t.rows) for j in range(len(t.columns))]  # type: ignore[union-attr]
-    heads = [h for column, w in zip(t.columns, wide, strict=True) for h in ([column, f"{column} low", f"{column} high"] if w else [column])]
+    columns = [[r.cells[j] for r in t.rows] for j in range(len(t.columns))]
+    wide = [any(isinstance(c, Value) and not math.isnan(c.low) for c in cs) for cs in columns]
+    heads = [
+        h
+        for column, w in zip(t.columns, wide, strict=True)
+        for h in ([column, f"{column} low", f"{column} high"] if w else [column])
+    ]
     rows = []
     for row in t.rows:
         out: list[str] = []
         for c, w in zip(row.cells, wide, strict=True):
             numbers = [c.value, c.low, c.high] if isinstance(c, Value) else [math.nan] * 3
-            texts = [number(x) for x in numbers] if isinstance(c, Value) else ["" if c is None else str(c), "", ""]
+            texts = (
+                [number(x) for x in numbers]
+                if isinstance(c, Value)
+                else ["" if c is None else str(c), "", ""]
+            )
             out += texts if w else texts[:1]
         rows.append([*out, " ".join(row.runs)])
     return written([[*heads, "runs"], *rows])
@@ -189,8 +250,15 @@ def written(rows: Sequence[Sequence[Any]]) -> str:
 
 
 def number(x: float) -> str:
-    """Six digits, so that the last bits of a sum, which differ between processors, do not show; whole numbers in full; empty for nan."""
-    return "" if math.isnan(x) else f"{x:.0f}" if float(x).is_integer() and abs(x) < 1e15 else f"{x:.6g}"
+    """Six digits, so that the last bits of a sum, which differ between processors, do not show;
+    whole numbers in full; empty for nan."""
+    return (
+        ""
+        if math.isnan(x)
+        else f"{x:.0f}"
+        if float(x).is_integer() and abs(x) < 1e15
+        else f"{x:.6g}"
+    )
 
 
 def textual(t: Table, j: int) -> bool:
@@ -201,7 +269,14 @@ def textual(t: Table, j: int) -> bool:
 def named(t: Table) -> list[tuple[str, Sequence[str]]]:
     """What a row is called, and its runs."""
     rows = [row for row in t.rows if row.runs]
-    words = [[c for j, c in enumerate(row.cells) if isinstance(c, str) and c.strip("*") and textual(t, j)] for row in rows]
+    words = [
+        [
+            c
+            for j, c in enumerate(row.cells)
+            if isinstance(c, str) and c.strip("*") and textual(t, j)
+        ]
+        for row in rows
+    ]
     enough = 1 if len({w[0] for w in words}) == len(words) else 2
     return [(", ".join(w[:enough]), row.runs) for w, row in zip(words, rows, strict=True)]
 
@@ -218,7 +293,14 @@ def _escaped(text: str) -> str:
     return re.sub(r"([\\|*_`<>])", r"\\\1", text)
 
 
-_TEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": "$<$", ">": "$>$", "·": r"$\cdot$"}
+_TEX = {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": "$<$",
+    ">": "$>$",
+    "·": r"$\cdot$",
+}
 _TEX |= {c: f"\\{c}" for c in "&%$#_{}"}
 
 
@@ -226,7 +308,11 @@ def _tex(c: Value | str | None) -> str:
     if c is None:
         return "--"
     if isinstance(c, Value):
-        text = re.sub(r"[-+]?[<]?[\d,]*\.?\d+(?:e[-+]?\d+)?", lambda m: f"${m.group().replace(',', '{,}')}$", c.text())
+        text = re.sub(
+            r"[-+]?[<]?[\d,]*\.?\d+(?:e[-+]?\d+)?",
+            lambda m: f"${m.group().replace(',', '{,}')}$",
+            c.text(),
+        )
         text = "--" if text == "-" else text
         return re.sub(r"\$([^$]*)\$", r"$\\mathbf{\1}$", text) if c.bold else text
     return "".join(_TEX.get(ch, ch) for ch in c)
@@ -238,7 +324,9 @@ def _cell(c: Value | str | None, narrow: bool) -> str:
         return _tex(c)
     between = _tex(replace(c, bold=False)).partition(" (")[2].removesuffix(")")
     ends = between.replace(" to ", " to|", narrow).split("|")
-    return _stacked([_tex(replace(c, low=math.nan)), *(f"\\scriptsize {end}" for end in ends)], "r", "t")
+    return _stacked(
+        [_tex(replace(c, low=math.nan)), *(f"\\scriptsize {end}" for end in ends)], "r", "t"
+    )
 
 
 def _broken(c: Value | str | None) -> str:

@@ -12,17 +12,22 @@ from gain_cl.measure import cells, provenance, record
 from gain_cl.runs import resume
 from gain_cl.runs import same as same_
 
-# --- a run with more domains -----------------------------------------------------------------------------------------
+# --- a run with more domains ----------------------------------------------------------------------
 
 
 def inherit(
-    config: RunConfig, folder: Path, pins: dict[str, Any], now: dict[str, Any], here: dict[str, Any] | None = None
+    config: RunConfig,
+    folder: Path,
+    pins: dict[str, Any],
+    now: dict[str, Any],
+    here: dict[str, Any] | None = None,
 ) -> tuple[dict[int, resume.Stage], list[str]]:
-    """The trained stages that another run has in common with this one: same settings, data and order up to there.
+    """The trained stages that another run has in common with this one: same settings, data and
+    order up to there.
 
-    now, here: as of ``settle``. Returns them by index, from 1 (the longest such beginning), and what to tell. What was scored is
-    no condition: it is scored again where it differs. Of a run in which something changed on the way no stage is known to be
-    of these data."""
+    now, here: as of ``settle``. Returns them by index, from 1 (the longest such beginning), and
+    what to tell. What was scored is no condition: it is scored again where it differs. Of a run in
+    which something changed on the way no stage is known to be of these data."""
     best: dict[int, resume.Stage] = {}
     notes: list[str] = []
     told: list[str] = []
@@ -45,20 +50,37 @@ def inherit(
         if tainted:
             notes.append(f"{text} is tainted: training them again")
         elif any(not (stage.folder / resume.ADAPTER).exists() for stage in stages.values()):
-            notes.append(f"{text} keeps only its last state: training them again (checkpoint.keep_stages=all would have kept them)")
+            notes.append(
+                f"{text} keeps only its last state: training them again "
+                "(checkpoint.keep_stages=all would have kept them)"
+            )
         elif len(stages) > len(best):
-            best, other_way = stages, same_._otherwise(run, {**provenance.environment(), **(here or {})})
-            told = [f"stages up to {len(best)} are those of {run['run_id']}, where {what}" for what in other_way]
+            best, other_way = (
+                stages,
+                same_._otherwise(run, {**provenance.environment(), **(here or {})}),
+            )
+            told = [
+                f"stages up to {len(best)} are those of {run['run_id']}, where {what}"
+                for what in other_way
+            ]
     return best, told if best else notes
 
 
-def _common(run: dict[str, Any], config: RunConfig, pins: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """The domains that another run and this one begin with, as far as all that their weights depend on is the same."""
+def _common(
+    run: dict[str, Any], config: RunConfig, pins: dict[str, Any], now: dict[str, Any]
+) -> list[str]:
+    """The domains that another run and this one begin with, as far as all that their weights depend
+    on is the same."""
     settings, common = config.scientific(), list(config.sequence.trained)
     try:
         while common:
-            same = run["settings"]["regime"] == config.regime and run["settings"]["sequence"]["trained"][: len(common)] == common
-            same = same and _learning(run["settings"], run["pins"], common) == _learning(settings, pins, common)
+            same = (
+                run["settings"]["regime"] == config.regime
+                and run["settings"]["sequence"]["trained"][: len(common)] == common
+            )
+            same = same and _learning(run["settings"], run["pins"], common) == _learning(
+                settings, pins, common
+            )
             if same and not _unlike(run["facts"], now, common):
                 break
             common.pop()
@@ -70,8 +92,13 @@ def _common(run: dict[str, Any], config: RunConfig, pins: dict[str, Any], now: d
 def _learning(settings: dict[str, Any], pins: dict[str, Any], trained: list[str]) -> dict[str, Any]:
     """All that the weights after these stages depend on."""
     settings = provenance.without_places(settings, pins)
-    kept = {k: settings.get(k) for k in ("model", "adapter", "guard", "train", "seed", "handover", "regime")}
-    kept["domains"] = [[name, settings["domains"].get(name), pins["domains"].get(name)] for name in trained]
+    kept = {
+        k: settings.get(k)
+        for k in ("model", "adapter", "guard", "train", "seed", "handover", "regime")
+    }
+    kept["domains"] = [
+        [name, settings["domains"].get(name), pins["domains"].get(name)] for name in trained
+    ]
     if (settings.get("train") or {}).get("dev_every"):
         kept["eval"] = settings["eval"]  # of the dev losses in its record
     return {**kept, "pins": {k: pins.get(k) for k in ("model", "plugins", "init_from")}}
@@ -82,7 +109,9 @@ def _unlike(before: dict[str, Any], now: dict[str, Any], trained: list[str]) -> 
 
     def relevant(facts: dict[str, Any]) -> dict[str, Any]:
         tokens = facts["data"].get("tokens", {})
-        kept: dict[str, Any] = {k: facts[k] for k in ("numerics", "model", "tokenizer", "dtype", "device") if k in facts}
+        kept: dict[str, Any] = {
+            k: facts[k] for k in ("numerics", "model", "tokenizer", "dtype", "device") if k in facts
+        }
         return {**kept, "data": {name: tokens.get(name) for name in trained}}
 
     return same_.differing(relevant(before), relevant(now))
@@ -94,9 +123,19 @@ def share_scores(stage: resume.Stage, folder: Path) -> None:
     for (kind, name), key in ((tuple(k.split("/", 1)), v) for k, v in stage.facts["cells"].items()):
         rows = stage.rows[(stage.rows.kind == kind) & (stage.rows[kinds[kind]] == name)]
         columns = [c for c in cell_columns(kind) if c in rows]
-        extra = {} if kind == "document" else {"score": stage.record.tasks[name].model_dump(mode="json")}
+        extra = (
+            {}
+            if kind == "document"
+            else {"score": stage.record.tasks[name].model_dump(mode="json")}
+        )
         if cells.load(folder, key["key"]) is None:
-            cells.store(folder, key["key"], rows[columns].reset_index(drop=True), seconds=key["seconds"], **extra)
+            cells.store(
+                folder,
+                key["key"],
+                rows[columns].reset_index(drop=True),
+                seconds=key["seconds"],
+                **extra,
+            )
 
 
 def cell_columns(kind: str) -> list[str]:

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class _Inputs:
-    """What a run works on. identity: all that a score depends on besides weights and what is scored; environment: of this
-    attempt, what may differ from another."""
+    """What a run works on. identity: all that a score depends on besides weights and what is
+    scored; environment: of this attempt, what may differ from another."""
 
     loaded: Loaded
     domains: dict[str, Domain]  # trained ones in order, then the controls
@@ -45,7 +45,11 @@ class _Inputs:
     def peak_memory(self) -> int:
         import torch
 
-        return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else provenance.peak_memory()
+        return (
+            torch.cuda.max_memory_allocated(self.device)
+            if self.device.type == "cuda"
+            else provenance.peak_memory()
+        )
 
 
 def load(config: RunConfig, pins: dict[str, Any], tracker: Teller) -> _Inputs:
@@ -53,7 +57,9 @@ def load(config: RunConfig, pins: dict[str, Any], tracker: Teller) -> _Inputs:
     last, names = len(config.stages), [*config.sequence.trained, *config.sequence.controls]
     tracker.phase("import torch and transformers", stage=0, of=last)
     if config.compute.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it once, when torch starts it
+        os.environ.setdefault(
+            "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+        )  # cuBLAS reads it once, when torch starts it
     import torch
 
     device = models.device_of(config.compute.device, config.model.dtype)
@@ -70,13 +76,23 @@ def load(config: RunConfig, pins: dict[str, Any], tracker: Teller) -> _Inputs:
         signals.poll()
         tracker.progress(i, len(names), "domains", name)
         domains[name] = domains_.prepare(
-            config.domains[name], loaded.tokenizer, loaded.tokenizer_hash, pins["domains"][name], loaded.prefix_id
+            config.domains[name],
+            loaded.tokenizer,
+            loaded.tokenizer_hash,
+            pins["domains"][name],
+            loaded.prefix_id,
         )
-    notes = domains_.check(domains, config.train, config.eval, loaded.vocabulary, config.only_scored)
+    notes = domains_.check(
+        domains, config.train, config.eval, loaded.vocabulary, config.only_scored
+    )
     taskset = tasks.TaskSet(config.tasks, loaded.tokenizer) if config.tasks.names else None
     tracker.phase("compare training text with what is scored", stage=0, of=last)
     near = overlap.near_duplicates(domains, config.sequence.trained, config.eval)
-    shared = overlap.benchmark(domains, config.sequence.trained, tasks.texts(taskset)) if taskset is not None else []
+    shared = (
+        overlap.benchmark(domains, config.sequence.trained, tasks.texts(taskset))
+        if taskset is not None
+        else []
+    )
     notes += overlap.notes(near, shared, config.eval)
     files = convert.files(config.model)
     environment = {
@@ -112,14 +128,19 @@ def _fixed(config: RunConfig, plan: plan_.Plan, inputs: _Inputs) -> dict[str, An
     facts = same.facts(config, plan.pins)
     facts["model"]["files"] = inputs.model_files
     facts["data"]["tokens"] = {name: domain.hash for name, domain in inputs.domains.items()}
-    facts["data"]["validation"] = {name: domain.split_hash(config.eval.split) for name, domain in inputs.domains.items()}
+    facts["data"]["validation"] = {
+        name: domain.split_hash(config.eval.split) for name, domain in inputs.domains.items()
+    }
     return {**facts, "tokenizer": inputs.loaded.tokenizer_hash, "device": inputs.device.type}
 
 
 def _streams(config: RunConfig, inputs: _Inputs) -> list[Stream]:
     """The training text of each stage."""
     separator = inputs.loaded.separator_id
-    streams: list[Stream] = [inputs.domains[d].train_blocks(config.seed, config.train.block, separator) for d in config.sequence.trained]
+    streams: list[Stream] = [
+        inputs.domains[d].train_blocks(config.seed, config.train.block, separator)
+        for d in config.sequence.trained
+    ]
     return [domains_.Mixture(JOINT, streams, config.seed)] if config.regime == "joint" else streams
 
 
@@ -128,13 +149,26 @@ def _advice(config: RunConfig, loaded: Loaded) -> list[str]:
     notes = [config.model.note] if config.model.note else []
     own = loaded.model.config.to_dict()
     for key, stated in (config.model.arch or {}).items():
-        if key in own and own[key] != stated and not (isinstance(stated, float) and math.isclose(own[key], stated, rel_tol=1e-6)):
-            notes.append(f"model.arch.{key}={stated} is not what the weights say, {own[key]}: the weights count")
+        if (
+            key in own
+            and own[key] != stated
+            and not (isinstance(stated, float) and math.isclose(own[key], stated, rel_tol=1e-6))
+        ):
+            notes.append(
+                f"model.arch.{key}={stated} is not what the weights say, {own[key]}: the "
+                "weights count"
+            )
     if config.lr_tuned_on and config.lr_tuned_on != config.model.name:
-        chosen = f"train.lr={config.train.lr:g} was chosen on {config.lr_tuned_on}, not on {config.model.name}"
+        chosen = (
+            f"train.lr={config.train.lr:g} was chosen on {config.lr_tuned_on}, not on "
+            f"{config.model.name}"
+        )
         notes.append(f"{chosen}: sweep it before comparing methods")
     if config.tasks.limit:
-        notes.append(f"tasks.limit={config.tasks.limit}: task scores are for debugging and may not enter a table")
+        notes.append(
+            f"tasks.limit={config.tasks.limit}: task scores are for debugging and may not "
+            "enter a table"
+        )
     return notes
 
 

@@ -1,8 +1,9 @@
-"""The run in wandb, on request: the only door to it. Torch-free, and wandb is imported only when a run asks for it.
+"""The run in wandb, on request: the only door to it. Torch-free, and wandb is imported only when a
+run asks for it.
 
-A mirror of what the files say: it may be absent, refuse or vanish at any moment, and neither a number nor the end of
-the run changes; one line tells. It is fed from metrics.jsonl, and only what a checkpoint covers, so each row is shown once
-however often the run was interrupted.
+A mirror of what the files say: it may be absent, refuse or vanish at any moment, and neither a
+number nor the end of the run changes; one line tells. It is fed from metrics.jsonl, and only what a
+checkpoint covers, so each row is shown once however often the run was interrupted.
 """
 
 from __future__ import annotations
@@ -30,31 +31,39 @@ if TYPE_CHECKING:
     from gain_cl.measure.record import Run
 
 FINISH_SECONDS = 15
-"""Longest wait for the upload of what is left when the run ends; the rest stays on disk for ``wandb sync``."""
+"""Longest wait for the upload of what is left when the run ends; the rest stays on disk for ``wandb
+sync``."""
 
 SHOWN = ("step", "dev", "stage")
-"""Kinds of rows of metrics.jsonl that become a row here; a stage's takes in the eval and task lines before it."""
+"""Kinds of rows of metrics.jsonl that become a row here; a stage's takes in the eval and task lines
+before it."""
 
 _LOGIN = re.compile(r"(?<=://)[^/@\s]+@")
 
 
 class Mirror:
-    """The run in wandb. Each call is guarded: the first exception is told in one line and ends the mirror, not the run.
+    """The run in wandb. Each call is guarded: the first exception is told in one line and ends the
+    mirror, not the run.
 
-    wandb's step is the row's number in the whole run. Axes of its own besides: ``stage`` for ppl/*, change_pct/* and
-    task/*, ``train/global_step`` for train/*.
+    wandb's step is the row's number in the whole run. Axes of its own besides: ``stage`` for ppl/*,
+    change_pct/* and task/*, ``train/global_step`` for train/*.
 
-    What wandb has already, and is not sent again, when a run goes on: online the server says it. Offline, wandb writes
-    to its file with delay, so that a killed process leaves an unknown part: only a folder that was closed in order counts.
-    mirror.json names those and the rows up to which they reach; any other offline folder of this run is removed, and its
-    rows are sent again from metrics.jsonl.
+    What wandb has already, and is not sent again, when a run goes on: online the server says it.
+    Offline, wandb writes to its file with delay, so that a killed process leaves an unknown part:
+    only a folder that was closed in order counts. mirror.json names those and the rows up to which
+    they reach; any other offline folder of this run is removed, and its rows are sent again from
+    metrics.jsonl.
     """
 
-    def __init__(self, config: RunConfig, run_id: str, folder: Path, tell: Callable[[str], None]) -> None:
+    def __init__(
+        self, config: RunConfig, run_id: str, folder: Path, tell: Callable[[str], None]
+    ) -> None:
         self._config, self._run_id, self._folder, self._tell = config, run_id, folder, tell
         self._run: Any = None
         self._sent = 0  # rows that wandb has been given
-        self._closed: list[str] = []  # its offline folders that hold rows before those of this process
+        self._closed: list[
+            str
+        ] = []  # its offline folders that hold rows before those of this process
         self._read = 0  # bytes of metrics.jsonl that have been looked at
         self._base: dict[str, float] = {}  # loss of each domain before anything was learned
         self._values: dict[str, Any] = {}  # of the stage whose eval and task lines are being read
@@ -64,42 +73,55 @@ class Mirror:
         try:
             yield
         except Exception as error:  # whatever a tracker does, the run goes on
-            self._tell(f"wandb: {doing} failed ({_reason(error)}); the run goes on without it, its files are complete")
+            self._tell(
+                f"wandb: {doing} failed ({_reason(error)}); the run goes on without it, its files "
+                "are complete"
+            )
             self._abandon()
 
     def _abandon(self) -> None:
-        """Leave nothing behind that could speak or wait later; that this may fail too was told already."""
+        """Leave nothing behind that could speak or wait later; that this may fail too was told
+        already."""
         run, self._run = self._run, None
         with suppress(Exception):
             if run is not None:
                 run.finish(exit_code=1)
         with suppress(Exception):
-            if (wandb := sys.modules.get("wandb")) and wandb.run is None:  # no run of the caller's own
+            if (
+                wandb := sys.modules.get("wandb")
+            ) and wandb.run is None:  # no run of the caller's own
                 wandb.teardown()
 
     def start(self, resuming: bool) -> None:
         mode = self._mode()
         if mode == "disabled":
             return
-        # Its crash reports go to the same server: out of reach, they would hold up the end of the process by 20 s.
+        # Its crash reports go to the same server: out of reach, they would hold up the end of the
+        # process by 20 s.
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         with self._guarded("start"):
             import wandb
 
             wandb.setup(wandb.Settings(silent=True))  # before anything that could print
             if mode != "offline" and not _has_key(wandb.setup().settings.base_url):
-                self._tell(f"wandb: no API key (wandb login, or WANDB_API_KEY); tracking offline, {self._later}")
+                self._tell(
+                    "wandb: no API key (wandb login, or WANDB_API_KEY); tracking offline, "
+                    f"{self._later}"
+                )
                 mode = "offline"
             if mode != "offline":
                 try:
                     self._run = self._init("online", resuming)
                 except Exception as error:
                     if wandb.run is not None:
-                        raise  # somebody else's run is active: the service cannot be restarted under it
+                        # somebody else's run is active: the service cannot be restarted under it
+                        raise
                     wandb.teardown()  # the service still holds the run id of the failed attempt
                     wandb.setup(wandb.Settings(silent=True))
                     mode = "offline"
-                    self._tell(f"wandb: not reached ({_reason(error)}); tracking offline, {self._later}")
+                    self._tell(
+                        f"wandb: not reached ({_reason(error)}); tracking offline, {self._later}"
+                    )
             if self._run is None:
                 self._run = self._init("offline", resuming)
             reach("dashboard.opened")
@@ -132,7 +154,10 @@ class Mirror:
         return Path(self._run.dir).parent.name
 
     def _remember(self) -> None:
-        write_bytes(self._state, json.dumps({"rows": self._sent, "folders": self._closed}, allow_nan=False).encode())
+        write_bytes(
+            self._state,
+            json.dumps({"rows": self._sent, "folders": self._closed}, allow_nan=False).encode(),
+        )
 
     @property
     def _later(self) -> str:
@@ -148,14 +173,16 @@ class Mirror:
         import wandb
 
         track, config = self._config.track, self._config
-        # Of the time allowed (RunConfig's bound keeps the start under 20 s), a third is kept for giving up and starting offline.
+        # Of the time allowed (RunConfig's bound keeps the start under 20 s), a third is kept for
+        # giving up and starting offline.
         wait = max(1.0, track.init_timeout_seconds * 2 / 3)
         settings = {
             "silent": True,
             "console": "off",
             "disable_git": True,
             "save_code": False,
-            "x_disable_meta": True,  # it would copy the command line; the record says where the run was made
+            # it would copy the command line; the record says where the run was made
+            "x_disable_meta": True,
             "init_timeout": wait,
             "finish_timeout": FINISH_SECONDS,
         }
@@ -168,15 +195,24 @@ class Mirror:
             group=track.group or f"{config.sequence.name}/{config.model.name}/{config.method}",
             job_type=track.job_type,
             tags=track.tags,
-            config=_public({**config.scientific(), "compute": config.compute.model_dump(mode="json"), "run_id": self._run_id}),
+            config=_public(
+                {
+                    **config.scientific(),
+                    "compute": config.compute.model_dump(mode="json"),
+                    "run_id": self._run_id,
+                }
+            ),
             dir=str(self._folder),
             mode=mode,
             reinit="create_new",  # leaves a run of the caller's own alone
-            settings=wandb.Settings(**{k: v for k, v in settings.items() if k in wandb.Settings.model_fields}),  # 0.22 knows fewer
+            settings=wandb.Settings(
+                **{k: v for k, v in settings.items() if k in wandb.Settings.model_fields}
+            ),  # 0.22 knows fewer
         )
 
     def send(self, length: int) -> None:
-        """Give wandb the rows among the first ``length`` bytes of metrics.jsonl that it does not have."""
+        """Give wandb the rows among the first ``length`` bytes of metrics.jsonl that it does not
+        have."""
         if self._run is None:
             return
         with self._guarded("log"):
@@ -187,18 +223,29 @@ class Mirror:
             for row in map(json.loads, lines):
                 values = self._shown(row)
                 if values and row["row"] >= self._sent:
-                    self._run.log({k: v for k, v in format.finite(values)[0].items() if v is not None}, step=row["row"], commit=True)
+                    self._run.log(
+                        {k: v for k, v in format.finite(values)[0].items() if v is not None},
+                        step=row["row"],
+                        commit=True,
+                    )
                     self._sent = row["row"] + 1
 
     def _shown(self, row: dict[str, Any]) -> dict[str, Any]:
         """What wandb shows for a row of metrics.jsonl; nothing for most kinds."""
         if row["kind"] == "step":
-            values = {f"train/{k}": row[k] for k in ("loss_nats", "lr", "grad_norm", "stage", "micro_batch") if k in row}
+            values = {
+                f"train/{k}": row[k]
+                for k in ("loss_nats", "lr", "grad_norm", "stage", "micro_batch")
+                if k in row
+            }
             if row.get("tokens") and row.get("seconds"):
                 values["train/tokens_per_second"] = row["tokens"] / row["seconds"]
             return {"train/global_step": self._global_step(row), **values}
         if row["kind"] == "dev":
-            return {"train/global_step": self._global_step(row), "train/dev_loss_nats": row.get("loss_nats")}
+            return {
+                "train/global_step": self._global_step(row),
+                "train/dev_loss_nats": row.get("loss_nats"),
+            }
         if row["kind"] == "eval" and row["loss_nats"] is not None:
             domain, loss = row["domain"], row["loss_nats"]
             if row["stage"] == 0:
@@ -215,7 +262,8 @@ class Mirror:
         return {}
 
     def _global_step(self, row: dict[str, Any]) -> int:
-        """Steps since the start of the run: a function of the position, so that a resumed run continues its curve."""
+        """Steps since the start of the run: a function of the position, so that a resumed run
+        continues its curve."""
         return (int(row["stage"]) - 1) * self._config.stage.stage_steps + int(row["step"])
 
     def finish(self, run: Run, picture: Path) -> None:
@@ -225,9 +273,14 @@ class Mirror:
             import wandb
 
             r = run.record
-            summary: dict[str, Any] = {"trainable_parameters": r.trainable_parameters, "peak_memory_bytes": r.peak_memory_bytes}
+            summary: dict[str, Any] = {
+                "trainable_parameters": r.trainable_parameters,
+                "peak_memory_bytes": r.peak_memory_bytes,
+            }
             summary |= {"tainted": "; ".join(r.tainted)} if r.tainted else {}
-            losses = matrix.LossMatrix.from_documents(run.documents, r.trained, r.controls, r.regime)
+            losses = matrix.LossMatrix.from_documents(
+                run.documents, r.trained, r.controls, r.regime
+            )
             for name, estimate in matrix.summary(losses).items():
                 pct = estimate.map(format.change)
                 summary |= {f"{name}_nats": estimate.value, f"{name}_pct": pct.value}
@@ -236,10 +289,15 @@ class Mirror:
             summary |= _tasks(run)
             clean, _ = format.finite(summary)
             self._run.summary.update({k: v for k, v in clean.items() if v is not None})
-            last: dict[str, Any] = {"matrix_image": wandb.Image(str(picture))} if picture.exists() else {}
+            last: dict[str, Any] = (
+                {"matrix_image": wandb.Image(str(picture))} if picture.exists() else {}
+            )
             table = run.matrix
             cells = table.to_numpy().tolist()
-            rows: list[Any] = [[s.index, s.domain or "", *format.finite(v)[0]] for s, v in zip(r.stages, cells, strict=True)]
+            rows: list[Any] = [
+                [s.index, s.domain or "", *format.finite(v)[0]]
+                for s, v in zip(r.stages, cells, strict=True)
+            ]
             last["matrix"] = wandb.Table(columns=["stage", "trained", *table.columns], data=rows)
             self._run.log(last, step=self._sent, commit=True)
 
@@ -256,7 +314,8 @@ class Mirror:
 
 
 def _tasks(run: Run) -> dict[str, float]:
-    """Each task's accuracy at the last stage that scored it, and what changed since the first, with 95% intervals over items."""
+    """Each task's accuracy at the last stage that scored it, and what changed since the first, with
+    95% intervals over items."""
     found: dict[str, float] = {}
     stages = run.record.stages
     for task in dict.fromkeys(t for s in stages for t in s.tasks):
@@ -264,9 +323,14 @@ def _tasks(run: Run) -> dict[str, float]:
         first, last = scored[0], scored[-1]
         score = stages[last].tasks[task]
         found[f"task/{task}/accuracy"] = score.correct / score.items
-        for name, e in (answers.change(run.items, task, first, last) if last != first else {}).items():
+        for name, e in (
+            answers.change(run.items, task, first, last) if last != first else {}
+        ).items():
             found |= {f"task/{task}/{name}_change": e.value}
-            found |= {f"task/{task}/{name}_change_low": e.low, f"task/{task}/{name}_change_high": e.high}
+            found |= {
+                f"task/{task}/{name}_change_low": e.low,
+                f"task/{task}/{name}_change_high": e.high,
+            }
     return found
 
 
@@ -282,7 +346,9 @@ def _has_key(base_url: str) -> bool:
         return True
     for name in (os.environ.get("NETRC"), "~/.netrc", "~/_netrc"):
         try:
-            if name and netrc.netrc(os.path.expanduser(name)).authenticators(urlsplit(base_url).netloc):
+            if name and netrc.netrc(os.path.expanduser(name)).authenticators(
+                urlsplit(base_url).netloc
+            ):
                 return True
         except (OSError, netrc.NetrcParseError):
             continue
@@ -290,7 +356,8 @@ def _has_key(base_url: str) -> bool:
 
 
 def _public(value: Any) -> Any:
-    """The value with credentials blanked: logins in URLs, and values of environment variables that are named like secrets."""
+    """The value with credentials blanked: logins in URLs, and values of environment variables that
+    are named like secrets."""
     if isinstance(value, dict):
         return {k: _public(v) for k, v in value.items()}
     if isinstance(value, list | tuple):

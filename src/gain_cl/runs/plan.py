@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Plan:
-    """Identity and places of a run. folder: output_dir/<run_id>; finished: the record is there already."""
+    """Identity and places of a run. folder: output_dir/<run_id>; finished: the record is there
+    already."""
 
     run_id: str
     pins: dict[str, Any]
@@ -34,13 +35,17 @@ class Plan:
     @property
     def unswept(self) -> bool:
         """Whether an attempt is under way, was killed or failed."""
-        return any((self.folder / name).exists() for name in ("ckpt", "cells", "LOCK", "failure.json"))
+        return any(
+            (self.folder / name).exists() for name in ("ckpt", "cells", "LOCK", "failure.json")
+        )
 
     @property
     def interrupted(self) -> bool:
         """Whether an attempt has saved something since the record, if there is one, was written."""
         states = [p.stat().st_mtime_ns for p in (self.folder / "ckpt").glob("step-*")]
-        return bool(states) and not (self.finished and self.record_path.stat().st_mtime_ns >= max(states))
+        return bool(states) and not (
+            self.finished and self.record_path.stat().st_mtime_ns >= max(states)
+        )
 
     @property
     def files(self) -> dict[str, Path]:
@@ -55,12 +60,16 @@ class Plan:
 
 
 def prepare(config: RunConfig) -> Plan:
-    """Pin model, data and tasks and derive the run id. Torch-free; reads local files, downloads nothing."""
+    """Pin model, data and tasks and derive the run id. Torch-free; reads local files, downloads
+    nothing."""
     pins: dict[str, Any] = {
         "model": source.pin(config.model),
         "domains": {name: domains_.pin(domain) for name, domain in config.domains.items()},
         "tasks": tasks.pin(config.tasks),
-        "plugins": {"adapter": adapters.pin(config.adapter.kind), "guard": guards.pin(config.guard.kind)},
+        "plugins": {
+            "adapter": adapters.pin(config.adapter.kind),
+            "guard": guards.pin(config.guard.kind),
+        },
     }
     if (begin := portable.pin(config.adapter)) is not None:
         pins["init_from"] = begin
@@ -73,4 +82,9 @@ def prepare(config: RunConfig) -> Plan:
 
 
 def _plan(config: RunConfig, run_id: str, pins: dict[str, Any]) -> Plan:
-    return Plan(run_id, pins, Path(config.results_dir) / "runs" / f"{run_id}.json", Path(config.output_dir) / run_id)
+    return Plan(
+        run_id,
+        pins,
+        Path(config.results_dir) / "runs" / f"{run_id}.json",
+        Path(config.output_dir) / run_id,
+    )

@@ -1,8 +1,9 @@
-"""Where an attempt at a run begins: what earlier attempts left, whether it is good, and what may not differ. Torch-free.
+"""Where an attempt at a run begins: what earlier attempts left, whether it is good, and what may
+not differ. Torch-free.
 
-A run folder holds ``run.json`` (what the run is, and where it was begun), ``attempts.jsonl`` (a line for each start),
-``ckpt/step-N/`` (state inside a stage: N optimiser steps of the whole run are done) and ``stages/NN-domain/`` (a finished
-stage: scores, and its trained state as a checkpoint).
+A run folder holds ``run.json`` (what the run is, and where it was begun), ``attempts.jsonl`` (a
+line for each start), ``ckpt/step-N/`` (state inside a stage: N optimiser steps of the whole run are
+done) and ``stages/NN-domain/`` (a finished stage: scores, and its trained state as a checkpoint).
 """
 
 from __future__ import annotations
@@ -36,9 +37,10 @@ class Stage:
 
 @dataclass(frozen=True)
 class Start:
-    """stages: finished ones by index; folder: the verified checkpoint to go on from (None: the pretrained model) and state,
-    its state.json; warnings: what was passed over; behind: folders of later states, which go before anything new is saved: they
-    would push new checkpoints out, or, once good again, speak of a metrics.jsonl that is gone."""
+    """stages: finished ones by index; folder: the verified checkpoint to go on from (None: the
+    pretrained model) and state, its state.json; warnings: what was passed over; behind: folders of
+    later states, which go before anything new is saved: they would push new checkpoints out, or,
+    once good again, speak of a metrics.jsonl that is gone."""
 
     stages: dict[int, Stage] = field(default_factory=dict)
     folder: Path | None = None
@@ -53,12 +55,13 @@ class Start:
         return at.get("track")
 
 
-# --- what earlier attempts left --------------------------------------------------------------------------------------
+# --- what earlier attempts left -------------------------------------------------------------------
 
 
 def begin(config: RunConfig, folder: Path, run_id: str) -> Start:
-    """The newest good state in a run folder, for its owner. DataError when there are states and none is good: never from
-    the start again unasked. ConfigError when resume=must and there is nothing to go on from."""
+    """The newest good state in a run folder, for its owner. DataError when there are states and
+    none is good: never from the start again unasked. ConfigError when resume=must and there is
+    nothing to go on from."""
     root = folder / "stages"
     checkpoint.tidy(folder, folder / "ckpt", root)
     same._same_settings(config, folder)
@@ -83,19 +86,35 @@ def begin(config: RunConfig, folder: Path, run_id: str) -> Start:
         if missing := [i for i in range(1, reached) if i not in stages]:
             warnings.append(f"{path} cannot be used: stage {missing[0]} before it is damaged")
             continue
-        return Start({i: s for i, s in stages.items() if i < reached}, path, state, warnings, _behind(folder, steps, reached))
+        return Start(
+            {i: s for i, s in stages.items() if i < reached},
+            path,
+            state,
+            warnings,
+            _behind(folder, steps, reached),
+        )
     if found:
         do = f"restore {found[-1][2].name}, or {same.ANEW}"
-        raise DataError(f"no good checkpoint: {'; '.join(dict.fromkeys(warnings))}", str(folder), do)
+        raise DataError(
+            f"no good checkpoint: {'; '.join(dict.fromkeys(warnings))}", str(folder), do
+        )
     if config.resume == "must":
-        raise ConfigError("resume=must, but there is no checkpoint", str(folder), "use resume=auto, or check output_dir and the settings")
+        raise ConfigError(
+            "resume=must, but there is no checkpoint",
+            str(folder),
+            "use resume=auto, or check output_dir and the settings",
+        )
     return Start({i: s for i, s in stages.items() if i == 0}, warnings=warnings)
 
 
 def _behind(folder: Path, steps: int, reached: int) -> list[Path]:
     """Checkpoints of more than ``steps`` steps, and stages from ``reached`` on."""
-    later = [p for p in checkpoint.steps(folder / "ckpt") if int(p.name.removeprefix("step-")) > steps]
-    return later + [p for p in (folder / "stages").glob("[0-9]*-*") if int(p.name.split("-")[0]) >= reached]
+    later = [
+        p for p in checkpoint.steps(folder / "ckpt") if int(p.name.removeprefix("step-")) > steps
+    ]
+    return later + [
+        p for p in (folder / "stages").glob("[0-9]*-*") if int(p.name.split("-")[0]) >= reached
+    ]
 
 
 def _state(path: Path, run_id: str, steps: int, size: int) -> dict[str, Any]:
@@ -107,7 +126,10 @@ def _state(path: Path, run_id: str, steps: int, size: int) -> dict[str, Any]:
     except same.OTHER_SHAPE:
         raise DataError("state.json is not of this version of gain_cl", str(path)) from None
     if not own or at != steps:
-        raise DataError(f"it holds step {state['step']} of stage {state['stage']} of {state['run_id']}", str(path))
+        raise DataError(
+            f"it holds step {state['step']} of stage {state['stage']} of {state['run_id']}",
+            str(path),
+        )
     return state
 
 
@@ -117,7 +139,9 @@ def _finished(root: Path, run_id: str, warnings: list[str]) -> Iterator[tuple[in
         try:
             stage, index = read_stage(path), int(path.name.split("-")[0])
             if (stage.facts["run_id"], stage.facts["stage"]) != (run_id, index):
-                raise DataError(f"it is stage {stage.facts['stage']} of {stage.facts['run_id']}", str(path))
+                raise DataError(
+                    f"it is stage {stage.facts['stage']} of {stage.facts['run_id']}", str(path)
+                )
             checkpoint.drop(path)
             yield index, stage
         except DataError as error:
@@ -125,12 +149,26 @@ def _finished(root: Path, run_id: str, warnings: list[str]) -> Iterator[tuple[in
 
 
 def write_stage(
-    folder: Path, row: record.StageRecord, rows: pd.DataFrame, state: Path | None, facts: dict[str, Any], extra: list[str]
+    folder: Path,
+    row: record.StageRecord,
+    rows: pd.DataFrame,
+    state: Path | None,
+    facts: dict[str, Any],
+    extra: list[str],
 ) -> Stage:
-    """Save a finished stage: stage.json, scores.parquet and, linked from ``state``, the trained state (and ``extra`` files)."""
-    linked = {name: state / name for name in (ADAPTER, *extra) if state is not None and (state / name).exists()}
+    """Save a finished stage: stage.json, scores.parquet and, linked from ``state``, the trained
+    state (and ``extra`` files)."""
+    linked = {
+        name: state / name
+        for name in (ADAPTER, *extra)
+        if state is not None and (state / name).exists()
+    }
     about = {**facts, "record": row.model_dump(mode="json")}
-    files: dict[str, Any] = {"stage.json": same._json(about), "scores.parquet": rows.to_parquet(index=False), **linked}
+    files: dict[str, Any] = {
+        "stage.json": same._json(about),
+        "scores.parquet": rows.to_parquet(index=False),
+        **linked,
+    }
     checkpoint.save(folder, files)
     return _load(folder)
 

@@ -1,8 +1,10 @@
-"""One run, from a configuration to a record. READ THIS FIRST: it is the whole procedure, top to bottom.
+"""One run, from a configuration to a record. READ THIS FIRST: it is the whole procedure, top to
+bottom.
 
-``prepare`` is torch-free: it pins the inputs, names the run and says whether it is finished. ``execute`` does the work:
-score the untouched model on every domain (stage 0); attach the adapter; then for each domain learn it and score every
-domain again. Nothing here knows what a forgetting matrix is: that is derived from the record afterwards.
+``prepare`` is torch-free: it pins the inputs, names the run and says whether it is finished.
+``execute`` does the work: score the untouched model on every domain (stage 0); attach the adapter;
+then for each domain learn it and score every domain again. Nothing here knows what a forgetting
+matrix is: that is derived from the record afterwards.
 """
 
 from __future__ import annotations
@@ -44,19 +46,25 @@ if TYPE_CHECKING:
 
 
 def execute(config: RunConfig, plan: plan_.Plan) -> record.Run:
-    """Carry the run out, going on where an earlier attempt stopped; or read it when it is finished and force is off.
+    """Carry the run out, going on where an earlier attempt stopped; or read it when it is finished
+    and force is off.
 
-    PreemptedError when a signal asked to stop: what is done is saved. Any other failure leaves failure.json in the folder.
+    PreemptedError when a signal asked to stop: what is done is saved. Any other failure leaves
+    failure.json in the folder.
     """
     with signals.listening():
         if plan.finished and not config.force and not plan.unswept:
             return show_again(plan)
         if not plan.finished or config.force:
-            checks.inputs(config)  # what is wrong with data or model shows now, before anything is on disk
+            checks.inputs(
+                config
+            )  # what is wrong with data or model shows now, before anything is on disk
         made = [p for p in (plan.folder, *plan.folder.parents) if not p.exists()]  # with the lock
         try:
             with lock.owned(plan.folder):
-                if plan.finished and not config.force:  # another process finished it while we waited, or was killed at the end
+                if (
+                    plan.finished and not config.force
+                ):  # another process finished it while we waited, or was killed at the end
                     if not plan.interrupted:
                         _sweep(plan)
                     return show_again(plan)
@@ -104,7 +112,14 @@ def _execute(config: RunConfig, plan: plan_.Plan) -> record.Run:
     names = [*config.sequence.trained, *config.sequence.controls]
     last, size = len(config.stages), config.stage.stage_steps
     cells = (last + 1) * len(names)
-    with track.Tracker(config, plan.run_id, folder, steps_total=last * size, cells_total=cells, position=start.track) as tracker:
+    with track.Tracker(
+        config,
+        plan.run_id,
+        folder,
+        steps_total=last * size,
+        cells_total=cells,
+        position=start.track,
+    ) as tracker:
         for text in start.warnings:
             tracker.note(text)
         inputs = inputs_.load(config, plan.pins, tracker)
@@ -116,7 +131,9 @@ def _execute(config: RunConfig, plan: plan_.Plan) -> record.Run:
         loaded = inputs.loaded
         fixed = inputs_._fixed(config, plan, inputs)
         first = not start.stages and start.folder is None
-        notes = inputs.notes + same.settle(config, folder, plan.run_id, plan.pins, fixed, inputs.environment, first)
+        notes = inputs.notes + same.settle(
+            config, folder, plan.run_id, plan.pins, fixed, inputs.environment, first
+        )
         for text in notes:
             tracker.note(text)
         inherited: dict[int, resume.Stage] = {}
@@ -127,7 +144,9 @@ def _execute(config: RunConfig, plan: plan_.Plan) -> record.Run:
             notes += told
 
         stages = dict(start.stages)
-        events: list[str] = list(start.state.get("events", []))  # what happened to the run, in every attempt
+        events: list[str] = list(
+            start.state.get("events", [])
+        )  # what happened to the run, in every attempt
         spent: float = start.state.get("seconds", 0.0)
         fits: int | None = start.state.get("fits")  # sequences a forward pass, once memory ran out
         if start.folder is not None:
@@ -136,7 +155,13 @@ def _execute(config: RunConfig, plan: plan_.Plan) -> record.Run:
 
         def state(index: int, step: int) -> dict[str, Any]:
             """Where the run is, for a checkpoint or a finished stage."""
-            at = {"run_id": plan.run_id, "stage": index, "step": step, "fits": fits, "events": events}
+            at = {
+                "run_id": plan.run_id,
+                "stage": index,
+                "step": step,
+                "fits": fits,
+                "events": events,
+            }
             return {**at, "seconds": spent + time.time() - begun, "track": tracker.position()}
 
         def supersede() -> None:
@@ -144,9 +169,14 @@ def _execute(config: RunConfig, plan: plan_.Plan) -> record.Run:
             while start.behind:
                 checkpoint.remove(start.behind.pop())
 
-        def score(index: int, domain: str | None, stats: record.TrainStats | None, weights: Path | None) -> resume.Stage:
-            """Score every domain, and the tasks when they are due; save the finished stage. weights: folder of its trained state."""
-            tracker.phase(f"score after {domain}" if domain else "score pretrained", stage=index, of=last)
+        def score(
+            index: int, domain: str | None, stats: record.TrainStats | None, weights: Path | None
+        ) -> resume.Stage:
+            """Score every domain, and the tasks when they are due; save the finished stage.
+            weights: folder of its trained state."""
+            tracker.phase(
+                f"score after {domain}" if domain else "score pretrained", stage=index, of=last
+            )
             identity = dict(inputs.identity)
             if weights is not None:
                 identity["adapter"] = config.scientific()["adapter"]
@@ -156,10 +186,18 @@ def _execute(config: RunConfig, plan: plan_.Plan) -> record.Run:
             shared = weights is None and not config.force  # others may score these very weights
             known = folder.parent / "cells" if shared else folder / "cells"
             batch = config.compute.eval_batch
-            found = [scoring.domains(loaded, inputs.domains, config.eval, batch, identity, known, tracker)]
+            found = [
+                scoring.domains(
+                    loaded, inputs.domains, config.eval, batch, identity, known, tracker
+                )
+            ]
             if inputs.taskset is not None and tasks.due(config.tasks.stages, index, last):
                 tracker.phase("run tasks", stage=index, of=last)
-                found.append(scoring.tasks(loaded, inputs.taskset, plan.pins["tasks"], identity, known, tracker))
+                found.append(
+                    scoring.tasks(
+                        loaded, inputs.taskset, plan.pins["tasks"], identity, known, tracker
+                    )
+                )
             row = record.StageRecord(
                 index=index,
                 domain=domain,
@@ -170,12 +208,25 @@ def _execute(config: RunConfig, plan: plan_.Plan) -> record.Run:
                 task_seconds=found[-1].seconds("item"),
             )
             tracker.stage(row)
-            about = {**state(index, size if index else 0), "cells": {k: v for part in found for k, v in part.cells.items()}}
+            about = {
+                **state(index, size if index else 0),
+                "cells": {k: v for part in found for k, v in part.cells.items()},
+            }
             rows = pd.concat([part.rows for part in found], ignore_index=True).assign(stage=index)
             supersede()
-            extra = [resume.GUARD, *([resume.OPTIMIZER] if config.train.optimizer == "carried" else [])]
+            extra = [
+                resume.GUARD,
+                *([resume.OPTIMIZER] if config.train.optimizer == "carried" else []),
+            ]
             reach("stage.before")
-            finished = resume.write_stage(folder / "stages" / f"{index:02d}-{domain or 'pretrained'}", row, rows, weights, about, extra)
+            finished = resume.write_stage(
+                folder / "stages" / f"{index:02d}-{domain or 'pretrained'}",
+                row,
+                rows,
+                weights,
+                about,
+                extra,
+            )
             reach("stage.after")
             tracker.commit()
             shutil.rmtree(folder / "cells", ignore_errors=True)
@@ -199,14 +250,22 @@ def _execute(config: RunConfig, plan: plan_.Plan) -> record.Run:
                 nonlocal optimizer
                 adapter.load_state(checkpoint.read_tensors(saved, resume.ADAPTER))
                 guard.load_state(checkpoint.read_tensors(saved, resume.GUARD))
-                optimizer = train.optimizer(adapter, config.train)  # an adapter that restarted has other parameters
-                train.load_optimizer_state(optimizer, adapter, checkpoint.read_tensors(saved, resume.OPTIMIZER))
+                optimizer = train.optimizer(
+                    adapter, config.train
+                )  # an adapter that restarted has other parameters
+                train.load_optimizer_state(
+                    optimizer, adapter, checkpoint.read_tensors(saved, resume.OPTIMIZER)
+                )
 
             def save(index: int, step: int, progress: train.Progress) -> Path:
                 """A checkpoint, inside or at the end of a stage."""
                 trained_state, memory = adapter.state(), guard.state()
                 if not all(torch.isfinite(t).all() for t in trained_state.values()):
-                    raise DataError("the trained state is not finite", f"stage {index}, step {step}", "it was not saved; lower train.lr")
+                    raise DataError(
+                        "the trained state is not finite",
+                        f"stage {index}, step {step}",
+                        "it was not saved; lower train.lr",
+                    )
                 files: dict[str, Any] = {resume.ADAPTER: trained_state}
                 if memory:
                     files[resume.GUARD] = memory
@@ -223,11 +282,14 @@ def _execute(config: RunConfig, plan: plan_.Plan) -> record.Run:
                 return path
 
             def learn(index: int, name: str) -> tuple[record.TrainStats, Path]:
-                """Train a stage, from where an earlier attempt stopped in it; returns the folder of its last checkpoint."""
+                """Train a stage, from where an earlier attempt stopped in it; returns the folder of
+                its last checkpoint."""
                 nonlocal fits, optimizer
                 tracker.phase(f"learn {name}", stage=index, of=last)
                 inside = start.state.get("stage") == index and "progress" in start.state
-                progress = _progress(start.state["progress"], start.folder) if inside else train.Progress()
+                progress = (
+                    _progress(start.state["progress"], start.folder) if inside else train.Progress()
+                )
                 if not inside:
                     if config.regime == "individual":
                         adapter.load_state(initial)
@@ -238,8 +300,13 @@ def _execute(config: RunConfig, plan: plan_.Plan) -> record.Run:
                         optimizer = train.optimizer(adapter, config.train)
                 blocks, path = streams[index - 1], start.folder
                 guard.before_stage(index, streams[: index - 1], size * config.train.sequences)
-                place = 1 if config.regime == "individual" else index  # as if it were the only stage
-                micro = min(config.compute.micro_batch or config.train.sequences, fits or config.train.sequences)
+                place = (
+                    1 if config.regime == "individual" else index
+                )  # as if it were the only stage
+                micro = min(
+                    config.compute.micro_batch or config.train.sequences,
+                    fits or config.train.sequences,
+                )
                 due = checkpoint.Due(config.checkpoint.every_minutes, config.checkpoint.every_steps)
                 steps = train.stage(
                     loaded, adapter, guard, blocks, config.stage, optimizer,
@@ -250,7 +317,10 @@ def _execute(config: RunConfig, plan: plan_.Plan) -> record.Run:
                     tracker.step(row | {"steps": size})
                     if row["micro_batch"] < micro:
                         fits = micro = row["micro_batch"]
-                        events.append(f"out of memory at step {step} of stage {index}: from there {fits} sequences a forward pass")
+                        events.append(
+                            f"out of memory at step {step} of stage {index}: from there {fits} "
+                            "sequences a forward pass"
+                        )
                         tracker.note(events[-1])
                     if (spike := progress.add(row)) is not None:
                         tracker.spike(row | spike)
@@ -259,8 +329,16 @@ def _execute(config: RunConfig, plan: plan_.Plan) -> record.Run:
                         mixed = config.sequence.trained if config.regime == "joint" else [name]
                         asked = {"": mixed, "controls_": config.sequence.controls}
                         with signals.held():  # the step is not saved yet
-                            dev = {prefix: _total(config, inputs, on_dev, names) for prefix, names in asked.items() if names}
-                        sums = {f"{p}{key}": getattr(found, key) for p, found in dev.items() for key in ("nll_nats", "tokens")}
+                            dev = {
+                                prefix: _total(config, inputs, on_dev, names)
+                                for prefix, names in asked.items()
+                                if names
+                            }
+                        sums = {
+                            f"{p}{key}": getattr(found, key)
+                            for p, found in dev.items()
+                            for key in ("nll_nats", "tokens")
+                        }
                         progress.dev.append({"step": step, **sums})
                         losses = {f"{p}loss_nats": found.loss_nats for p, found in dev.items()}
                         tracker.dev({"stage": index, "domain": name, "step": step, **losses})
@@ -286,11 +364,15 @@ def _execute(config: RunConfig, plan: plan_.Plan) -> record.Run:
                 elif index in inherited:
                     take(inherited[index].folder)
                     inherit.share_scores(inherited[index], folder / "cells")
-                    stages[index] = score(index, name, inherited[index].record.train, inherited[index].folder)
+                    stages[index] = score(
+                        index, name, inherited[index].record.train, inherited[index].folder
+                    )
                 else:
                     stages[index] = score(index, name, *learn(index, name))
                 for older in range(1, index) if keep == "last" else ():
-                    checkpoint.drop(stages[older].folder, [resume.ADAPTER, resume.GUARD, resume.OPTIMIZER])
+                    checkpoint.drop(
+                        stages[older].folder, [resume.ADAPTER, resume.GUARD, resume.OPTIMIZER]
+                    )
 
         run_of = {
             **provenance.environment(),
@@ -324,11 +406,15 @@ def _execute(config: RunConfig, plan: plan_.Plan) -> record.Run:
             stages=[stage.record for stage in in_order],
             items_sha256="",
             notes=[*notes, *events, *adapter.remarks(loaded.model.dtype)],
-            tainted=list(dict.fromkeys(what for attempt in run_of["attempts"] for what in attempt["changed"])),
+            tainted=list(
+                dict.fromkeys(what for attempt in run_of["attempts"] for what in attempt["changed"])
+            ),
         )
         rows = pd.concat([stage.rows for stage in in_order], ignore_index=True)
         reach("record.before")
-        run = record.save(finished, rows[rows.kind == "document"], rows[rows.kind == "item"], plan.record_path)
+        run = record.save(
+            finished, rows[rows.kind == "document"], rows[rows.kind == "item"], plan.record_path
+        )
         reach("record.after")
         _write_views(run, plan)
         tracker.finish(run)
@@ -337,22 +423,32 @@ def _execute(config: RunConfig, plan: plan_.Plan) -> record.Run:
 
 
 def _attach(config: RunConfig, loaded: Loaded, seed: int) -> tuple[Adapter, Guard]:
-    """Adapter and guard on the untouched model. ConfigError when they do not fit it or each other."""
+    """Adapter and guard on the untouched model. ConfigError when they do not fit it or each
+    other."""
     adapter = adapters.build(config.adapter)
     adapter.attach(loaded)
     portable.begin(config.adapter, adapter, loaded)
     if adapter.trains and not adapter.parameters():
-        raise ConfigError(f"method {config.method} trains nothing on this model", "adapter", "choose another method")
+        raise ConfigError(
+            f"method {config.method} trains nothing on this model",
+            "adapter",
+            "choose another method",
+        )
     if config.handover == "restart" and len(config.stages) > 1 and not adapter.restarts():
-        raise ConfigError(f"the adapter of method {config.method} cannot restart", "handover", "use handover=continue")
+        raise ConfigError(
+            f"the adapter of method {config.method} cannot restart",
+            "handover",
+            "use handover=continue",
+        )
     guard = guards.build(config.guard)
     guard.attach(loaded, adapter, seed)
     return adapter, guard
 
 
 def _rehearse(config: RunConfig) -> None:
-    """Attach to the model without its weights: what does not fit it is refused in a second, not once stage 0 is scored. What needs
-    weights is left to the real model: PEFT's RuntimeError, and whatever else a plugin does with them."""
+    """Attach to the model without its weights: what does not fit it is refused in a second, not
+    once stage 0 is scored. What needs weights is left to the real model: PEFT's RuntimeError, and
+    whatever else a plugin does with them."""
     import torch
 
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
@@ -377,28 +473,42 @@ def _progress(saved: dict[str, Any], folder: Path | None) -> Progress:
         raise DataError("state.json is not of this version of gain_cl", str(folder), do) from None
 
 
-def _total(config: RunConfig, inputs: inputs_._Inputs, settings: Eval, names: list[str]) -> record.DomainScore:
+def _total(
+    config: RunConfig, inputs: inputs_._Inputs, settings: Eval, names: list[str]
+) -> record.DomainScore:
     """The sums over the documents of several domains."""
     from gain_cl.measure import perplexity
 
-    scores = [scoring.score_domain(inputs.loaded, inputs.domains[d], settings, config.compute.eval_batch) for d in names]
+    scores = [
+        scoring.score_domain(inputs.loaded, inputs.domains[d], settings, config.compute.eval_batch)
+        for d in names
+    ]
     return perplexity.total(pd.concat(scores))
 
 
-def _located(steps: Iterator[dict[str, Any]], index: int, name: str, blocks: Stream) -> Iterator[dict[str, Any]]:
-    """Rows of training with their stage; an error is told with the ids of the documents of its batch."""
+def _located(
+    steps: Iterator[dict[str, Any]], index: int, name: str, blocks: Stream
+) -> Iterator[dict[str, Any]]:
+    """Rows of training with their stage; an error is told with the ids of the documents of its
+    batch."""
     try:
         for row in steps:
             yield {"stage": index, "domain": name, **row}
     except DataError as error:
         if "documents" in error.facts:
-            error.facts |= {"stage": index, "domain": name, "documents": [blocks.ids[i] for i in error.facts["documents"]]}
+            error.facts |= {
+                "stage": index,
+                "domain": name,
+                "documents": [blocks.ids[i] for i in error.facts["documents"]],
+            }
         raise
 
 
 def _sweep(plan: plan_.Plan) -> None:
     """Remove what only an unfinished run needs."""
-    checkpoint.prune(plan.folder / "ckpt", keep=0)  # one by one: half of a checkpoint would look like a newer attempt
+    checkpoint.prune(
+        plan.folder / "ckpt", keep=0
+    )  # one by one: half of a checkpoint would look like a newer attempt
     for path in (plan.folder / "ckpt", plan.folder / "cells"):
         shutil.rmtree(path, ignore_errors=True)
     checkpoint.tidy(plan.folder, plan.folder / "stages")
@@ -408,9 +518,14 @@ def _sweep(plan: plan_.Plan) -> None:
 
 
 def _explained(error: Exception) -> Exception:
-    """What the system refuses, and running out of memory, in one line with advice; other errors as they are."""
+    """What the system refuses, and running out of memory, in one line with advice; other errors as
+    they are."""
     if isinstance(error, OSError) and error.strerror and not isinstance(error, BrokenPipeError):
-        return errors.StorageError(f"the system refuses: {error.strerror}", str(error.filename or ""), "check the disk and its permissions")
+        return errors.StorageError(
+            f"the system refuses: {error.strerror}",
+            str(error.filename or ""),
+            "check the disk and its permissions",
+        )
     if isinstance(error, errors.GainError) or "torch" not in sys.modules:
         return error
     from gain_cl.runs import train
@@ -418,13 +533,29 @@ def _explained(error: Exception) -> Exception:
     if not train.out_of_memory(error):
         return error
     what = str(error).splitlines()[0] if str(error) else type(error).__name__
-    do = "use compute.gradient_checkpointing=true, model.dtype=bfloat16 or, when the run begins, a smaller compute.eval_batch"
-    return errors.StorageError(f"out of memory: {what}", "evaluation and loading do not change their batches", do)
+    do = (
+        "use compute.gradient_checkpointing=true, model.dtype=bfloat16 or, when the run "
+        "begins, a smaller compute.eval_batch"
+    )
+    return errors.StorageError(
+        f"out of memory: {what}", "evaluation and loading do not change their batches", do
+    )
 
 
 def _failure(error: Exception) -> bytes:
-    facts = {"error": str(error), "exit_code": getattr(error, "exit_code", 1), **getattr(error, "facts", {})}
-    return (json.dumps({"time": datetime.now(UTC).isoformat(timespec="seconds"), **facts}, indent=1, allow_nan=False) + "\n").encode()
+    facts = {
+        "error": str(error),
+        "exit_code": getattr(error, "exit_code", 1),
+        **getattr(error, "facts", {}),
+    }
+    return (
+        json.dumps(
+            {"time": datetime.now(UTC).isoformat(timespec="seconds"), **facts},
+            indent=1,
+            allow_nan=False,
+        )
+        + "\n"
+    ).encode()
 
 
 def _write_views(run: record.Run, plan: plan_.Plan) -> None:

@@ -34,8 +34,8 @@ WINDOW, ENOUGH = 128, 32
 
 
 def rate(step: int, steps: int, lr: float, schedule: str, warmup: float, final_lr: float) -> float:
-    """Learning rate of step 0 .. steps-1 of a stage: linear warm-up over round(warmup * steps) steps, then constant, or
-    a cosine that ends at final_lr * lr on the last step."""
+    """Learning rate of step 0 .. steps-1 of a stage: linear warm-up over round(warmup * steps)
+    steps, then constant, or a cosine that ends at final_lr * lr on the last step."""
     rising = round(warmup * steps)
     if step < rising:
         return lr * (step + 1) / (rising + 1)
@@ -48,7 +48,13 @@ def rate(step: int, steps: int, lr: float, schedule: str, warmup: float, final_l
 def optimizer(adapter: Adapter, settings: Train) -> torch.optim.AdamW:
     """AdamW over the adapter's fp32 parameters."""
     parameters = list(adapter.parameters().values())
-    return torch.optim.AdamW(parameters, lr=settings.lr, betas=settings.betas, eps=settings.eps, weight_decay=settings.weight_decay)
+    return torch.optim.AdamW(
+        parameters,
+        lr=settings.lr,
+        betas=settings.betas,
+        eps=settings.eps,
+        weight_decay=settings.weight_decay,
+    )
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer, adapter: Adapter) -> dict[str, torch.Tensor]:
@@ -61,11 +67,19 @@ def optimizer_state(optimizer: torch.optim.Optimizer, adapter: Adapter) -> dict[
     }
 
 
-def load_optimizer_state(optimizer: torch.optim.Optimizer, adapter: Adapter, state: dict[str, torch.Tensor]) -> None:
+def load_optimizer_state(
+    optimizer: torch.optim.Optimizer, adapter: Adapter, state: dict[str, torch.Tensor]
+) -> None:
     """Put back what ``optimizer_state`` took."""
     for name, p in adapter.parameters().items():
-        own = {key.split("/", 1)[0]: value for key, value in state.items() if key.split("/", 1)[1] == name}
-        optimizer.state[p] = {key: value if value.ndim == 0 else value.to(p.device) for key, value in own.items()}
+        own = {
+            key.split("/", 1)[0]: value
+            for key, value in state.items()
+            if key.split("/", 1)[1] == name
+        }
+        optimizer.state[p] = {
+            key: value if value.ndim == 0 else value.to(p.device) for key, value in own.items()
+        }
 
 
 def batch_at(blocks: Stream, step: int, sequences: int) -> Batch:
@@ -81,7 +95,8 @@ def seed_of(*parts: int | str) -> int:
 
 @dataclass
 class Progress:
-    """What a stage has cost so far: JSON data, so that a checkpoint holds it. Times are of all attempts together."""
+    """What a stage has cost so far: JSON data, so that a checkpoint holds it. Times are of all
+    attempts together."""
 
     steps: int = 0
     tokens: int = 0
@@ -98,7 +113,8 @@ class Progress:
         return TrainStats(lr=lr, **kept)
 
     def add(self, row: dict[str, Any]) -> dict[str, float] | None:
-        """Count a step; returns mean and sd of the losses before it when its loss is a spike above them."""
+        """Count a step; returns mean and sd of the losses before it when its loss is a spike above
+        them."""
         loss, before = row["loss_nats"], self.recent
         if not self.steps:
             self.first_loss_nats = loss
@@ -129,12 +145,14 @@ def stage(
     micro_batch: int | None = None,
     start: int = 0,
 ) -> Iterator[dict[str, Any]]:
-    """Train on one domain from step ``start`` on, yielding one row per optimiser step: step (from 1), loss_nats (per token),
-    grad_norm (before clipping), lr, tokens, seconds, micro_batch (sequences of a forward pass).
-    place: the stage's number for what is drawn at random, where it is not its index.
+    """Train on one domain from step ``start`` on, yielding one row per optimiser step: step (from
+    1), loss_nats (per token), grad_norm (before clipping), lr, tokens, seconds, micro_batch
+    (sequences of a forward pass). place: the stage's number for what is drawn at random, where it
+    is not its index.
 
-    Raises DataError before the update when the loss or the gradient is not finite. When memory runs out, the step is
-    repeated with half the micro-batch, which then stays; StorageError when one sequence is too much.
+    Raises DataError before the update when the loss or the gradient is not finite. When memory runs
+    out, the step is repeated with half the micro-batch, which then stays; StorageError when one
+    sequence is too much.
     """
     parameters = list(adapter.parameters().values())
     model = loaded.model
@@ -144,15 +162,29 @@ def stage(
         for step in range(start, settings.stage_steps):
             started = time.perf_counter()
             batch = guard.mix(batch_at(blocks, step, settings.sequences), place or index, step)
-            while (loss := _gradient(loaded, guard, batch, settings, size, seed_of("dropout", seed, place or index, step))) is None:
+            while (
+                loss := _gradient(
+                    loaded,
+                    guard,
+                    batch,
+                    settings,
+                    size,
+                    seed_of("dropout", seed, place or index, step),
+                )
+            ) is None:
                 for p in parameters:
                     p.grad = None
                 _free(loaded.device)
                 if size == 1:
-                    where, do = f"stage {index}, step {step + 1}", "use compute.gradient_checkpointing=true or a smaller train.block"
+                    where, do = (
+                        f"stage {index}, step {step + 1}",
+                        "use compute.gradient_checkpointing=true or a smaller train.block",
+                    )
                     raise StorageError("out of memory with one sequence a forward pass", where, do)
                 size = (size + 1) // 2
-            total = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+            total = torch.nn.utils.get_total_norm(
+                [p.grad for p in parameters if p.grad is not None]
+            )
             norm = total.item()
             if not math.isfinite(loss) or not math.isfinite(norm):
                 for p in parameters:
@@ -160,7 +192,14 @@ def stage(
                 raise _not_finite(loss, norm, batch, index, step, settings.sequences)
             if settings.clip is not None:
                 torch.nn.utils.clip_grads_with_norm_(parameters, settings.clip, total)
-            lr = rate(step, settings.stage_steps, settings.lr, settings.schedule, settings.warmup, settings.final_lr)
+            lr = rate(
+                step,
+                settings.stage_steps,
+                settings.lr,
+                settings.schedule,
+                settings.warmup,
+                settings.final_lr,
+            )
             for group in optimizer.param_groups:
                 group["lr"] = lr
             optimizer.step()
@@ -180,25 +219,50 @@ def stage(
         model.eval()
 
 
-def _not_finite(loss: float, norm: float, batch: Batch, index: int, step: int, sequences: int) -> DataError:
+def _not_finite(
+    loss: float, norm: float, batch: Batch, index: int, step: int, sequences: int
+) -> DataError:
     what = "loss" if not math.isfinite(loss) else "gradient"
     do = "lower train.lr; the parameters are untouched, failure.json names the batch"
     error = DataError(f"the {what} is not finite", f"stage {index}, step {step + 1}", do)
-    blocks, owners = [step * sequences + i for i in range(sequences)], sorted({int(d) for d in batch.documents_ST.flat if d >= 0})
-    error.facts = {"step": step + 1, "loss_nats": str(loss), "grad_norm": str(norm), "blocks": blocks, "documents": owners}
+    blocks, owners = (
+        [step * sequences + i for i in range(sequences)],
+        sorted({int(d) for d in batch.documents_ST.flat if d >= 0}),
+    )
+    error.facts = {
+        "step": step + 1,
+        "loss_nats": str(loss),
+        "grad_norm": str(norm),
+        "blocks": blocks,
+        "documents": owners,
+    }
     return error
 
 
-def _gradient(loaded: Loaded, guard: Guard, batch: Batch, settings: Train, size: int, seed: int) -> float | None:
-    """Nats per token of a step, its gradient added up in the parameters; None when memory ran out."""
+def _gradient(
+    loaded: Loaded, guard: Guard, batch: Batch, settings: Train, size: int, seed: int
+) -> float | None:
+    """Nats per token of a step, its gradient added up in the parameters; None when memory ran
+    out."""
     torch.manual_seed(seed)  # dropout is a function of the step: resume needs no random state
     count, loss = max(1, int(batch.scored_ST.sum())), 0.0
     try:
         for start in range(0, len(batch.tokens_ST), size):
             rows = slice(start, start + size)
             documents = batch.documents_ST[rows] if settings.pack == "mask" else None
-            part = loss_sum(loaded, batch.tokens_ST[rows], documents, batch.scored_ST[rows], guard.token_penalty) / count
-            part.backward()  # divided by the tokens of the whole step, so micro-batches of any size add up to its gradient
+            part = (
+                loss_sum(
+                    loaded,
+                    batch.tokens_ST[rows],
+                    documents,
+                    batch.scored_ST[rows],
+                    guard.token_penalty,
+                )
+                / count
+            )
+            # divided by the tokens of the whole step, so micro-batches of any size add up to its
+            # gradient
+            part.backward()
             loss += part.item()
         penalty = guard.penalty()
         if penalty is not None:
@@ -212,7 +276,9 @@ def _gradient(loaded: Loaded, guard: Guard, batch: Batch, settings: Train, size:
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether an exception says that memory ran out, of a GPU or of the machine."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+    return isinstance(
+        error, torch.OutOfMemoryError | MemoryError
+    ) or "can't allocate memory" in str(error)
 
 
 def _free(device: torch.device) -> None:

@@ -1,1 +1,2 @@
-"""Numbers from losses: matrix, answers, inference, fronts, and how they are written. NumPy and SciPy only, no I/O."""
+"""Numbers from losses: matrix, answers, inference, fronts, and how they are written. NumPy and
+SciPy only, no I/O."""

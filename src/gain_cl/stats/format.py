@@ -7,7 +7,8 @@ from typing import Any
 
 
 def perplexity(loss_nats: float) -> str:
-    """A perplexity in at most seven characters: 23.31, 455.6, 49152, 1.2e+08; - where not scored."""
+    """A perplexity in at most seven characters: 23.31, 455.6, 49152, 1.2e+08; - where not
+    scored."""
     if math.isnan(loss_nats):
         return "-"
     value = math.exp(min(loss_nats, 700.0))
@@ -18,7 +19,8 @@ def perplexity(loss_nats: float) -> str:
 
 
 def percent(nats: float) -> str:
-    """A difference of losses as a change of perplexity in %, with its sign; - where there is none."""
+    """A difference of losses as a change of perplexity in %, with its sign; - where there is
+    none."""
     if math.isnan(nats):
         return "-"
     value = change(nats)
@@ -51,14 +53,17 @@ def counted(n: int, noun: str) -> str:
 
 
 def finite(value: Any, name: str = "") -> tuple[Any, dict[str, str]]:
-    """The value with plain Python numbers and null for what is not finite, and the names and values of those."""
+    """The value with plain Python numbers and null for what is not finite, and the names and values
+    of those."""
     if hasattr(value, "item"):  # a numpy or torch scalar
         value = value.item()
     if isinstance(value, float) and not math.isfinite(value):
         return None, {name: str(value)}
     if isinstance(value, dict):
         parts = {k: finite(v, f"{name}.{k}" if name else str(k)) for k, v in value.items()}
-        return {k: v for k, (v, _) in parts.items()}, {n: t for _, bad in parts.values() for n, t in bad.items()}
+        return {k: v for k, (v, _) in parts.items()}, {
+            n: t for _, bad in parts.values() for n, t in bad.items()
+        }
     if isinstance(value, list | tuple):
         entries = [finite(v, f"{name}[{i}]") for i, v in enumerate(value)]
         return [v for v, _ in entries], {n: t for _, bad in entries for n, t in bad.items()}

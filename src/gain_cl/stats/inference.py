@@ -1,11 +1,13 @@
-"""Uncertainty of summaries and of comparisons: intervals, tests, verdicts, power. numpy and scipy only.
+"""Uncertainty of summaries and of comparisons: intervals, tests, verdicts, power. numpy and scipy
+only.
 
-Over documents and items: bootstrap_t, for what one run or two paired runs say; it covers the choice of test documents only. Over
-blocks (order k and seed k, all methods in each): blocks, t_test, tost on one paired difference a block; they cover training
-noise, and the choice of documents too if its error is given. Answers right or wrong: mcnemar. What n cannot give is nan.
+Over documents and items: bootstrap_t, for what one run or two paired runs say; it covers the choice
+of test documents only. Over blocks (order k and seed k, all methods in each): blocks, t_test, tost
+on one paired difference a block; they cover training noise, and the choice of documents too if its
+error is given. Answers right or wrong: mcnemar. What n cannot give is nan.
 
-Parts: domain -> (z, tokens), a value per document; summary = sum over domains of sum z / sum tokens (LossMatrix.contributions).
-Items of a task: {task: (x, ones)}.
+Parts: domain -> (z, tokens), a value per document; summary = sum over domains of sum z / sum tokens
+(LossMatrix.contributions). Items of a task: {task: (x, ones)}.
 """
 
 from __future__ import annotations
@@ -24,24 +26,28 @@ Verdict = Literal["better", "worse", "equivalent", "inconclusive"]
 Kind = Literal["difference", "equivalence"]
 
 RESAMPLES = 2000
-ROUNDING = 1e-12  # losses, margins and shares are of order 1 in float64: a smaller spread is rounding, not a measurement
+# losses, margins and shares are of order 1 in float64: a smaller spread is rounding, not a
+# measurement
+ROUNDING = 1e-12
 
 
 class Error(NamedTuple):
-    """A standard error with its degrees of freedom. least: of documents that blocks share, the whole error over documents of the blocks'
-    mean, which blocks that happen to agree do not lessen."""
+    """A standard error with its degrees of freedom. least: of documents that blocks share, the
+    whole error over documents of the blocks' mean, which blocks that happen to agree do not
+    lessen."""
 
     standard_error: float
     df: float
     least: float = 0.0
 
 
-# --- over documents and items ----------------------------------------------------------------------------------------
+# --- over documents and items ---------------------------------------------------------------------
 
 
 def combined(parts: Sequence[Parts], weights: Sequence[float]) -> Parts:
-    """Parts of sum_k weights[k] * summary k: [1, -1] for a paired difference, 1 / K each for a mean over blocks. A domain that one
-    leaves out counts as zero there. ValueError: the documents differ in number or length."""
+    """Parts of sum_k weights[k] * summary k: [1, -1] for a paired difference, 1 / K each for a mean
+    over blocks. A domain that one leaves out counts as zero there. ValueError: the documents differ
+    in number or length."""
     total: Parts = {}
     for part, weight in zip(parts, weights, strict=True):
         for domain, (z, tokens) in part.items():
@@ -54,14 +60,27 @@ def combined(parts: Sequence[Parts], weights: Sequence[float]) -> Parts:
 
 @lru_cache(maxsize=32)
 def _counts(seed: int, domain: str, n: int, resamples: int) -> np.ndarray:
-    """(resamples, n) how often each unit is drawn, a function of these four alone: whatever is compared meets the same draws."""
+    """(resamples, n) how often each unit is drawn, a function of these four alone: whatever is
+    compared meets the same draws."""
     rng = np.random.default_rng([seed, n, *domain.encode()])
-    return np.stack([np.bincount(rng.integers(n, size=n), minlength=n).astype(np.uint8) for _ in range(resamples)])  # far below 255
+    return np.stack(
+        [
+            np.bincount(rng.integers(n, size=n), minlength=n).astype(np.uint8)
+            for _ in range(resamples)
+        ]
+    )  # far below 255
 
 
 def _sample(parts: Parts, seed: int, resamples: int) -> tuple[float, Error, np.ndarray, np.ndarray]:
-    """Value, its error, and deviation from the value and variance of each resample (linearised, as in LossMatrix.estimate)."""
-    value, variance, spread, deviations, variances = 0.0, 0.0, 0.0, np.zeros(resamples), np.zeros(resamples)
+    """Value, its error, and deviation from the value and variance of each resample (linearised, as
+    in LossMatrix.estimate)."""
+    value, variance, spread, deviations, variances = (
+        0.0,
+        0.0,
+        0.0,
+        np.zeros(resamples),
+        np.zeros(resamples),
+    )
     for domain, (z, tokens) in parts.items():
         n, total = len(z), tokens.sum()
         ratio, inflate = float(np.sum(z) / total), n / (n - 1) if n > 1 else np.nan
@@ -71,64 +90,93 @@ def _sample(parts: Parts, seed: int, resamples: int) -> tuple[float, Error, np.n
         if resamples:
             table = np.stack([e, tokens, e * e, e * tokens, tokens * tokens], axis=1)
             ce, ct, cee, cet, ctt = (_counts(seed, domain, n, resamples) @ table).T
-            d = ce / ct  # the resample's ratio minus the ratio: small, so its squares below lose no digits
+            d = (
+                ce / ct
+            )  # the resample's ratio minus the ratio: small, so its squares below lose no digits
             deviations += d
             variances += inflate * np.maximum(cee - 2 * d * cet + d * d * ctt, 0) / ct**2
-    return value, Error(float(np.sqrt(variance)), float(variance**2 / spread) if spread > 0 else np.nan), deviations, variances
+    return (
+        value,
+        Error(float(np.sqrt(variance)), float(variance**2 / spread) if spread > 0 else np.nan),
+        deviations,
+        variances,
+    )
 
 
 def error(parts: Parts) -> Error:
-    """Standard error over documents (linearised ratio, Cochran 1977 eq. 6.13; variances add over domains) with its degrees of
-    freedom (Welch-Satterthwaite); nan with fewer than two documents in a domain."""
+    """Standard error over documents (linearised ratio, Cochran 1977 eq. 6.13; variances add over
+    domains) with its degrees of freedom (Welch-Satterthwaite); nan with fewer than two documents in
+    a domain."""
     return _sample(parts, 0, 0)[1]
 
 
 def shared_error(parts: Sequence[Parts]) -> Error:
-    """Error over documents that averaging over blocks (their parts) does not remove: root of the mean covariance over documents of
-    two blocks. The rest of the documents' noise shows between the blocks. Of one block: its error."""
+    """Error over documents that averaging over blocks (their parts) does not remove: root of the
+    mean covariance over documents of two blocks. The rest of the documents' noise shows between the
+    blocks. Of one block: its error."""
     k, alone = len(parts), float(np.mean([error(p).standard_error ** 2 for p in parts]))
     together, df, _ = error(combined(parts, [1 / k] * k))
-    return Error(float(np.sqrt(max(together**2 - (alone - together**2) / max(k - 1, 1), 0.0))), df, together)
+    return Error(
+        float(np.sqrt(max(together**2 - (alone - together**2) / max(k - 1, 1), 0.0))), df, together
+    )
 
 
 def resampled(parts: Parts, seed: int = 0, resamples: int = RESAMPLES) -> np.ndarray:
-    """(resamples,) values of the summary when documents are drawn again within each domain; for fronts."""
+    """(resamples,) values of the summary when documents are drawn again within each domain; for
+    fronts."""
     found = _sample(parts, seed, resamples)
     return found[0] + found[2]
 
 
-def bootstrap_t(parts: Parts, seed: int = 0, resamples: int = RESAMPLES, confidence: float = 0.95) -> Estimate:
-    """The summary with its studentised bootstrap interval over documents, in the unit and sign of z / tokens.
+def bootstrap_t(
+    parts: Parts, seed: int = 0, resamples: int = RESAMPLES, confidence: float = 0.95
+) -> Estimate:
+    """The summary with its studentised bootstrap interval over documents, in the unit and sign of z
+    / tokens.
 
-    Documents are drawn with replacement within each domain; value and standard error are computed in each resample, and the
-    quantiles of t* = (g* - g) / se* give [g - t*_high se, g - t*_low se] (Efron & Tibshirani, An Introduction to the Bootstrap,
-    1993, ch. 12.5). Deviation: a quantile is never taken nearer to 0 than Student's t. The bootstrap corrects for skewness, which
-    t ignores (93% for 95% with 32 skewed documents), but it also shortens tails that look heavy, and 32 documents cannot tell
-    how heavy (92-93%). The longer of both covers at 94-96%, 2-13% wider than t. nan bounds: fewer than two documents in a
-    domain, no spread, or so few units that differ that resamples without spread reach into the tails.
+    Documents are drawn with replacement within each domain; value and standard error are computed
+    in each resample, and the quantiles of t* = (g* - g) / se* give [g - t*_high se, g - t*_low se]
+    (Efron & Tibshirani, An Introduction to the Bootstrap, 1993, ch. 12.5). Deviation: a quantile is
+    never taken nearer to 0 than Student's t. The bootstrap corrects for skewness, which t ignores
+    (93% for 95% with 32 skewed documents), but it also shortens tails that look heavy, and 32
+    documents cannot tell how heavy (92-93%). The longer of both covers at 94-96%, 2-13% wider than
+    t. nan bounds: fewer than two documents in a domain, no spread, or so few units that differ that
+    resamples without spread reach into the tails.
     """
     value, (se, df, _), deviations, variances = _sample(parts, seed, resamples)
     n, low, high = sum(len(z) for z, _ in parts.values()), np.nan, np.nan
     if se > ROUNDING:
         spread = variances > 1e-9 * se**2  # else all drawn units agree up to rounding
-        t = np.where(spread, deviations / np.sqrt(np.where(spread, variances, 1)), np.copysign(np.inf, deviations))
+        t = np.where(
+            spread,
+            deviations / np.sqrt(np.where(spread, variances, 1)),
+            np.copysign(np.inf, deviations),
+        )
         student = stats.t.ppf((1 + confidence) / 2, df)
         with np.errstate(invalid="ignore"):  # between two infinite values
-            low, high = np.quantile(t, [(1 - confidence) / 2, (1 + confidence) / 2], method="weibull")
-        low, high = (min(low, -student), max(high, student)) if np.isfinite(low + high) else (np.nan, np.nan)
+            low, high = np.quantile(
+                t, [(1 - confidence) / 2, (1 + confidence) / 2], method="weibull"
+            )
+        low, high = (
+            (min(low, -student), max(high, student))
+            if np.isfinite(low + high)
+            else (np.nan, np.nan)
+        )
     return Estimate(value, float(value - high * se), float(value - low * se), n)
 
 
 def mcnemar(lost: int, gained: int) -> float:
-    """Exact two-sided p that answers lost and gained are equally likely (McNemar 1947; binomial on the flips alone); 1 without flips."""
+    """Exact two-sided p that answers lost and gained are equally likely (McNemar 1947; binomial on
+    the flips alone); 1 without flips."""
     return float(stats.binomtest(lost, lost + gained, 0.5).pvalue) if lost + gained else 1.0
 
 
-# --- over blocks -----------------------------------------------------------------------------------------------------
+# --- over blocks ----------------------------------------------------------------------------------
 
 
 class _Blocks(NamedTuple):
-    """Mean, its standard error (nan when the blocks cannot give one); degrees of freedom and share of variance of blocks, documents."""
+    """Mean, its standard error (nan when the blocks cannot give one); degrees of freedom and share
+    of variance of blocks, documents."""
 
     value: float
     se: float
@@ -147,22 +195,31 @@ def _fit(differences: np.ndarray, documents: Error | None) -> _Blocks:
         return _Blocks(value, np.nan, (1.0, 1.0), (np.nan, np.nan))
     v = float(x.var(ddof=1) / n)
     w = max(w**2, least**2 - v)
-    return _Blocks(value, float(np.sqrt(v + w)), (n - 1, df if w > 0 else n - 1), (v / (v + w), w / (v + w)))
+    return _Blocks(
+        value, float(np.sqrt(v + w)), (n - 1, df if w > 0 else n - 1), (v / (v + w), w / (v + w))
+    )
 
 
-def blocks(differences: np.ndarray, confidence: float = 0.95, documents: Error | None = None) -> Estimate:
-    """Mean of the blocks' paired differences with its t-interval; the tests below use the same error.
+def blocks(
+    differences: np.ndarray, confidence: float = 0.95, documents: Error | None = None
+) -> Estimate:
+    """Mean of the blocks' paired differences with its t-interval; the tests below use the same
+    error.
 
-    documents: their shared_error. Then the interval holds for other documents too, and should: blocks share their documents, so
-    that noise does not shrink with more blocks. The variances add (crossed random effects, Clark 1973). Tail probabilities of
-    the two degrees of freedom are weighted by the variances (Cochran & Cox 1957 weigh the quantiles): 94.5-97% for 95% with 3 to 8
-    blocks, where Satterthwaite's gives 92% with 3 blocks and a size of 0.037 for 0.0125. Never less than the error over documents
-    alone, which few blocks fall below by chance. nan with fewer than two blocks, and with identical ones: runs that cannot differ
-    say nothing about runs that could."""
+    documents: their shared_error. Then the interval holds for other documents too, and should:
+    blocks share their documents, so that noise does not shrink with more blocks. The variances add
+    (crossed random effects, Clark 1973). Tail probabilities of the two degrees of freedom are
+    weighted by the variances (Cochran & Cox 1957 weigh the quantiles): 94.5-97% for 95% with 3 to 8
+    blocks, where Satterthwaite's gives 92% with 3 blocks and a size of 0.037 for 0.0125. Never less
+    than the error over documents alone, which few blocks fall below by chance. nan with fewer than
+    two blocks, and with identical ones: runs that cannot differ say nothing about runs that
+    could."""
     fit, half = _fit(differences, documents), np.nan
     if fit.se > 0:
         low, high = sorted(stats.t.ppf((1 + confidence) / 2, fit.df))
-        half = fit.se * optimize.brentq(lambda t: fit.tail(t) - (1 - confidence) / 2, low - 1e-6, high + 1e-6)
+        half = fit.se * optimize.brentq(
+            lambda t: fit.tail(t) - (1 - confidence) / 2, low - 1e-6, high + 1e-6
+        )
     return Estimate(fit.value, fit.value - half, fit.value + half, len(differences))
 
 
@@ -173,18 +230,24 @@ def t_test(differences: np.ndarray, documents: Error | None = None) -> float:
 
 
 def tost(differences: np.ndarray, margin: float, documents: Error | None = None) -> float:
-    """p of equivalence, |true mean| < margin: the larger of the two one-sided t-tests (Schuirmann 1987); errors as in blocks."""
+    """p of equivalence, |true mean| < margin: the larger of the two one-sided t-tests (Schuirmann
+    1987); errors as in blocks."""
     fit = _fit(differences, documents)
     return fit.tail((margin - abs(fit.value)) / fit.se)
 
 
-# --- verdicts --------------------------------------------------------------------------------------------------------
+# --- verdicts -------------------------------------------------------------------------------------
 
 
 def holm(p: dict[str, float], together: int | None = None) -> dict[str, float]:
-    """p adjusted for a family of tests (Holm 1979). A nan counts in the size of the family and stays nan. together: at most so
-    many of the null hypotheses can be true at once (Shaffer 1986, procedure 1), all of them if None."""
-    adjusted, worst, order = dict(p), 0.0, sorted((name for name in p if not np.isnan(p[name])), key=lambda name: p[name])
+    """p adjusted for a family of tests (Holm 1979). A nan counts in the size of the family and
+    stays nan. together: at most so many of the null hypotheses can be true at once (Shaffer 1986,
+    procedure 1), all of them if None."""
+    adjusted, worst, order = (
+        dict(p),
+        0.0,
+        sorted((name for name in p if not np.isnan(p[name])), key=lambda name: p[name]),
+    )
     for i, name in enumerate(order):
         worst = max(worst, min(1.0, p[name] * min(len(p) - i, together or len(p))))
         adjusted[name] = worst
@@ -192,22 +255,34 @@ def holm(p: dict[str, float], together: int | None = None) -> dict[str, float]:
 
 
 class Tests(NamedTuple):
-    """p of a difference (t_test) and of equivalence (tost; nan without a margin) of one endpoint."""
+    """p of a difference (t_test) and of equivalence (tost; nan without a margin) of one
+    endpoint."""
 
     difference: float
     equivalence: float
 
 
 def adjusted(family: dict[str, Tests]) -> dict[str, Tests]:
-    """Both tests of every declared endpoint, adjusted together: a false claim in the table with probability alpha at most. Of an
-    endpoint's two nulls (nothing; beyond the margin) one is true at most, so a family pays for its endpoints, not for all tests."""
-    p = holm({f"{kind} {name}": getattr(family[name], kind) for name in family for kind in Tests._fields}, together=len(family))
+    """Both tests of every declared endpoint, adjusted together: a false claim in the table with
+    probability alpha at most. Of an endpoint's two nulls (nothing; beyond the margin) one is true
+    at most, so a family pays for its endpoints, not for all tests."""
+    p = holm(
+        {
+            f"{kind} {name}": getattr(family[name], kind)
+            for name in family
+            for kind in Tests._fields
+        },
+        together=len(family),
+    )
     return {name: Tests(p[f"difference {name}"], p[f"equivalence {name}"]) for name in family}
 
 
-def verdict(value: float, p: Tests, kind: Kind, lower_is_better: bool = True, alpha: float = 0.05) -> Verdict:
-    """What adjusted tests allow to say of a difference `value`. A certain difference within the margin passes both tests; both
-    are true, and the kind the endpoint was declared with says which was asked. Neither: inconclusive (nan included)."""
+def verdict(
+    value: float, p: Tests, kind: Kind, lower_is_better: bool = True, alpha: float = 0.05
+) -> Verdict:
+    """What adjusted tests allow to say of a difference `value`. A certain difference within the
+    margin passes both tests; both are true, and the kind the endpoint was declared with says which
+    was asked. Neither: inconclusive (nan included)."""
     different, equivalent = p.difference < alpha, p.equivalence < alpha
     if equivalent and (kind == "equivalence" or not different):
         return "equivalent"
@@ -216,38 +291,55 @@ def verdict(value: float, p: Tests, kind: Kind, lower_is_better: bool = True, al
     return "inconclusive"
 
 
-# --- power: what n can show ------------------------------------------------------------------------------------------
+# --- power: what n can show -----------------------------------------------------------------------
 
 
 def detectable(sd: float, n: int, power: float = 0.8, alpha: float = 0.05) -> float:
-    """Smallest true mean difference that the two-sided paired t-test over n blocks finds with this power, in the unit of sd, the
-    standard deviation of a block's difference (noncentral t)."""
+    """Smallest true mean difference that the two-sided paired t-test over n blocks finds with this
+    power, in the unit of sd, the standard deviation of a block's difference (noncentral t)."""
     t = stats.t.ppf(1 - alpha / 2, n - 1)
 
     def missing(shift: float) -> float:  # scipy says nan where the tail of the wrong sign vanishes
-        return float(stats.nct.sf(t, n - 1, shift) + np.nan_to_num(stats.nct.cdf(-t, n - 1, shift))) - power
+        return (
+            float(stats.nct.sf(t, n - 1, shift) + np.nan_to_num(stats.nct.cdf(-t, n - 1, shift)))
+            - power
+        )
 
     return float(optimize.brentq(missing, 0, 3 * t + 5)) * sd / np.sqrt(n) if n > 1 else np.nan
 
 
 def detectable_equivalence(sd: float, n: int, power: float = 0.8, alpha: float = 0.05) -> float:
-    """Smallest margin within which TOST over n blocks places a true difference of 0 with this power, in the unit of sd: the mean
-    is normal, sd's estimate an independent chi, over which the power is averaged."""
+    """Smallest margin within which TOST over n blocks places a true difference of 0 with this
+    power, in the unit of sd: the mean is normal, sd's estimate an independent chi, over which the
+    power is averaged."""
     chi2 = stats.chi2.ppf((np.arange(2000) + 0.5) / 2000, n - 1)
     needed = stats.t.ppf(1 - alpha, n - 1) * np.sqrt(chi2 / max(n - 1, 1))  # in standard errors
 
     def missing(margin: float) -> float:
         return float(np.mean(np.maximum(2 * stats.norm.cdf(margin - needed) - 1, 0))) - power
 
-    return float(optimize.brentq(missing, 0, needed[-1] + 10)) * sd / np.sqrt(n) if n > 1 else np.nan
+    return (
+        float(optimize.brentq(missing, 0, needed[-1] + 10)) * sd / np.sqrt(n) if n > 1 else np.nan
+    )
 
 
-def detectable_flips(n_items: int, discordant_share: float, power: float = 0.8, alpha: float = 0.05) -> float:
-    """Smallest true change of accuracy (a share: 0.02 is 2 points) that a two-sided McNemar test finds with this power when this
-    share of the items changes its answer (normal approximation, Connor 1987); nan if all flips one way would not do."""
+def detectable_flips(
+    n_items: int, discordant_share: float, power: float = 0.8, alpha: float = 0.05
+) -> float:
+    """Smallest true change of accuracy (a share: 0.02 is 2 points) that a two-sided McNemar test
+    finds with this power when this share of the items changes its answer (normal approximation,
+    Connor 1987); nan if all flips one way would not do."""
     a, b = float(stats.norm.ppf(1 - alpha / 2)), float(stats.norm.ppf(power))
 
     def missing(change: float) -> float:
-        return float(change * np.sqrt(n_items) - a * np.sqrt(discordant_share) - b * np.sqrt(discordant_share - change**2))
+        return float(
+            change * np.sqrt(n_items)
+            - a * np.sqrt(discordant_share)
+            - b * np.sqrt(discordant_share - change**2)
+        )
 
-    return float(optimize.brentq(missing, 0, discordant_share)) if missing(discordant_share) > 0 else np.nan
+    return (
+        float(optimize.brentq(missing, 0, discordant_share))
+        if missing(discordant_share) > 0
+        else np.nan
+    )

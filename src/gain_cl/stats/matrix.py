@@ -1,12 +1,14 @@
 """The loss matrix of a run and every summary of it. numpy and scipy only.
 
-L[t, d] is the loss in nats per token on domain d after stage t; t = 0 is the pretrained model, stage k trains the
-k-th domain. Every summary here is linear in L, so it is written as its coefficients C[t, d] (value = sum C * L).
-The same coefficients then give its interval, because each document is scored after every stage: within a domain the
-documents are the sampling units and all stages are paired on them; domains are independent samples.
+L[t, d] is the loss in nats per token on domain d after stage t; t = 0 is the pretrained model,
+stage k trains the k-th domain. Every summary here is linear in L, so it is written as its
+coefficients C[t, d] (value = sum C * L). The same coefficients then give its interval, because each
+document is scored after every stage: within a domain the documents are the sampling units and all
+stages are paired on them; domains are independent samples.
 
-Positive differences are worse (loss rose). As a percentage of perplexity a difference x is exp(x) - 1. Intervals
-cover the choice of test documents only; training noise (seeds, orders) needs more than one run.
+Positive differences are worse (loss rose). As a percentage of perplexity a difference x is exp(x) -
+1. Intervals cover the choice of test documents only; training noise (seeds, orders) needs more than
+one run.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ from scipy import stats
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value with its 95% interval (low, high; nan when n cannot give one) over n units (documents or items)."""
+    """A value with its 95% interval (low, high; nan when n cannot give one) over n units (documents
+    or items)."""
 
     value: float
     low: float
@@ -37,10 +40,11 @@ class Estimate:
 class LossMatrix:
     """L[t, d] with the documents behind it.
 
-    nll_nats[d]: (stages + 1, documents of d), sum of -ln p of each document after each stage; tokens[d]: (documents of
-    d,) scored tokens, the same after every stage; nbytes[d]: UTF-8 bytes of the scored text, documents[d]: their ids, in the
-    same order (None where nobody gave them). trained: domains in training order; controls: never trained. regime: joint
-    has one stage, which trains all of them; individual has a stage for each, begun from the pretrained model.
+    nll_nats[d]: (stages + 1, documents of d), sum of -ln p of each document after each stage;
+    tokens[d]: (documents of d,) scored tokens, the same after every stage; nbytes[d]: UTF-8 bytes
+    of the scored text, documents[d]: their ids, in the same order (None where nobody gave them).
+    trained: domains in training order; controls: never trained. regime: joint has one stage, which
+    trains all of them; individual has a stage for each, begun from the pretrained model.
     """
 
     def __init__(
@@ -57,16 +61,29 @@ class LossMatrix:
         self.domains = self.trained + self.controls
         self.nll_nats = {d: np.asarray(nll_nats[d], dtype=np.float64) for d in self.domains}
         self.tokens = {d: np.asarray(tokens[d], dtype=np.float64) for d in self.domains}
-        self.nbytes = None if nbytes is None else {d: np.asarray(nbytes[d], dtype=np.float64) for d in self.domains}
-        self.documents = None if documents is None else {d: np.asarray(documents[d]) for d in self.domains}
+        self.nbytes = (
+            None
+            if nbytes is None
+            else {d: np.asarray(nbytes[d], dtype=np.float64) for d in self.domains}
+        )
+        self.documents = (
+            None if documents is None else {d: np.asarray(documents[d]) for d in self.domains}
+        )
         self.stages = 1 if regime == "joint" else len(self.trained)
         for d in self.domains:
             if self.nll_nats[d].shape != (self.stages + 1, len(self.tokens[d])):
-                raise ValueError(f"{d}: {self.nll_nats[d].shape} values for {self.stages + 1} stages x {len(self.tokens[d])} documents")
+                raise ValueError(
+                    f"{d}: {self.nll_nats[d].shape} values for {self.stages + 1} stages x "
+                    f"{len(self.tokens[d])} documents"
+                )
             for what, given in (("bytes", self.nbytes), ("ids", self.documents)):
                 if given is not None and given[d].shape != self.tokens[d].shape:
-                    raise ValueError(f"{d}: {what} of {len(given[d])} documents, tokens of {len(self.tokens[d])}")
-        self.loss = np.stack([self.nll_nats[d].sum(1) / self.tokens[d].sum() for d in self.domains], axis=1)
+                    raise ValueError(
+                        f"{d}: {what} of {len(given[d])} documents, tokens of {len(self.tokens[d])}"
+                    )
+        self.loss = np.stack(
+            [self.nll_nats[d].sum(1) / self.tokens[d].sum() for d in self.domains], axis=1
+        )
 
     @classmethod
     def from_documents(
@@ -76,16 +93,24 @@ class LossMatrix:
         controls: list[str],
         regime: Literal["sequential", "joint", "individual"] = "sequential",
     ) -> LossMatrix:
-        """From the document table of a record (record.DOCUMENT_COLUMNS); ValueError on a missing or unpaired cell. Documents are
-        sorted by id, so two runs that scored the same ones have them in the same order."""
+        """From the document table of a record (record.DOCUMENT_COLUMNS); ValueError on a missing or
+        unpaired cell. Documents are sorted by id, so two runs that scored the same ones have them
+        in the same order."""
         nll, ids = {}, {}
-        counts: dict[str, dict[str, np.ndarray]] = {c: {} for c in ("tokens", "bytes") if c in documents}
+        counts: dict[str, dict[str, np.ndarray]] = {
+            c: {} for c in ("tokens", "bytes") if c in documents
+        }
         for d in [*trained, *controls]:
             rows = documents[documents.domain == d]
             if rows.split.nunique() > 1:
-                raise ValueError(f"{d}: documents of several splits: {', '.join(sorted(rows.split.unique()))}")
+                raise ValueError(
+                    f"{d}: documents of several splits: {', '.join(sorted(rows.split.unique()))}"
+                )
             table = rows.pivot(index="stage", columns="document", values="nll_nats")
-            if list(table.index) != list(range(2 if regime == "joint" else len(trained) + 1)) or table.isna().to_numpy().any():
+            if (
+                list(table.index) != list(range(2 if regime == "joint" else len(trained) + 1))
+                or table.isna().to_numpy().any()
+            ):
                 raise ValueError(f"{d}: not every document is scored after every stage")
             nll[d], ids[d] = table.to_numpy(), table.columns.to_numpy()
             for what, found in counts.items():
@@ -97,24 +122,30 @@ class LossMatrix:
 
     @property
     def bits_per_byte(self) -> np.ndarray:
-        """(stages + 1, domains): sum NLL / (ln 2 * UTF-8 bytes of the scored text); lower is better. Comparable across
-        tokenizers, which nats per token are not (The Pile, 2101.00027). ValueError when the bytes are unknown."""
+        """(stages + 1, domains): sum NLL / (ln 2 * UTF-8 bytes of the scored text); lower is
+        better. Comparable across tokenizers, which nats per token are not (The Pile, 2101.00027).
+        ValueError when the bytes are unknown."""
         if self.nbytes is None:
             raise ValueError("the bytes of the scored documents are not known")
-        return np.stack([self.nll_nats[d].sum(1) / (np.log(2) * self.nbytes[d].sum()) for d in self.domains], axis=1)
+        return np.stack(
+            [self.nll_nats[d].sum(1) / (np.log(2) * self.nbytes[d].sum()) for d in self.domains],
+            axis=1,
+        )
 
     def contributions(self, coefficients: np.ndarray) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        """For every domain with a coefficient that is not 0: (z, tokens), both (documents,), z_i = sum_t C[t, d] nll[t, d, i] in
-        nats. sum C * L is the sum over these domains of sum z / sum tokens: all that resampling documents needs."""
+        """For every domain with a coefficient that is not 0: (z, tokens), both (documents,), z_i =
+        sum_t C[t, d] nll[t, d, i] in nats. sum C * L is the sum over these domains of sum z / sum
+        tokens: all that resampling documents needs."""
         columns = ((d, coefficients[:, j]) for j, d in enumerate(self.domains))
         return {d: (c @ self.nll_nats[d], self.tokens[d]) for d, c in columns if c.any()}
 
     def estimate(self, coefficients: np.ndarray, confidence: float = 0.95) -> Estimate:
         """sum C * L with a t-interval over documents.
 
-        Within a domain sum_t C[t, d] L[t, d] is a ratio of sums over documents, z_i / tokens_i with z_i = sum_t C[t, d]
-        nll[t, d, i]; its variance is the linearised one, n/(n-1) sum (z_i - g tokens_i)^2 / (sum tokens)^2 (Cochran,
-        Sampling Techniques, 1977, eq. 6.13). Variances add over domains, degrees of freedom by Welch-Satterthwaite.
+        Within a domain sum_t C[t, d] L[t, d] is a ratio of sums over documents, z_i / tokens_i with
+        z_i = sum_t C[t, d] nll[t, d, i]; its variance is the linearised one, n/(n-1) sum (z_i - g
+        tokens_i)^2 / (sum tokens)^2 (Cochran, Sampling Techniques, 1977, eq. 6.13). Variances add
+        over domains, degrees of freedom by Welch-Satterthwaite.
         """
         value, variance, spread, n = 0.0, 0.0, 0.0, 0
         for z, tokens in self.contributions(coefficients).values():
@@ -155,16 +186,17 @@ Coefficients = np.ndarray | None  # (stages + 1, domains), or None where the sum
 
 
 def learned(m: LossMatrix) -> Coefficients:
-    """Learned: mean over trained domains of L[k, k] - L[0, k]; negative is good. For each domain the sum of its zero-shot
-    part and its own step; of the means, learned = own_step + (T - 1) / T * zero_shot, which leaves out the first domain. Joint
-    training learns every domain in stage 1."""
+    """Learned: mean over trained domains of L[k, k] - L[0, k]; negative is good. For each domain
+    the sum of its zero-shot part and its own step; of the means, learned = own_step + (T - 1) / T *
+    zero_shot, which leaves out the first domain. Joint training learns every domain in stage 1."""
     stages = [1] * len(m.trained) if m.regime == "joint" else list(range(1, m.stages + 1))
     return m.mean_change(stages, [0] * len(m.trained), m.trained)
 
 
 def own_step(m: LossMatrix) -> Coefficients:
-    """Own step (plasticity): mean over trained domains of L[k, k] - L[k-1, k]: what the domain's own stage changed. Alone, a
-    domain is learned from the pretrained model: its own step is what it learned."""
+    """Own step (plasticity): mean over trained domains of L[k, k] - L[k-1, k]: what the domain's
+    own stage changed. Alone, a domain is learned from the pretrained model: its own step is what it
+    learned."""
     if m.regime == "joint":
         return None
     if m.regime == "individual":
@@ -174,8 +206,9 @@ def own_step(m: LossMatrix) -> Coefficients:
 
 
 def zero_shot(m: LossMatrix) -> Coefficients:
-    """Zero-shot part: mean over domains k >= 2 of L[k-1, k] - L[0, k]: what stages on other domains changed before a
-    domain's own (the negative of zero-shot forward transfer; GEM's FWT, 1706.08840, with the pretrained model as b)."""
+    """Zero-shot part: mean over domains k >= 2 of L[k-1, k] - L[0, k]: what stages on other domains
+    changed before a domain's own (the negative of zero-shot forward transfer; GEM's FWT,
+    1706.08840, with the pretrained model as b)."""
     if m.stages < 2 or m.regime != "sequential":
         return None
     stages = list(range(2, m.stages + 1))
@@ -183,8 +216,8 @@ def zero_shot(m: LossMatrix) -> Coefficients:
 
 
 def backward(m: LossMatrix) -> Coefficients:
-    """Backward change: mean over all but the last domain of L[T, k] - L[k, k]; positive is forgetting. The negative of
-    BWT (GEM, 1706.08840, eq. 3) on R = -L."""
+    """Backward change: mean over all but the last domain of L[T, k] - L[k, k]; positive is
+    forgetting. The negative of BWT (GEM, 1706.08840, eq. 3) on R = -L."""
     if m.stages < 2 or m.regime != "sequential":
         return None
     earlier = m.trained[:-1]
@@ -192,13 +225,16 @@ def backward(m: LossMatrix) -> Coefficients:
 
 
 def backward_net(m: LossMatrix) -> Coefficients:
-    """Backward change minus the controls' mean change over the same stages: forgetting beyond a drift that text never
-    trained on shares (a damaged base that repairs itself improves the controls too)."""
+    """Backward change minus the controls' mean change over the same stages: forgetting beyond a
+    drift that text never trained on shares (a damaged base that repairs itself improves the
+    controls too)."""
     c = backward(m)
     if c is None or not m.controls:
         return None
     for k in range(1, m.stages):
-        c = c - m.mean_change([m.stages] * len(m.controls), [k] * len(m.controls), m.controls) / (m.stages - 1)
+        c = c - m.mean_change([m.stages] * len(m.controls), [k] * len(m.controls), m.controls) / (
+            m.stages - 1
+        )
     return c
 
 
@@ -210,30 +246,43 @@ def from_base(m: LossMatrix) -> Coefficients:
 
 
 def controls_from_base(m: LossMatrix) -> Coefficients:
-    """Controls: mean over control domains of L[T, c] - L[0, c]; of domains learned alone, the mean over their models too."""
+    """Controls: mean over control domains of L[T, c] - L[0, c]; of domains learned alone, the mean
+    over their models too."""
     if not m.controls:
         return None
     if m.regime == "individual":
         ends = range(1, m.stages + 1)
         return (
-            sum((m.mean_change([k] * len(m.controls), [0] * len(m.controls), m.controls) for k in ends), np.zeros_like(m.loss)) / m.stages
+            sum(
+                (
+                    m.mean_change([k] * len(m.controls), [0] * len(m.controls), m.controls)
+                    for k in ends
+                ),
+                np.zeros_like(m.loss),
+            )
+            / m.stages
         )
     return m.mean_change([m.stages] * len(m.controls), [0] * len(m.controls), m.controls)
 
 
 def forgetting_by_age(m: LossMatrix) -> dict[int, np.ndarray]:
-    """Forgetting by stages since learned: age a -> coefficients of the mean over domains k with k + a <= T of L[k+a, k] -
-    L[k, k], a = 1 .. T - 1; positive is forgetting. The higher the age, the fewer and earlier the domains: T - a of them, at
-    T - 1 the first alone, so a slope mixes age with domain and position. Empty unless domains were learned one after the other."""
+    """Forgetting by stages since learned: age a -> coefficients of the mean over domains k with k +
+    a <= T of L[k+a, k] - L[k, k], a = 1 .. T - 1; positive is forgetting. The higher the age, the
+    fewer and earlier the domains: T - a of them, at T - 1 the first alone, so a slope mixes age
+    with domain and position. Empty unless domains were learned one after the other."""
     if m.regime != "sequential":
         return {}
     later = {a: list(range(a + 1, m.stages + 1)) for a in range(1, m.stages)}
-    return {a: m.mean_change(stages, [t - a for t in stages], m.trained[: len(stages)]) for a, stages in later.items()}
+    return {
+        a: m.mean_change(stages, [t - a for t in stages], m.trained[: len(stages)])
+        for a, stages in later.items()
+    }
 
 
 def forward_transfer(m: LossMatrix) -> Coefficients:
-    """Zero-shot forward transfer: mean over domains k >= 2 of L[0, k] - L[k-1, k], the negative of zero_shot; positive is good.
-    Not among METRICS, of which all are better below 0: see published."""
+    """Zero-shot forward transfer: mean over domains k >= 2 of L[0, k] - L[k-1, k], the negative of
+    zero_shot; positive is good. Not among METRICS, of which all are better below 0: see
+    published."""
     c = zero_shot(m)
     return None if c is None else -c
 
@@ -255,23 +304,30 @@ def summary(m: LossMatrix) -> dict[str, Estimate]:
 
 
 def published(m: LossMatrix) -> dict[str, float]:
-    """What other definitions give for the same matrix, in nats per token, with R[t, k] = -L[t, k] where they have accuracy.
-    Signs are theirs. Trained domains only. Empty unless domains were learned one after the other; of a single stage TRACE alone
-    says something. Not all are linear in L: no intervals here. docs/metrics.md works one matrix through.
+    """What other definitions give for the same matrix, in nats per token, with R[t, k] = -L[t, k]
+    where they have accuracy. Signs are theirs. Trained domains only. Empty unless domains were
+    learned one after the other; of a single stage TRACE alone says something. Not all are linear in
+    L: no intervals here. docs/metrics.md works one matrix through.
 
-    forward_transfer: this project's (see forward_transfer); positive is good.
-    gem_bwt, gem_fwt (Lopez-Paz and Ranzato 2017, 1706.08840, eqs. 3, 4): mean over k < T of R[T, k] - R[k, k]; mean over k >= 2
-        of R[k-1, k] - b[k]. Their b is the model before any training, here the pretrained one, R[0, k]. Positive is good.
-        (Their metrics.py divides both sums by T; this follows the paper.)
-    chaudhry_forgetting (Chaudhry et al. 2018, 1801.10112; compute_fgt in facebookresearch/agem): mean over k < T of max over l in
-        1 .. T-1 of R[l, k], minus R[T, k]: against the best after any earlier stage, also one before the domain's own. Row 0 is not
-        included. Positive is worse; never below -gem_bwt.
-    trace_op, trace_bwt (Wang et al. 2023, 2310.06762), at T: mean over k <= T of R[T, k], a level and not a change; mean over
-        k <= T of R[T, k] - R[k, k], the last domain's 0 included: (T - 1) / T of gem_bwt. Positive is good.
-    avalanche_forgetting, avalanche_bwt, avalanche_forward_transfer (Avalanche's stream metrics, ContinualAI/avalanche,
-        evaluation/metrics/forgetting_bwt.py and forward_transfer.py, with the loss for its accuracy): after the last stage, mean
-        over earlier experiences of the value just after their own training minus the last value (positive is worse); its negative;
-        mean over experiences from the second of the value just before their training minus the one before any training.
+    forward_transfer: this project's (see forward_transfer); positive is good. gem_bwt, gem_fwt
+    (Lopez-Paz and Ranzato 2017, 1706.08840, eqs. 3, 4): mean over k < T of R[T, k] - R[k, k]; mean
+    over k >= 2
+        of R[k-1, k] - b[k]. Their b is the model before any training, here the pretrained one, R[0,
+        k]. Positive is good. (Their metrics.py divides both sums by T; this follows the paper.)
+    chaudhry_forgetting (Chaudhry et al. 2018, 1801.10112; compute_fgt in facebookresearch/agem):
+    mean over k < T of max over l in
+        1 .. T-1 of R[l, k], minus R[T, k]: against the best after any earlier stage, also one
+        before the domain's own. Row 0 is not included. Positive is worse; never below -gem_bwt.
+    trace_op, trace_bwt (Wang et al. 2023, 2310.06762), at T: mean over k <= T of R[T, k], a level
+    and not a change; mean over
+        k <= T of R[T, k] - R[k, k], the last domain's 0 included: (T - 1) / T of gem_bwt. Positive
+        is good.
+    avalanche_forgetting, avalanche_bwt, avalanche_forward_transfer (Avalanche's stream metrics,
+    ContinualAI/avalanche,
+        evaluation/metrics/forgetting_bwt.py and forward_transfer.py, with the loss for its
+        accuracy): after the last stage, mean over earlier experiences of the value just after their
+        own training minus the last value (positive is worse); its negative; mean over experiences
+        from the second of the value just before their training minus the one before any training.
     """
     if m.regime != "sequential":
         return {}
@@ -282,5 +338,9 @@ def published(m: LossMatrix) -> dict[str, float]:
         forgotten, transferred = (after - last)[:-1].mean(), (before - r[0])[1:].mean()
         found |= {"forward_transfer": transferred, "gem_bwt": -forgotten, "gem_fwt": transferred}
         found |= {"chaudhry_forgetting": (r[1:-1].max(axis=0) - last)[:-1].mean()}
-        found |= {"avalanche_forgetting": forgotten, "avalanche_bwt": -forgotten, "avalanche_forward_transfer": transferred}
+        found |= {
+            "avalanche_forgetting": forgotten,
+            "avalanche_bwt": -forgotten,
+            "avalanche_forward_transfer": transferred,
+        }
     return {name: float(value) for name, value in found.items()}

@@ -21,12 +21,13 @@ TIMEOUTS = 1000
 """How often a Slurm job may run out of time and be queued again."""
 
 
-# --- launchers ---------------------------------------------------------------------------------------------------------
+# --- launchers ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Job:
-    """A run to be started. command: the words after ``python``; environment: what is added to this process's; log: gets all it says."""
+    """A run to be started. command: the words after ``python``; environment: what is added to this
+    process's; log: gets all it says."""
 
     cell: Cell
     command: list[str]
@@ -53,12 +54,14 @@ class Launcher(Protocol):
         """taken: what was written into the claims of the runs under way."""
 
     def adopt(self, about: dict[str, Any]) -> Process | None:
-        """The process that a free claim is still about, started by a launcher before; None: there is none."""
+        """The process that a free claim is still about, started by a launcher before; None: there
+        is none."""
 
 
 @dataclass
 class Local:
-    """Processes of this machine. gpus: each run gets one of them, the first that no run under way has; empty: none is assigned."""
+    """Processes of this machine. gpus: each run gets one of them, the first that no run under way
+    has; empty: none is assigned."""
 
     limit: int
     gpus: list[str] = field(default_factory=list)
@@ -72,7 +75,8 @@ class Local:
             environment["CUDA_VISIBLE_DEVICES"] = about["gpu"]
         claimed.write(about)
         with open(job.log, "ab") as log:
-            # in a session of its own: what a terminal sends to the launcher reaches the run when the launcher passes it on
+            # in a session of its own: what a terminal sends to the launcher reaches the run when
+            # the launcher passes it on
             process = subprocess.Popen(
                 [sys.executable, *job.command],
                 env=environment,
@@ -86,7 +90,11 @@ class Local:
 
     def adopt(self, about: dict[str, Any]) -> Process | None:
         if "job" in about:
-            raise ConfigError(f"it is Slurm's job {about['job']}", "launcher=local", "follow it with launcher=slurm, or scancel it")
+            raise ConfigError(
+                f"it is Slurm's job {about['job']}",
+                "launcher=local",
+                "follow it with launcher=slurm, or scancel it",
+            )
         return None  # a process that lives holds its claim
 
 
@@ -103,10 +111,13 @@ class _Local:
 
 
 class Command:
-    """What a Slurm job does: the run as a child, asked to save before the time is up, and then queued again (submitit calls checkpoint,
-    from a signal handler that interrupts the wait for the child)."""
+    """What a Slurm job does: the run as a child, asked to save before the time is up, and then
+    queued again (submitit calls checkpoint, from a signal handler that interrupts the wait for the
+    child)."""
 
-    def __init__(self, words: list[str], environment: dict[str, str], folder: str, log: str) -> None:
+    def __init__(
+        self, words: list[str], environment: dict[str, str], folder: str, log: str
+    ) -> None:
         self.words, self.environment, self.folder, self.log = words, environment, folder, log
         self.process: subprocess.Popen[bytes] | None = None
 
@@ -131,26 +142,36 @@ class Command:
             with suppress(OSError):  # it has ended; Popen.wait is not entered twice
                 os.kill(self.process.pid, signal.SIGTERM)
                 os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOWAIT)
-        return submitit.helpers.DelayedSubmission(Command(self.words, self.environment, self.folder, self.log))
+        return submitit.helpers.DelayedSubmission(
+            Command(self.words, self.environment, self.folder, self.log)
+        )
 
 
 class Slurm:
-    """Jobs of a cluster, through submitit. parameters: as submitit names them (slurm_partition, timeout_min, ...). ConfigError: submitit
-    or Slurm is missing, or does not take a parameter."""
+    """Jobs of a cluster, through submitit. parameters: as submitit names them (slurm_partition,
+    timeout_min, ...). ConfigError: submitit or Slurm is missing, or does not take a parameter."""
 
-    def __init__(self, folder: Path, limit: int, parameters: dict[str, Any], cluster: str = "slurm") -> None:
+    def __init__(
+        self, folder: Path, limit: int, parameters: dict[str, Any], cluster: str = "slurm"
+    ) -> None:
         try:
             import submitit
         except ImportError:
-            raise ConfigError("launcher=slurm needs submitit", "gain_cl sweep", "pip install 'gain_cl[slurm]'") from None
+            raise ConfigError(
+                "launcher=slurm needs submitit", "gain_cl sweep", "pip install 'gain_cl[slurm]'"
+            ) from None
         self.limit, self.folder = limit, folder.resolve()
         try:
             self.job = {"slurm": submitit.SlurmJob, "local": submitit.LocalJob}[cluster]
-            self.executor = submitit.AutoExecutor(folder=self.folder, cluster=cluster, slurm_max_num_timeout=TIMEOUTS)
+            self.executor = submitit.AutoExecutor(
+                folder=self.folder, cluster=cluster, slurm_max_num_timeout=TIMEOUTS
+            )
             self.executor.update_parameters(**parameters)
         except (RuntimeError, NameError, TypeError, ValueError, KeyError, AssertionError) as error:
             first = (str(error).splitlines() or [type(error).__name__])[0]
-            raise ConfigError(f"launcher=slurm: {first}", "gain_cl sweep", "see docs/slurm.md") from None
+            raise ConfigError(
+                f"launcher=slurm: {first}", "gain_cl sweep", "see docs/slurm.md"
+            ) from None
 
     def start(self, job: Job, claimed: claims.Claim, taken: list[dict[str, Any]]) -> Process:
         words = Command(job.command, job.environment, str(Path.cwd()), str(job.log.resolve()))
@@ -159,7 +180,11 @@ class Slurm:
             submitted = self.executor.submit(words)
         except Exception as error:  # submitit's own, of sbatch
             first = (str(error).splitlines() or [type(error).__name__])[0]
-            raise StorageError(f"sbatch refuses: {first}", job.cell.run_id, "see docs/slurm.md, or lower max_parallel") from None
+            raise StorageError(
+                f"sbatch refuses: {first}",
+                job.cell.run_id,
+                "see docs/slurm.md, or lower max_parallel",
+            ) from None
         claimed.write({"job": submitted.job_id})
         return _Slurm(submitted)
 

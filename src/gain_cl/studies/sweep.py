@@ -1,7 +1,8 @@
-"""Running what an experiment lacks: one fresh process a run, each claimed by one launcher (claims.py), stage 0 first. Torch-free.
+"""Running what an experiment lacks: one fresh process a run, each claimed by one launcher
+(claims.py), stage 0 first. Torch-free.
 
-Two launchers on one grid, on one machine or on several that share a file system, never run a cell twice, and a launcher that was killed
-is followed by another that finds the runs it left behind.
+Two launchers on one grid, on one machine or on several that share a file system, never run a cell
+twice, and a launcher that was killed is followed by another that finds the runs it left behind.
 """
 
 from __future__ import annotations
@@ -33,27 +34,40 @@ SAY_SECONDS = 60.0
 """Between two lines on what is running."""
 
 
-# --- the code that runs ------------------------------------------------------------------------------------------------
+# --- the code that runs ---------------------------------------------------------------------------
 
 
 def checkout() -> Path | None:
     """The git checkout that gain_cl is run from; None: it is installed."""
     root = Path(gain_cl.__file__).resolve().parents[2]
-    return root if (root / ".git").exists() and (root / "src/gain_cl").is_dir() and shutil.which("git") else None
+    return (
+        root
+        if (root / ".git").exists() and (root / "src/gain_cl").is_dir() and shutil.which("git")
+        else None
+    )
 
 
 def worktree(root: Path, folder: Path) -> Path:
-    """A git worktree of root's HEAD below folder, made unless it is there. ConfigError: what would run is not committed."""
-    changed = _git(root, "status", "--porcelain", "--", "src", "configs", "experiments").splitlines()
+    """A git worktree of root's HEAD below folder, made unless it is there. ConfigError: what would
+    run is not committed."""
+    changed = _git(
+        root, "status", "--porcelain", "--", "src", "configs", "experiments"
+    ).splitlines()
     if changed:
-        what = f"{changed[0][3:]} is not committed" + (f", nor are {len(changed) - 1} more files" if len(changed) > 1 else "")
+        what = f"{changed[0][3:]} is not committed" + (
+            f", nor are {len(changed) - 1} more files" if len(changed) > 1 else ""
+        )
         raise ConfigError(
-            f"a sweep runs from one commit, and {what}", str(root), "commit, or give worktree=false to run the files as they are"
+            f"a sweep runs from one commit, and {what}",
+            str(root),
+            "commit, or give worktree=false to run the files as they are",
         )
     commit = _git(root, "rev-parse", "HEAD").strip()
     path = (folder / f"worktree-{commit[:12]}").resolve()
     if path.exists() and not _whole(path, commit):  # it was made in part, or touched
-        _git(root, "worktree", "remove", "--force", str(path)) if (path / ".git").exists() else shutil.rmtree(path)
+        _git(root, "worktree", "remove", "--force", str(path)) if (
+            path / ".git"
+        ).exists() else shutil.rmtree(path)
     if not path.exists():
         _git(root, "worktree", "prune")
         _git(root, "worktree", "add", "--force", "--detach", str(path), commit)
@@ -62,7 +76,10 @@ def worktree(root: Path, folder: Path) -> Path:
 
 def _whole(tree: Path, commit: str) -> bool:
     try:
-        return _git(tree, "rev-parse", "HEAD").strip() == commit and not _git(tree, "status", "--porcelain").strip()
+        return (
+            _git(tree, "rev-parse", "HEAD").strip() == commit
+            and not _git(tree, "status", "--porcelain").strip()
+        )
     except StorageError:
         return False
 
@@ -71,11 +88,13 @@ def _git(root: Path, *words: str) -> str:
     done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True)
     if done.returncode:
         why = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
-        raise StorageError(f"git {words[0]} failed: {why}", str(root), "mend the checkout, or give worktree=false")
+        raise StorageError(
+            f"git {words[0]} failed: {why}", str(root), "mend the checkout, or give worktree=false"
+        )
     return done.stdout
 
 
-# --- the loop ----------------------------------------------------------------------------------------------------------
+# --- the loop -------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -97,8 +116,8 @@ class Active:
 
 @dataclass
 class Outcome:
-    """What became of the cells that were asked for. left: asked to stop by somebody else, with what is done saved; stopped: name of the
-    signal that ended the launcher."""
+    """What became of the cells that were asked for. left: asked to stop by somebody else, with what
+    is done saved; stopped: name of the signal that ended the launcher."""
 
     done: list[Cell] = field(default_factory=list)
     left: list[Cell] = field(default_factory=list)
@@ -114,11 +133,14 @@ def carry_out(
     say: Callable[[str], None],
     ahead: Callable[[list[Cell]], list[float]],
 ) -> Outcome:
-    """Start what can be started and watch it until every job has ended, whoever runs it. One failure does not stop the rest; a signal
-    asks the runs to save. folder: of the claims; ahead: seconds that each cell will take from its last saved stage on (nan: not known)."""
+    """Start what can be started and watch it until every job has ended, whoever runs it. One
+    failure does not stop the rest; a signal asks the runs to save. folder: of the claims; ahead:
+    seconds that each cell will take from its last saved stage on (nan: not known)."""
     waiting, outcome = list(jobs), Outcome()
     active: list[Active] = []
-    again = {job.cell.run_id for job in jobs if job.cell.state == "failed"}  # their failure is of before
+    again = {
+        job.cell.run_id for job in jobs if job.cell.state == "failed"
+    }  # their failure is of before
     said = time.monotonic()
     with signals.listening():
         while waiting or active:
@@ -151,9 +173,12 @@ def _start(
     again: set[str],
     say: Callable[[str], None],
 ) -> list[Cell]:
-    """Take what may start off the waiting list, and what others ended. Returns the cells that others run."""
+    """Take what may start off the waiting list, and what others ended. Returns the cells that
+    others run."""
     mine = {a.job.cell.run_id for a in active}
-    others = {run_id: about for run_id, about in claims.under_way(folder).items() if run_id not in mine}
+    others = {
+        run_id: about for run_id, about in claims.under_way(folder).items() if run_id not in mine
+    }
     elsewhere: list[Cell] = []
     for job in list(waiting):
         cell, state = job.cell, job.cell.state
@@ -171,7 +196,11 @@ def _start(
     here = [about for about in others.values() if about.get("host") == socket.gethostname()]
     under_way = [*(a.job.cell for a in active), *elsewhere]
     scoring = {baseline(c) for c in under_way}
-    known = {baseline(c) for c in (*under_way, *outcome.done, *(job.cell for job in waiting)) if scored(c)}
+    known = {
+        baseline(c)
+        for c in (*under_way, *outcome.done, *(job.cell for job in waiting))
+        if scored(c)
+    }
     for job in list(waiting):
         if len(active) + len(here) >= launcher.limit or time.monotonic() < outcome.not_before:
             break
@@ -208,7 +237,9 @@ def _start(
     return elsewhere
 
 
-def _ended(a: Active, code: int, outcome: Outcome, say: Callable[[str], None], waiting: list[launchers.Job]) -> None:
+def _ended(
+    a: Active, code: int, outcome: Outcome, say: Callable[[str], None], waiting: list[launchers.Job]
+) -> None:
     """Sort a run that ended, and give its claim back; of a failure the claim keeps why."""
     cell, line = a.job.cell, last_line(a.job.log)
     if code == IN_USE:  # started by hand meanwhile: wait for it
@@ -240,7 +271,10 @@ def _signal(number: int) -> str:
 def _stop(active: list[Active], outcome: Outcome, say: Callable[[str], None]) -> None:
     """Ask local runs to save, and wait for it."""
     if active:
-        say(f"stopping by {outcome.stopped}: {format.counted(len(active), 'run')} to save what is done")
+        say(
+            f"stopping by {outcome.stopped}: {format.counted(len(active), 'run')} to save "
+            "what is done"
+        )
     for a in active:
         a.process.stop()
     for a in active:
@@ -265,14 +299,19 @@ def _status(
     total = len(outcome.done) + len(outcome.failed) + len(outcome.left) + len(rest)
     here = [min(_since_saved(a.job.cell), time.monotonic() - a.since) for a in active]
     gone = [*here, *map(_since_saved, elsewhere), *([0.0] * (len(rest) - len(running)))]
-    each = [seconds if math.isnan(seconds) else max(0.0, seconds - past) for seconds, past in zip(ahead(rest), gone, strict=True)]
+    each = [
+        seconds if math.isnan(seconds) else max(0.0, seconds - past)
+        for seconds, past in zip(ahead(rest), gone, strict=True)
+    ]
     seconds = sum(each) if math.isnan(sum(each)) else max(sum(each) / launcher.limit, *each)
     left = "" if math.isnan(seconds) or seconds < 1 else f", about {format.duration(seconds)} left"
     where = "; ".join(f"{title(c)} ({stage(c)})" for c in running)
-    return f"{len(outcome.done)} of {total} done, {len(outcome.failed)} failed{left}; running: {where}"
+    return (
+        f"{len(outcome.done)} of {total} done, {len(outcome.failed)} failed{left}; running: {where}"
+    )
 
 
-# --- words -------------------------------------------------------------------------------------------------------------
+# --- words ----------------------------------------------------------------------------------------
 
 
 def title(cell: Cell) -> str:
@@ -291,9 +330,12 @@ def saved(cell: Cell) -> int:
 
 
 def _since_saved(cell: Cell) -> float:
-    """Seconds that a run under way has been at its stage: since the stage before was saved, or since its process started."""
+    """Seconds that a run under way has been at its stage: since the stage before was saved, or
+    since its process started."""
     marks = [cell.folder / "attempts.jsonl", *(cell.folder / "stages").glob("[0-9]*")]
-    return max(0.0, time.time() - max((p.stat().st_mtime for p in marks if p.exists()), default=math.inf))
+    return max(
+        0.0, time.time() - max((p.stat().st_mtime for p in marks if p.exists()), default=math.inf)
+    )
 
 
 def reason(cell: Cell) -> str:
@@ -308,7 +350,11 @@ def reason(cell: Cell) -> str:
 def last_line(log: Path) -> str:
     """What a run said last: its error, where it ended with one."""
     try:
-        lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+        lines = [
+            line
+            for line in log.read_text(encoding="utf-8", errors="replace").splitlines()
+            if line.strip()
+        ]
     except OSError:
         lines = []
     errors = [line for line in lines[-20:] if "error:" in line.lower()]
@@ -316,10 +362,17 @@ def last_line(log: Path) -> str:
 
 
 def baseline(cell: Cell) -> str:
-    """What cells that share stage 0 have in common: the pretrained model, what it is scored on and how."""
+    """What cells that share stage 0 have in common: the pretrained model, what it is scored on and
+    how."""
     c = cell.config
     names = sorted([*c.sequence.trained, *c.sequence.controls])
-    parts = [c.model.model_dump(mode="json"), c.eval.model_dump(mode="json"), c.tasks.model_dump(mode="json"), names, c.output_dir]
+    parts = [
+        c.model.model_dump(mode="json"),
+        c.eval.model_dump(mode="json"),
+        c.tasks.model_dump(mode="json"),
+        names,
+        c.output_dir,
+    ]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 

@@ -1,1 +1,2 @@
-"""Files, locks, signals, hashes, packages and the hub: what a run needs of the machine. Torch-free."""
+"""Files, locks, signals, hashes, packages and the hub: what a run needs of the machine.
+Torch-free."""

@@ -1,7 +1,9 @@
-"""A folder of files that is there whole or not at all, and is what was written. Torch-free until tensors are saved or read.
+"""A folder of files that is there whole or not at all, and is what was written. Torch-free until
+tensors are saved or read.
 
-``save`` builds the folder under another name, syncs every file, writes ``MANIFEST.json`` (size and SHA-256 of each file),
-renames it and syncs the parent. ``verify`` compares size and hash of every file before anything is used.
+``save`` builds the folder under another name, syncs every file, writes ``MANIFEST.json`` (size and
+SHA-256 of each file), renames it and syncs the parent. ``verify`` compares size and hash of every
+file before anything is used.
 """
 
 from __future__ import annotations
@@ -28,9 +30,11 @@ TEMPORARY = ".tmp-"
 
 
 def save(folder: Path, files: Mapping[str, bytes | Path | Mapping[str, Tensor]]) -> None:
-    """Write ``folder``. A file's content: bytes; tensors by name (safetensors); or a Path, an existing file that is linked.
+    """Write ``folder``. A file's content: bytes; tensors by name (safetensors); or a Path, an
+    existing file that is linked.
 
-    What was there under that name is replaced. StorageError when the disk refuses: the old folder is then untouched."""
+    What was there under that name is replaced. StorageError when the disk refuses: the old folder
+    is then untouched."""
     temporary = folder.with_name(f"{TEMPORARY}{folder.name}-{os.getpid()}")
     try:
         try:
@@ -42,12 +46,16 @@ def save(folder: Path, files: Mapping[str, bytes | Path | Mapping[str, Tensor]])
                 reach("save.after_write")
                 _sync(temporary / name)
                 reach("save.after_fsync")
-            (temporary / MANIFEST).write_bytes(_manifest({name: _facts(temporary / name) for name in files}))
+            (temporary / MANIFEST).write_bytes(
+                _manifest({name: _facts(temporary / name) for name in files})
+            )
             reach("save.after_manifest")
             _sync(temporary / MANIFEST)
             sync_folder(temporary)
             reach("save.before_rename")
-            if folder.exists():  # a bad one, or the same state saved again: another good one is kept beside it
+            if (
+                folder.exists()
+            ):  # a bad one, or the same state saved again: another good one is kept beside it
                 shutil.rmtree(folder)
                 reach("save.between_renames")
             temporary.rename(folder)
@@ -60,7 +68,8 @@ def save(folder: Path, files: Mapping[str, bytes | Path | Mapping[str, Tensor]])
 
 
 def verify(folder: Path) -> dict[str, dict[str, Any]]:
-    """Size and SHA-256 of every file, after comparing them; DataError names the first file that is not what was written."""
+    """Size and SHA-256 of every file, after comparing them; DataError names the first file that is
+    not what was written."""
     listed = manifest(folder)
     with ThreadPoolExecutor() as pool:  # hashing lets other threads run
         for found in [pool.submit(_compare, folder, name, facts) for name, facts in listed.items()]:
@@ -73,12 +82,20 @@ def _compare(folder: Path, name: str, facts: dict[str, Any]) -> None:
     try:
         size = path.stat().st_size
         if size != facts["bytes"]:
-            raise DataError(f"{name} has {size} bytes instead of {facts['bytes']}", str(path), "it was changed after it was written")
+            raise DataError(
+                f"{name} has {size} bytes instead of {facts['bytes']}",
+                str(path),
+                "it was changed after it was written",
+            )
         found = sha256(path)
     except FileNotFoundError:
-        raise DataError(f"{name} is missing", str(folder), "it was removed after it was written") from None
+        raise DataError(
+            f"{name} is missing", str(folder), "it was removed after it was written"
+        ) from None
     except OSError as error:
-        raise StorageError(f"cannot read: {error.strerror or error}", str(path), "check the disk") from error
+        raise StorageError(
+            f"cannot read: {error.strerror or error}", str(path), "check the disk"
+        ) from error
     if found != facts["sha256"]:
         what = f"{name} has SHA-256 {found[:12]}... instead of {facts['sha256'][:12]}..."
         raise DataError(what, str(path), "it was changed after it was written")
@@ -93,15 +110,20 @@ def manifest(folder: Path) -> dict[str, dict[str, Any]]:
         if data == _manifest(listed):
             return listed
     except FileNotFoundError:
-        raise DataError(f"{MANIFEST} is missing", str(folder), "it was removed after it was written") from None
+        raise DataError(
+            f"{MANIFEST} is missing", str(folder), "it was removed after it was written"
+        ) from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         pass
-    raise DataError(f"{MANIFEST} is not what was written", str(path), "it was changed after it was written")
+    raise DataError(
+        f"{MANIFEST} is not what was written", str(path), "it was changed after it was written"
+    )
 
 
 def drop(folder: Path, names: Iterable[str] = ()) -> None:
-    """Remove files of a saved folder that are no longer needed: first from its manifest, then from the disk. What the manifest
-    does not list goes too: a process that was killed in between left it."""
+    """Remove files of a saved folder that are no longer needed: first from its manifest, then from
+    the disk. What the manifest does not list goes too: a process that was killed in between left
+    it."""
     listed = manifest(folder)
     kept = {name: facts for name, facts in listed.items() if name not in names}
     if kept.keys() < listed.keys():
@@ -151,12 +173,14 @@ def tidy(*folders: Path) -> None:
     """Remove what a killed process left half written; for the owner of the run only."""
     for folder in folders:
         for left in [*folder.glob(f"{TEMPORARY}*"), *folder.glob(".*.tmp")]:
-            shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink(missing_ok=True)
+            shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink(
+                missing_ok=True
+            )
 
 
 class Due:
-    """Whether a checkpoint inside a stage is due: every so many minutes or steps, and by the minutes never more than 1/40
-    of the time is spent on it, however long saving takes."""
+    """Whether a checkpoint inside a stage is due: every so many minutes or steps, and by the
+    minutes never more than 1/40 of the time is spent on it, however long saving takes."""
 
     def __init__(self, every_minutes: float | None, every_steps: int | None) -> None:
         self.every_seconds = None if every_minutes is None else 60 * every_minutes
@@ -166,7 +190,9 @@ class Due:
     def now(self, step: int) -> bool:
         if self.every_steps is not None and step % self.every_steps == 0:
             return True
-        return self.every_seconds is not None and time.monotonic() - self.last >= max(self.every_seconds, 40 * self.cost)
+        return self.every_seconds is not None and time.monotonic() - self.last >= max(
+            self.every_seconds, 40 * self.cost
+        )
 
     def saved(self, seconds: float) -> None:
         self.last, self.cost = time.monotonic(), seconds
@@ -216,12 +242,21 @@ def _refused(error: OSError, folder: Path, files: Mapping[str, Any]) -> StorageE
     reason = error.strerror or str(error)
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         sizes = [
-            len(c) if isinstance(c, bytes) else sum(t.numel() * t.element_size() for t in c.values())
+            len(c)
+            if isinstance(c, bytes)
+            else sum(t.numel() * t.element_size() for t in c.values())
             for c in files.values()
             if not isinstance(c, Path)
         ]
         there = folder.parent
         while not there.exists():
             there = there.parent
-        reason += f": needs {sum(sizes) / 1e6:,.1f} MB, free {shutil.disk_usage(there).free / 1e6:,.1f} MB"
-    return StorageError(f"cannot save: {reason}", str(folder), "free space or name another folder; the same command then goes on")
+        reason += (
+            f": needs {sum(sizes) / 1e6:,.1f} MB, free "
+            f"{shutil.disk_usage(there).free / 1e6:,.1f} MB"
+        )
+    return StorageError(
+        f"cannot save: {reason}",
+        str(folder),
+        "free space or name another folder; the same command then goes on",
+    )

@@ -1,7 +1,9 @@
-"""Who may run a cell of an experiment: a lock file for each run, OUTPUT_DIR/claims/RUN_ID. Torch-free.
+"""Who may run a cell of an experiment: a lock file for each run, OUTPUT_DIR/claims/RUN_ID.
+Torch-free.
 
-A local run inherits the lock, so it lasts until launcher and run have both ended, however they end; a Slurm job's id is written into it,
-and it lasts until Slurm says that the job has ended. What is written in a free one tells how the run ended.
+A local run inherits the lock, so it lasts until launcher and run have both ended, however they end;
+a Slurm job's id is written into it, and it lasts until Slurm says that the job has ended. What is
+written in a free one tells how the run ended.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Named places where a test can end the process as a power cut would. Without GAIN_CL_FAILPOINT they do nothing.
+"""Named places where a test can end the process as a power cut would. Without GAIN_CL_FAILPOINT
+they do nothing.
 
 ``GAIN_CL_FAILPOINT=NAME@N`` kills the process (SIGKILL) the N-th time NAME is reached, N from 1;
 ``GAIN_CL_FAILPOINT=trace:FILE`` appends each name reached to FILE, which tells how often each is.

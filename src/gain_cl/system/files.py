@@ -18,13 +18,18 @@ def sha256(path: Path) -> str:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Atomic: a reader sees the old file or the new one, also after a power cut. I/O errors become StorageError."""
+    """Atomic: a reader sees the old file or the new one, also after a power cut. I/O errors become
+    StorageError."""
     write_all({path: data})
 
 
 def write_all(files: dict[Path, bytes]) -> None:
-    """Several files, each atomic; the first is replaced only when all are on disk, so a full disk leaves every old one."""
-    temporary = {path: path.with_name(f".{path.name}.{os.getpid()}@{socket.gethostname()}.tmp") for path in files}
+    """Several files, each atomic; the first is replaced only when all are on disk, so a full disk
+    leaves every old one."""
+    temporary = {
+        path: path.with_name(f".{path.name}.{os.getpid()}@{socket.gethostname()}.tmp")
+        for path in files
+    }
     path = next(iter(files))
     try:
         for path, data in files.items():
@@ -43,7 +48,11 @@ def write_all(files: dict[Path, bytes]) -> None:
         for folder in {path.parent for path in files}:
             sync_folder(folder)
     except OSError as error:
-        raise StorageError(f"cannot write: {error.strerror or error}", str(path), "free space or name another folder") from error
+        raise StorageError(
+            f"cannot write: {error.strerror or error}",
+            str(path),
+            "free space or name another folder",
+        ) from error
     finally:
         for left in temporary.values():
             with suppress(OSError):
@@ -51,7 +60,8 @@ def write_all(files: dict[Path, bytes]) -> None:
 
 
 def tidy(folder: Path) -> None:
-    """Remove what killed processes of this machine left half written in a folder that runs share."""
+    """Remove what killed processes of this machine left half written in a folder that runs
+    share."""
     for left in folder.glob(".*@*.tmp"):
         before, _, host = left.name.removesuffix(".tmp").rpartition("@")
         pid = before.rpartition(".")[2]

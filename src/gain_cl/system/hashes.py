@@ -22,7 +22,7 @@ def cache_dir() -> Path:
     return (Path(shared).expanduser() if shared else Path.home() / ".cache") / "gain_cl"
 
 
-# --- hashes ------------------------------------------------------------------------------------------------------------
+# --- hashes ---------------------------------------------------------------------------------------
 
 
 @functools.cache
@@ -34,14 +34,16 @@ _trusting = True
 
 
 def trust_nothing() -> None:
-    """From here on this process hashes each file itself, whatever was remembered of it: for verify."""
+    """From here on this process hashes each file itself, whatever was remembered of it: for
+    verify."""
     global _trusting
     _trusting = False
 
 
 def file_sha256(path: Path, remember: bool = False) -> str:
-    """SHA-256 of a file, computed once per (path, size, mtime_ns) in this process; remember: also across processes, in
-    the cache (for model weights of many gigabytes). DataError when the file cannot be read."""
+    """SHA-256 of a file, computed once per (path, size, mtime_ns) in this process; remember: also
+    across processes, in the cache (for model weights of many gigabytes). DataError when the file
+    cannot be read."""
     path = Path(path).absolute()
     try:
         real = path.resolve(strict=True)
@@ -51,17 +53,26 @@ def file_sha256(path: Path, remember: bool = False) -> str:
         note = cache_dir() / "hashes" / f"{hashlib.sha256(os.fsencode(real)).hexdigest()}.json"
         known = [stat.st_size, stat.st_mtime_ns]
         seen = _read_json(note)
-        if isinstance(seen, dict) and seen.get("stat") == known and isinstance(seen.get("sha256"), str):
+        if (
+            isinstance(seen, dict)
+            and seen.get("stat") == known
+            and isinstance(seen.get("sha256"), str)
+        ):
             return str(seen["sha256"])
         digest = _sha256(str(real), *known)
         write_bytes(note, json.dumps({"stat": known, "sha256": digest}, allow_nan=False).encode())
         return digest
     except OSError as error:
-        raise DataError(f"cannot read: {error.strerror or error}", str(path), "check the path and its permissions") from None
+        raise DataError(
+            f"cannot read: {error.strerror or error}",
+            str(path),
+            "check the path and its permissions",
+        ) from None
 
 
 def _read_json(path: Path) -> Any:
-    """The parsed file, or None when it is missing or malformed (caches only: what is lost is computed again)."""
+    """The parsed file, or None when it is missing or malformed (caches only: what is lost is
+    computed again)."""
     try:
         return json.loads(path.read_bytes())
     except (OSError, ValueError):
@@ -69,14 +80,23 @@ def _read_json(path: Path) -> Any:
 
 
 def folder_pin(path: Path, patterns: list[str]) -> str:
-    """One SHA-256 over the relative names and content hashes of the files under ``path`` that match a pattern."""
+    """One SHA-256 over the relative names and content hashes of the files under ``path`` that match
+    a pattern."""
     path = Path(path)
-    files = sorted(p for p in path.rglob("*") if p.is_file() and _matches(p.relative_to(path).as_posix(), patterns))
+    files = sorted(
+        p
+        for p in path.rglob("*")
+        if p.is_file() and _matches(p.relative_to(path).as_posix(), patterns)
+    )
     if not files:
         raise DataError(f"no file matches {', '.join(patterns)}", str(path), "check the path")
     total = hashlib.sha256()
     for file in files:
-        total.update(os.fsencode(f"{file.relative_to(path).as_posix()}\0{file_sha256(file, remember=True)}\n"))
+        total.update(
+            os.fsencode(
+                f"{file.relative_to(path).as_posix()}\0{file_sha256(file, remember=True)}\n"
+            )
+        )
     return total.hexdigest()
 
 

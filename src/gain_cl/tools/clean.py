@@ -1,8 +1,9 @@
-"""``python -m gain_cl clean``: abandoned runs, what finished runs no longer need, leftovers and caches.
+"""``python -m gain_cl clean``: abandoned runs, what finished runs no longer need, leftovers and
+caches.
 
-It shows what and how much, and removes with ``--yes`` or after a question on a terminal. What it may remove is known by
-its form: a run by its id, a cache entry by its name; anything else in the same folders stays, and so do results/, runs
-in use, and whatever a link points to. Torch-free.
+It shows what and how much, and removes with ``--yes`` or after a question on a terminal. What it
+may remove is known by its form: a run by its id, a cache entry by its name; anything else in the
+same folders stays, and so do results/, runs in use, and whatever a link points to. Torch-free.
 """
 
 from __future__ import annotations
@@ -38,11 +39,20 @@ CACHE_LEFTOVER = re.compile(LEFTOVER.pattern + r"|\.(fetch|build)-.{8}|tmp[a-z0-
 """Those, and of downloads, of token caches and of converted models."""
 
 CACHES = {
-    "packages": (re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*==[A-Za-z0-9._+!-]+"), "fetched again from the package index"),
-    "models": (re.compile(r"[A-Za-z0-9._-]+-[0-9a-f]{8}"), "converted again from its package, in seconds"),
+    "packages": (
+        re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*==[A-Za-z0-9._+!-]+"),
+        "fetched again from the package index",
+    ),
+    "models": (
+        re.compile(r"[A-Za-z0-9._-]+-[0-9a-f]{8}"),
+        "converted again from its package, in seconds",
+    ),
     "tokens": (re.compile(r"[0-9a-f]{32}"), "tokenised again, in minutes"),
     "hashes": (re.compile(r"[0-9a-f]{64}\.json"), "computed again"),
-    "hub": (re.compile(r"(model|dataset)s--[A-Za-z0-9._-]+"), "asked of the hub again; its files are not touched (hf cache)"),
+    "hub": (
+        re.compile(r"(model|dataset)s--[A-Za-z0-9._-]+"),
+        "asked of the hub again; its files are not touched (hf cache)",
+    ),
 }
 """Folder of the cache -> the names of its entries, how they come back."""
 
@@ -51,7 +61,8 @@ CELL = re.compile(r"[0-9a-f]{32}\.json")
 
 @dataclass(frozen=True)
 class Item:
-    """Something to remove. run: the folder whose lock guards it; changed: when last, in seconds since 1970."""
+    """Something to remove. run: the folder whose lock guards it; changed: when last, in seconds
+    since 1970."""
 
     shown: Path
     paths: tuple[Path, ...]
@@ -66,23 +77,48 @@ class Item:
 
 
 def main(argv: list[str]) -> int:
-    """Show, ask, remove. ConfigError: a folder that cannot be one of runs; StorageError: something could not be removed."""
+    """Show, ask, remove. ConfigError: a folder that cannot be one of runs; StorageError: something
+    could not be removed."""
     parser = Parser(
         "clean",
-        usage="python -m gain_cl clean [--output-dir DIR] [--results-dir DIR] [--days N] [--cache] [--yes] [--json]",
-        description="Show what abandoned runs, finished runs and caches hold that can go, and remove it. Records are never touched.",
+        usage="python -m gain_cl clean [--output-dir DIR] [--results-dir DIR] [--days N] "
+        "[--cache] [--yes] [--json]",
+        description="Show what abandoned runs, finished runs and caches hold that can go, and "
+        "remove it. Records are never touched.",
     )
-    parser.add_argument("--output-dir", default="runs", help="folder of run folders (default: %(default)s)")
-    parser.add_argument("--results-dir", default="results", help="where runs/RUN_ID.json tell which are finished (default: %(default)s)")
-    parser.add_argument("--days", type=float, default=7.0, help="an unfinished run is abandoned after so many without a write (default: 7)")
-    parser.add_argument("--cache", action="store_true", help="also the caches: packages, models, tokens, hashes, shared scores")
+    parser.add_argument(
+        "--output-dir", default="runs", help="folder of run folders (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--results-dir",
+        default="results",
+        help="where runs/RUN_ID.json tell which are finished (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--days",
+        type=float,
+        default=7.0,
+        help="an unfinished run is abandoned after so many without a write (default: 7)",
+    )
+    parser.add_argument(
+        "--cache",
+        action="store_true",
+        help="also the caches: packages, models, tokens, hashes, shared scores",
+    )
     parser.add_argument("--yes", action="store_true", help="remove without asking")
     parser.add_argument(
-        "--json", action="store_true", help="print JSON: {items: [{path, bytes, days, why}], left, bytes, removed_bytes}; asks nothing"
+        "--json",
+        action="store_true",
+        help="print JSON: {items: [{path, bytes, days, why}], left, bytes, removed_bytes}; "
+        "asks nothing",
     )
     args = parser.parse_args(argv)
     if not 0 <= args.days < float("inf"):
-        raise ConfigError(f"--days {args.days} is no age", "gain_cl clean", "give the days since the last write, 0 or more")
+        raise ConfigError(
+            f"--days {args.days} is no age",
+            "gain_cl clean",
+            "give the days since the last write, 0 or more",
+        )
     output, results = Path(args.output_dir).expanduser(), Path(args.results_dir).expanduser()
     items, left = plan(output, results, args.days, args.cache)
     total = sum(item.bytes for item in items)
@@ -93,17 +129,32 @@ def main(argv: list[str]) -> int:
     kept = remove(items) if removing else []
     gone = total - sum(item.bytes for item in kept) if removing else 0
     if args.json:
-        rows = [{"path": str(i.shown), "bytes": i.bytes, "days": round(i.days, 2), "why": i.why} for i in items]
-        print(json.dumps({"items": rows, "left": left, "bytes": total, "removed_bytes": gone}, indent=1, allow_nan=False))
+        rows = [
+            {"path": str(i.shown), "bytes": i.bytes, "days": round(i.days, 2), "why": i.why}
+            for i in items
+        ]
+        print(
+            json.dumps(
+                {"items": rows, "left": left, "bytes": total, "removed_bytes": gone},
+                indent=1,
+                allow_nan=False,
+            )
+        )
     elif removing:
-        print(f"removed {size(gone)}" + "".join(f"; left alone, it changed meanwhile: {printable(i.shown)}" for i in kept))
+        print(
+            f"removed {size(gone)}"
+            + "".join(f"; left alone, it changed meanwhile: {printable(i.shown)}" for i in kept)
+        )
     elif items:
         print("nothing removed" + ("" if asking else "; add --yes"))
     return 0
 
 
-def plan(output: Path, results: Path, days: float = 7.0, cache: bool = False) -> tuple[list[Item], list[str]]:
-    """What can go, largest first; and which runs are left alone and why. Reads only. ConfigError: no folder of runs."""
+def plan(
+    output: Path, results: Path, days: float = 7.0, cache: bool = False
+) -> tuple[list[Item], list[str]]:
+    """What can go, largest first; and which runs are left alone and why. Reads only. ConfigError:
+    no folder of runs."""
     items: list[Item] = []
     left: list[str] = []
     if output.exists():
@@ -115,8 +166,12 @@ def plan(output: Path, results: Path, days: float = 7.0, cache: bool = False) ->
                 left.append(f"{folder}: holds {results}")
             else:
                 written = _extent([results / "runs" / f"{folder.name}.json"])[1]
-                if not written and (folder / "matrix.csv").exists():  # which is written after the record
-                    left.append(f"{folder}: finished, with its record elsewhere than in {results / 'runs'}")
+                if (
+                    not written and (folder / "matrix.csv").exists()
+                ):  # which is written after the record
+                    left.append(
+                        f"{folder}: finished, with its record elsewhere than in {results / 'runs'}"
+                    )
                 items += _of_run(folder, written, days)
         items += _leftovers(_children(output))
         items += _leftovers(_inside(output, "cells"))
@@ -134,19 +189,37 @@ def plan(output: Path, results: Path, days: float = 7.0, cache: bool = False) ->
 def _refuse(output: Path, results: Path) -> None:
     """ConfigError for a folder in which nothing should be removed."""
     if not output.is_dir():
-        raise ConfigError("not a folder", f"--output-dir {printable(output)}", "name the output_dir of runs")
+        raise ConfigError(
+            "not a folder", f"--output-dir {printable(output)}", "name the output_dir of runs"
+        )
     _no_root(output, "--output-dir")
     if output.resolve().is_relative_to((results / "runs").resolve()):
-        raise ConfigError("records are there, not runs", f"--output-dir {printable(output)}", "name the output_dir of runs")
+        raise ConfigError(
+            "records are there, not runs",
+            f"--output-dir {printable(output)}",
+            "name the output_dir of runs",
+        )
     names = [p.name for p in _children(output)]
-    if names and not _runs(output) and not any(n in ("cells", "multirun") or LEFTOVER.fullmatch(n) for n in names):
-        raise ConfigError("no run in the folder", f"--output-dir {printable(output)}", "name the output_dir of runs")
+    if (
+        names
+        and not _runs(output)
+        and not any(n in ("cells", "multirun") or LEFTOVER.fullmatch(n) for n in names)
+    ):
+        raise ConfigError(
+            "no run in the folder",
+            f"--output-dir {printable(output)}",
+            "name the output_dir of runs",
+        )
 
 
 def _no_root(folder: Path, where: str) -> None:
     home, real = Path.home().resolve(), folder.resolve()
     if home.is_relative_to(real):  # the root, /home and the home folder among them
-        raise ConfigError("not in the root or a home folder", f"{where} {printable(folder)}", "name the folder of gain_cl alone")
+        raise ConfigError(
+            "not in the root or a home folder",
+            f"{where} {printable(folder)}",
+            "name the folder of gain_cl alone",
+        )
 
 
 def _children(folder: Path) -> list[Path]:
@@ -170,7 +243,13 @@ def _is_folder(path: Path) -> bool:
 
 
 def _runs(output: Path) -> list[Path]:
-    return [p for p in _children(output) if RUN_ID.fullmatch(p.name) and _is_folder(p) and any(os.path.lexists(p / n) for n in RUN_PARTS)]
+    return [
+        p
+        for p in _children(output)
+        if RUN_ID.fullmatch(p.name)
+        and _is_folder(p)
+        and any(os.path.lexists(p / n) for n in RUN_PARTS)
+    ]
 
 
 def _of_run(folder: Path, written: float, days: float) -> Iterator[Item]:
@@ -178,7 +257,9 @@ def _of_run(folder: Path, written: float, days: float) -> Iterator[Item]:
     finished = written > 0
     if finished and _is_folder(folder / "ckpt"):
         states = _item(folder / "ckpt", [folder / "ckpt"], "checkpoints of a finished run", folder)
-        if states.changed <= written or states.days >= days:  # newer ones are of an attempt with force=true
+        if (
+            states.changed <= written or states.days >= days
+        ):  # newer ones are of an attempt with force=true
             yield states
     elif not finished and not (folder / "matrix.csv").exists():
         failed = "failed and " if (folder / "failure.json").exists() else ""
@@ -188,10 +269,14 @@ def _of_run(folder: Path, written: float, days: float) -> Iterator[Item]:
             return
     for at, names, files in os.walk(folder):
         yield from _leftovers((Path(at) / n for n in sorted(names + files)), run=folder)
-        names[:] = [n for n in names if not LEFTOVER.fullmatch(n) and not (finished and n == "ckpt")]
+        names[:] = [
+            n for n in names if not LEFTOVER.fullmatch(n) and not (finished and n == "ckpt")
+        ]
 
 
-def _leftovers(paths: Iterable[Path], pattern: re.Pattern[str] = LEFTOVER, run: Path | None = None) -> Iterator[Item]:
+def _leftovers(
+    paths: Iterable[Path], pattern: re.Pattern[str] = LEFTOVER, run: Path | None = None
+) -> Iterator[Item]:
     for path in paths:
         if pattern.fullmatch(path.name):
             item = _item(path, [path], "left by a process that was killed", run)
@@ -242,7 +327,9 @@ def _show(items: list[Item], left: list[str]) -> None:
         table.add_column("days", justify="right", no_wrap=True)
         table.add_column("why", overflow="fold")
         for i in items:
-            table.add_row(Text(printable(i.shown)), size(i.bytes), f"{i.days:.1f}", Text(printable(i.why)))
+            table.add_row(
+                Text(printable(i.shown)), size(i.bytes), f"{i.days:.1f}", Text(printable(i.why))
+            )
         out.print(table)
         out.print(f"{len(items)} to remove, {size(sum(i.bytes for i in items))}", highlight=False)
     else:
@@ -258,11 +345,12 @@ def _agreed(count: int, total: int) -> bool:
         return False
 
 
-# --- removing --------------------------------------------------------------------------------------------------------
+# --- removing -------------------------------------------------------------------------------------
 
 
 def remove(items: Iterable[Item]) -> list[Item]:
-    """Remove each item; those whose run went on meanwhile stay and are returned. StorageError after trying all."""
+    """Remove each item; those whose run went on meanwhile stay and are returned. StorageError after
+    trying all."""
     kept: list[Item] = []
     failures: list[OSError | StorageError] = []
     for item in items:
@@ -290,17 +378,22 @@ def remove(items: Iterable[Item]) -> list[Item]:
             raise first
         what = f"cannot remove: {first.strerror or type(first).__name__}"
         more = f" and {len(failures) - 1} more" if len(failures) > 1 else ""
-        raise StorageError(what, f"{printable(first.filename)}{more}", "check the permissions") from first
+        raise StorageError(
+            what, f"{printable(first.filename)}{more}", "check the permissions"
+        ) from first
     return kept
 
 
 def _parts(run: Path) -> list[Path]:
     """All of a run but its lock. Checkpoints go first: a run half removed starts anew."""
-    return sorted((p for p in _children(run) if p.name != "LOCK"), key=lambda p: (p.name != "ckpt", p))
+    return sorted(
+        (p for p in _children(run) if p.name != "LOCK"), key=lambda p: (p.name != "ckpt", p)
+    )
 
 
 def _remove(path: Path) -> None:
-    """Gone at once for a reader: a folder gets another name before it is emptied. A link goes, not what it points to."""
+    """Gone at once for a reader: a folder gets another name before it is emptied. A link goes, not
+    what it points to."""
     if _is_folder(path):
         away = tempfile.mkdtemp(dir=path.parent, prefix=".tmp-clean-")
         os.rename(path, away)

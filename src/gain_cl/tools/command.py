@@ -16,7 +16,9 @@ class Parser(argparse.ArgumentParser):
     """argparse whose errors are ours: one line, exit 64."""
 
     def error(self, message: str) -> NoReturn:
-        raise ConfigError(message, f"gain_cl {self.prog}", f"see python -m gain_cl {self.prog} --help")
+        raise ConfigError(
+            message, f"gain_cl {self.prog}", f"see python -m gain_cl {self.prog} --help"
+        )
 
 
 def find_record(name: str, results_dir: Path) -> Path:
@@ -26,7 +28,9 @@ def find_record(name: str, results_dir: Path) -> Path:
     folder = results_dir / "runs"
     found = sorted(folder.glob(f"{glob.escape(name)}*.json"))
     runs = {p.stem for p in found}
-    found = [p for p in found if p.stem.rpartition("-alpha")[0] not in runs]  # a run before what was interpolated from it
+    found = [
+        p for p in found if p.stem.rpartition("-alpha")[0] not in runs
+    ]  # a run before what was interpolated from it
     if (exact := folder / f"{name}.json").stem in runs:
         return exact
     if len(found) != 1:
@@ -34,7 +38,11 @@ def find_record(name: str, results_dir: Path) -> Path:
 
         options = [p.stem for p in folder.glob("*.json")]
         what = f"{len(found)} runs begin with {name!r}" if found else f"no run {name!r}"
-        raise ConfigError(what, str(folder), suggest(name, [p.stem for p in found] or options) or "give the path of a record")
+        raise ConfigError(
+            what,
+            str(folder),
+            suggest(name, [p.stem for p in found] or options) or "give the path of a record",
+        )
     return found[0]
 
 

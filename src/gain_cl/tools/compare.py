@@ -1,4 +1,5 @@
-"""``python -m gain_cl compare RUN ... | experiment=NAME``: settings side by side, fronts, equal skill, and a verdict per endpoint."""
+"""``python -m gain_cl compare RUN ... | experiment=NAME``: settings side by side, fronts, equal
+skill, and a verdict per endpoint."""
 
 from __future__ import annotations
 
@@ -23,29 +24,62 @@ from gain_cl.tools.command import Parser, console, find_record, printable
 from gain_cl.tools.status import asked
 
 SHOWN = ("own_step", "backward", "backward_net", "from_base", "controls_from_base")
-HEADS = {"own_step": "own step", "backward": "backward", "backward_net": "net", "from_base": "from base", "controls_from_base": "controls"}
+HEADS = {
+    "own_step": "own step",
+    "backward": "backward",
+    "backward_net": "net",
+    "from_base": "from base",
+    "controls_from_base": "controls",
+}
 
 
 def main(argv: list[str]) -> int:
     """Print the comparison, or JSON."""
     parser = Parser(
         "compare",
-        usage="python -m gain_cl compare RUN RUN ... | experiment=NAME [KEY=VALUE ...] [--alphas] [--skill PERCENT] [--equal WHAT]"
+        usage="python -m gain_cl compare RUN RUN ... | experiment=NAME [KEY=VALUE ...] [--alphas] "
+        "[--skill PERCENT] [--equal WHAT]"
         " [--json]",
-        description="Compare runs, or the finished runs of an experiment: intervals, fronts, equal skill, a verdict per endpoint.",
+        description="Compare runs, or the finished runs of an experiment: intervals, fronts, "
+        "equal skill, a verdict per endpoint.",
     )
-    parser.add_argument("words", nargs="+", metavar="RUN | experiment=NAME | KEY=VALUE", help="records or run ids; or an experiment")
-    parser.add_argument("--alphas", action="store_true", help="of an experiment: with what interpolate --records made of its runs")
-    parser.add_argument("--skill", type=float, help="own step in %% at which methods are matched (default: the middle of what both reach)")
     parser.add_argument(
-        "--equal", choices=["skill", "norm", "tokens", "parameters"], default="skill", help="in what methods are made equal"
+        "words",
+        nargs="+",
+        metavar="RUN | experiment=NAME | KEY=VALUE",
+        help="records or run ids; or an experiment",
     )
-    parser.add_argument("--results-dir", default="results", help="where runs/RUN_ID.json are (default: %(default)s)")
+    parser.add_argument(
+        "--alphas",
+        action="store_true",
+        help="of an experiment: with what interpolate --records made of its runs",
+    )
+    parser.add_argument(
+        "--skill",
+        type=float,
+        help="own step in %% at which methods are matched (default: the middle of what both reach)",
+    )
+    parser.add_argument(
+        "--equal",
+        choices=["skill", "norm", "tokens", "parameters"],
+        default="skill",
+        help="in what methods are made equal",
+    )
+    parser.add_argument(
+        "--results-dir", default="results", help="where runs/RUN_ID.json are (default: %(default)s)"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_intermixed_args(argv)
     if args.skill is not None and not -100 < args.skill < 100:
-        raise ConfigError(f"{args.skill} is no change in %", "--skill", "give the own step, e.g. --skill -10")
-    results = Path(next((w.partition("=")[2] for w in args.words if w.startswith("results_dir=")), args.results_dir))
+        raise ConfigError(
+            f"{args.skill} is no change in %", "--skill", "give the own step, e.g. --skill -10"
+        )
+    results = Path(
+        next(
+            (w.partition("=")[2] for w in args.words if w.startswith("results_dir=")),
+            args.results_dir,
+        )
+    )
     found = _studies(args.words, results, args.alphas)
     skill = math.log1p(args.skill / 100) if args.skill is not None else None
     if args.json:
@@ -60,19 +94,31 @@ def main(argv: list[str]) -> int:
 def _studies(words: list[str], results_dir: Path, alphas: bool) -> list[Study]:
     if not any(w.startswith("experiment=") for w in words):
         if strange := [w for w in words if "=" in w]:
-            raise ConfigError(f"{strange[0]}: overrides go with an experiment", "gain_cl compare", "give experiment=NAME, or runs alone")
+            raise ConfigError(
+                f"{strange[0]}: overrides go with an experiment",
+                "gain_cl compare",
+                "give experiment=NAME, or runs alone",
+            )
         if alphas:
-            raise ConfigError("--alphas goes with an experiment", "gain_cl compare", "give experiment=NAME, or name the records themselves")
+            raise ConfigError(
+                "--alphas goes with an experiment",
+                "gain_cl compare",
+                "give experiment=NAME, or name the records themselves",
+            )
         if len(words) < 2:
-            raise ConfigError("one run cannot be compared", "gain_cl compare", "name two runs, or experiment=NAME")
+            raise ConfigError(
+                "one run cannot be compared", "gain_cl compare", "name two runs, or experiment=NAME"
+            )
         return [comparison.from_records(record.load(find_record(w, results_dir)) for w in words)]
     experiment, more = asked(words, "compare")
     if not any(w.startswith("results_dir=") for w in more):
         more.append(f"results_dir={results_dir}")
-    return list(comparison.studies(experiment, experiments.cells(experiment, more), alphas).values())
+    return list(
+        comparison.studies(experiment, experiments.cells(experiment, more), alphas).values()
+    )
 
 
-# --- as data -----------------------------------------------------------------------------------------------------------
+# --- as data --------------------------------------------------------------------------------------
 
 
 def report(study: Study, skill: float | None, results_dir: Path) -> dict[str, Any]:
@@ -98,9 +144,17 @@ def report(study: Study, skill: float | None, results_dir: Path) -> dict[str, An
                 }
                 for s in study.settings
             ],
-            "positive_control": {"setting": control.label if control else None, "backward": _data(most), "reached": forgets},
+            "positive_control": {
+                "setting": control.label if control else None,
+                "backward": _data(most),
+                "reached": forgets,
+            },
             "equal_skill": [
-                {"method": m, "minus": study.reference, **_matched(equal_.matched(study, m, study.reference, skill))}
+                {
+                    "method": m,
+                    "minus": study.reference,
+                    **_matched(equal_.matched(study, m, study.reference, skill)),
+                }
                 for m in study.methods
                 if m != study.reference
             ],
@@ -153,28 +207,43 @@ def _norms(study: Study, results_dir: Path) -> dict[str, float]:
 
 
 def _kl(s: Setting, ends: dict[str, diagnosis.Stage]) -> list[float]:
-    """KL(base || tuned) on the domains learned and on the controls, mean over blocks, nats per token; nan where not measured."""
+    """KL(base || tuned) on the domains learned and on the controls, mean over blocks, nats per
+    token; nan where not measured."""
     stages = [ends.get(run.record.run_id) for run in s.runs.values()]
     kinds = [[getattr(e, kind, None) for e in stages] for kind in ("kl_new", "kl_controls")]
-    return [math.nan if None in found else sum(d.nats for d in found if d is not None) / len(found) for found in kinds]
+    return [
+        math.nan if None in found else sum(d.nats for d in found if d is not None) / len(found)
+        for found in kinds
+    ]
 
 
-# --- as tables ---------------------------------------------------------------------------------------------------------
+# --- as tables ------------------------------------------------------------------------------------
 
 
 def _show(study: Study, skill: float | None, equal: str, results_dir: Path) -> None:
     out = console()
 
     def say(text: str = "", style: str = "") -> None:
-        out.print(printable(text), style=style or None, markup=False, highlight=False, soft_wrap=True)
+        out.print(
+            printable(text), style=style or None, markup=False, highlight=False, soft_wrap=True
+        )
 
     first = study.settings[0].runs[next(iter(study.settings[0].runs))].record
-    say(f"{study.name}: {study.question}" if study.question else f"{len(study.settings)} settings", style="bold")
+    say(
+        f"{study.name}: {study.question}" if study.question else f"{len(study.settings)} settings",
+        style="bold",
+    )
     blocks = len(study.blocks)
     kinds = f"{format.counted(blocks, 'block')} (order of the domains and seed)"
-    say(f"{first.model}, {kinds}, {first.protocol}, {_documents(study)} test documents of trained domains")
+    say(
+        f"{first.model}, {kinds}, {first.protocol}, {_documents(study)} test documents of "
+        "trained domains"
+    )
     if study.absent:
-        say(f"not finished: {', '.join(f'{n} of {method}' for method, n in study.absent.items())}", style="yellow")
+        say(
+            f"not finished: {', '.join(f'{n} of {method}' for method, n in study.absent.items())}",
+            style="yellow",
+        )
     say()
     _settings(study, results_dir, out)
     control, most, forgets = verdicts.positive_control(study)
@@ -211,7 +280,11 @@ def _settings(study: Study, results_dir: Path, out: Any) -> None:
     wide = out.width >= 110 + 8 * (blocks > 1) + 8 * bool(norms) + 18 * bool(kl)
     table = _table("Change of perplexity, % (mean over domains)")
     table.add_column("setting", no_wrap=wide)
-    for head in (*(["trains"] if wide else []), *(["blocks"] if blocks > 1 else []), *(["|dW|", *kl] if norms else [])):
+    for head in (
+        *(["trains"] if wide else []),
+        *(["blocks"] if blocks > 1 else []),
+        *(["|dW|", *kl] if norms else []),
+    ):
         table.add_column(head, justify="right")
     for metric in shown:
         table.add_column(HEADS[metric], justify="right", no_wrap=True)
@@ -227,15 +300,30 @@ def _settings(study: Study, results_dir: Path, out: Any) -> None:
         row += [_count(equal_.axis(s, "parameters", norms))] if wide else []
         row += [str(len(s.runs))] if blocks > 1 else []
         if norms:
-            row += ["-" if math.isnan(x) else f"{x:.3g}" for x in (equal_.axis(s, "norm", norms), *(_kl(s, ends) if kl else ()))]
+            row += [
+                "-" if math.isnan(x) else f"{x:.3g}"
+                for x in (equal_.axis(s, "norm", norms), *(_kl(s, ends) if kl else ()))
+            ]
         for metric in shown:
             found = comparison.level(s, metric)
-            value, between = ("-", "-") if found is None else (format.percent(found.estimate.value), _range(found.estimate))
+            value, between = (
+                ("-", "-")
+                if found is None
+                else (format.percent(found.estimate.value), _range(found.estimate))
+            )
             interval = metric in ("own_step", "backward")
-            row += [value, between] if wide and interval else [f"{value}\n{between}" if interval else value]
+            row += (
+                [value, between]
+                if wide and interval
+                else [f"{value}\n{between}" if interval else value]
+            )
         table.add_row(*row, "*" if s.label in efficient else "")
     out.print(table)
-    out.print("* on its method's front: no other setting of the method learns more and forgets less", markup=False, highlight=False)
+    out.print(
+        "* on its method's front: no other setting of the method learns more and forgets less",
+        markup=False,
+        highlight=False,
+    )
     out.print()
 
 
@@ -243,9 +331,19 @@ def _equal_skill(study: Study, skill: float | None, out: Any) -> None:
     others = [m for m in study.methods if m != study.reference]
     if not others or all(comparison.level(s, "backward") is None for s in study.settings):
         return
-    table = _table(f"Backward change at equal own step, against {study.reference} (interpolated on both fronts), %")
+    table = _table(
+        f"Backward change at equal own step, against {study.reference} (interpolated on both "
+        "fronts), %"
+    )
     table.add_column("method", no_wrap=True)
-    for head in ("at own step", "backward", study.reference, "difference", "95% interval", "blocks"):
+    for head in (
+        "at own step",
+        "backward",
+        study.reference,
+        "difference",
+        "95% interval",
+        "blocks",
+    ):
         table.add_column(head, justify="right", no_wrap=True)
     table.add_column("")
     for m in others:
@@ -259,14 +357,24 @@ def _equal_skill(study: Study, skill: float | None, out: Any) -> None:
 
 
 def _equal_cost(study: Study, name: Any, norms: dict[str, float], out: Any) -> None:
-    table = _table(f"Change of perplexity at equal {name}, minus {study.reference} (interpolated over log {name}), %")
+    table = _table(
+        f"Change of perplexity at equal {name}, minus {study.reference} (interpolated over "
+        f"log {name}), %"
+    )
     table.add_column("method", no_wrap=True)
     for head in (f"at {name}", "own step", "95% interval", "backward", "95% interval"):
         table.add_column(head, justify="right", no_wrap=True)
     table.add_column("")
     for m in (m for m in study.methods if m != study.reference):
-        found = [equal_.at_equal(study, m, study.reference, name, metric, norms) for metric in ("own_step", "backward")]
-        cells = [text for f in found for text in (format.percent(equal_.interval(f).value), _range(equal_.interval(f)))]
+        found = [
+            equal_.at_equal(study, m, study.reference, name, metric, norms)
+            for metric in ("own_step", "backward")
+        ]
+        cells = [
+            text
+            for f in found
+            for text in (format.percent(equal_.interval(f).value), _range(equal_.interval(f)))
+        ]
         at = "-" if math.isnan(found[0].skill) else f"{found[0].skill:.4g}"
         table.add_row(m, at, *cells, printable(found[0].reason))
     out.print(table)
@@ -276,28 +384,65 @@ def _equal_cost(study: Study, name: Any, norms: dict[str, float], out: Any) -> N
 def _endpoints(study: Study, out: Any) -> None:
     judged = verdicts.judge(study)
     if not judged:
-        out.print("No endpoint was declared beforehand: everything here is exploratory.", style="bold", highlight=False)
+        out.print(
+            "No endpoint was declared beforehand: everything here is exploratory.",
+            style="bold",
+            highlight=False,
+        )
         out.print()
         return
     table = _table("Declared endpoints")
-    for head in ("endpoint", "verdict", "measured", "95% interval", "p", "p equal", "blocks", "units"):
-        table.add_column(head, justify="left" if head in ("endpoint", "verdict") else "right", no_wrap=head != "endpoint")
+    for head in (
+        "endpoint",
+        "verdict",
+        "measured",
+        "95% interval",
+        "p",
+        "p equal",
+        "blocks",
+        "units",
+    ):
+        table.add_column(
+            head,
+            justify="left" if head in ("endpoint", "verdict") else "right",
+            no_wrap=head != "endpoint",
+        )
     for j in judged:
         c = j.compared
         write = format.percent if comparison.lower_is_better(j.endpoint.metric) else _signed
         value = "-" if c is None else write(c.estimate.value)
-        interval = "-" if c is None or math.isnan(c.estimate.low) else f"{write(c.estimate.low)} to {write(c.estimate.high)}"
+        interval = (
+            "-"
+            if c is None or math.isnan(c.estimate.low)
+            else f"{write(c.estimate.low)} to {write(c.estimate.high)}"
+        )
         counts = ["-", "-"] if c is None else [str(c.blocks), str(c.estimate.n)]
-        table.add_row(j.endpoint.name, j.verdict, value, interval, _p(j.tests.difference), _p(j.tests.equivalence), *counts)
+        table.add_row(
+            j.endpoint.name,
+            j.verdict,
+            value,
+            interval,
+            _p(j.tests.difference),
+            _p(j.tests.equivalence),
+            *counts,
+        )
     out.print(table)
     for j in judged:
         e = j.endpoint
         what = f"{e.metric} of {e.of}" + (f" minus {e.minus}" if e.minus else ", against 0")
         at = f" at an own step of {format.percent(j.skill)}%" if j.skill is not None else ""
-        within = "" if e.margin is None else f", margin {e.margin:g}{'%' if comparison.lower_is_better(e.metric) else ''}"
+        within = (
+            ""
+            if e.margin is None
+            else f", margin {e.margin:g}{'%' if comparison.lower_is_better(e.metric) else ''}"
+        )
         text = f"{e.name}: {what}{at}, {e.kind}{within}" + (f"; {j.why}" if j.why else "")
         out.print(printable(text), markup=False, highlight=False, soft_wrap=True)
-    out.print(f"p adjusted over the declared endpoints (Holm), alpha {study.alpha:g}", markup=False, highlight=False)
+    out.print(
+        f"p adjusted over the declared endpoints (Holm), alpha {study.alpha:g}",
+        markup=False,
+        highlight=False,
+    )
     out.print()
 
 
@@ -316,14 +461,25 @@ def _chosen(study: Study, out: Any) -> None:
         row = [printable(s.label)]
         for metric in ("own_step", "backward", "backward_net"):
             found = comparison.difference(s, reference, metric)
-            row += ["-", "-"] if found is None else [format.percent(found.estimate.value), _range(found.estimate)]
+            row += (
+                ["-", "-"]
+                if found is None
+                else [format.percent(found.estimate.value), _range(found.estimate)]
+            )
         table.add_row(*row)
     out.print(table)
     out.print()
 
 
 def _table(title: str) -> Table:
-    return Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 0, 0, 1), pad_edge=False, show_edge=False)
+    return Table(
+        title=title,
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        padding=(0, 0, 0, 1),
+        pad_edge=False,
+        show_edge=False,
+    )
 
 
 def _percent(e: Estimate) -> str:
@@ -331,7 +487,11 @@ def _percent(e: Estimate) -> str:
 
 
 def _range(e: Estimate) -> str:
-    return "not known" if math.isnan(e.low) or math.isnan(e.high) else f"{format.percent(e.low)} to {format.percent(e.high)}"
+    return (
+        "not known"
+        if math.isnan(e.low) or math.isnan(e.high)
+        else f"{format.percent(e.low)} to {format.percent(e.high)}"
+    )
 
 
 def _count(n: float) -> str:

@@ -1,8 +1,10 @@
-"""``python -m gain_cl diagnose RUN``: what a run did to the weights, for any method, and how far its predictions moved from the base.
+"""``python -m gain_cl diagnose RUN``: what a run did to the weights, for any method, and how far
+its predictions moved from the base.
 
-From the effective change of the weights alone (the adapter folded in, in fp32, minus the pretrained weights), per kept stage and
-linear layer: norm, column-span residual, intruder dimensions, and gains where the change is a diagonal (weights.py). Beside it
-KL(base || tuned) on the scored text, both models computing as the run computed. docs/diagnostics.md has the formulas.
+From the effective change of the weights alone (the adapter folded in, in fp32, minus the pretrained
+weights), per kept stage and linear layer: norm, column-span residual, intruder dimensions, and
+gains where the change is a diagonal (weights.py). Beside it KL(base || tuned) on the scored text,
+both models computing as the run computed. docs/diagnostics.md has the formulas.
 """
 
 from __future__ import annotations
@@ -19,7 +21,18 @@ from gain_cl.compose.messages import suggest
 from gain_cl.config.schema import Given
 from gain_cl.errors import ConfigError, DataError, printable
 from gain_cl.measure import diagnosis, record
-from gain_cl.measure.diagnosis import DIRECTIONS, EDGES, THRESHOLD, TOP, Diagnostics, Divergence, Gains, Layer, Other, Stage
+from gain_cl.measure.diagnosis import (
+    DIRECTIONS,
+    EDGES,
+    THRESHOLD,
+    TOP,
+    Diagnostics,
+    Divergence,
+    Gains,
+    Layer,
+    Other,
+    Stage,
+)
 from gain_cl.runs import resume
 from gain_cl.stats import format
 from gain_cl.system.files import sha256, write_all
@@ -33,22 +46,38 @@ if TYPE_CHECKING:
 
 
 def main(argv: list[str]) -> int:
-    """Print a summary, write results/diagnostics/RUN_ID.json and diagnostics.png and .pdf into the run's folder."""
+    """Print a summary, write results/diagnostics/RUN_ID.json and diagnostics.png and .pdf into the
+    run's folder."""
     parser = rescore.arguments(
         "diagnose",
         "[--stage K|all] [--layers A,B] [--no-kl]",
-        "What a run changed in the weights: norm, directions, gains; and its KL divergence from the pretrained model.",
+        "What a run changed in the weights: norm, directions, gains; and its KL divergence "
+        "from the pretrained model.",
     )
-    parser.add_argument("--stage", default="all", help="a stage, or all whose trained state was kept (default: %(default)s)")
-    parser.add_argument("--layers", default="", help="layers whose directions to analyse, by the end of their name, * allowed: o_proj")
-    parser.add_argument("--no-kl", action="store_true", help="leave out the KL divergence, which scores the text again")
+    parser.add_argument(
+        "--stage",
+        default="all",
+        help="a stage, or all whose trained state was kept (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--layers",
+        default="",
+        help="layers whose directions to analyse, by the end of their name, * allowed: o_proj",
+    )
+    parser.add_argument(
+        "--no-kl",
+        action="store_true",
+        help="leave out the KL divergence, which scores the text again",
+    )
     args = parser.parse_args(argv)
     run = record.load(find_record(args.run, Path(args.results_dir)))
     bench = rescore.Bench(run, args.output_dir, given=True)
     results = run.path.parent.parent if run.path.parent.name == "runs" else Path(args.results_dir)
     stages, lost = _stages(bench, args.stage)
     try:
-        found = _diagnose(bench, run, stages, lost, [p for p in args.layers.split(",") if p], not args.no_kl)
+        found = _diagnose(
+            bench, run, stages, lost, [p for p in args.layers.split(",") if p], not args.no_kl
+        )
     finally:
         bench.close()
     found = _with_earlier(found, results, args.no_kl)
@@ -56,7 +85,9 @@ def main(argv: list[str]) -> int:
 
     from gain_cl.paper.figures import diagnosis as figure
 
-    pictures = {bench.folder / f"diagnostics.{kind}": figure.render(found, kind) for kind in ("png", "pdf")}
+    pictures = {
+        bench.folder / f"diagnostics.{kind}": figure.render(found, kind) for kind in ("png", "pdf")
+    }
     write_all(pictures)
     if args.json:
         print(path.read_text(), end="")
@@ -69,11 +100,16 @@ def _stages(bench: rescore.Bench, asked: str) -> tuple[list[int], list[int]]:
     """(stages to diagnose, stages whose trained state was not kept)."""
     last = len(bench.record.stages) - 1
     if asked != "all" and not (asked.isdecimal() and 1 <= int(asked[:9]) <= last):
-        raise ConfigError(f"stage {asked!r} is not among 1..{last}", "--stage", "give one of them, or all")
+        raise ConfigError(
+            f"stage {asked!r} is not among 1..{last}", "--stage", "give one of them, or all"
+        )
     if isinstance(bench.config.adapter, Given):
         kept = list(range(1, last + 1))
     else:
-        folders = {k: bench.folder / "stages" / f"{k:02d}-{bench.record.stages[k].domain}" for k in range(1, last + 1)}
+        folders = {
+            k: bench.folder / "stages" / f"{k:02d}-{bench.record.stages[k].domain}"
+            for k in range(1, last + 1)
+        }
         kept = [k for k, folder in folders.items() if (folder / resume.ADAPTER).exists()]
     wanted = [int(asked)] if asked != "all" else kept or [last]
     if not set(wanted) <= set(kept):
@@ -81,10 +117,17 @@ def _stages(bench: rescore.Bench, asked: str) -> tuple[list[int], list[int]]:
     return wanted, sorted(set(range(1, last + 1)) - set(kept))
 
 
-# --- measuring -------------------------------------------------------------------------------------------------------
+# --- measuring ------------------------------------------------------------------------------------
 
 
-def _diagnose(bench: rescore.Bench, run: record.Run, stages: list[int], lost: list[int], patterns: list[str], with_kl: bool) -> Diagnostics:
+def _diagnose(
+    bench: rescore.Bench,
+    run: record.Run,
+    stages: list[int],
+    lost: list[int],
+    patterns: list[str],
+    with_kl: bool,
+) -> Diagnostics:
     begun = time.perf_counter()
     bench.open(rows=0)
     bench.close()
@@ -147,14 +190,24 @@ class _Watch:
         self.bar.update(self.task, advance=seconds, description=what)
 
 
-def _announce(bench: rescore.Bench, work: _Weights, tuned: dict[str, Tensor], stages: list[int], with_kl: bool, watch: _Watch) -> float:
-    """Say what it will cost before it begins; seconds. What changes is taken from the first stage."""
+def _announce(
+    bench: rescore.Bench,
+    work: _Weights,
+    tuned: dict[str, Tensor],
+    stages: list[int],
+    with_kl: bool,
+    watch: _Watch,
+) -> float:
+    """Say what it will cost before it begins; seconds. What changes is taken from the first
+    stage."""
     import torch
 
     from gain_cl.tools import weights
 
     shapes = [work.base[f"{n}.weight"].shape for n in work.changed(tuned) if n in work.chosen]
-    matrix = torch.randn(512, 512, generator=torch.Generator().manual_seed(0)).to(bench.loaded.device)
+    matrix = torch.randn(512, 512, generator=torch.Generator().manual_seed(0)).to(
+        bench.loaded.device
+    )
     for _ in range(2):  # the first call starts the library
         started = time.perf_counter()
         weights.left_vectors(matrix).sum().item()
@@ -163,19 +216,28 @@ def _announce(bench: rescore.Bench, work: _Weights, tuned: dict[str, Tensor], st
     for_kl = sum(_kl_seconds(bench, k) for k in stages) if with_kl else 0.0
     watch.expect(for_weights + for_kl)
     parameters = sum(p.numel() for p in work.base.values())
-    vectors = sum(min(s) * math.prod(s) // max(s) if s[0] < s[1] else math.prod(s) for s in shapes) if work.keep else 0
+    vectors = (
+        sum(min(s) * math.prod(s) // max(s) if s[0] < s[1] else math.prod(s) for s in shapes)
+        if work.keep
+        else 0
+    )
     other = 0 if work.own else 2 * parameters  # the run's own model beside it
     what = f"{len(shapes)} linear layers, {format.counted(len(stages), 'stage')}"
     kl = f" ({format.duration(for_kl)} of it for KL)" if with_kl else ""
     memory = size(4 * (2 * parameters + vectors) + other)
-    print(f"diagnose: {what}: about {format.duration(for_weights + for_kl)}{kl}, {memory} for weights", file=sys.stderr)
+    print(
+        f"diagnose: {what}: about {format.duration(for_weights + for_kl)}{kl}, {memory} "
+        "for weights",
+        file=sys.stderr,
+    )
     return for_weights + for_kl
 
 
 class _Weights:
     """The pretrained weights in fp32 and what every stage is measured against.
 
-    patterns: of the layers whose directions are analysed; keep: whether left singular vectors of W serve more than one stage.
+    patterns: of the layers whose directions are analysed; keep: whether left singular vectors of W
+    serve more than one stage.
     """
 
     def __init__(self, bench: rescore.Bench, patterns: list[str], keep: bool) -> None:
@@ -199,7 +261,11 @@ class _Weights:
         """The linear layers that a stage changed."""
         import torch
 
-        return [n for n in self.layers if not torch.equal(self.base[f"{n}.weight"], tuned[f"{n}.weight"])]
+        return [
+            n
+            for n in self.layers
+            if not torch.equal(self.base[f"{n}.weight"], tuned[f"{n}.weight"])
+        ]
 
     def stage(self, index: int, tuned: dict[str, Tensor], watch: _Watch) -> Stage:
         """All of a stage but its KL."""
@@ -207,7 +273,10 @@ class _Weights:
         matrices = {f"{n}.weight" for n in self.layers}
         norms = {n: _norm(tuned[n] - p) for n, p in self.base.items()}
         total = math.fsum(x**2 for x in norms.values()) ** 0.5
-        layers = [self._layer(n, tuned[f"{n}.weight"], norms[f"{n}.weight"], index, watch) for n in changed]
+        layers = [
+            self._layer(n, tuned[f"{n}.weight"], norms[f"{n}.weight"], index, watch)
+            for n in changed
+        ]
         analysed = [x for x in layers if x.residual is not None]
         keys = [*map(str, DIRECTIONS), "all"]
         return Stage(
@@ -217,7 +286,9 @@ class _Weights:
             total_relative=total / self.total,
             layers=layers,
             others=[
-                Other(name=n, norm=x, relative=_ratio(x, _norm(self.base[n]))) for n, x in norms.items() if x > 0 and n not in matrices
+                Other(name=n, norm=x, relative=_ratio(x, _norm(self.base[n])))
+                for n, x in norms.items()
+                if x > 0 and n not in matrices
             ],
             residual={k: _mean([x.residual[k] for x in analysed if x.residual]) for k in keys},
             own={k: _mean([x.own[k] for x in analysed if x.own]) for k in keys},
@@ -246,14 +317,24 @@ class _Weights:
                 watch.done(watch.rate * weights.cost(base_OI.shape), f"stage {index} {name}")
                 if self.keep:
                     self.left[name] = left_OR
-            residual, own = (_residuals(weights.residual_energies(x, left_OR)) for x in (change_OI, base_OI))
-            cosines = weights.closest_cosines(weights.left_vectors(tuned_OI)[:, :TOP], left_OR).tolist()
+            residual, own = (
+                _residuals(weights.residual_energies(x, left_OR)) for x in (change_OI, base_OI)
+            )
+            cosines = weights.closest_cosines(
+                weights.left_vectors(tuned_OI)[:, :TOP], left_OR
+            ).tolist()
             intruders = sum(c < THRESHOLD for c in cosines)
             watch.done(watch.rate * weights.cost(base_OI.shape), f"stage {index} {name}")
         if name in self.projections:
-            parts = [weights.by_head(x.double().square().sum(0), self.heads) for x in (change_OI, base_OI)]
+            parts = [
+                weights.by_head(x.double().square().sum(0), self.heads)
+                for x in (change_OI, base_OI)
+            ]
             if parts[0] is not None and parts[1] is not None:
-                heads = [math.sqrt(c / w) if w else 0.0 for c, w in zip(parts[0].sum(1).tolist(), parts[1].sum(1).tolist(), strict=True)]
+                heads = [
+                    math.sqrt(c / w) if w else 0.0
+                    for c, w in zip(parts[0].sum(1).tolist(), parts[1].sum(1).tolist(), strict=True)
+                ]
         return Layer(
             name=name,
             role=role,
@@ -266,7 +347,9 @@ class _Weights:
             intruders=intruders,
             cosines=cosines,
             heads=heads,
-            gains=_gains(weights.scaling(base_OI, tuned_OI), self.heads if name in self.projections else 0),
+            gains=_gains(
+                weights.scaling(base_OI, tuned_OI), self.heads if name in self.projections else 0
+            ),
         )
 
 
@@ -296,8 +379,14 @@ def _chosen(names: list[str], patterns: list[str]) -> set[str]:
     """The layers that the patterns mean; without patterns all."""
     for p in patterns:
         if not any(fnmatch.fnmatchcase(n, f"*{p}") for n in names):
-            raise ConfigError(f"no linear layer's name ends with {p!r}", "--layers", suggest(p, sorted({_place(n)[1] for n in names})))
-    return {n for n in names if not patterns or any(fnmatch.fnmatchcase(n, f"*{p}") for p in patterns)}
+            raise ConfigError(
+                f"no linear layer's name ends with {p!r}",
+                "--layers",
+                suggest(p, sorted({_place(n)[1] for n in names})),
+            )
+    return {
+        n for n in names if not patterns or any(fnmatch.fnmatchcase(n, f"*{p}") for p in patterns)
+    }
 
 
 def _place(name: str) -> tuple[int | None, str]:
@@ -339,7 +428,8 @@ def _kl_seconds(bench: rescore.Bench, stage: int) -> float:
 
 
 def _divergences(bench: rescore.Bench, stage: Stage, watch: _Watch) -> None:
-    """KL(base || tuned) of a stage, into it: both models in the run's dtype, the adapter on the tuned one."""
+    """KL(base || tuned) of a stage, into it: both models in the run's dtype, the adapter on the
+    tuned one."""
     from gain_cl.measure import perplexity
 
     told, settings, parts = bench.record, bench.config.eval, {}
@@ -348,10 +438,19 @@ def _divergences(bench: rescore.Bench, stage: Stage, watch: _Watch) -> None:
         watch.done(0, f"stage {stage.index} KL {name}")
         documents = domain.split_documents(settings.split)[: settings.documents]
         rows = perplexity.divergence(
-            bench.loaded, tuned, documents, settings.window, settings.context, settings.stride, bench.config.compute.eval_batch
+            bench.loaded,
+            tuned,
+            documents,
+            settings.window,
+            settings.context,
+            settings.stride,
+            bench.config.compute.eval_batch,
         )
         parts[name] = rows.kl_nats.to_numpy(), rows.tokens.to_numpy(dtype="float64")
-        watch.done(_kl_seconds(bench, stage.index) / len(bench.inputs.domains), f"stage {stage.index} KL {name}")
+        watch.done(
+            _kl_seconds(bench, stage.index) / len(bench.inputs.domains),
+            f"stage {stage.index} KL {name}",
+        )
     new = told.trained[: stage.index]
     if told.regime != "sequential":
         new = told.trained if told.regime == "joint" else [told.trained[stage.index - 1]]
@@ -364,26 +463,43 @@ def _divergence(parts: Parts) -> Divergence:
     """Mean over domains of nats per token, with its interval over documents."""
     from gain_cl.stats import inference
 
-    found = inference.bootstrap_t({name: (kl / len(parts), tokens) for name, (kl, tokens) in parts.items()})
-    low, high = (None if math.isnan(x) else max(x, 0.0) for x in (found.low, found.high))  # no divergence is negative
-    return Divergence(nats=found.value, low=low, high=high, documents=found.n, tokens=int(sum(t.sum() for _, t in parts.values())))
+    found = inference.bootstrap_t(
+        {name: (kl / len(parts), tokens) for name, (kl, tokens) in parts.items()}
+    )
+    low, high = (
+        None if math.isnan(x) else max(x, 0.0) for x in (found.low, found.high)
+    )  # no divergence is negative
+    return Divergence(
+        nats=found.value,
+        low=low,
+        high=high,
+        documents=found.n,
+        tokens=int(sum(t.sum() for _, t in parts.values())),
+    )
 
 
 def _with_earlier(found: Diagnostics, results: Path, no_kl: bool) -> Diagnostics:
-    """With the stages, and where it was left out the KL, of an earlier diagnosis of the same record."""
+    """With the stages, and where it was left out the KL, of an earlier diagnosis of the same
+    record."""
     try:
         earlier = diagnosis.load(results, found.run_id)
     except DataError:  # of another record
         return found
-    known = {s.index: s for s in earlier.stages} if earlier and earlier.protocol == found.protocol else {}
+    known = (
+        {s.index: s for s in earlier.stages}
+        if earlier and earlier.protocol == found.protocol
+        else {}
+    )
     for stage in found.stages:
         before = known.pop(stage.index, None)
         if no_kl and before:
             stage.kl, stage.kl_new, stage.kl_controls = before.kl, before.kl_new, before.kl_controls
-    return found.model_copy(update={"stages": sorted([*found.stages, *known.values()], key=lambda s: s.index)})
+    return found.model_copy(
+        update={"stages": sorted([*found.stages, *known.values()], key=lambda s: s.index)}
+    )
 
 
-# --- showing ---------------------------------------------------------------------------------------------------------
+# --- showing --------------------------------------------------------------------------------------
 
 
 def _show(found: Diagnostics, paths: list[Path]) -> None:
@@ -391,7 +507,14 @@ def _show(found: Diagnostics, paths: list[Path]) -> None:
     from rich.table import Table
 
     def table(title: str, first: str, *columns: str) -> Table:
-        made = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 0, 0, 1), pad_edge=False, show_edge=False)
+        made = Table(
+            title=title,
+            title_justify="left",
+            box=SIMPLE_HEAD,
+            padding=(0, 0, 0, 1),
+            pad_edge=False,
+            show_edge=False,
+        )
         for i, name in enumerate((first, *columns)):
             made.add_column(name, justify="right" if i else "left")
         return made
@@ -413,15 +536,26 @@ def _show(found: Diagnostics, paths: list[Path]) -> None:
             _interval(s.kl_controls),
         )
     end = found.stages[-1]
-    summary.add_row("W itself", "", "", *(_number(end.own[k]) for k in keys), "", "", "", style="dim")
-    summary.add_row("by chance", "", "", *(_number(end.chance[k]) for k in keys), "", "", "", style="dim")
+    summary.add_row(
+        "W itself", "", "", *(_number(end.own[k]) for k in keys), "", "", "", style="dim"
+    )
+    summary.add_row(
+        "by chance", "", "", *(_number(end.chance[k]) for k in keys), "", "", "", style="dim"
+    )
     out.print(summary)
     out.print()
     most = table(
-        f"Layers that moved most after stage {end.index}", "layer", "% of ||W||", f"outside {keys[1]}", "intruders", "gains: drift, range"
+        f"Layers that moved most after stage {end.index}",
+        "layer",
+        "% of ||W||",
+        f"outside {keys[1]}",
+        "intruders",
+        "gains: drift, range",
     )
     for x in sorted(end.layers, key=lambda x: -(x.relative or 0.0))[:5]:
-        gains = f"{x.gains.drift:.4f}, {x.gains.least:.3f} to {x.gains.largest:.3f}" if x.gains else "-"
+        gains = (
+            f"{x.gains.drift:.4f}, {x.gains.least:.3f} to {x.gains.largest:.3f}" if x.gains else "-"
+        )
         inside = _number(x.residual[keys[1]]) if x.residual else "-"
         count = "-" if x.intruders is None else f"{x.intruders} of {len(x.cosines or [])}"
         most.add_row(printable(x.name), f"{100 * (x.relative or 0.0):.3g}", inside, count, gains)
@@ -430,16 +564,25 @@ def _show(found: Diagnostics, paths: list[Path]) -> None:
     others = math.sqrt(math.fsum(x.norm**2 for x in end.others))
     took = f"{format.duration(found.seconds)} (estimated {format.duration(found.estimate_seconds)})"
     notes = [
-        f"outside k: share of ||dW|| beyond the first k left singular vectors of W, mean over {end.analysed} changed linear layers; all: "
+        "outside k: share of ||dW|| beyond the first k left singular vectors of W, mean over "
+        f"{end.analysed} changed linear layers; all: "
         "beyond every one, 0 for any method where a layer is not taller than wide",
-        "W itself: of W's own spectrum, where random gains on its inputs would be; by chance: of a change in random directions",
-        f"intruders: of the first {found.top} left singular vectors of the tuned W, those with no |cosine| of {found.threshold:g} with W's",
-        "KL(base || tuned): nats per token; 95% interval over documents; new: domains learned up to the stage",
+        "W itself: of W's own spectrum, where random gains on its inputs would be; by "
+        "chance: of a change in random directions",
+        f"intruders: of the first {found.top} left singular vectors of the tuned W, those "
+        f"with no |cosine| of {found.threshold:g} with W's",
+        "KL(base || tuned): nats per token; 95% interval over documents; new: domains "
+        "learned up to the stage",
     ]
     if end.others:
-        notes.append(f"beside linear layers {len(end.others)} other parameters changed, norm {others:.4g}")
+        notes.append(
+            f"beside linear layers {len(end.others)} other parameters changed, norm {others:.4g}"
+        )
     if found.not_kept:
-        notes.append(f"not diagnosed, their trained state was not kept: stages {', '.join(map(str, found.not_kept))}")
+        notes.append(
+            "not diagnosed, their trained state was not kept: stages "
+            f"{', '.join(map(str, found.not_kept))}"
+        )
     notes.append(f"time: {took}, peak memory: {size(found.peak_bytes)}")
     for note in [*notes, *map(str, paths)]:
         out.print(note, markup=False, highlight=False, soft_wrap=True)
@@ -456,4 +599,6 @@ def _number(value: float | None) -> str:
 def _interval(x: Divergence | None) -> str:
     if x is None:
         return "-"
-    return f"{x.nats:.4f}" + (f" ({x.low:.4f} to {x.high:.4f})" if x.low is not None and x.high is not None else "")
+    return f"{x.nats:.4f}" + (
+        f" ({x.low:.4f} to {x.high:.4f})" if x.low is not None and x.high is not None else ""
+    )

@@ -1,4 +1,5 @@
-"""``python -m gain_cl tables | figures | report | paper experiment=NAME``: what is printed of an experiment, from its records alone."""
+"""``python -m gain_cl tables | figures | report | paper experiment=NAME``: what is printed of an
+experiment, from its records alone."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ from gain_cl.tools.command import Parser, printable
 from gain_cl.tools.status import asked
 
 ABOUT = {
-    "tables": "Tables of an experiment as Markdown, LaTeX and CSV, every number as tidy.csv, those a text quotes as LaTeX commands.",
+    "tables": "Tables of an experiment as Markdown, LaTeX and CSV, every number as tidy.csv, "
+    "those a text quotes as LaTeX commands.",
     "figures": "Figures of an experiment as PDF and PNG.",
     "report": "One HTML page of an experiment that needs no network.",
     "paper": "Tables, figures and report of an experiment; what is not out of date stays.",
@@ -22,10 +24,17 @@ def main(what: str, argv: list[str]) -> int:
     """Build one kind, or all three. DataError names the cells that may not be printed."""
     parser = Parser(
         what,
-        usage=f"python -m gain_cl {what} experiment=NAME [partial=true] [force=true] [KEY=VALUE ...]",
-        description=f"{ABOUT[what]} They go to RESULTS_DIR/{'tables, figures, reports' if what == 'paper' else _place(what)}.",
+        usage=f"python -m gain_cl {what} experiment=NAME [partial=true] [force=true] "
+        "[KEY=VALUE ...]",
+        description=f"{ABOUT[what]} They go to "
+        f"RESULTS_DIR/{'tables, figures, reports' if what == 'paper' else _place(what)}.",
     )
-    parser.add_argument("words", nargs="+", metavar="experiment=NAME | KEY=VALUE", help="the experiment; results_dir= and other overrides")
+    parser.add_argument(
+        "words",
+        nargs="+",
+        metavar="experiment=NAME | KEY=VALUE",
+        help="the experiment; results_dir= and other overrides",
+    )
     asked_for = parser.parse_intermixed_args(argv).words
     experiment, words = asked(asked_for, what)
     given = next(w.partition("=")[2] for w in asked_for if w.startswith("experiment="))
@@ -33,7 +42,9 @@ def main(what: str, argv: list[str]) -> int:
     for word in [w for w in words if w.partition("=")[0] in flags]:
         key, _, value = word.partition("=")
         if value not in ("true", "false"):
-            raise ConfigError(f"{value!r} is neither true nor false", key, f"give {key}=true or {key}=false")
+            raise ConfigError(
+                f"{value!r} is neither true nor false", key, f"give {key}=true or {key}=false"
+            )
         flags[key] = value == "true"
         words.remove(word)
     book = gather.gather(experiment, words, flags["partial"], given)

@@ -1,4 +1,5 @@
-"""Trainable parameters of every model and method, from the presets alone: nothing is downloaded, no weight is allocated."""
+"""Trainable parameters of every model and method, from the presets alone: nothing is downloaded, no
+weight is allocated."""
 
 from __future__ import annotations
 
@@ -16,31 +17,48 @@ from gain_cl.config.schema import Adapter, Given, Model
 from gain_cl.errors import ConfigError, GainError
 
 Table = dict[str, dict[str, Any]]
-"""model -> {"total": parameters, "methods": {method: trainable parameters, or why there are none}}"""
+"""model -> {"total": parameters, "methods": {method: trainable parameters, or why there are
+none}}"""
 
 
-def count(filters: Iterable[str] = (), config_dirs: Iterable[str | Path] = (), plugins: Iterable[str | Path] = ()) -> Table:
+def count(
+    filters: Iterable[str] = (),
+    config_dirs: Iterable[str | Path] = (),
+    plugins: Iterable[str | Path] = (),
+) -> Table:
     """Total and trainable parameters of models x methods.
 
-    filters: ``model=A,B`` and ``method=A,B``; without them every preset whose architecture is known, and that trains something.
+    filters: ``model=A,B`` and ``method=A,B``; without them every preset whose architecture is
+    known, and that trains something.
     """
     config_dirs = list(config_dirs)
     wanted = _filters(filters, config_dirs)
     hydra.load_plugins(plugins)
     adapters, models = {}, {}
-    with hydra.session(config_dirs) as load:  # a model does not depend on the method nor the reverse: no need to compose their product
+    with (
+        hydra.session(config_dirs) as load
+    ):  # a model does not depend on the method nor the reverse: no need to compose their product
         for name in wanted.get("method") or presets.names("method", config_dirs):
             adapter = _section(load, f"method={name}", "adapter", config_dirs, TypeAdapter(Adapter))
             if "method" in wanted or not isinstance(adapter, Given):
                 adapters[name] = adapter
         for name in wanted.get("model") or presets.names("model", config_dirs):
             given = name != "custom"  # which is a path to be given
-            model = _section(load, f"model={name}", "model", config_dirs, TypeAdapter(Model)) if given else None
+            model = (
+                _section(load, f"model={name}", "model", config_dirs, TypeAdapter(Model))
+                if given
+                else None
+            )
             if model is not None and (model.arch or model.path or model.package):
                 models[name] = model
             elif "model" in wanted:
-                do = "give model.path= to a run, which says how many train, or write a preset that has it (--config-dir)"
-                raise ConfigError("a preset without path and arch, nothing to count", f"model={name}", do)
+                do = (
+                    "give model.path= to a run, which says how many train, or write a preset "
+                    "that has it (--config-dir)"
+                )
+                raise ConfigError(
+                    "a preset without path and arch, nothing to count", f"model={name}", do
+                )
     counted: dict[str, tuple[int, int | str]] = {}
     table: Table = {}
     for name, model in models.items():
@@ -55,8 +73,11 @@ def count(filters: Iterable[str] = (), config_dirs: Iterable[str | Path] = (), p
     return table
 
 
-def _section(load: hydra.Load, override: str, key: str, config_dirs: list[str | Path], kind: TypeAdapter[Any]) -> Any:
-    """One typed section of the configuration that an override gives; mistakes are explained as a run would."""
+def _section(
+    load: hydra.Load, override: str, key: str, config_dirs: list[str | Path], kind: TypeAdapter[Any]
+) -> Any:
+    """One typed section of the configuration that an override gives; mistakes are explained as a
+    run would."""
     try:
         return kind.validate_python(load([override])[key])
     except Exception:
@@ -65,7 +86,8 @@ def _section(load: hydra.Load, override: str, key: str, config_dirs: list[str | 
 
 
 def attached(model: Model, adapter: Any) -> tuple[int, int | str]:
-    """Total parameters, and how many train once the adapter is attached (or why it refuses the model)."""
+    """Total parameters, and how many train once the adapter is attached (or why it refuses the
+    model)."""
     from gain_cl import adapters
     from gain_cl.models import load as models
 
@@ -98,14 +120,26 @@ def show(table: Table) -> None:
             view.add_column(name, justify="right", no_wrap=True)
         view.add_row("total", *(f"{table[name]['total']:,}" for name in names), style="dim")
         for m in methods:
-            view.add_row(m, *(f"{v:,}" if isinstance(v := table[name]["methods"][m], int) else "refused" for name in names))
+            view.add_row(
+                m,
+                *(
+                    f"{v:,}" if isinstance(v := table[name]["methods"][m], int) else "refused"
+                    for name in names
+                ),
+            )
         console.print("trainable parameters", style="bold")
         console.print(view)
         console.print()
     for name, row in table.items():
         for method, value in row["methods"].items():
             if isinstance(value, str):
-                console.print(f"{method} on {name}: {value}", style="dim", markup=False, highlight=False, soft_wrap=True)
+                console.print(
+                    f"{method} on {name}: {value}",
+                    style="dim",
+                    markup=False,
+                    highlight=False,
+                    soft_wrap=True,
+                )
 
 
 GAP, WIDTH = 2, 120
@@ -131,7 +165,9 @@ def _filters(filters: Iterable[str], config_dirs: list[str | Path]) -> dict[str,
     for text in filters:
         group, equals, names = text.partition("=")
         if not equals or group not in ("model", "method"):
-            raise ConfigError(f"cannot read {text!r}", "gain_cl params", "write model=A,B or method=A,B")
+            raise ConfigError(
+                f"cannot read {text!r}", "gain_cl params", "write model=A,B or method=A,B"
+            )
         known = presets.names(group, config_dirs)
         found[group] = [n.strip() for n in names.split(",") if n.strip()]
         for name in found[group]:

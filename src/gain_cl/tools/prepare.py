@@ -1,6 +1,8 @@
-"""``python -m gain_cl prepare``: fetch, tokenise and check everything a run would read, and report what it is. Trains nothing.
+"""``python -m gain_cl prepare``: fetch, tokenise and check everything a run would read, and report
+what it is. Trains nothing.
 
-What it puts into the cache is what a run looks for there. torch is imported, because transformers' tokenizers do.
+What it puts into the cache is what a run looks for there. torch is imported, because transformers'
+tokenizers do.
 """
 
 from __future__ import annotations
@@ -36,13 +38,26 @@ def main(argv: list[str]) -> int:
     """Print the report; DataError (exit 65) when a run could not use the data."""
     parser = Parser(
         "prepare",
-        usage="python -m gain_cl prepare [GROUP=NAME] [KEY=VALUE] [--config-dir DIR] [--plugin FILE.py] [--json]",
-        description="Fetch, tokenise and check the model, domains and tasks of a run (same overrides as run), and report what they share.",
+        usage="python -m gain_cl prepare [GROUP=NAME] [KEY=VALUE] [--config-dir DIR] [--plugin "
+        "FILE.py] [--json]",
+        description="Fetch, tokenise and check the model, domains and tasks of a run (same "
+        "overrides as run), and report what they share.",
     )
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as for run")
-    parser.add_argument("--config-dir", action="append", default=[], help="a folder with more presets (repeatable)")
-    parser.add_argument("--plugin", action="append", default=[], help="a file that registers adapters or guards (repeatable)")
-    parser.add_argument("--json", action="store_true", help="print the report as JSON, with every pair that was found")
+    parser.add_argument(
+        "--config-dir", action="append", default=[], help="a folder with more presets (repeatable)"
+    )
+    parser.add_argument(
+        "--plugin",
+        action="append",
+        default=[],
+        help="a file that registers adapters or guards (repeatable)",
+    )
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help="print the report as JSON, with every pair that was found",
+    )
     args = parser.parse_intermixed_args(argv)
     config = hydra.compose(args.overrides, args.config_dir, args.plugin)
     with signals.listening():
@@ -57,11 +72,15 @@ def main(argv: list[str]) -> int:
 def examine(config: RunConfig) -> Report:
     """The report, as plain values; its steps are told on stderr as they begin."""
     plan = plan_.prepare(config)
-    checks.inputs(config)  # what is wrong with local text or a model's files shows before torch is imported
+    checks.inputs(
+        config
+    )  # what is wrong with local text or a model's files shows before torch is imported
     names, trained = [*config.sequence.trained, *config.sequence.controls], config.sequence.trained
     _say(f"{config.model.name}: files and tokenizer")
     folder = source.locate(config.model)
-    checks.limits(config, source.read_config(folder) if folder is not None else config.model.arch or {})
+    checks.limits(
+        config, source.read_config(folder) if folder is not None else config.model.arch or {}
+    )
     tokenizer, tokenizer_hash = load.load_tokenizer(config.model)
     rows = load.vocabulary(config.model)
     prefix_id, _ = load.special_tokens(config.model, tokenizer, rows)
@@ -69,20 +88,31 @@ def examine(config: RunConfig) -> Report:
     for number, name in enumerate(names, start=1):
         signals.poll()
         _say(f"{name}: text and tokens ({number} of {len(names)})")
-        domains[name] = domains_.prepare(config.domains[name], tokenizer, tokenizer_hash, plan.pins["domains"][name], prefix_id)
+        domains[name] = domains_.prepare(
+            config.domains[name], tokenizer, tokenizer_hash, plan.pins["domains"][name], prefix_id
+        )
     warnings = domains_.check(domains, config.train, config.eval, rows, config.only_scored)
     _say("near duplicates of scored documents in training text")
     near = overlap.near_duplicates(domains, trained)
     shared: list[overlap.Shared] = []
     if config.tasks.names:
         _say(f"{', '.join(config.tasks.names)}: items, and what they share with training text")
-        shared = overlap.benchmark(domains, trained, tasks.texts(tasks.TaskSet(config.tasks, tokenizer)))
+        shared = overlap.benchmark(
+            domains, trained, tasks.texts(tasks.TaskSet(config.tasks, tokenizer))
+        )
     signals.poll()
     return {
         "run": {"id": plan.run_id, "finished": plan.finished, "record": str(plan.record_path)},
         "uses": _uses(config),
-        "model": {"name": config.model.name, **plan.pins["model"], "tokenizer": tokenizer_hash, "embedding_rows": rows},
-        "domains": {name: _domain(config, domains[name], plan.pins["domains"][name]) for name in names},
+        "model": {
+            "name": config.model.name,
+            **plan.pins["model"],
+            "tokenizer": tokenizer_hash,
+            "embedding_rows": rows,
+        },
+        "domains": {
+            name: _domain(config, domains[name], plan.pins["domains"][name]) for name in names
+        },
         "tasks": plan.pins["tasks"],
         "eval": {"split": config.eval.split, "documents": config.eval.documents},
         "near_duplicates": [asdict(n) for n in near],
@@ -101,7 +131,11 @@ def _domain(config: RunConfig, domain: Domain, pin: dict[str, Any]) -> Report:
         "prompt_tokens": {split: domain.n_prompt_tokens(split) for split in SPLITS},
         "bytes": {split: domain.n_bytes(split) for split in SPLITS},
         "split_sha256": {split: domain.split_hash(split) for split in SPLITS},
-        "learned_share": config.train.stage_steps * config.train.batch_tokens / domain.n_tokens("train") if trained else 0.0,
+        "learned_share": config.train.stage_steps
+        * config.train.batch_tokens
+        / domain.n_tokens("train")
+        if trained
+        else 0.0,
         "hash": domain.hash,
         "pin": pin,
         "licence": config.domains[domain.name].licence,
@@ -113,9 +147,13 @@ def _uses(config: RunConfig) -> list[str]:
     stages, train, evaluation = len(config.sequence.trained), config.train, config.eval
     tokens = train.stage_steps * train.batch_tokens
     window = f"the first {evaluation.window} tokens" if evaluation.window else "all tokens"
-    documents = f"{evaluation.documents} {evaluation.split} documents of {stages + len(config.sequence.controls)} domains"
+    documents = (
+        f"{evaluation.documents} {evaluation.split} documents of "
+        f"{stages + len(config.sequence.controls)} domains"
+    )
     lines = [
-        f"learns {stages} domains, {tokens:,} tokens each: {train.stage_steps} steps of {train.batch_tokens} tokens",
+        f"learns {stages} domains, {tokens:,} tokens each: {train.stage_steps} steps of "
+        f"{train.batch_tokens} tokens",
         f"scores {window} of {documents}, {stages + 1} times",
     ]
     if config.tasks.names:
@@ -128,7 +166,7 @@ def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-# --- printing ----------------------------------------------------------------------------------------------------------
+# --- printing -------------------------------------------------------------------------------------
 
 
 def render(report: Report) -> None:
@@ -165,7 +203,10 @@ def render(report: Report) -> None:
     for name, d in domains.items():
         if of := sum(d["prompt_tokens"].values()):
             share = of / sum(d["tokens"].values())
-            say(f"  {name}: instruction data, {share:.0%} of the tokens are prompts, read and not scored; MB are completions")
+            say(
+                f"  {name}: instruction data, {share:.0%} of the tokens are prompts, read and not "
+                "scored; MB are completions"
+            )
     say("Sources", "bold")
     table(
         ["domain", "tokens' hash", "source as pinned", "licence"],
@@ -178,28 +219,46 @@ def render(report: Report) -> None:
         say(f"note: {note}")
     if report["notes"]:
         say()
-    state = f"finished: {report['run']['record']}" if report["run"]["finished"] else "not finished yet"
+    state = (
+        f"finished: {report['run']['record']}" if report["run"]["finished"] else "not finished yet"
+    )
     say(f"Run {report['run']['id']} ({state})", "bold")
     for line in report["uses"]:
         say(f"  {line}")
     say()
     tokens = sum(sum(d["tokens"].values()) for d in domains.values())
-    print(f"prepared: {len(domains)} domains, {tokens:,} tokens, cache {printable(report['cache'])}", flush=True)
+    print(
+        f"prepared: {len(domains)} domains, {tokens:,} tokens, cache {printable(report['cache'])}",
+        flush=True,
+    )
 
 
 def _source(pin: dict[str, Any]) -> str:
     if pin["kind"] == "package":
-        kind, sha = ("sha256", pin["sha256"]) if "sha256" in pin else ("sha256 of its member", pin["members_sha256"])
+        kind, sha = (
+            ("sha256", pin["sha256"])
+            if "sha256" in pin
+            else ("sha256 of its member", pin["members_sha256"])
+        )
         return f"{pin['package']}, {kind} {sha[:12]}"
     if pin["kind"] == "hub":
         return f"{pin['path']} at {pin['revision'][:12]}"
-    return f"files, sha256 {pin['sha256'][:12]}" if pin["kind"] == "files" else f"generated, seed {pin['seed']}"
+    return (
+        f"files, sha256 {pin['sha256'][:12]}"
+        if pin["kind"] == "files"
+        else f"generated, seed {pin['seed']}"
+    )
 
 
 def _near(report: Report, say: Any, table: Any) -> None:
-    pairs, split, count = report["near_duplicates"], report["eval"]["split"], report["eval"]["documents"]
+    pairs, split, count = (
+        report["near_duplicates"],
+        report["eval"]["split"],
+        report["eval"]["documents"],
+    )
     say(
-        f"Near duplicates: {overlap.NEAR_SHARE:.0%} or more of the {overlap.NEAR_WORDS}-grams of a document are in one training document",
+        f"Near duplicates: {overlap.NEAR_SHARE:.0%} or more of the {overlap.NEAR_WORDS}-grams "
+        "of a document are in one training document",
         "bold",
     )
     rows = []
@@ -209,14 +268,29 @@ def _near(report: Report, say: Any, table: Any) -> None:
         held_out = sum(report["domains"][name]["documents"][s] for s in ("dev", "test"))
         found = len({p["document"] for p in own})
         where = ", ".join(dict.fromkeys(p["in_domain"] for p in own))
-        rows.append([name, where, f"{len(scored)} of {count}", f"{found} of {held_out:,}", f"{own[0]['share']:.2f}"])
+        rows.append(
+            [
+                name,
+                where,
+                f"{len(scored)} of {count}",
+                f"{found} of {held_out:,}",
+                f"{own[0]['share']:.2f}",
+            ]
+        )
     if not rows:
         say("  none")
         say()
         return
-    table(["domain", "in training text of", "scored documents", "test and dev documents", "worst"], rows, left=2)
+    table(
+        ["domain", "in training text of", "scored documents", "test and dev documents", "worst"],
+        rows,
+        left=2,
+    )
     for p in pairs[:WORST]:
-        say(f"  {p['share']:.2f}  {p['domain']} {p['split']} {p['document']}: {p['in_domain']} train {p['in_document']}")
+        say(
+            f"  {p['share']:.2f}  {p['domain']} {p['split']} {p['document']}: {p['in_domain']} "
+            f"train {p['in_document']}"
+        )
     if len(pairs) > WORST:
         say(f"  ... {len(pairs):,} pairs in all; --json lists them")
     say()
@@ -233,9 +307,19 @@ def _benchmark(report: Report, say: Any, table: Any) -> None:
         hits = {s["domain"]: len(s["found"]) for s in own if s["found"]}
         count = len({item for s in own for item in s["found"]})
         where = ", ".join(f"{domain} {n}" for domain, n in hits.items()) or "-"
-        rows.append([task, where, f"{count:,}", f"{own[0]['long_enough']:,}", f"{own[0]['items']:,}"])
-    table(["task", "by domain", "share one", f"have {overlap.BENCHMARK_WORDS} words", "items"], rows, left=2)
-    examples = [(s["task"], item, s["domain"], document) for s in shared for item, document in s["found"].items()]
+        rows.append(
+            [task, where, f"{count:,}", f"{own[0]['long_enough']:,}", f"{own[0]['items']:,}"]
+        )
+    table(
+        ["task", "by domain", "share one", f"have {overlap.BENCHMARK_WORDS} words", "items"],
+        rows,
+        left=2,
+    )
+    examples = [
+        (s["task"], item, s["domain"], document)
+        for s in shared
+        for item, document in s["found"].items()
+    ]
     for task, item, domain, document in examples[:WORST]:
         say(f"  {task} {item}: {domain} train {document}")
     if len(examples) > WORST:

@@ -1,4 +1,5 @@
-"""A finished run's model at hand again, to be changed without training and scored as the run was: for recombine, interpolate."""
+"""A finished run's model at hand again, to be changed without training and scored as the run was:
+for recombine, interpolate."""
 
 from __future__ import annotations
 
@@ -29,31 +30,58 @@ if TYPE_CHECKING:
 
 
 class Bench:
-    """The pretrained model of a run, its domains and the trained state of its stages. Axes: D domains."""
+    """The pretrained model of a run, its domains and the trained state of its stages. Axes: D
+    domains."""
 
     def __init__(self, run: record.Run, output_dir: str | None, given: bool = False) -> None:
         """given: whether stages that were trained elsewhere will do, too."""
         self.run, self.record = run, run.record
         if (made := self.record.interpolated) is not None:
-            raise ConfigError("it is interpolated and has no trained state of its own", self.record.run_id, f"use {made.of}")
-        config = RunConfig.model_validate({**run.record.config, **({"output_dir": output_dir} if output_dir else {})})
+            raise ConfigError(
+                "it is interpolated and has no trained state of its own",
+                self.record.run_id,
+                f"use {made.of}",
+            )
+        config = RunConfig.model_validate(
+            {**run.record.config, **({"output_dir": output_dir} if output_dir else {})}
+        )
         if isinstance(config.adapter, Given) and not given:
-            raise ConfigError("its stages were trained elsewhere", run.record.run_id, "it has no trained state of its own")
-        if getattr(config.adapter, "init_from", None) is not None:  # the saved states hold what they began from
-            config = config.model_copy(update={"adapter": config.adapter.model_copy(update={"init_from": None})})
+            raise ConfigError(
+                "its stages were trained elsewhere",
+                run.record.run_id,
+                "it has no trained state of its own",
+            )
+        if (
+            getattr(config.adapter, "init_from", None) is not None
+        ):  # the saved states hold what they began from
+            config = config.model_copy(
+                update={"adapter": config.adapter.model_copy(update={"init_from": None})}
+            )
         self.config = config
         hydra.load_plugins(self.config.plugins)
         self.folder = Path(self.config.output_dir) / run.record.run_id
         self.names = [*run.record.trained, *run.record.controls]
 
     def open(self, rows: int) -> None:
-        """Load model and domains; rows: how many times the domains will be scored. DataError when they are not the run's."""
+        """Load model and domains; rows: how many times the domains will be scored. DataError when
+        they are not the run's."""
         pins = plan.prepare(self.config.model_copy(update={"resume": "never"})).pins
-        for part, recorded in ((p, self.record.pins.get(p)) for p in ("model", "domains", "plugins", "checkpoints")):
+        for part, recorded in (
+            (p, self.record.pins.get(p)) for p in ("model", "domains", "plugins", "checkpoints")
+        ):
             if pins.get(part) != recorded:
-                raise DataError(f"{part}: not what the run read", self.record.run_id, "restore what the run read")
+                raise DataError(
+                    f"{part}: not what the run read",
+                    self.record.run_id,
+                    "restore what the run read",
+                )
         self._bar = Progress(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=stderr(), transient=True
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=stderr(),
+            transient=True,
         )
         self._cells = self._bar.add_task("load", total=rows * len(self.names))
         self._rows = 0
@@ -73,14 +101,21 @@ class Bench:
     def progress(self, done: int, of: int, unit: str, what: str = "") -> None:
         """How far; see track.Tracker."""
         if unit == "cells":
-            self._bar.update(self._cells, completed=self._rows * of + done, description=f"score {what}")
+            self._bar.update(
+                self._cells, completed=self._rows * of + done, description=f"score {what}"
+            )
 
     def saved(self, stage: int) -> Path:
-        """The folder of the trained state after a stage, verified. DataError when it was not kept."""
+        """The folder of the trained state after a stage, verified. DataError when it was not
+        kept."""
         told = self.record.stages[stage]
         saved = resume.read_stage(self.folder / "stages" / f"{stage:02d}-{told.domain}").folder
         if not (saved / resume.ADAPTER).exists():
-            raise DataError("the trained state of this stage was not kept", str(saved), "run again with checkpoint.keep_stages=all")
+            raise DataError(
+                "the trained state of this stage was not kept",
+                str(saved),
+                "run again with checkpoint.keep_stages=all",
+            )
         return saved
 
     def state(self, stage: int) -> dict[str, Tensor]:
@@ -120,7 +155,8 @@ class Bench:
         return loaded, adapter
 
     def folded(self, stage: int) -> dict[str, Tensor]:
-        """Every parameter of the model after a stage, the adapter folded in, in fp32. DataError when that is not all it does."""
+        """Every parameter of the model after a stage, the adapter folded in, in fp32. DataError
+        when that is not all it does."""
         import torch
 
         loaded, adapter = self.tuned(self.fp32, stage)
@@ -130,7 +166,10 @@ class Bench:
             adapter.absorb()
             moved = ((loaded.model(ids_BT).logits - before).abs().max() / before.abs().max()).item()
         if not moved <= 1e-3:
-            what = f"the folded weights compute something else than the adapter: logits differ by {moved:.0e} of the largest"
+            what = (
+                "the folded weights compute something else than the adapter: logits differ by "
+                f"{moved:.0e} of the largest"
+            )
             raise DataError(what, f"stage {stage}", "what it does is no change of the weights")
         return {name: p.detach() for name, p in loaded.model.named_parameters()}
 
@@ -143,14 +182,24 @@ class Bench:
         return np.array([scores.domains[d].loss_nats for d in self.names])
 
     def score(self, weights: dict[str, Tensor], **what: Any) -> scoring.Scores:
-        """Every domain by the model as it is now. weights, what: all that makes it differ from the base."""
+        """Every domain by the model as it is now. weights, what: all that makes it differ from the
+        base."""
         digest = hashlib.sha256()
         for name in sorted(weights):
-            digest.update(f"{name} {tuple(weights[name].shape)}\n".encode() + weights[name].detach().cpu().contiguous().numpy().tobytes())
+            digest.update(
+                f"{name} {tuple(weights[name].shape)}\n".encode()
+                + weights[name].detach().cpu().contiguous().numpy().tobytes()
+            )
         identity = {**self.inputs.identity, "weights": digest.hexdigest(), **what}
-        identity |= {"adapter": self.config.scientific()["adapter"], "plugins": self.record.pins["plugins"], "seed": self.config.seed}
+        identity |= {
+            "adapter": self.config.scientific()["adapter"],
+            "plugins": self.record.pins["plugins"],
+            "seed": self.config.seed,
+        }
         cells, batch = self.folder.parent / "cells", self.config.compute.eval_batch
-        found = scoring.domains(self.loaded, self.inputs.domains, self.config.eval, batch, identity, cells, self)
+        found = scoring.domains(
+            self.loaded, self.inputs.domains, self.config.eval, batch, identity, cells, self
+        )
         self._rows += 1
         return found
 
@@ -164,11 +213,17 @@ def stderr() -> Any:
 
 def arguments(verb: str, usage: str, description: str) -> Parser:
     """The arguments that both verbs take."""
-    parser = Parser(verb, usage=f"python -m gain_cl {verb} RECORD.json|RUN_ID {usage} [--json] [--results-dir DIR] [--output-dir DIR]")
+    parser = Parser(
+        verb,
+        usage=f"python -m gain_cl {verb} RECORD.json|RUN_ID {usage} [--json] [--results-dir DIR] "
+        "[--output-dir DIR]",
+    )
     parser.description = description
     parser.add_argument("run", help="path of a record, or a run id (its beginning is enough)")
     parser.add_argument("--json", action="store_true", help="print the numbers as JSON")
-    parser.add_argument("--results-dir", default="results", help="where runs/RUN_ID.json are (default: %(default)s)")
+    parser.add_argument(
+        "--results-dir", default="results", help="where runs/RUN_ID.json are (default: %(default)s)"
+    )
     parser.add_argument("--output-dir", help="output_dir of the run (default: as recorded)")
     return parser
 
@@ -189,9 +244,22 @@ def number(text: str, key: str) -> float:
     return value
 
 
-def show(title: str, names: list[str], rows: list[tuple[str, np.ndarray]], write: Callable[[float], str], notes: list[str]) -> None:
+def show(
+    title: str,
+    names: list[str],
+    rows: list[tuple[str, np.ndarray]],
+    write: Callable[[float], str],
+    notes: list[str],
+) -> None:
     """A table of rows by domains."""
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 0, 0, 1), pad_edge=False, show_edge=False)
+    table = Table(
+        title=title,
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        padding=(0, 0, 0, 1),
+        pad_edge=False,
+        show_edge=False,
+    )
     table.add_column("")
     for name in names:
         table.add_column(name, justify="right")

@@ -1,4 +1,5 @@
-"""``python -m gain_cl status experiment=NAME``: which runs of an experiment are done, and which are missing."""
+"""``python -m gain_cl status experiment=NAME``: which runs of an experiment are done, and which are
+missing."""
 
 from __future__ import annotations
 
@@ -16,7 +17,13 @@ from gain_cl.studies import experiments
 from gain_cl.studies.experiments import Cell, Experiment
 from gain_cl.tools.command import Parser, console, printable
 
-STYLE = {"done": "green", "running": "cyan", "failed": "bold red", "stopped": "yellow", "missing": "dim"}
+STYLE = {
+    "done": "green",
+    "running": "cyan",
+    "failed": "bold red",
+    "stopped": "yellow",
+    "missing": "dim",
+}
 
 
 def main(argv: list[str]) -> int:
@@ -26,8 +33,17 @@ def main(argv: list[str]) -> int:
         usage="python -m gain_cl status experiment=NAME [KEY=VALUE ...] [--missing] [--json]",
         description="The runs of an experiment: done, running, failed, stopped or missing.",
     )
-    parser.add_argument("words", nargs="+", metavar="experiment=NAME | KEY=VALUE", help="the experiment; overrides of every run")
-    parser.add_argument("--missing", action="store_true", help="print the commands of the runs that are not done, one a line")
+    parser.add_argument(
+        "words",
+        nargs="+",
+        metavar="experiment=NAME | KEY=VALUE",
+        help="the experiment; overrides of every run",
+    )
+    parser.add_argument(
+        "--missing",
+        action="store_true",
+        help="print the commands of the runs that are not done, one a line",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_intermixed_args(argv)
     experiment, more = asked(args.words, "status")
@@ -37,7 +53,16 @@ def main(argv: list[str]) -> int:
             if cell.state != "done":
                 print(shlex.join(["python", "-m", "gain_cl", "run", *cell.overrides, *more]))
     elif args.json:
-        rows = [{"model": c.model, "setting": c.label, "block": c.block, "run_id": c.run_id, "state": c.state} for c in found]
+        rows = [
+            {
+                "model": c.model,
+                "setting": c.label,
+                "block": c.block,
+                "run_id": c.run_id,
+                "state": c.state,
+            }
+            for c in found
+        ]
         print(json.dumps({"experiment": experiment.name, "runs": rows}, indent=1, allow_nan=False))
     else:
         grid(experiment, found, console())
@@ -48,7 +73,11 @@ def asked(words: list[str], verb: str) -> tuple[Experiment, list[str]]:
     """(experiment, overrides) of a command line with experiment=NAME among KEY=VALUE words."""
     names = [w.partition("=")[2] for w in words if w.startswith("experiment=")]
     if len(names) != 1:
-        raise ConfigError("no experiment is named" if not names else "several experiments", f"gain_cl {verb}", "give one experiment=NAME")
+        raise ConfigError(
+            "no experiment is named" if not names else "several experiments",
+            f"gain_cl {verb}",
+            "give one experiment=NAME",
+        )
     return experiments.load(names[0]), [w for w in words if not w.startswith("experiment=")]
 
 
@@ -68,8 +97,18 @@ def grid(experiment: Experiment, found: list[Cell], out: Any) -> None:
         rows.setdefault((c.model, c.label), {})[c.block] = c
     states = {c.run_id: c.state for c in found}
     for (model, setting), mine in rows.items():
-        cells = [Text(states[mine[k].run_id], style=STYLE[states[mine[k].run_id]]) if k in mine else Text("") for k in blocks]
-        table.add_row(*([model] if several else []), printable(setting), *cells, mine[min(mine)].run_id)
+        cells = [
+            Text(states[mine[k].run_id], style=STYLE[states[mine[k].run_id]])
+            if k in mine
+            else Text("")
+            for k in blocks
+        ]
+        table.add_row(
+            *([model] if several else []), printable(setting), *cells, mine[min(mine)].run_id
+        )
     out.print(table)
     counts = Counter(states.values())
-    out.print(f"{len(found)} runs: {', '.join(f'{n} {state}' for state, n in counts.items())}", highlight=False)
+    out.print(
+        f"{len(found)} runs: {', '.join(f'{n} {state}' for state, n in counts.items())}",
+        highlight=False,
+    )

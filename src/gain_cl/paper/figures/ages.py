@@ -14,23 +14,32 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 CAPTION = (
-    "Change of perplexity since a domain was learned (%; above 0: forgotten) by the stages since: each method's chosen setting, mean over"
-    " the domains that have that age (fewer and earlier ones the higher it is) and over blocks. 95% intervals over test documents (one"
+    "Change of perplexity since a domain was learned (%; above 0: forgotten) by the "
+    "stages since: each method's chosen setting, mean over"
+    " the domains that have that age (fewer and earlier ones the higher it is) and over "
+    "blocks. 95% intervals over test documents (one"
     " block), or over blocks and the documents they share (several); one without caps goes on."
 )
 
 
 def build(study: Study) -> Figure | None:
-    """Forgetting by stages since learned (matrix.forgetting_by_age) of each method's chosen setting, in % of perplexity, with 95%
-    intervals as comparison.level has them. None where nothing was learned after something else."""
+    """Forgetting by stages since learned (matrix.forgetting_by_age) of each method's chosen
+    setting, in % of perplexity, with 95% intervals as comparison.level has them. None where nothing
+    was learned after something else."""
     with style.rules():
         return _build(study)
 
 
 def by_age(setting: Setting) -> dict[int, Estimate]:
     """Age -> forgetting in nats per token."""
-    of = [{age: m.contributions(c) for age, c in matrix.forgetting_by_age(m).items()} for m in setting.matrices.values()]
-    found = {age: comparison.compared([parts[age] for parts in of if age in parts]) for age in sorted({a for parts in of for a in parts})}
+    of = [
+        {age: m.contributions(c) for age, c in matrix.forgetting_by_age(m).items()}
+        for m in setting.matrices.values()
+    ]
+    found = {
+        age: comparison.compared([parts[age] for parts in of if age in parts])
+        for age in sorted({a for parts in of for a in parts})
+    }
     return {age: c.estimate for age, c in found.items() if c is not None}
 
 
@@ -43,7 +52,13 @@ def _build(study: Study) -> Figure | None:
     axes = figure.subplots()
     for i, (s, found) in enumerate(lines.values()):
         at = style.dodged(list(found), i, len(lines))
-        style.points(axes, list(at), [style.percent(e) for e in found.values()], **style.look(study, s.method), label=s.label)
+        style.points(
+            axes,
+            list(at),
+            [style.percent(e) for e in found.values()],
+            **style.look(study, s.method),
+            label=s.label,
+        )
     axes.axhline(0, color=style.SOFT, linewidth=0.6, zorder=0)
     axes.set_xlim(0.5, ages + 0.5)
     axes.set_xticks(range(1, ages + 1))

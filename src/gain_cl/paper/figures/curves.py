@@ -18,8 +18,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 CAPTION = (
-    "Change of perplexity from the pretrained model (%), of each trained domain by stages since it was learned (0: just after; vertical"
-    " line) and of the controls by stage: each method's chosen setting, mean over the blocks that have the position, two at least; a line"
+    "Change of perplexity from the pretrained model (%), of each trained domain by "
+    "stages since it was learned (0: just after; vertical"
+    " line) and of the controls by stage: each method's chosen setting, mean over the "
+    "blocks that have the position, two at least; a line"
     " is broken where they change. Pale: single blocks. No intervals."
 )
 
@@ -28,14 +30,16 @@ Curve = dict[int, float]
 
 
 def build(study: Study) -> Figure | None:
-    """A panel for each trained domain and one for the mean over the controls, a line for each method's chosen setting. Changes of
-    perplexity in %, spaced as changes of loss, means of which they are; no intervals. None without a chosen setting."""
+    """A panel for each trained domain and one for the mean over the controls, a line for each
+    method's chosen setting. Changes of perplexity in %, spaced as changes of loss, means of which
+    they are; no intervals. None without a chosen setting."""
     with style.rules():
         return _build(study)
 
 
 def of_domain(m: LossMatrix, domain: str) -> Curve:
-    """By stages since the domain was learned: 0 just after, -1 just before. Of a domain learned alone or with all others only these."""
+    """By stages since the domain was learned: 0 just after, -1 just before. Of a domain learned
+    alone or with all others only these."""
     j, k = m.domains.index(domain), 1 if m.regime == "joint" else m.trained.index(domain) + 1
     base = float(m.loss[0, j])
     if m.regime != "sequential":
@@ -44,7 +48,8 @@ def of_domain(m: LossMatrix, domain: str) -> Curve:
 
 
 def of_controls(m: LossMatrix) -> Curve:
-    """Mean over the controls, by stage; empty without controls, and where stages do not follow each other."""
+    """Mean over the controls, by stage; empty without controls, and where stages do not follow each
+    other."""
     if not m.controls or m.regime == "individual":
         return {}
     mean = m.loss[:, len(m.trained) :].mean(1)
@@ -52,8 +57,8 @@ def of_controls(m: LossMatrix) -> Curve:
 
 
 def means(curves: list[Curve]) -> list[Curve]:
-    """Means at the positions that at least two curves have (all, of one curve), in pieces over the same curves each: where one begins or
-    ends, a mean would jump though none of them does."""
+    """Means at the positions that at least two curves have (all, of one curve), in pieces over the
+    same curves each: where one begins or ends, a mean would jump though none of them does."""
     pieces: list[tuple[list[int], Curve]] = []
     for x in sorted({x for c in curves for x in c}):
         there = [i for i, c in enumerate(curves) if x in c]
@@ -73,7 +78,9 @@ def _build(study: Study) -> Figure | None:
     controls = any(of_controls(m) for s in settings for m in s.matrices.values())
     panels = len(first.trained) + controls
     rows = style.rows_of(panels)
-    figure = style.new(style.DOUBLE if panels > 1 else style.SINGLE, 0.3 + (1.8 if rows > 1 else 2.3) * rows)
+    figure = style.new(
+        style.DOUBLE if panels > 1 else style.SINGLE, 0.3 + (1.8 if rows > 1 else 2.3) * rows
+    )
     every = style.grid(figure, panels, sharey=True)
 
     def draw(axes: Any, curves_of: Callable[[LossMatrix], Curve]) -> None:
@@ -81,9 +88,23 @@ def _build(study: Study) -> Figure | None:
             look = style.look(study, s.method)
             curves = [c for m in s.matrices.values() if (c := curves_of(m))]
             for c in curves if len(curves) > 1 else []:
-                axes.plot(list(c), [change(y) for y in c.values()], color=look["color"], linewidth=0.5, alpha=0.25, zorder=1)
+                axes.plot(
+                    list(c),
+                    [change(y) for y in c.values()],
+                    color=look["color"],
+                    linewidth=0.5,
+                    alpha=0.25,
+                    zorder=1,
+                )
             for c in means(curves):
-                axes.plot(list(c), [change(y) for y in c.values()], **look, markersize=2.5, label=s.label, zorder=3)
+                axes.plot(
+                    list(c),
+                    [change(y) for y in c.values()],
+                    **look,
+                    markersize=2.5,
+                    label=s.label,
+                    zorder=3,
+                )
         axes.axhline(0, color=style.FAINT, linewidth=0.6, zorder=0)
 
     for axes, domain in zip(every, first.trained, strict=False):
@@ -106,6 +127,10 @@ def _build(study: Study) -> Figure | None:
         last = controls and i == panels - 1
         if last or i + columns >= panels or (controls and i + columns == panels - 1):
             axes.set_xlabel("Stage" if last else "Stages since learned")
-    figure.supylabel("Change of perplexity\nfrom the pretrained model, %", multialignment="center", fontsize=style.TEXT)
+    figure.supylabel(
+        "Change of perplexity\nfrom the pretrained model, %",
+        multialignment="center",
+        fontsize=style.TEXT,
+    )
     style.legend(figure, [style.handle(study, s.method, s.label) for s in settings])
     return style.finish(figure)

@@ -16,9 +16,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 CAPTION = (
-    "Backward change of each method's chosen setting minus that of the reference, % of perplexity, by domain and as the mean over domains;"
-    " below 0: forgets less. A domain that is last in a block has none there. 95% intervals, paired: over test documents (one block), or"
-    " over blocks and the documents they share (several; open: a single block, no interval); one without caps"
+    "Backward change of each method's chosen setting minus that of the reference, % of "
+    "perplexity, by domain and as the mean over domains;"
+    " below 0: forgets less. A domain that is last in a block has none there. 95% "
+    "intervals, paired: over test documents (one block), or"
+    " over blocks and the documents they share (several; open: a single block, no "
+    "interval); one without caps"
     " goes on."
 )
 MEAN = "mean over domains"
@@ -33,14 +36,16 @@ class Row(NamedTuple):
 
 
 def build(study: Study) -> Figure | None:
-    """A panel for each method other than the reference, a row for each trained domain and one for their mean: chosen setting minus
-    the reference's, backward change in % of perplexity, with 95% intervals paired within blocks. None without a pair that has one."""
+    """A panel for each method other than the reference, a row for each trained domain and one for
+    their mean: chosen setting minus the reference's, backward change in % of perplexity, with 95%
+    intervals paired within blocks. None without a pair that has one."""
     with style.rules():
         return _build(study)
 
 
 def of_domain(m: LossMatrix, domain: str) -> Parts | None:
-    """Parts of the domain's backward change L[T, k] - L[k, k]; None for the last domain, and unless stages follow each other."""
+    """Parts of the domain's backward change L[T, k] - L[k, k]; None for the last domain, and unless
+    stages follow each other."""
     k = m.trained.index(domain) + 1
     if m.regime != "sequential" or k == m.stages:
         return None
@@ -48,14 +53,23 @@ def of_domain(m: LossMatrix, domain: str) -> Parts | None:
 
 
 def rows(study: Study, a: Setting, b: Setting) -> list[Row]:
-    """a minus b for each domain, in the order of the study's first block, then for their mean (comparison.difference)."""
+    """a minus b for each domain, in the order of the study's first block, then for their mean
+    (comparison.difference)."""
     blocks, found = [block for block in a.runs if block in b.runs], []
     for domain in next(iter(study.settings[0].matrices.values())).trained:
-        pairs = [(of_domain(a.matrices[k], domain), of_domain(b.matrices[k], domain)) for k in blocks]
-        parts = [inference.combined([x, y], [1, -1]) for x, y in pairs if x is not None and y is not None]
+        pairs = [
+            (of_domain(a.matrices[k], domain), of_domain(b.matrices[k], domain)) for k in blocks
+        ]
+        parts = [
+            inference.combined([x, y], [1, -1]) for x, y in pairs if x is not None and y is not None
+        ]
         found.append((domain, comparison.compared(parts)))
     found.append((MEAN, comparison.difference(a, b, "backward")))
-    return [Row(name, _known(c.estimate, c.blocks, study), c.blocks) for name, c in found if c is not None]
+    return [
+        Row(name, _known(c.estimate, c.blocks, study), c.blocks)
+        for name, c in found
+        if c is not None
+    ]
 
 
 def _known(e: Estimate, blocks: int, study: Study) -> Estimate:
@@ -67,11 +81,17 @@ def _build(study: Study) -> Figure | None:
     reference = study.chosen.get(study.reference)
     if reference is None:
         return None
-    panels = {s.label: (s, found) for s in style.chosen(study) if s is not reference and (found := rows(study, s, reference))}
+    panels = {
+        s.label: (s, found)
+        for s in style.chosen(study)
+        if s is not reference and (found := rows(study, s, reference))
+    }
     if not panels:
         return None
     names = [*next(iter(reference.matrices.values())).trained, MEAN]
-    names = [n for n in names if any(row.name == n for _, found in panels.values() for row in found)]
+    names = [
+        n for n in names if any(row.name == n for _, found in panels.values() for row in found)
+    ]
     high = style.rows_of(len(panels)) * (0.55 + 0.17 * (len(names) + 1)) + 0.6
     figure = style.new(style.DOUBLE if len(panels) > 1 else style.SINGLE, high)
     every = style.grid(figure, len(panels), sharex=True, sharey=True)
@@ -81,7 +101,14 @@ def _build(study: Study) -> Figure | None:
         for row in found:
             single = row.blocks == 1 < len(study.blocks)
             fill = {"markerfacecolor": style.PAPER} if single else {}
-            style.points(axes, [names.index(row.name)], [style.percent(row.estimate)], across=True, **look, **fill)
+            style.points(
+                axes,
+                [names.index(row.name)],
+                [style.percent(row.estimate)],
+                across=True,
+                **look,
+                **fill,
+            )
         axes.axvline(0, color=style.SOFT, linewidth=0.6, zorder=0)
         axes.axhline(len(names) - 1.5, color=style.FAINT, linewidth=0.6, zorder=0)
         style.title(axes, label, style.SMALL)
@@ -90,6 +117,9 @@ def _build(study: Study) -> Figure | None:
     every[0].set_yticks(range(len(names)), [style.name(n, 24) for n in names])
     every[0].set_ylim(len(names) - 0.4, -0.6)
     style.percent_axis(every[0], "x", most=6 if columns > 2 else 8)
-    text = f"Difference of backward change, % of perplexity\n(below 0: forgets less than {style.name(reference.label, 60)})"
+    text = (
+        "Difference of backward change, % of perplexity\n(below 0: forgets less than "
+        f"{style.name(reference.label, 60)})"
+    )
     figure.supxlabel(text, fontsize=style.TEXT)
     return style.finish(figure)

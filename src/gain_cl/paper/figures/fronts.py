@@ -16,30 +16,44 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 CAPTION = (
-    "Own step (change of perplexity in a domain's own stage, %) against backward change (from then to the end, %): each method's settings,"
-    " means over domains and blocks; filled: chosen; dots: interpolated. Vertical: the own step at which methods are matched (marks at the"
-    " foot: each with the reference). 95% intervals over test documents (one block), or over blocks and the documents they share"
+    "Own step (change of perplexity in a domain's own stage, %) against backward change "
+    "(from then to the end, %): each method's settings,"
+    " means over domains and blocks; filled: chosen; dots: interpolated. Vertical: the "
+    "own step at which methods are matched (marks at the"
+    " foot: each with the reference). 95% intervals over test documents (one block), or "
+    "over blocks and the documents they share"
     " (several); one without caps goes on."
 )
 
 
 def build(study: Study) -> Figure | None:
-    """A line for each method through its settings, by their own step; points have 95% intervals of both (comparison.level). The
-    chosen setting is filled, interpolated ones are dots. Dashed: the declared skill; without one, a mark at the foot where each
-    method is matched with the reference. None where no setting has both an own step and a backward change."""
+    """A line for each method through its settings, by their own step; points have 95% intervals of
+    both (comparison.level). The chosen setting is filled, interpolated ones are dots. Dashed: the
+    declared skill; without one, a mark at the foot where each method is matched with the reference.
+    None where no setting has both an own step and a backward change."""
     with style.rules():
         return _build(study)
 
 
 def measured(study: Study, method: str) -> list[tuple[Setting, Estimate, Estimate]]:
-    """A method's settings with own step and backward change in nats, those that learned most first."""
-    found = [(s, comparison.level(s, "own_step"), comparison.level(s, "backward")) for s in study.of(method)]
-    return sorted(((s, x.estimate, y.estimate) for s, x, y in found if x is not None and y is not None), key=lambda row: row[1].value)
+    """A method's settings with own step and backward change in nats, those that learned most
+    first."""
+    found = [
+        (s, comparison.level(s, "own_step"), comparison.level(s, "backward"))
+        for s in study.of(method)
+    ]
+    return sorted(
+        ((s, x.estimate, y.estimate) for s, x, y in found if x is not None and y is not None),
+        key=lambda row: row[1].value,
+    )
 
 
 def skills(study: Study) -> dict[str, float]:
-    """Method -> own step in nats at which it is matched with the reference; only those that can be."""
-    found = {m: equal.matched(study, m, study.reference) for m in study.methods if m != study.reference}
+    """Method -> own step in nats at which it is matched with the reference; only those that can
+    be."""
+    found = {
+        m: equal.matched(study, m, study.reference) for m in study.methods if m != study.reference
+    }
     return {m: f.skill for m, f in found.items() if not f.reason and math.isfinite(f.skill)}
 
 
@@ -53,32 +67,108 @@ def _build(study: Study) -> Figure | None:
     axes = figure.subplots()
     for method, rows in lines.items():
         look = style.look(study, method)
-        x, y = [style.percent(own) for _, own, _ in rows], [style.percent(back) for _, _, back in rows]
-        axes.plot([e.value for e in x], [e.value for e in y], color=look["color"], linestyle=look["linestyle"], label=method, zorder=2)
+        x, y = (
+            [style.percent(own) for _, own, _ in rows],
+            [style.percent(back) for _, _, back in rows],
+        )
+        axes.plot(
+            [e.value for e in x],
+            [e.value for e in y],
+            color=look["color"],
+            linestyle=look["linestyle"],
+            label=method,
+            zorder=2,
+        )
         for (s, _, _), a, b in zip(rows, x, y, strict=True):
             fill = look["color"] if study.chosen.get(method) is s else style.PAPER
-            mark = {"marker": look["marker"], "markersize": 5.5, "markerfacecolor": fill, "markeredgewidth": 1.0}
+            mark = {
+                "marker": look["marker"],
+                "markersize": 5.5,
+                "markerfacecolor": fill,
+                "markeredgewidth": 1.0,
+            }
             if not s.trained:
-                axes.plot([a.value], [b.value], color=look["color"], marker=".", markersize=3, linestyle="", zorder=3)
+                axes.plot(
+                    [a.value],
+                    [b.value],
+                    color=look["color"],
+                    marker=".",
+                    markersize=3,
+                    linestyle="",
+                    zorder=3,
+                )
                 continue
-            style.points(axes, [a.value], [b], color=look["color"], linestyle="", marker="", alpha=0.6, zorder=2)
-            style.points(axes, [b.value], [a], across=True, color=look["color"], linestyle="", marker="", alpha=0.6, zorder=2)
-            axes.plot([a.value], [b.value], color=look["color"], linestyle="", zorder=3, gid=s.label, **mark)
+            style.points(
+                axes,
+                [a.value],
+                [b],
+                color=look["color"],
+                linestyle="",
+                marker="",
+                alpha=0.6,
+                zorder=2,
+            )
+            style.points(
+                axes,
+                [b.value],
+                [a],
+                across=True,
+                color=look["color"],
+                linestyle="",
+                marker="",
+                alpha=0.6,
+                zorder=2,
+            )
+            axes.plot(
+                [a.value],
+                [b.value],
+                color=look["color"],
+                linestyle="",
+                zorder=3,
+                gid=s.label,
+                **mark,
+            )
     axes.axhline(0, color=style.FAINT, linewidth=0.6, zorder=0)
     more: list[Any] = []
     dashed: dict[str, Any] = {"color": style.SOFT, "linewidth": 0.8, "linestyle": (0, (4, 2))}
     if study.skill is not None:
         axes.axvline(change(study.skill), zorder=1, gid="skill", **dashed)
-        more = [Line2D([], [], label=f"methods are matched at {style.signed(round(change(study.skill), 6))}%", **dashed)]
+        more = [
+            Line2D(
+                [],
+                [],
+                label=f"methods are matched at {style.signed(round(change(study.skill), 6))}%",
+                **dashed,
+            )
+        ]
     elif at := skills(study):
         for method, skill in at.items():
-            axes.axvline(change(skill), 0, 0.035, color=style.look(study, method)["color"], linewidth=1.5, zorder=1, gid="skill")
-        foot: dict[str, Any] = {"color": style.SOFT, "marker": "|", "markersize": 6, "markeredgewidth": 1.5, "linestyle": ""}
+            axes.axvline(
+                change(skill),
+                0,
+                0.035,
+                color=style.look(study, method)["color"],
+                linewidth=1.5,
+                zorder=1,
+                gid="skill",
+            )
+        foot: dict[str, Any] = {
+            "color": style.SOFT,
+            "marker": "|",
+            "markersize": 6,
+            "markeredgewidth": 1.5,
+            "linestyle": "",
+        }
         more = [Line2D([], [], label=style.name(f"matched with {study.reference} at", 44), **foot)]
     for which in ("x", "y"):
         style.percent_axis(axes, which, most=8)
     axes.set_xlabel("Own step: change of perplexity in a domain's own stage, %")
     axes.set_ylabel("Backward change of perplexity, to the end, %")
-    axes.set_title("↙ better: learned more (left), forgot less (low)", loc="left", fontsize=style.SMALL, color=style.SOFT)
+    axes.set_title(
+        "↙ better: learned more (left), forgot less (low)",
+        loc="left",
+        fontsize=style.SMALL,
+        color=style.SOFT,
+    )
     style.legend(figure, [*(style.handle(study, m, m) for m in lines), *more])
     return style.finish(figure)

@@ -16,16 +16,18 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 CAPTION = (
-    "Gains s after the last stage, by layer, of each method's chosen setting: above, the mean of |s - 1| (%); beneath, how s - 1 is"
-    " distributed, as the share of a layer's gains in each bin (%; white: none, so that the ends are the least and the largest). Means over"
+    "Gains s after the last stage, by layer, of each method's chosen setting: above, the "
+    "mean of |s - 1| (%); beneath, how s - 1 is"
+    " distributed, as the share of a layer's gains in each bin (%; white: none, so that "
+    "the ends are the least and the largest). Means over"
     " the blocks that were diagnosed; no intervals."
 )
 MOST = 4  # columns
 
 
 class Map(NamedTuple):
-    """Gains of one role of layers. blocks: of the model, (layers,); drift: mean |s - 1|, (layers,); share: of a layer's gains in each
-    bin of EDGES, (bins, layers)."""
+    """Gains of one role of layers. blocks: of the model, (layers,); drift: mean |s - 1|, (layers,);
+    share: of a layer's gains in each bin of EDGES, (bins, layers)."""
 
     setting: Setting
     role: str
@@ -35,9 +37,10 @@ class Map(NamedTuple):
 
 
 def build(study: Study, results_dir: Path) -> Figure | None:
-    """For each chosen setting with gains and each role of its layers: mean |s - 1| in % by layer, and beneath it a map of layers by
-    bins of s - 1, coloured by the share of the layer's gains in %. Means over blocks, no intervals. None where no run that was
-    diagnosed (results_dir/diagnostics) has gains."""
+    """For each chosen setting with gains and each role of its layers: mean |s - 1| in % by layer,
+    and beneath it a map of layers by bins of s - 1, coloured by the share of the layer's gains in
+    %. Means over blocks, no intervals. None where no run that was diagnosed
+    (results_dir/diagnostics) has gains."""
     with style.rules():
         return _build(study, results_dir)
 
@@ -53,8 +56,12 @@ def maps(study: Study, results_dir: Path) -> list[Map]:
             mine = [[x for x in run if x.role == role] for run in layers]
             blocks = np.array([x.block or 0 for x in mine[0]])
             drift = np.array([[x.gains.drift for x in run if x.gains] for run in mine]).mean(0)
-            counts = np.array([[x.gains.counts for x in run if x.gains] for run in mine], dtype=np.float64)
-            found.append(Map(s, role, blocks, drift, (counts / counts.sum(2, keepdims=True)).mean(0).T))
+            counts = np.array(
+                [[x.gains.counts for x in run if x.gains] for run in mine], dtype=np.float64
+            )
+            found.append(
+                Map(s, role, blocks, drift, (counts / counts.sum(2, keepdims=True)).mean(0).T)
+            )
     return found
 
 
@@ -69,7 +76,9 @@ def _build(study: Study, results_dir: Path) -> Figure | None:
     groups = -(-len(found) // columns)
     figure = style.new(style.DOUBLE if columns > 1 else style.SINGLE, 3.4 * groups + 0.1)
     grid = figure.add_gridspec(2 * groups, columns, height_ratios=[1, 2.2] * groups)
-    shades = LinearSegmentedColormap.from_list("share", list(mpl.colormaps["Blues"](np.linspace(0.12, 1.0, 255))))
+    shades = LinearSegmentedColormap.from_list(
+        "share", list(mpl.colormaps["Blues"](np.linspace(0.12, 1.0, 255)))
+    )
     most = max(float(m.share.max()) for m in found)
     used = np.flatnonzero(sum(m.share.sum(1) for m in found))
     top: Any = None
@@ -85,9 +94,15 @@ def _build(study: Study, results_dir: Path) -> Figure | None:
         edges = np.arange(m.blocks.min(), m.blocks.max() + 2) - 0.5
         cells = np.full((len(m.share), len(edges) - 1), np.nan)
         cells[:, m.blocks - m.blocks.min()] = 100 * np.where(m.share > 0, m.share, np.nan)
-        shown = under.pcolormesh(edges, np.arange(len(cells) + 1), cells, cmap=shades, vmin=0, vmax=100 * most)
+        shown = under.pcolormesh(
+            edges, np.arange(len(cells) + 1), cells, cmap=shades, vmin=0, vmax=100 * most
+        )
         labelled = [k for k, e in enumerate(EDGES) if e == 1 or round(abs(e - 1), 6) >= 0.01]
-        under.set_yticks([k + 1 for k in labelled], [style.signed(round(100 * (EDGES[k] - 1), 6)) for k in labelled], fontsize=6)
+        under.set_yticks(
+            [k + 1 for k in labelled],
+            [style.signed(round(100 * (EDGES[k] - 1), 6)) for k in labelled],
+            fontsize=6,
+        )
         under.set_ylim(max(used.min() - 0.5, 0), min(used.max() + 1.5, len(cells)))
         under.axhline(EDGES.index(1.0) + 1, color=style.SOFT, linewidth=0.5)
         under.tick_params(labelleft=column == 0)

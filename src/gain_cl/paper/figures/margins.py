@@ -21,14 +21,18 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 CAPTION = (
-    "Margin (log-odds of the right answer among the choices, nats; higher is better), mean over items, after the stages in which the task"
-    " was scored: each method's chosen setting, mean over the blocks that have the task. Dotted: the pretrained model. 95% intervals of the"
-    " paired change from it: over items (one block), or over blocks and the items they share (several)."
+    "Margin (log-odds of the right answer among the choices, nats; higher is better), "
+    "mean over items, after the stages in which the task"
+    " was scored: each method's chosen setting, mean over the blocks that have the task. "
+    "Dotted: the pretrained model. 95% intervals of the"
+    " paired change from it: over items (one block), or over blocks and the items they "
+    "share (several)."
 )
 
 
 class Scored(NamedTuple):
-    """Mean margin (nats) after each stage scored; its interval is that of the change from stage 0, which has none."""
+    """Mean margin (nats) after each stage scored; its interval is that of the change from stage 0,
+    which has none."""
 
     stages: dict[int, Estimate]
     blocks: int
@@ -36,20 +40,27 @@ class Scored(NamedTuple):
 
 
 def build(study: Study) -> Figure | None:
-    """A panel for each task: mean margin in nats by stage, a line for each method's chosen setting, with 95% intervals of the change
-    from the pretrained model, paired over items. None when no run was scored on a task before and after."""
+    """A panel for each task: mean margin in nats by stage, a line for each method's chosen setting,
+    with 95% intervals of the change from the pretrained model, paired over items. None when no run
+    was scored on a task before and after."""
     with style.rules():
         return _build(study)
 
 
 def tasks(study: Study) -> list[str]:
-    return sorted({task for s in style.chosen(study) for run in s.runs.values() for task in stages(run)})
+    return sorted(
+        {task for s in style.chosen(study) for run in s.runs.values() for task in stages(run)}
+    )
 
 
 def stages(run: Run) -> dict[str, list[int]]:
-    """Task -> the stages in which all of its items were scored, if the pretrained model and another are among them."""
+    """Task -> the stages in which all of its items were scored, if the pretrained model and another
+    are among them."""
     names = {task for s in run.record.stages for task in s.tasks}
-    found = {n: [s.index for s in run.record.stages if n in s.tasks and not s.tasks[n].limited] for n in sorted(names)}
+    found = {
+        n: [s.index for s in run.record.stages if n in s.tasks and not s.tasks[n].limited]
+        for n in sorted(names)
+    }
     return {n: at for n, at in found.items() if len(at) > 1 and at[0] == 0}
 
 
@@ -58,14 +69,23 @@ def margins(setting: Setting, task: str) -> Scored | None:
     runs = [run for run in setting.runs.values() if task in stages(run)]
     if not runs:
         return None
-    of = [{t: answers.margin(answers.answers(run.items, task, t)) for t in stages(run)[task]} for run in runs]
+    of = [
+        {t: answers.margin(answers.answers(run.items, task, t)) for t in stages(run)[task]}
+        for run in runs
+    ]
     found = {}
     for t in sorted({t for margin in of for t in margin}):
         there = [margin for margin in of if t in margin]
         base = float(np.mean([margin[0].mean() for margin in there]))
-        parts: list[Parts] = [{task: (margin[t] - margin[0], np.ones(len(margin[0])))} for margin in there]
+        parts: list[Parts] = [
+            {task: (margin[t] - margin[0], np.ones(len(margin[0])))} for margin in there
+        ]
         c = comparison.compared(parts) if t else None
-        found[t] = c.estimate.map(partial(add, base)) if c else Estimate(base, np.nan, np.nan, len(there[0][0]))
+        found[t] = (
+            c.estimate.map(partial(add, base))
+            if c
+            else Estimate(base, np.nan, np.nan, len(there[0][0]))
+        )
     return Scored(found, len(runs), len(of[0][0]))
 
 
@@ -84,8 +104,16 @@ def _build(study: Study) -> Figure | None:
             shown[s.label] = s
             at = style.dodged(list(found.stages), i, len(lines))
             at[0] = 0  # the model that all have in common
-            style.points(axes, list(at), list(found.stages.values()), **style.look(study, s.method), label=s.label)
-        axes.axhline(lines[0][1].stages[0].value, color=style.SOFT, linewidth=0.6, linestyle=":", zorder=0)
+            style.points(
+                axes,
+                list(at),
+                list(found.stages.values()),
+                **style.look(study, s.method),
+                label=s.label,
+            )
+        axes.axhline(
+            lines[0][1].stages[0].value, color=style.SOFT, linewidth=0.6, linestyle=":", zorder=0
+        )
         axes.set_xlim(-0.5, last + 0.5)
         axes.set_xticks(range(0, last + 1, math.ceil((last + 1) / 9)))
         axes.locator_params(axis="y", nbins=6)

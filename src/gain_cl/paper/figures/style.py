@@ -1,4 +1,5 @@
-"""What the figures share: sizes, type, a look for each method, axes in % of perplexity, and bytes that depend on the figure alone."""
+"""What the figures share: sizes, type, a look for each method, axes in % of perplexity, and bytes
+that depend on the figure alone."""
 
 from __future__ import annotations
 
@@ -24,16 +25,22 @@ TEXT, SMALL = 8, 7  # points
 INK, SOFT, FAINT, PAPER = "#1a1a1a", "#5f5f5f", "#d9d9d9", "#ffffff"
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#7f7f7f")
-"""Okabe and Ito's, which colour-blind readers can tell apart; grey for their yellow, which is too pale for a line on white."""
+"""Okabe and Ito's, which colour-blind readers can tell apart; grey for their yellow, which is too
+pale for a line on white."""
 MARKERS = ("o", "s", "^", "D", "v", "X", "P", "<", "*")
-"""One more than colours, so that no two of 72 methods look the same, in grey either while there are nine or fewer."""
+"""One more than colours, so that no two of 72 methods look the same, in grey either while there are
+nine or fewer."""
 
 
 def rules() -> Any:
-    """A context in which figures are made and written: matplotlib's defaults, whatever the reader's matplotlibrc says, and ours."""
+    """A context in which figures are made and written: matplotlib's defaults, whatever the reader's
+    matplotlibrc says, and ours."""
     import matplotlib as mpl
 
-    kept = "agg axes errorbar figure font grid image legend lines markers patch path pcolor pcolormesh pdf savefig svg text xtick ytick"
+    kept = (
+        "agg axes errorbar figure font grid image legend lines markers patch path pcolor "
+        "pcolormesh pdf savefig svg text xtick ytick"
+    )
     theirs: Any = {k: v for k, v in mpl.rcParamsDefault.items() if k.split(".")[0] in kept.split()}
     ours: dict[str, Any] = {
         "axes.edgecolor": SOFT,
@@ -82,18 +89,31 @@ def finish(figure: Figure) -> Figure:
 def partial(figure: Figure, gaps: str) -> None:
     """Says on a finished figure that it lacks cells."""
     figure.text(
-        0.995, 0.005, f"PARTIAL: {gaps}", ha="right", va="bottom", fontsize=SMALL, color="#b00020", fontweight="bold", gid="partial"
+        0.995,
+        0.005,
+        f"PARTIAL: {gaps}",
+        ha="right",
+        va="bottom",
+        fontsize=SMALL,
+        color="#b00020",
+        fontweight="bold",
+        gid="partial",
     )
 
 
-# --- methods and names -------------------------------------------------------------------------------------------------
+# --- methods and names ----------------------------------------------------------------------------
 
 
 def look(study: Study, method: str) -> dict[str, Any]:
-    """Colour, marker and line of a method, by its place in the study: the same in all figures of the study."""
+    """Colour, marker and line of a method, by its place in the study: the same in all figures of
+    the study."""
     place = study.methods.index(method)
     line = "-" if place < len(COLOURS) else (0, (4, 1.5))
-    return {"color": COLOURS[place % len(COLOURS)], "marker": MARKERS[place % len(MARKERS)], "linestyle": line}
+    return {
+        "color": COLOURS[place % len(COLOURS)],
+        "marker": MARKERS[place % len(MARKERS)],
+        "linestyle": line,
+    }
 
 
 def chosen(study: Study) -> list[Setting]:
@@ -102,9 +122,12 @@ def chosen(study: Study) -> list[Setting]:
 
 
 def name(text: str, width: int = 200) -> str:
-    """A name as it is drawn, in lines of so many characters at most: broken at spaces, else after _, -, . or anywhere."""
+    """A name as it is drawn, in lines of so many characters at most: broken at spaces, else after
+    _, -, . or anywhere."""
     lines: list[str] = []
-    for line in textwrap.wrap(printable(text).replace("\n", " "), width, break_long_words=False, break_on_hyphens=False):
+    for line in textwrap.wrap(
+        printable(text).replace("\n", " "), width, break_long_words=False, break_on_hyphens=False
+    ):
         while len(line) > width:
             at = max((line.rfind(c, 0, width) for c in "_-."), default=-1) + 1 or width
             lines, line = [*lines, line[:at]], line[at:]
@@ -113,10 +136,17 @@ def name(text: str, width: int = 200) -> str:
 
 
 def legend(figure: Figure, handles: Sequence[Any]) -> None:
-    """Beneath everything, in as few rows as the figure's width allows and with even columns; the figure grows by its height."""
+    """Beneath everything, in as few rows as the figure's width allows and with even columns; the
+    figure grows by its height."""
     columns = len(handles)
     while True:
-        made = figure.legend(handles=list(handles), loc="outside lower center", ncols=columns, columnspacing=1.2, handlelength=2.2)
+        made = figure.legend(
+            handles=list(handles),
+            loc="outside lower center",
+            ncols=columns,
+            columnspacing=1.2,
+            handlelength=2.2,
+        )
         even = math.ceil(len(handles) / math.ceil(len(handles) / columns))
         box = made.get_window_extent()
         if columns == 1 or (box.width < 0.98 * figure.bbox.width and even == columns):
@@ -134,7 +164,8 @@ def handle(study: Study, method: str, label: str) -> Any:
 
 
 def columns_of(panels: int) -> int:
-    """Of ``grid``: one row while it holds four, else whichever of four and three leaves fewer gaps."""
+    """Of ``grid``: one row while it holds four, else whichever of four and three leaves fewer
+    gaps."""
     return panels if panels <= 4 else min((4, 3), key=lambda n: -panels % n)
 
 
@@ -153,10 +184,13 @@ def grid(figure: Figure, panels: int, **shared: Any) -> list[Any]:
 def title(axes: Any, text: str, size: float = TEXT) -> None:
     """Over a panel, in lines that fit its width."""
     room = axes.figure.get_figwidth() / axes.get_gridspec().ncols - 0.4  # inches
-    axes.set_title("\n".join(name(line, int(room / (0.6 * size / 72))) for line in text.split("\n")), fontsize=size)
+    axes.set_title(
+        "\n".join(name(line, int(room / (0.6 * size / 72))) for line in text.split("\n")),
+        fontsize=size,
+    )
 
 
-# --- values ------------------------------------------------------------------------------------------------------------
+# --- values ---------------------------------------------------------------------------------------
 
 CUT = 4.0
 """Longest side of an interval that is drawn, as a factor of perplexity."""
@@ -167,41 +201,77 @@ def percent(e: Estimate) -> Estimate:
     return e.map(change)
 
 
-def points(axes: Any, at: Sequence[float], estimates: Sequence[Estimate], *, across: bool = False, **style: Any) -> None:
-    """Values with their intervals, upright or (across) lying: at is the other coordinate. No interval where it is not known; one that,
-    in %, is wider than a factor CUT on a side is cut there, and has no caps (few blocks can be compatible with anything)."""
-    value, low, high = (np.array([getattr(e, k) for e in estimates], dtype=np.float64) for k in ("value", "low", "high"))
+def points(
+    axes: Any,
+    at: Sequence[float],
+    estimates: Sequence[Estimate],
+    *,
+    across: bool = False,
+    **style: Any,
+) -> None:
+    """Values with their intervals, upright or (across) lying: at is the other coordinate. No
+    interval where it is not known; one that, in %, is wider than a factor CUT on a side is cut
+    there, and has no caps (few blocks can be compatible with anything)."""
+    value, low, high = (
+        np.array([getattr(e, k) for e in estimates], dtype=np.float64)
+        for k in ("value", "low", "high")
+    )
     ends = [100 * ((1 + value / 100) * factor - 1) for factor in (1 / CUT, CUT)]
     cut = (low < ends[0]) | (high > ends[1])
     bars = np.stack([value - np.fmax(low, ends[0]), np.fmin(high, ends[1]) - value])
     bars[:, np.isnan(low) | np.isnan(high)] = np.nan
-    x, y = (value, np.asarray(at, dtype=np.float64)) if across else (np.asarray(at, dtype=np.float64), value)
-    axis, look = "xerr" if across else "yerr", {"elinewidth": 0.8, "capsize": 1.5, "capthick": 0.8, **style}
+    x, y = (
+        (value, np.asarray(at, dtype=np.float64))
+        if across
+        else (np.asarray(at, dtype=np.float64), value)
+    )
+    axis, look = (
+        "xerr" if across else "yerr",
+        {"elinewidth": 0.8, "capsize": 1.5, "capthick": 0.8, **style},
+    )
     axes.errorbar(x, y, **{axis: np.where(cut, np.nan, bars)}, **look)
     if cut.any():
-        bare = {"fmt": "none", "ecolor": style.get("color"), "elinewidth": look["elinewidth"], "capsize": 0}
+        bare = {
+            "fmt": "none",
+            "ecolor": style.get("color"),
+            "elinewidth": look["elinewidth"],
+            "capsize": 0,
+        }
         axes.errorbar(x[cut], y[cut], **{axis: bars[:, cut]}, **bare)
 
 
 def dodged(at: Sequence[float], place: int, of: int) -> np.ndarray:
-    """Positions beside whole numbers, one for each of several methods, so that their intervals do not hide each other."""
+    """Positions beside whole numbers, one for each of several methods, so that their intervals do
+    not hide each other."""
     return np.asarray(at, dtype=np.float64) + (place - (of - 1) / 2) * min(0.12, 0.72 / of)
 
 
 def percent_axis(axes: Any, which: str, most: int = 6) -> None:
-    """An axis in % of perplexity with even steps of log loss, as which the means are taken: a factor is as long everywhere. Call it
-    when everything is drawn."""
+    """An axis in % of perplexity with even steps of log loss, as which the means are taken: a
+    factor is as long everywhere. Call it when everything is drawn."""
     scale, bounds, limit = (
-        (axes.set_xscale, axes.get_xlim, axes.set_xlim) if which == "x" else (axes.set_yscale, axes.get_ylim, axes.set_ylim)
+        (axes.set_xscale, axes.get_xlim, axes.set_xlim)
+        if which == "x"
+        else (axes.set_yscale, axes.get_ylim, axes.set_ylim)
     )
-    if axes.get_autoscalex_on() if which == "x" else axes.get_autoscaley_on():  # the margins, in log loss: in % they may pass -100
+    if (
+        axes.get_autoscalex_on() if which == "x" else axes.get_autoscaley_on()
+    ):  # the margins, in log loss: in % they may pass -100
         margin = axes.margins()[which == "y"]
         low, high = bounds()
         span = (high - low) / (1 + 2 * margin)
-        ends = [math.log1p(max(x, -99.99) / 100) for x in (low + margin * span, high - margin * span)]
+        ends = [
+            math.log1p(max(x, -99.99) / 100) for x in (low + margin * span, high - margin * span)
+        ]
         pad = margin * (ends[1] - ends[0])
         limit(100 * math.expm1(ends[0] - pad), 100 * math.expm1(ends[1] + pad))
-    scale("function", functions=(lambda p: np.log1p(np.maximum(p, -100 + 1e-9) / 100), lambda x: 100 * np.expm1(np.minimum(x, 700))))
+    scale(
+        "function",
+        functions=(
+            lambda p: np.log1p(np.maximum(p, -100 + 1e-9) / 100),
+            lambda x: 100 * np.expm1(np.minimum(x, 700)),
+        ),
+    )
     ticks = ticks_percent(bounds(), most)
     axis = axes.xaxis if which == "x" else axes.yaxis
     axis.set_ticks(ticks, [signed(t) for t in ticks])
@@ -209,15 +279,26 @@ def percent_axis(axes: Any, which: str, most: int = 6) -> None:
 
 
 def ticks_percent(bounds: tuple[float, float], most: int = 6) -> list[float]:
-    """Round changes of perplexity in % within the bounds: even steps where these look even, else the roundest that are not too close
-    in log loss."""
+    """Round changes of perplexity in % within the bounds: even steps where these look even, else
+    the roundest that are not too close in log loss."""
     from matplotlib.ticker import MaxNLocator
 
     low, high = sorted(bounds)
     wide = math.log1p(high / 100) - math.log1p(low / 100)
     if wide < 1.1:
-        return [float(t) for t in MaxNLocator(most, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high) if low <= t <= high]
-    rough: list[float] = [0.0, *(100 * 10.0**k for k in range(0, 300, max(1, round(wide / 2.3 / most)))), -90, -99, -99.9, -50]
+        return [
+            float(t)
+            for t in MaxNLocator(most, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)
+            if low <= t <= high
+        ]
+    rough: list[float] = [
+        0.0,
+        *(100 * 10.0**k for k in range(0, 300, max(1, round(wide / 2.3 / most)))),
+        -90,
+        -99,
+        -99.9,
+        -50,
+    ]
     rough += [m * 10.0**k for k in range(2, 20) for m in (3, 2, 5)] + [50, -75, 25, -25]
     found: list[float] = []
     for t in (t for t in rough if low <= t <= high):
@@ -229,16 +310,26 @@ def ticks_percent(bounds: tuple[float, float], most: int = 6) -> list[float]:
 def signed(x: float) -> str:
     """A change in %: +5, −2.5, 0; +1e6 where it would be long."""
     x = 0.0 if abs(x) < 1e-12 else x
-    text = "0" if x == 0 else f"{x:+g}" if abs(x) < 1e5 else f"{x:+.0e}".replace("e+0", "e").replace("e+", "e")
+    text = (
+        "0"
+        if x == 0
+        else f"{x:+g}"
+        if abs(x) < 1e5
+        else f"{x:+.0e}".replace("e+0", "e").replace("e+", "e")
+    )
     return text.replace("-", "−")
 
 
-# --- bytes -------------------------------------------------------------------------------------------------------------
+# --- bytes ----------------------------------------------------------------------------------------
 
 
 def vector(figure: Figure) -> bytes:
     """PDF; the same figure gives the same bytes on one matplotlib (no date, no version inside)."""
-    return _written(figure, "pdf", {"CreationDate": None, "ModDate": None, "Producer": "gain_cl", "Creator": "gain_cl"})
+    return _written(
+        figure,
+        "pdf",
+        {"CreationDate": None, "ModDate": None, "Producer": "gain_cl", "Creator": "gain_cl"},
+    )
 
 
 def svg(figure: Figure) -> bytes:

@@ -1,4 +1,5 @@
-"""What each block says: every method, and its difference from the reference, paired within the block."""
+"""What each block says: every method, and its difference from the reference, paired within the
+block."""
 
 from __future__ import annotations
 
@@ -14,7 +15,9 @@ SHOWN = {"own_step": "own step", "backward": "backward", "from_base": "from base
 
 
 def build(book: Book) -> list[Table]:
-    return [_of(book, model, study) for model, study in book.studies.items() if len(study.blocks) > 1]
+    return [
+        _of(book, model, study) for model, study in book.studies.items() if len(study.blocks) > 1
+    ]
 
 
 def _of(book: Book, model: str, study: Study) -> Table:
@@ -28,11 +31,23 @@ def _of(book: Book, model: str, study: Study) -> Table:
             values = [s.value(m, block) for m in SHOWN]
             less: list[float] = [math.nan] * 2
             if reference is not None and s is not reference and block in reference.runs:
-                less = [s.value(m, block) - reference.value(m, block) for m in ("own_step", "backward")]
-            cells = [Value(change(x), write=signed) if not math.isnan(x) else None for x in (*values, *less)]
+                less = [
+                    s.value(m, block) - reference.value(m, block) for m in ("own_step", "backward")
+                ]
+            cells = [
+                Value(change(x), write=signed) if not math.isnan(x) else None
+                for x in (*values, *less)
+            ]
             rows.append(Row([str(block[0]), s.label, *cells], [s.runs[block].record.run_id], first))
             first = False
     order = [f"Block {seed}, seed {seed}: {', '.join(order)}." for seed, order in study.blocks]
     differences = [f"{h} minus {study.reference} %" for h in ("own step", "backward")]
     heads = ["block", "method", *(f"{h} %" for h in SHOWN.values()), *differences]
-    return Table(tables.named("blocks", book, model), f"{model}: every block (seed and order of the domains)", heads, rows, order, True)
+    return Table(
+        tables.named("blocks", book, model),
+        f"{model}: every block (seed and order of the domains)",
+        heads,
+        rows,
+        order,
+        True,
+    )

@@ -13,7 +13,11 @@ from gain_cl.studies.study import Study
 
 
 def build(book: Book) -> list[Table]:
-    return [t for model, study in book.studies.items() for t in (_settings(book, model, study), *_skill(book, model, study))]
+    return [
+        t
+        for model, study in book.studies.items()
+        for t in (_settings(book, model, study), *_skill(book, model, study))
+    ]
 
 
 def _settings(book: Book, model: str, study: Study) -> Table:
@@ -21,14 +25,29 @@ def _settings(book: Book, model: str, study: Study) -> Table:
     on = comparison.efficient(study)
     rows = []
     for i, s in enumerate(study.settings):
-        cells: list[Value | str | None] = [s.label, Value(len(s.runs), write=count), Value(parameters(s), write=count)]
-        cells += [of(m, comparison.level(s, m), interval=m in ("own_step", "backward")) for m in shown]
+        cells: list[Value | str | None] = [
+            s.label,
+            Value(len(s.runs), write=count),
+            Value(parameters(s), write=count),
+        ]
+        cells += [
+            of(m, comparison.level(s, m), interval=m in ("own_step", "backward")) for m in shown
+        ]
         rows.append(
-            Row([*cells, "*" if s.label in on else ""], book.ids(model, s.label), i > 0 and s.method != study.settings[i - 1].method)
+            Row(
+                [*cells, "*" if s.label in on else ""],
+                book.ids(model, s.label),
+                i > 0 and s.method != study.settings[i - 1].method,
+            )
         )
-    notes = ["Change of perplexity, mean over domains; below 0 is better. *: no other setting of its method learns more and forgets less."]
+    notes = [
+        "Change of perplexity, mean over domains; below 0 is better. *: no other setting of "
+        "its method learns more and forgets less."
+    ]
     heads = ["setting", "blocks", "trains", *(METRICS[m] for m in shown), "front"]
-    return Table(tables.named("settings", book, model), f"{model}: every setting", heads, rows, notes)
+    return Table(
+        tables.named("settings", book, model), f"{model}: every setting", heads, rows, notes
+    )
 
 
 def _skill(book: Book, model: str, study: Study) -> list[Table]:
@@ -38,7 +57,12 @@ def _skill(book: Book, model: str, study: Study) -> list[Table]:
     for m in others:
         found = equal.matched(study, m, study.reference)
         d = equal.interval(found)
-        runs = [r for name in (m, study.reference) for s in study.of(name) for r in book.ids(model, s.label)]
+        runs = [
+            r
+            for name in (m, study.reference)
+            for s in study.of(name)
+            for r in book.ids(model, s.label)
+        ]
         if found.reason:
             rows.append(Row([m, None, None, None, None, found.reason], runs))
             continue
@@ -46,10 +70,24 @@ def _skill(book: Book, model: str, study: Study) -> list[Table]:
         rows.append(Row([m, *values, percent(d), ""], runs))
     if not any(isinstance(row.cells[4], Value) for row in rows):
         return []
-    heads = ["method", "at own step %", "backward %", f"backward of {study.reference} %", "difference %", "why not"]
-    notes = ["Read off both fronts by monotone interpolation; 95% intervals over the blocks that have both, of one block over documents."]
+    heads = [
+        "method",
+        "at own step %",
+        "backward %",
+        f"backward of {study.reference} %",
+        "difference %",
+        "why not",
+    ]
+    notes = [
+        "Read off both fronts by monotone interpolation; 95% intervals over the blocks that "
+        "have both, of one block over documents."
+    ]
     return [
         Table(
-            tables.named("skill", book, model), f"{model}: backward change at equal own step, against {study.reference}", heads, rows, notes
+            tables.named("skill", book, model),
+            f"{model}: backward change at equal own step, against {study.reference}",
+            heads,
+            rows,
+            notes,
         )
     ]

@@ -18,11 +18,20 @@ def build(book: Book) -> list[Table]:
             cells = [of(m, comparison.level(s, m)) for m in METRICS]
             rows.append(
                 Row(
-                    [model, Value(size, write=count), s.label, Value(parameters(s), write=count), *cells],
+                    [
+                        model,
+                        Value(size, write=count),
+                        s.label,
+                        Value(parameters(s), write=count),
+                        *cells,
+                    ],
                     book.ids(model, s.label),
                     i == 0,
                 )
             )
     heads = ["model", "parameters", "method", "trains", *METRICS.values()]
-    notes = ["Perplexities of models with other tokenizers cannot be compared; methods are compared within a model."]
+    notes = [
+        "Perplexities of models with other tokenizers cannot be compared; methods are "
+        "compared within a model."
+    ]
     return [Table("models", "Methods at their chosen settings, by model", heads, rows, notes, True)]

@@ -10,7 +10,10 @@ def build(book: Book) -> list[Table]:
     rows = []
     for model, study in book.studies.items():
         for i, s in enumerate(study.chosen.values()):
-            trains, total = s.one(lambda run: run.record.trainable_parameters), s.one(lambda run: run.record.total_parameters)
+            trains, total = (
+                s.one(lambda run: run.record.trainable_parameters),
+                s.one(lambda run: run.record.total_parameters),
+            )
             cells: list[Value | str | None] = [
                 model,
                 s.method,
@@ -19,4 +22,12 @@ def build(book: Book) -> list[Table]:
                 Value(100 * trains / total, write=plain(3)),
             ]
             rows.append(Row(cells, book.ids(model, s.label), i == 0))
-    return [Table("parameters", "Trained parameters", ["model", "method", "trains", "of", "%"], rows, grouped=True)]
+    return [
+        Table(
+            "parameters",
+            "Trained parameters",
+            ["model", "method", "trains", "of", "%"],
+            rows,
+            grouped=True,
+        )
+    ]

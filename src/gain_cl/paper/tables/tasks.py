@@ -10,7 +10,9 @@ from gain_cl.studies.study import Study
 
 
 def build(book: Book) -> list[Table]:
-    return [t for model, study in book.studies.items() if (t := _of(book, model, study)) is not None]
+    return [
+        t for model, study in book.studies.items() if (t := _of(book, model, study)) is not None
+    ]
 
 
 def _of(book: Book, model: str, study: Study) -> Table | None:
@@ -48,11 +50,24 @@ def _of(book: Book, model: str, study: Study) -> Table | None:
                 )
     if not rows:
         return None
-    heads = ["task", "method", "block", "items", "accuracy before %", "after %", "lost", "gained", "p (McNemar)"]
+    heads = [
+        "task",
+        "method",
+        "block",
+        "items",
+        "accuracy before %",
+        "after %",
+        "lost",
+        "gained",
+        "p (McNemar)",
+    ]
     heads += ["AUC before", "AUC change", "margin before, nats", "after, nats", "change, nats"]
     notes = [
         "lost, gained: items answered right before and not after, and the reverse.",
-        "AUC: chance that a yes item leans to yes more than a no item does; 0.5 is no knowledge, whatever the accuracy.",
+        "AUC: chance that a yes item leans to yes more than a no item does; 0.5 is no "
+        "knowledge, whatever the accuracy.",
         "Flips, p and 95% intervals (over items) speak of the one run, not of the method.",
     ]
-    return Table(tables.named("tasks", book, model), f"{model}: tasks before and after", heads, rows, notes)
+    return Table(
+        tables.named("tasks", book, model), f"{model}: tasks before and after", heads, rows, notes
+    )
