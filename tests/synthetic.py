@@ -13,6 +13,7 @@ import pandas as pd
 
 from gain_cl.config.schema import RunConfig
 from gain_cl.measure import record
+from gain_cl.system.sealed import seal_of
 
 # domain -> perplexity of the pretrained model (shared/data.md; the rest of the same order)
 OFFLINE = {
@@ -222,5 +223,5 @@ def edit(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     """Change a record's JSON data and seal it again."""
     data = json.loads(path.read_bytes())
     change(data)
-    data["seal"] = record.seal_of(data)
+    data["seal"] = seal_of(data)
     path.write_text(json.dumps(data))

@@ -28,6 +28,7 @@ from gain_cl.measure import matrix_csv, record
 from gain_cl.paper import show
 from gain_cl.runs import heatmap
 from gain_cl.stats import answers
+from gain_cl.system.sealed import seal_of
 
 EXAMPLE = Path(__file__).parents[2] / "docs/example"
 MUTATIONS, SHARDS = 10_000, 10
@@ -73,7 +74,7 @@ def sealed(data: bytes, seal: str) -> bytes:
     try:
         plain = json.loads(data)
         return (
-            data.replace(seal.encode(), record.seal_of(plain).encode())
+            data.replace(seal.encode(), seal_of(plain).encode())
             if isinstance(plain, dict)
             else data
         )

@@ -21,6 +21,7 @@ from conftest import HELPERS
 from gain_cl.errors import DataError, StorageError
 from gain_cl.measure import record
 from gain_cl.system import files
+from gain_cl.system.sealed import seal_of
 
 SMALL = {"a": 20.0, "b": 30.0, "x": 10.0}
 
@@ -221,7 +222,7 @@ def test_save_seals(saved: record.Run) -> None:
         record.save(changed, saved.documents, saved.items, saved.path.with_name("s.json")),
     ):
         raw = json.loads(run.path.read_text())
-        assert raw["seal"] == run.record.seal == record.seal_of(raw)
+        assert raw["seal"] == run.record.seal == seal_of(raw)
     assert changed.seal != saved.record.seal
 
 
@@ -306,7 +307,8 @@ def test_disk_full(saved: record.Run) -> None:
         import resource, signal
         from pathlib import Path
         import synthetic
-        from gain_cl import errors, record
+        from gain_cl import errors
+        from gain_cl.measure import record
         path = Path({str(saved.path)!r})
         run = record.load(path)
         documents = synthetic.documents({SMALL!r}, ["a", "b"], count=400, seed=9)

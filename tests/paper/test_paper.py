@@ -31,6 +31,7 @@ from gain_cl.stats import format
 from gain_cl.studies import equal, experiments
 from gain_cl.studies import study as comparison
 from gain_cl.studies import verdicts as verdicts_
+from gain_cl.system.sealed import seal_of
 
 ROOT = Path(__file__).parents[2]
 GRID = """question: Does it work?
@@ -83,7 +84,7 @@ def edited(at: Path, which: int, change: Callable[[dict[str, Any]], Any]) -> str
     path = sorted((at / "results/runs").glob("*.json"))[which]
     data = json.loads(path.read_bytes())
     change(data)
-    data["seal"] = record.seal_of(data)
+    data["seal"] = seal_of(data)
     path.write_text(json.dumps(data))
     return path.stem
 
@@ -166,7 +167,7 @@ def test_a_run_of_other_data_is_stale(at: Path) -> None:
     path = sorted((at / "results/runs").glob("*.json"))[0]
     other = path.stem[:-10] + "0123456789"
     data = json.loads(path.read_bytes()) | {"run_id": other}
-    data["seal"] = record.seal_of(data)
+    data["seal"] = seal_of(data)
     path.with_name(f"{other}.json").write_text(json.dumps(data))
     record.items_path(path).rename(record.items_path(path.with_name(f"{other}.json")))
     path.unlink()

@@ -22,7 +22,7 @@ from gain_cl.errors import IN_USE, PREEMPTED, ConfigError, StorageError
 from gain_cl.measure import record
 from gain_cl.studies import costs, experiments, launchers, sweep
 from gain_cl.studies.experiments import Cell
-from gain_cl.system import claims
+from gain_cl.system import lock
 from gain_cl.tools import sweep as verb
 
 GRID = (
@@ -48,7 +48,7 @@ class Fake:
         self.taken: list[list[dict[str, Any]]] = []
         self.baselines = 0
 
-    def start(self, job: launchers.Job, claimed: claims.Claim, taken: list[dict[str, Any]]) -> Any:
+    def start(self, job: launchers.Job, claimed: lock.Claim, taken: list[dict[str, Any]]) -> Any:
         self.log.append(job.cell.run_id)
         self.taken.append(taken)
         self.alive += 1
@@ -173,7 +173,7 @@ def test_what_failed_under_another_launcher_is_not_run_again(grid: list[Cell]) -
     launcher = Fake(limit=1)
     start = launcher.start
 
-    def first(job: launchers.Job, claimed: claims.Claim, taken: list[dict[str, Any]]) -> Any:
+    def first(job: launchers.Job, claimed: lock.Claim, taken: list[dict[str, Any]]) -> Any:
         grid[2].folder.mkdir(parents=True, exist_ok=True)
         (grid[2].folder / "failure.json").write_text('{"error": "of another launcher"}')
         return start(job, claimed, taken)
@@ -211,7 +211,7 @@ def test_a_refused_job_waits(grid: list[Cell], monkeypatch: pytest.MonkeyPatch) 
     launcher, refused = Fake(limit=4), []
     start = launcher.start
 
-    def at_most_one(job: launchers.Job, claimed: claims.Claim, taken: list[dict[str, Any]]) -> Any:
+    def at_most_one(job: launchers.Job, claimed: lock.Claim, taken: list[dict[str, Any]]) -> Any:
         if launcher.alive:
             refused.append(job.cell.run_id)
             raise StorageError("sbatch refuses: limit of jobs", "", "")
@@ -226,7 +226,7 @@ def test_runs_of_other_sweeps_count(grid: list[Cell]) -> None:
     """Of another experiment or with another only=: towards the limit of this machine, and their
     GPUs are taken."""
     grid[0].claims.mkdir(parents=True)
-    other = claims.take(grid[0].claims, "run-of-another-sweep")
+    other = lock.claim_run(grid[0].claims, "run-of-another-sweep")
     assert other is not None
     other.write({"host": os.uname().nodename, "gpu": "0"})
     launcher = Fake(limit=2)
@@ -255,28 +255,30 @@ def test_times_and_values_of_slurm() -> None:
 
 
 def test_a_claim_is_one_launchers(tmp_path: Path) -> None:
-    mine = claims.take(tmp_path, "run")
+    mine = lock.claim_run(tmp_path, "run")
     assert (
-        mine is not None and claims.take(tmp_path, "run") is None and claims.held(tmp_path, "run")
+        mine is not None
+        and lock.claim_run(tmp_path, "run") is None
+        and lock.is_claimed(tmp_path, "run")
     )
     mine.write({"gpu": "1"})
-    assert claims.about(tmp_path, "run") == {"gpu": "1"}
+    assert lock.read_claim(tmp_path, "run") == {"gpu": "1"}
     mine.release()
-    assert not claims.held(tmp_path, "run")
-    assert claims.take(tmp_path, "run") is not None
+    assert not lock.is_claimed(tmp_path, "run")
+    assert lock.claim_run(tmp_path, "run") is not None
 
 
 def test_a_claim_lasts_as_long_as_the_run_that_inherited_it(tmp_path: Path) -> None:
     """Also when the launcher is gone: its descriptor closed, the child alive."""
-    mine = claims.take(tmp_path, "run")
+    mine = lock.claim_run(tmp_path, "run")
     assert mine is not None
     child = subprocess.Popen(
         [sys.executable, "-c", "input()"], stdin=subprocess.PIPE, pass_fds=(mine.handle,)
     )
     mine.release()
-    assert claims.held(tmp_path, "run") and claims.take(tmp_path, "run") is None
+    assert lock.is_claimed(tmp_path, "run") and lock.claim_run(tmp_path, "run") is None
     child.communicate(b"\n", timeout=LIMIT_SECONDS)
-    assert not claims.held(tmp_path, "run")
+    assert not lock.is_claimed(tmp_path, "run")
 
 
 def test_gpus_are_given_out_one_to_a_run(grid: list[Cell]) -> None:
@@ -288,7 +290,7 @@ def test_gpus_are_given_out_one_to_a_run(grid: list[Cell]) -> None:
         (grid[2], [{"host": "other", "gpu": "0"}]),
     ):
         cell.claims.mkdir(parents=True, exist_ok=True)
-        claimed = claims.take(cell.claims, cell.run_id)
+        claimed = lock.claim_run(cell.claims, cell.run_id)
         assert claimed is not None
         job = launchers.Job(
             cell,

@@ -25,6 +25,7 @@ from gain_cl import cli
 from gain_cl.measure import provenance, record
 from gain_cl.stats import matrix
 from gain_cl.system import checkpoint, files
+from gain_cl.system.sealed import seal_of
 from gain_cl.tools import verify
 
 EXAMPLE = next((Path(__file__).parents[2] / "docs/example").glob("*.json"))
@@ -825,7 +826,7 @@ def test_a_record_of_any_shape_is_no_traceback(run: Made) -> None:
         at[key] = draw.choice(
             [None, 0, -1, 1e300, "", "\x1b[2J", [], {}, [[]], {"kind": "package"}, True]
         )
-        data["seal"] = record.seal_of(data)
+        data["seal"] = seal_of(data)
         run.record.write_text(json.dumps(data))
         try:
             loaded = record.load(run.record)

@@ -74,9 +74,6 @@ def pin(domain: Domain) -> dict[str, Any]:
         path = Path(source.path).expanduser()
         names = {p.name if p == path else p.relative_to(path).as_posix(): p for p in _files(path)}
         content = {name: hashes.file_sha256(p, remember=True) for name, p in names.items()}
-        total = hashlib.sha256(
-            json.dumps(content, sort_keys=True, allow_nan=False).encode()
-        ).hexdigest()
         fields = (
             {"field": source.field}
             if source.prompt is None
@@ -85,7 +82,7 @@ def pin(domain: Domain) -> dict[str, Any]:
         return {
             "kind": "files",
             "text_version": TEXT_VERSION,
-            "sha256": total,
+            "sha256": hashes.json_sha256(content),
             **fields,
             **_pinned_template(domain),
         }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -25,8 +24,10 @@ from gain_cl.errors import DataError, StorageError
 from gain_cl.system import hashes as hashes_
 from gain_cl.system import signals
 from gain_cl.system.files import sha256
+from gain_cl.system.hashes import json_sha256
+from gain_cl.system.sealed import read_sealed, sealed_bytes
 
-FORMAT = 3  # of the token cache
+FORMAT = 4  # of the token cache
 _ARRAYS = ("ids", "offsets", "tokens", "ends", "prompts", "words", "word_offsets")
 BATCH = 256  # documents that are tokenised at once
 _PUNCTUATION = re.compile(f"[{re.escape(string.punctuation)}]+")
@@ -62,7 +63,7 @@ def prepare(
             "special": chat.special,
             "prefix": chat.prefix_id,
         }
-    folder = hashes_.cache_dir() / "tokens" / _digest(identity)[:32]
+    folder = hashes_.cache_dir() / "tokens" / json_sha256(identity)[:32]
     loaded = _load(folder, domain, identity)
     if loaded is None:
         _build(folder, domain, tokenizer, identity, chat)
@@ -72,10 +73,6 @@ def prepare(
             "the token cache cannot be read back", str(folder), "check the disk, delete the folder"
         )
     return loaded
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 
 def _changed(domain: schema.Domain, when: str) -> DataError:
@@ -91,8 +88,8 @@ def _load(folder: Path, domain: schema.Domain, identity: dict[str, Any]) -> doma
     """The cached domain; None when there is none, or (with a warning) when its files are not what
     was written."""
     try:
-        meta = json.loads((folder / "meta.json").read_bytes())
-        if meta.pop("seal") != _digest(meta) or _digest(meta["identity"]) != _digest(identity):
+        meta = read_sealed(folder / "meta.json")
+        if meta is None or json_sha256(meta["identity"]) != json_sha256(identity):
             raise ValueError("meta.json changed")
         for name in _ARRAYS:
             if hashes_.file_sha256(folder / f"{name}.npy") != meta["sha256"][name]:
@@ -102,8 +99,6 @@ def _load(folder: Path, domain: schema.Domain, identity: dict[str, Any]) -> doma
             for name in _ARRAYS
         }
         return domain_.Domain(domain.name, domain.split, meta["hash"], arrays)
-    except FileNotFoundError:
-        return None
     except (DataError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         if folder.exists():
             print(
@@ -170,10 +165,7 @@ def _build(
                 "sha256": hashes,
                 "identity": identity,
             }
-            sealed = {**meta, "seal": _digest(meta)}
-            (temporary / "meta.json").write_text(
-                json.dumps(sealed, indent=1, allow_nan=False), encoding="utf-8"
-            )
+            (temporary / "meta.json").write_bytes(sealed_bytes(meta))
             temporary.chmod(0o755)  # mkdtemp makes it private
             if folder.exists() and _load(folder, domain, identity) is None:
                 shutil.rmtree(folder)
@@ -240,11 +232,7 @@ def _tokenize(batch: list[Document], tokenizer: Any, chat: instruct.Chat | None)
         counted = np.clip(rest_ends.astype(np.int64) - s.first, 0, s.last - s.first).astype(
             np.uint32
         )
-        digest = hashlib.sha256(
-            json.dumps(
-                [s.prompt, s.completion, s.first, s.last, len(tokens)], allow_nan=False
-            ).encode()
-        ).digest()
+        digest = bytes.fromhex(json_sha256([s.prompt, s.completion, s.first, s.last, len(tokens)]))
         both = (
             np.concatenate([tokens, rest]),
             np.concatenate([np.zeros(len(tokens), np.uint32), counted]),

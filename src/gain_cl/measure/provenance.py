@@ -6,7 +6,6 @@ from __future__ import annotations
 import copy
 import functools
 import hashlib
-import json
 import os
 import platform
 import subprocess
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from gain_cl.config.schema import RunConfig
+from gain_cl.system.hashes import json_sha256
 
 NUMERICS = 1
 """Raised whenever the same settings would give other numbers than before; part of every run id."""
@@ -37,13 +37,8 @@ def run_id(config: RunConfig, pins: dict[str, Any]) -> str:
 def identity(settings: dict[str, Any], pins: dict[str, Any], numerics: int) -> str:
     """HASH of a run id. settings: ``RunConfig.scientific``."""
     settings = without_places(settings, pins)
-    text = json.dumps(
-        {"settings": settings, "pins": pins, "numerics": numerics},
-        sort_keys=True,
-        separators=(",", ":"),
-        allow_nan=False,
-    )
-    return hashlib.sha256(text.encode()).hexdigest()[:10]
+    what = {"settings": settings, "pins": pins, "numerics": numerics}
+    return json_sha256(what, compact=True)[:10]
 
 
 def without_places(settings: dict[str, Any], pins: dict[str, Any]) -> dict[str, Any]:

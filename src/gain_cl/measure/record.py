@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from gain_cl.config.schema import JOINT, NAME, Regime
 from gain_cl.errors import DataError, StorageError
 from gain_cl.system.files import sha256, write_all
+from gain_cl.system.sealed import seal_of, sealed_bytes
 
 SCHEMA = 1
 
@@ -162,18 +163,6 @@ class RunRecord(Part):
         )
 
 
-def seal_of(plain: dict[str, Any]) -> str:
-    """SHA-256 of a record as JSON data but for its seal, however it is spelt. It tells accidents
-    and edits by hand; whoever means to deceive can seal again, which ``verify`` is there for."""
-    rest = json.dumps(
-        {k: v for k, v in plain.items() if k != "seal"},
-        sort_keys=True,
-        separators=(",", ":"),
-        allow_nan=False,
-    )
-    return hashlib.sha256(rest.encode()).hexdigest()
-
-
 def outcome(record: RunRecord) -> dict[str, Any]:
     """What every undisturbed or interrupted attempt at one run agrees in: all but provenance, times
     and memory."""
@@ -237,12 +226,12 @@ def save(record: RunRecord, documents: pd.DataFrame, items: pd.DataFrame, path: 
     record.items_sha256 = hashlib.sha256(buffer.getvalue()).hexdigest()
     try:
         plain = record.model_dump(mode="json")
-        plain["seal"] = record.seal = seal_of(plain)
-        text = json.dumps(plain, indent=1, allow_nan=False, ensure_ascii=False)
+        record.seal = seal_of(plain)
+        content = sealed_bytes(plain)
     except ValueError as error:
         do = "nothing was saved; lower train.lr or check the model"
         raise DataError("a number of the run is not finite", record.run_id, do) from error
-    write_all({items_path(path): buffer.getvalue(), path: (text + "\n").encode()})
+    write_all({items_path(path): buffer.getvalue(), path: content})
     return load(path)
 
 

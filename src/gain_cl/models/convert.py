@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -131,7 +130,9 @@ def _gguf_source(model: schema.Model) -> dict[str, Any]:
 
 def _gguf_folder(model: schema.Model) -> Path:
     assert model.package is not None
-    name = f"{model.package.package.replace('==', '-')}-{_digest(_gguf_source(model))[:8]}"
+    name = (
+        f"{model.package.package.replace('==', '-')}-{hashes_.json_sha256(_gguf_source(model))[:8]}"
+    )
     return hashes_.cache_dir() / "models" / name
 
 
@@ -159,10 +160,6 @@ def files(model: schema.Model) -> dict[str, str]:
         if model.package is not None and model.path is None
         else {}
     )
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 
 def _quiet() -> None:

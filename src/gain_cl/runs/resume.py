@@ -63,7 +63,7 @@ def begin(config: RunConfig, folder: Path, run_id: str) -> Start:
     none is good: never from the start again unasked. ConfigError when resume=must and there is
     nothing to go on from."""
     root = folder / "stages"
-    checkpoint.tidy(folder, folder / "ckpt", root)
+    checkpoint.remove_leftovers(folder, folder / "ckpt", root)
     same._same_settings(config, folder)
     warnings: list[str] = []
     stages = dict(_finished(root, run_id, warnings))

@@ -35,7 +35,7 @@ from gain_cl.runs import inputs as inputs_
 from gain_cl.runs import plan as plan_
 from gain_cl.system import checkpoint, lock, signals
 from gain_cl.system.failpoints import reach
-from gain_cl.system.files import tidy, write_bytes
+from gain_cl.system.files import remove_abandoned, write_bytes
 
 if TYPE_CHECKING:
     from gain_cl.adapters.base import Adapter
@@ -511,10 +511,10 @@ def _sweep(plan: plan_.Plan) -> None:
     )  # one by one: half of a checkpoint would look like a newer attempt
     for path in (plan.folder / "ckpt", plan.folder / "cells"):
         shutil.rmtree(path, ignore_errors=True)
-    checkpoint.tidy(plan.folder, plan.folder / "stages")
+    checkpoint.remove_leftovers(plan.folder, plan.folder / "stages")
     (plan.folder / "failure.json").unlink(missing_ok=True)
     for shared in (plan.record_path.parent, plan.folder.parent / "cells"):
-        tidy(shared)
+        remove_abandoned(shared)
 
 
 def _explained(error: Exception) -> Exception:

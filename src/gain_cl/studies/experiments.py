@@ -26,7 +26,7 @@ from gain_cl.errors import ConfigError, DataError
 from gain_cl.measure import tasks
 from gain_cl.runs import plan as plan_
 from gain_cl.stats.matrix import METRICS
-from gain_cl.system import claims, lock
+from gain_cl.system import lock
 
 Values = dict[str, Any]
 """Keys of a run's configuration and what a setting gives them."""
@@ -185,7 +185,7 @@ class Cell:
             return "done"
         if lock.holder(self.folder) is not None:
             return "running"
-        if (self.folder / "failure.json").exists() or "failed" in claims.about(
+        if (self.folder / "failure.json").exists() or "failed" in lock.read_claim(
             self.claims, self.run_id
         ):
             return "failed"

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from gain_cl.errors import ConfigError, StorageError
 from gain_cl.studies import sweep
 from gain_cl.studies.experiments import Cell
-from gain_cl.system import claims
+from gain_cl.system import lock
 
 TIMEOUTS = 1000
 """How often a Slurm job may run out of time and be queued again."""
@@ -50,7 +50,7 @@ class Launcher(Protocol):
 
     limit: int
 
-    def start(self, job: Job, claimed: claims.Claim, taken: list[dict[str, Any]]) -> Process:
+    def start(self, job: Job, claimed: lock.Claim, taken: list[dict[str, Any]]) -> Process:
         """taken: what was written into the claims of the runs under way."""
 
     def adopt(self, about: dict[str, Any]) -> Process | None:
@@ -66,7 +66,7 @@ class Local:
     limit: int
     gpus: list[str] = field(default_factory=list)
 
-    def start(self, job: Job, claimed: claims.Claim, taken: list[dict[str, Any]]) -> Process:
+    def start(self, job: Job, claimed: lock.Claim, taken: list[dict[str, Any]]) -> Process:
         about: dict[str, Any] = {"host": socket.gethostname()}
         environment = {**os.environ, **job.environment}
         if self.gpus:
@@ -173,7 +173,7 @@ class Slurm:
                 f"launcher=slurm: {first}", "gain_cl sweep", "see docs/slurm.md"
             ) from None
 
-    def start(self, job: Job, claimed: claims.Claim, taken: list[dict[str, Any]]) -> Process:
+    def start(self, job: Job, claimed: lock.Claim, taken: list[dict[str, Any]]) -> Process:
         words = Command(job.command, job.environment, str(Path.cwd()), str(job.log.resolve()))
         self.executor.update_parameters(name=job.cell.run_id[:80])
         try:

@@ -1,5 +1,5 @@
 """Running what an experiment lacks: one fresh process a run, each claimed by one launcher
-(claims.py), stage 0 first. Torch-free.
+(system/lock.py), stage 0 first. Torch-free.
 
 Two launchers on one grid, on one machine or on several that share a file system, never run a cell
 twice, and a launcher that was killed is followed by another that finds the runs it left behind.
@@ -7,7 +7,6 @@ twice, and a launcher that was killed is followed by another that finds the runs
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import shutil
@@ -24,7 +23,8 @@ from gain_cl.errors import IN_USE, PREEMPTED, ConfigError, StorageError
 from gain_cl.stats import format
 from gain_cl.studies import launchers
 from gain_cl.studies.experiments import Cell
-from gain_cl.system import claims, signals
+from gain_cl.system import lock, signals
+from gain_cl.system.hashes import json_sha256
 
 REFUSED_SECONDS = 30.0
 """After a cluster refused a job."""
@@ -110,7 +110,7 @@ class Active:
 
     job: launchers.Job
     process: launchers.Process
-    claim: claims.Claim
+    claim: lock.Claim
     since: float
 
 
@@ -151,7 +151,7 @@ def carry_out(
                 if code is not None:
                     active.remove(a)
                     _ended(a, code, outcome, say, waiting)
-            with claims.alone(folder):
+            with lock.one_launcher(folder):
                 elsewhere = _start(waiting, active, launcher, folder, outcome, again, say)
             if time.monotonic() - said > SAY_SECONDS and (active or elsewhere):
                 said = time.monotonic()
@@ -177,7 +177,9 @@ def _start(
     others run."""
     mine = {a.job.cell.run_id for a in active}
     others = {
-        run_id: about for run_id, about in claims.under_way(folder).items() if run_id not in mine
+        run_id: about
+        for run_id, about in lock.claims_under_way(folder).items()
+        if run_id not in mine
     }
     elsewhere: list[Cell] = []
     for job in list(waiting):
@@ -207,15 +209,15 @@ def _start(
         kind = baseline(job.cell)
         if job.cell in elsewhere or (kind in scoring and kind not in known):
             continue  # the first of its kind scores the pretrained model, for all
-        claim = claims.take(folder, job.cell.run_id)
+        claim = lock.claim_run(folder, job.cell.run_id)
         if claim is None:
             continue
         try:
-            process = launcher.adopt(claims.about(folder, job.cell.run_id))
+            process = launcher.adopt(lock.read_claim(folder, job.cell.run_id))
             found = process is not None
             if process is None:
                 job.log.parent.mkdir(parents=True, exist_ok=True)
-                taken = [*(claims.about(folder, run_id) for run_id in mine), *here]
+                taken = [*(lock.read_claim(folder, run_id) for run_id in mine), *here]
                 process = launcher.start(job, claim, taken)
         except ConfigError as error:
             claim.release()
@@ -343,7 +345,7 @@ def reason(cell: Cell) -> str:
     try:
         told = json.loads((cell.folder / "failure.json").read_bytes())["error"]
     except (OSError, ValueError, KeyError, TypeError):
-        told = claims.about(cell.claims, cell.run_id).get("failed")
+        told = lock.read_claim(cell.claims, cell.run_id).get("failed")
     return str(told or "no reason is known")
 
 
@@ -373,7 +375,7 @@ def baseline(cell: Cell) -> str:
         names,
         c.output_dir,
     ]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, allow_nan=False).encode()).hexdigest()
+    return json_sha256(parts)
 
 
 def scored(cell: Cell) -> bool:

@@ -8,7 +8,6 @@ file before anything is used.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from gain_cl.errors import DataError, StorageError
 from gain_cl.system.failpoints import reach
 from gain_cl.system.files import sha256, sync_folder, write_bytes
+from gain_cl.system.hashes import json_sha256
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -169,7 +169,7 @@ def remove(folder: Path) -> None:
     reach("prune.after")
 
 
-def tidy(*folders: Path) -> None:
+def remove_leftovers(*folders: Path) -> None:
     """Remove what a killed process left half written; for the owner of the run only."""
     for folder in folders:
         for left in [*folder.glob(f"{TEMPORARY}*"), *folder.glob(".*.tmp")]:
@@ -230,8 +230,7 @@ def _facts(path: Path) -> dict[str, Any]:
 
 def _manifest(listed: Mapping[str, Mapping[str, Any]]) -> bytes:
     """Its own hash stands in it, and there is one way to write it: a changed bit anywhere shows."""
-    text = json.dumps(listed, sort_keys=True, allow_nan=False)
-    both = {"files": listed, "sha256": hashlib.sha256(text.encode()).hexdigest()}
+    both = {"files": listed, "sha256": json_sha256(listed)}
     return (json.dumps(both, sort_keys=True, indent=1, allow_nan=False) + "\n").encode()
 
 

@@ -59,17 +59,18 @@ def write_all(files: dict[Path, bytes]) -> None:
                 left.unlink()
 
 
-def tidy(folder: Path) -> None:
+def remove_abandoned(folder: Path) -> None:
     """Remove what killed processes of this machine left half written in a folder that runs
     share."""
     for left in folder.glob(".*@*.tmp"):
         before, _, host = left.name.removesuffix(".tmp").rpartition("@")
         pid = before.rpartition(".")[2]
-        if host == socket.gethostname() and pid.isdigit() and not _alive(int(pid)):
+        if host == socket.gethostname() and pid.isdigit() and not alive(int(pid)):
             left.unlink(missing_ok=True)
 
 
-def _alive(pid: int) -> bool:
+def alive(pid: int) -> bool:
+    """True if a process of this machine has the id."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

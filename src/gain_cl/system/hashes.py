@@ -22,7 +22,15 @@ def cache_dir() -> Path:
     return (Path(shared).expanduser() if shared else Path.home() / ".cache") / "gain_cl"
 
 
-# --- hashes ---------------------------------------------------------------------------------------
+def json_sha256(value: Any, compact: bool = False) -> str:
+    """Return the SHA-256 of JSON data, keys sorted, in hexadecimal. ValueError: a number is not
+    finite.
+
+    compact: without spaces between the parts, as run ids and the seals of records hash it.
+    """
+    separators = (",", ":") if compact else None
+    text = json.dumps(value, sort_keys=True, separators=separators, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 @functools.cache

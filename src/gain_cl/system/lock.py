@@ -1,5 +1,12 @@
-"""One owner per run. Taken before torch is imported, released by the system when its process ends,
-however it ends."""
+"""One owner for a run, and one launcher for a run of an experiment. Torch-free.
+
+A run locks FOLDER/LOCK before torch is imported. A sweep claims each run by a lock on
+OUTPUT_DIR/claims/RUN_ID. The run that it starts inherits the claim, which therefore lasts until
+launcher and run have both ended. The id of a Slurm job is written into its claim, which lasts until
+Slurm says that the job has ended. What a free claim holds tells how the run ended.
+
+The system releases every lock when its process ends, however it ends.
+"""
 
 from __future__ import annotations
 
@@ -9,19 +16,23 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from gain_cl.errors import InUseError, StorageError
+from gain_cl.system.files import alive
 
 PATIENCE_SECONDS = 1.0
-"""How long a lock is tried again whose holder cannot be told: it is just being taken, released or
+"""How long a lock is tried again whose holder is unknown: it is just being taken, released or
 looked at."""
+LAUNCH = "LAUNCH"
 
 
 @contextmanager
 def owned(folder: Path) -> Iterator[None]:
-    """Hold folder/LOCK (flock) for the block; InUseError names the owner when another process holds
-    it."""
+    """Hold folder/LOCK (flock) for the block. InUseError names the owner when another process holds
+    it. StorageError: the folder cannot be written or locked."""
     handle = _acquire(folder)
     try:
         yield
@@ -32,7 +43,7 @@ def owned(folder: Path) -> Iterator[None]:
 
 
 def holder(folder: Path) -> str | None:
-    """Who holds the run now, "process PID on HOST"; None: nobody."""
+    """Return who holds the run now, "process PID on HOST", or None: nobody."""
     import fcntl
 
     try:
@@ -49,79 +60,130 @@ def holder(folder: Path) -> str | None:
 
 
 def _acquire(folder: Path) -> int:
-    import fcntl
-
     path, until = folder / "LOCK", time.monotonic() + PATIENCE_SECONDS
+    do = "free space or name another folder with output_dir="
     while True:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            handle, ours = _lock(path)
         except OSError as error:
-            raise StorageError(
-                f"cannot write: {error.strerror}",
-                str(folder),
-                "name another folder with output_dir=",
-            ) from error
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            raise StorageError(f"cannot write or lock: {error.strerror}", str(path), do) from error
+        if not ours:
             name, known = _owner(handle)
             os.close(handle)
             if known or time.monotonic() > until:
-                raise InUseError(
-                    "the run is in use",
-                    f"{folder} by {name}",
-                    "wait for it, or give the run another seed",
-                ) from None
+                do = "wait for it, or give the run another seed"
+                raise InUseError("the run is in use", f"{folder} by {name}", do)
             time.sleep(0.02)
-            continue
-        except OSError as error:
-            os.close(handle)
-            do = "name a folder on another file system with output_dir="
-            raise StorageError(f"cannot lock: {error.strerror}", str(path), do) from error
-        if _is(handle, path):
+        elif _is(handle, path):
             break
-        os.close(handle)  # the owner before removed the name between our open and our lock
+        else:
+            os.close(handle)  # the owner before removed the name between our open and our lock
     try:
-        os.truncate(handle, 0)
-        os.pwrite(
-            handle,
-            json.dumps(
-                {"pid": os.getpid(), "host": socket.gethostname()}, allow_nan=False
-            ).encode(),
-            0,
-        )
+        _write(handle, {"pid": os.getpid(), "host": socket.gethostname()})
     except OSError as error:
         os.close(handle)
-        raise StorageError(
-            f"cannot write: {error.strerror}",
-            str(path),
-            "free space or name another folder with output_dir=",
-        ) from error
+        raise StorageError(f"cannot write: {error.strerror}", str(path), do) from error
     return handle
+
+
+def _lock(path: Path) -> tuple[int, bool]:
+    """Return an open file, and True if this process has locked it; False: another one has."""
+    import fcntl
+
+    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return handle, False
+    except OSError:
+        os.close(handle)
+        raise
+    return handle, True
+
+
+def _write(handle: int, about: dict[str, Any]) -> None:
+    os.truncate(handle, 0)
+    os.pwrite(handle, json.dumps(about, allow_nan=False).encode(), 0)
 
 
 def _is(handle: int, path: Path) -> bool:
     try:
-        here, there = os.fstat(handle), os.stat(path)
+        return os.path.samestat(os.fstat(handle), os.stat(path))
     except FileNotFoundError:
         return False
-    return (here.st_dev, here.st_ino) == (there.st_dev, there.st_ino)
 
 
 def _owner(handle: int) -> tuple[str, bool]:
-    """The holder in words, and whether that is sure: a process of another machine, or a live one of
-    this."""
+    """Return the holder in words, and True if that is sure: a process of another machine, or a live
+    one of this."""
     try:
         owner = json.loads(os.pread(handle, 1000, 0))
         pid, host = int(owner["pid"]), str(owner["host"])
     except (ValueError, KeyError, TypeError):
         return "another process", False
-    if host == socket.gethostname():
-        try:
-            os.kill(pid, 0)
-        except ProcessLookupError:
-            return f"process {pid} on {host}", False
-        except OSError:
-            pass
-    return f"process {pid} on {host}", True
+    return f"process {pid} on {host}", host != socket.gethostname() or alive(pid)
+
+
+# --- claims of a sweep ----------------------------------------------------------------------------
+
+
+@contextmanager
+def one_launcher(folder: Path) -> Iterator[None]:
+    """Wait until no other launcher looks around and starts a run, and keep them out for the
+    block."""
+    import fcntl
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / LAUNCH, "w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+@dataclass
+class Claim:
+    """The right to launch a run: an open, locked file."""
+
+    handle: int
+
+    def write(self, about: dict[str, Any]) -> None:
+        """Write host and gpu of a local run, the id of a Slurm job, or that it failed and why."""
+        _write(self.handle, about)
+
+    def release(self) -> None:
+        """Give up the claim of this process. A run that inherited it keeps it."""
+        with suppress(OSError):
+            os.close(self.handle)
+
+
+def claim_run(folder: Path, run_id: str) -> Claim | None:
+    """Return the claim, or None: another launcher, or a run that one left behind, has it."""
+    handle, ours = _lock(folder / run_id)
+    if not ours:
+        os.close(handle)
+    return Claim(handle) if ours else None
+
+
+def is_claimed(folder: Path, run_id: str) -> bool:
+    """True if somebody has a claim on the run."""
+    if not (folder / run_id).exists():
+        return False
+    mine = claim_run(folder, run_id)
+    if mine is not None:
+        mine.release()
+    return mine is None
+
+
+def claims_under_way(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return run id -> what is written, of every claim that somebody has."""
+    names = [p.name for p in folder.glob("*") if p.name != LAUNCH] if folder.is_dir() else []
+    return {name: read_claim(folder, name) for name in names if is_claimed(folder, name)}
+
+
+def read_claim(folder: Path, run_id: str) -> dict[str, Any]:
+    """Return what was written into a claim. It is empty where there is none."""
+    try:
+        found = json.loads((folder / run_id).read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}

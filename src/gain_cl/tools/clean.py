@@ -23,7 +23,8 @@ from pathlib import Path
 
 from gain_cl.errors import ConfigError, InUseError, StorageError
 from gain_cl.system import hashes, lock
-from gain_cl.tools.command import Parser, console, printable, size
+from gain_cl.system.terminal import console, printable, size
+from gain_cl.tools.command import Parser
 
 DAY = 86_400
 

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import argparse
 import glob
-import os
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
-from gain_cl import errors
 from gain_cl.errors import ConfigError
 
 
@@ -44,28 +42,3 @@ def find_record(name: str, results_dir: Path) -> Path:
             suggest(name, [p.stem for p in found] or options) or "give the path of a record",
         )
     return found[0]
-
-
-def size(count: int) -> str:
-    """Bytes as 830 B, 12.0 kB, 4.1 GB (powers of 1000)."""
-    value = float(count)
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 999.5:
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1000
-    return f"{value:.1f} TB"
-
-
-def printable(text: object) -> str:
-    """A name that others chose, on one line of a terminal."""
-    return errors.printable(str(text)).replace("\n", "\\n")
-
-
-def console() -> Any:
-    """rich's, 120 wide where the output is no terminal and COLUMNS says nothing."""
-    from rich.console import Console
-
-    found = Console()
-    if not found.is_terminal and "COLUMNS" not in os.environ:
-        found.width = 120
-    return found

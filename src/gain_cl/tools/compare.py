@@ -20,7 +20,8 @@ from gain_cl.studies import experiments, verdicts
 from gain_cl.studies import study as comparison
 from gain_cl.studies.study import Compared, Setting, Study
 from gain_cl.studies.verdicts import Judged
-from gain_cl.tools.command import Parser, console, find_record, printable
+from gain_cl.system.terminal import console, printable
+from gain_cl.tools.command import Parser, find_record
 from gain_cl.tools.status import asked
 
 SHOWN = ("own_step", "backward", "backward_net", "from_base", "controls_from_base")

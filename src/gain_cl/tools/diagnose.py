@@ -36,8 +36,9 @@ from gain_cl.measure.diagnosis import (
 from gain_cl.runs import resume
 from gain_cl.stats import format
 from gain_cl.system.files import sha256, write_all
+from gain_cl.system.terminal import console, size
 from gain_cl.tools import rescore
-from gain_cl.tools.command import console, find_record, size
+from gain_cl.tools.command import find_record
 
 if TYPE_CHECKING:
     from torch import Tensor

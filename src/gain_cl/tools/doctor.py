@@ -35,7 +35,8 @@ from gain_cl.config import presets
 from gain_cl.errors import DataError
 from gain_cl.measure import provenance
 from gain_cl.system import hashes
-from gain_cl.tools.command import Parser, console, printable, size
+from gain_cl.system.terminal import console, printable, size
+from gain_cl.tools.command import Parser
 
 Status = Literal["ok", "warning", "problem"]
 

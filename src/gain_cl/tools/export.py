@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from gain_cl.errors import ConfigError
-from gain_cl.tools.command import Parser, find_record, printable
+from gain_cl.system.terminal import printable
+from gain_cl.tools.command import Parser, find_record
 
 KEYS = ("stage", "to", "dir", "dtype")
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from gain_cl.errors import ConfigError
 from gain_cl.paper import build, gather
-from gain_cl.tools.command import Parser, printable
+from gain_cl.system.terminal import printable
+from gain_cl.tools.command import Parser
 from gain_cl.tools.status import asked
 
 ABOUT = {

@@ -30,7 +30,8 @@ from gain_cl.studies import costs, experiments
 from gain_cl.studies import study as comparison
 from gain_cl.studies.experiments import Cell, Endpoint, Experiment
 from gain_cl.studies.study import Study
-from gain_cl.tools.command import Parser, console, printable, size
+from gain_cl.system.terminal import console, printable, size
+from gain_cl.tools.command import Parser
 from gain_cl.tools.status import asked
 
 BLOCKS = (2, 3, 5, 8, 12)

@@ -25,7 +25,8 @@ from gain_cl.measure import tasks
 from gain_cl.models import load, source
 from gain_cl.runs import plan as plan_
 from gain_cl.system import hashes, signals
-from gain_cl.tools.command import Parser, console, printable
+from gain_cl.system.terminal import console, printable
+from gain_cl.tools.command import Parser
 
 SPLITS: tuple[SplitName, ...] = ("train", "dev", "test")
 WORST = 5

@@ -20,7 +20,8 @@ from gain_cl.errors import ConfigError, DataError, printable
 from gain_cl.measure import record, scoring
 from gain_cl.runs import inputs, plan, resume
 from gain_cl.stats import format
-from gain_cl.tools.command import Parser, console, find_record
+from gain_cl.system.terminal import console
+from gain_cl.tools.command import Parser, find_record
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -15,7 +15,8 @@ from rich.text import Text
 from gain_cl.errors import ConfigError
 from gain_cl.studies import experiments
 from gain_cl.studies.experiments import Cell, Experiment
-from gain_cl.tools.command import Parser, console, printable
+from gain_cl.system.terminal import console, printable
+from gain_cl.tools.command import Parser
 
 STYLE = {
     "done": "green",

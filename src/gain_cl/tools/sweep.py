@@ -20,8 +20,9 @@ from gain_cl.measure import record
 from gain_cl.stats import format
 from gain_cl.studies import costs, experiments, launchers, sweep
 from gain_cl.studies.experiments import Cell, Experiment
-from gain_cl.system import claims
-from gain_cl.tools.command import Parser, console, printable
+from gain_cl.system import lock
+from gain_cl.system.terminal import console, printable
+from gain_cl.tools.command import Parser
 from gain_cl.tools.status import asked, grid
 
 USAGE = """\
@@ -314,7 +315,7 @@ def _jobs(
     environment: dict[str, str] = {}
     root = sweep.checkout() if options.worktree else None
     if root is not None and todo and not options.dry_run:
-        with claims.alone(todo[0].claims):
+        with lock.one_launcher(todo[0].claims):
             tree = sweep.worktree(root, output / "sweeps")
         environment["PYTHONPATH"] = os.pathsep.join(
             p for p in (str(tree / "src"), os.environ.get("PYTHONPATH", "")) if p

@@ -36,7 +36,8 @@ from gain_cl.stats import answers as items
 from gain_cl.stats import matrix
 from gain_cl.system import checkpoint, hashes, hub, lock, packages
 from gain_cl.system.files import sha256
-from gain_cl.tools.command import Parser, console, find_record, printable
+from gain_cl.system.terminal import console, printable
+from gain_cl.tools.command import Parser, find_record
 
 SAME = 1e-12
 """Relative: what the order of summing in float64 may change, three digits to spare."""

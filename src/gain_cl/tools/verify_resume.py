@@ -40,7 +40,8 @@ from gain_cl.errors import (
 from gain_cl.measure import record
 from gain_cl.system import signals
 from gain_cl.system.files import sha256
-from gain_cl.tools.command import Parser, console, printable
+from gain_cl.system.terminal import console, printable
+from gain_cl.tools.command import Parser
 
 DEFAULT = ("debug=smoke", "train.steps=40")
 """What is run when nothing else is asked for: seconds of work, on a tiny random model."""
