@@ -22,14 +22,14 @@ def worker(method: str, overrides: list[str]) -> None:
     import torch
 
     from gain_cl import adapters, domains
-    from gain_cl.compose import hydra
+    from gain_cl.compose import composition
     from gain_cl.guards.base import Guard
     from gain_cl.measure import provenance
     from gain_cl.measure.perplexity import evaluating
     from gain_cl.models import forward, load
     from gain_cl.runs import train
 
-    config = hydra.compose(
+    config = composition.compose(
         [*overrides, *([] if method == "forward" else [f"method={method}"])], [], []
     )
     torch.set_num_threads(config.compute.threads or torch.get_num_threads())
@@ -92,9 +92,9 @@ def main() -> None:
     if args.worker:
         worker(args.worker, args.overrides)
         return
-    from gain_cl.compose import hydra
+    from gain_cl.compose import composition
 
-    tokens = hydra.compose(args.overrides, [], []).train.batch_tokens
+    tokens = composition.compose(args.overrides, [], []).train.batch_tokens
     seconds: dict[str, list[float]] = {m: [] for m in METHODS}
     processes = {}
     for m in METHODS:

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterable
 from typing import Any
 
-from gain_cl.compose import hydra
+from gain_cl.compose import composition
 from gain_cl.errors import GainError
 
 CHANGES = ("own_step_pct", "backward_pct", "backward_net_pct", "from_base_pct")
@@ -90,7 +90,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*")
     args = parser.parse_args()
     try:
-        view = workspace(args.entity, args.project, hydra.compose(args.overrides))
+        view = workspace(args.entity, args.project, composition.compose(args.overrides))
     except GainError as error:
         sys.exit(f"wandb_dashboard: error: {error}")
     except ImportError as error:

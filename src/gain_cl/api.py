@@ -29,11 +29,11 @@ def run(*overrides: str, config_dirs: Paths = (), plugins: Paths = ()) -> Run:
     --plugin, one or several. A finished run is read, not repeated (unless ``force=true``). Raises
     errors.GainError, whose text is the command line's one-line message.
     """
-    from gain_cl.compose import hydra
+    from gain_cl.compose import composition
     from gain_cl.runs import plan
     from gain_cl.runs import run as spine
 
-    config = hydra.compose(
+    config = composition.compose(
         overrides,
         *([given] if isinstance(given, str | Path) else given for given in (config_dirs, plugins)),
     )

@@ -175,12 +175,12 @@ def _run(argv: list[str]) -> int:
     parser.add_argument("-h", "--help", action="store_true")
     parser.add_argument("--hydra-help", action="store_true")
     args = parser.parse_intermixed_args(argv)
-    from gain_cl.compose import hydra as build
+    from gain_cl.compose import composition
     from gain_cl.system import signals
 
     here = {"config_dirs": args.config_dir, "plugins": args.plugin}
     if words := ["--help"] * args.help + ["--hydra-help"] * args.hydra_help:
-        build.search_path(args.config_dir)  # says what is wrong with a folder
+        composition.search_path(args.config_dir)  # says what is wrong with a folder
         first, rest = (
             args.config_dir[:1],
             args.config_dir[1:],
@@ -189,7 +189,7 @@ def _run(argv: list[str]) -> int:
             [
                 *words,
                 *(f"--config-dir={d}" for d in first),
-                *build.search_path(rest),
+                *composition.search_path(rest),
                 *args.overrides,
             ]
         )
@@ -206,9 +206,9 @@ def _run(argv: list[str]) -> int:
         words = [
             f"--{w}={getattr(args, w)}" for w in ("cfg", "info", "package") if getattr(args, w)
         ] + ["--resolve"] * args.resolve
-        return _hydra([*words, *build.spell_out(args.overrides, **here)])
+        return _hydra([*words, *composition.spell_out(args.overrides, **here)])
     with signals.listening():
-        return _carry_out(build.compose(args.overrides, **here))
+        return _carry_out(composition.compose(args.overrides, **here))
 
 
 def _carry_out(config: Any) -> int:
@@ -227,9 +227,9 @@ def _carry_out(config: Any) -> int:
 def _multirun(overrides: list[str], here: dict[str, Any]) -> int:
     """Every job through Hydra's launcher and then the path of a single run; goes on after a
     failure, stops at a signal."""
-    from gain_cl.compose import hydra as build
+    from gain_cl.compose import composition
 
-    total = len(build.jobs(overrides, **here))  # every job is checked before the first starts
+    total = len(composition.jobs(overrides, **here))  # every job is checked before the first starts
     failures: list[int] = []
     stopped: list[int] = []
     parent = os.getpid()
@@ -239,7 +239,7 @@ def _multirun(overrides: list[str], here: dict[str, Any]) -> int:
             return
         print(f"== {' '.join(o.lstrip('+') for o in task)}", flush=True)
         try:
-            _carry_out(build.compose(task, here["config_dirs"]))
+            _carry_out(composition.compose(task, here["config_dirs"]))
         except PreemptedError as error:
             stopped.append(_report(error))
         except GainError as error:
@@ -256,8 +256,8 @@ def _multirun(overrides: list[str], here: dict[str, Any]) -> int:
         _hydra(
             [
                 "--multirun",
-                *build.search_path(here["config_dirs"]),
-                *build.rewrite(overrides, sweep=True, **here),
+                *composition.search_path(here["config_dirs"]),
+                *composition.rewrite(overrides, sweep=True, **here),
             ],
             job,
         )

@@ -269,11 +269,11 @@ def test_osf_trains_nothing_on_gpt2() -> None:
 
 def test_any_other_type_from_the_command_line() -> None:
     """As docs/methods.md has it: the keys of the preset's own type go first."""
-    from gain_cl.compose import hydra
+    from gain_cl.compose import composition
 
     text = (ROOT / "docs/methods.md").read_text()
     (words,) = re.findall(r"`(method=lora adapter\.peft_type=[^`]+)`", text)
-    adapter = hydra.compose(["debug=smoke", *words.split()]).adapter
+    adapter = composition.compose(["debug=smoke", *words.split()]).adapter
     assert isinstance(adapter, schema.Peft) and adapter.peft_type == "LOHA"
     adapters.build(adapter).attach(tiny("llama"))
 

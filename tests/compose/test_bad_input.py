@@ -24,7 +24,7 @@ from typing import Any
 import pytest
 
 import fake_hub
-from gain_cl.compose import hydra
+from gain_cl.compose import composition
 from gain_cl.runs import plan as plan_
 from gain_cl.system import checkpoint
 
@@ -691,7 +691,7 @@ def test_run_in_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     here = tmp_path / "here"
     here.mkdir()
     monkeypatch.chdir(here)
-    folder = here / plan_.prepare(hydra.compose(SMOKE)).folder
+    folder = here / plan_.prepare(composition.compose(SMOKE)).folder
     folder.mkdir(parents=True)
     with open(folder / "LOCK", "w") as lock:
         lock.write(json.dumps({"pid": 4321, "host": "elsewhere"}))
@@ -707,8 +707,8 @@ def test_run_in_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def begun(here: Path, *overrides: str, seed: int = 0) -> Path:
     """The folder of a run that an earlier attempt began: run.json of ``seed``."""
-    config = hydra.compose([*SMOKE, *overrides])
-    plan, other = plan_.prepare(config), hydra.compose([*SMOKE, f"seed={seed}"])
+    config = composition.compose([*SMOKE, *overrides])
+    plan, other = plan_.prepare(config), composition.compose([*SMOKE, f"seed={seed}"])
     folder = here / plan.folder
     folder.mkdir(parents=True)
     facts = {

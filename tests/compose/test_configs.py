@@ -14,8 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
-from gain_cl.compose import hydra as build
-from gain_cl.compose import messages
+from gain_cl.compose import composition, messages
 from gain_cl.config import presets, schema
 
 ROOT = presets.configs_dir()
@@ -29,7 +28,7 @@ def read(group: str, name: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", [n for n in presets.names("model") if n != "custom"])
 def test_model(name: str) -> None:
-    model = build.compose([f"model={name}", *LIGHT]).model
+    model = composition.compose([f"model={name}", *LIGHT]).model
     assert model.name == name or "defaults" in read("model", name), (
         "a model is called what its file is called"
     )
@@ -50,15 +49,15 @@ def test_model(name: str) -> None:
 
 def test_qwen_is_the_seven_billion_one() -> None:
     assert (
-        build.compose(["model=qwen2.5", *LIGHT]).model
-        == build.compose(["model=qwen2.5_7b", *LIGHT]).model
+        composition.compose(["model=qwen2.5", *LIGHT]).model
+        == composition.compose(["model=qwen2.5_7b", *LIGHT]).model
     )
 
 
 @pytest.mark.parametrize("name", presets.names("method"))
 def test_method(name: str) -> None:
     more = ["domain=[law]", "adapter.checkpoints=[x]"] if name == "given" else []
-    run = build.compose([f"method={name}", *LIGHT, *more])
+    run = composition.compose([f"method={name}", *LIGHT, *more])
     assert run.method == name
     assert run.lr_tuned_on in [None, *presets.names("model")], (
         "says on which model its learning rate was chosen, if on any"
@@ -79,7 +78,7 @@ def test_method(name: str) -> None:
 
 @pytest.mark.parametrize("name", presets.names("sequence"))
 def test_sequence(name: str) -> None:
-    run = build.compose([f"sequence={name}", "tasks=none"])
+    run = composition.compose([f"sequence={name}", "tasks=none"])
     assert run.sequence.name == name
     assert list(run.domains) == run.sequence.domains + run.sequence.controls
     for domain, settings in run.domains.items():
@@ -103,7 +102,7 @@ def test_small_groups(group: str) -> None:
         overrides = [f"{group}={name}", *(others if group != "debug" else [])]
         if read(group, name).get("device") == "cuda":
             overrides.append("compute.device=cpu")
-        assert build.compose(overrides)
+        assert composition.compose(overrides)
 
 
 def test_every_setting_stands_in_run_yaml() -> None:
@@ -130,17 +129,17 @@ def test_every_key_of_run_yaml_is_explained() -> None:
 
 
 def test_presets_compose_in_any_order() -> None:
-    run = build.compose(["method=lora", "debug=smoke"])
-    assert run == build.compose(["debug=smoke", "method=lora"])
+    run = composition.compose(["method=lora", "debug=smoke"])
+    assert run == composition.compose(["debug=smoke", "method=lora"])
     assert (run.method, run.model.name, run.sequence.name, run.tasks.names) == (
         "lora",
         "tiny",
         "smoke",
         [],
     )
-    assert build.compose(["debug=smoke", "model=gpt2", "train.steps=9"]).model.name == "gpt2", (
-        "the command line has the last word"
-    )
+    assert (
+        composition.compose(["debug=smoke", "model=gpt2", "train.steps=9"]).model.name == "gpt2"
+    ), "the command line has the last word"
 
 
 SHARED = [
@@ -171,17 +170,17 @@ def test_runs_of_the_same_presets_compose_as_hydra_does() -> None:
     import hydra
     from omegaconf import OmegaConf
 
-    with build.session() as load:
+    with composition.session() as load:
         for words in SHARED * 2:
             assert load(words) == OmegaConf.to_container(
                 hydra.compose("run", overrides=words), resolve=True
             ), words
         with pytest.raises(Exception, match=r"Could not override 'train\.lrr'"):
             load(["method=lora", "train.lrr=1"])
-    with build.composer() as compose:
+    with composition.composer() as compose:
         both = [compose(["debug=smoke", f"train.lr={lr}", "~track.tags"]) for lr in (1e-3, 1e-2)]
     assert [c.train.lr for c in both] == [1e-3, 1e-2]
-    assert both[0] == build.compose(["debug=smoke", "train.lr=1e-3", "~track.tags"])
+    assert both[0] == composition.compose(["debug=smoke", "train.lr=1e-3", "~track.tags"])
 
 
 PAPER = {  # shared/paper.md: W_O inputs; W_O and W_down inputs. Totals: shared/stack.md
@@ -227,7 +226,7 @@ def test_user_presets_of_every_kind(tmp_path: Path) -> None:
         (folder / group).mkdir(parents=True)
     (folder / "model" / "mine-3.1.yaml").write_text("defaults: [tiny, _self_]\nname: mine-3.1\n")
     (folder / "domain" / "notes.yaml").write_text("source: {kind: files, path: notes.txt}\n")
-    run = build.compose(
+    run = composition.compose(
         ["model=mine-3.1", "domain=notes", "tasks=none", "eval.context=64"], [folder]
     )
     assert run.model.name == "mine-3.1"

@@ -276,12 +276,16 @@ _composed: dict[tuple[str, ...], Any] = {}
 
 
 def compose_once(argv: list[str]) -> None:
-    """Let build.compose answer for this command (and leave others to it) without composing again;
+    """Let composition.compose answer for this command (and leave others to it) without composing again;
     only the folders differ."""
-    from gain_cl.compose import hydra as build
+    from gain_cl.compose import composition
     from gain_cl.errors import GainError
 
-    compose = build.compose.__wrapped__ if hasattr(build.compose, "__wrapped__") else build.compose
+    compose = (
+        composition.compose.__wrapped__
+        if hasattr(composition.compose, "__wrapped__")
+        else composition.compose
+    )
     folders = dict(
         word.split("=", 1) for word in argv if word.startswith(("output_dir=", "results_dir="))
     )
@@ -299,7 +303,7 @@ def compose_once(argv: list[str]) -> None:
         return config if list(overrides) == argv[1:] else compose(overrides, config_dirs, plugins)
 
     known.__wrapped__ = compose  # type: ignore[attr-defined]
-    build.compose = known
+    composition.compose = known
 
 
 def trial(asked: dict[str, Any]) -> None:

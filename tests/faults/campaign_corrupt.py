@@ -169,13 +169,13 @@ def damages(
 def decide(warm: Warm, root: Path, flips: int = 64, case: Case = GAIN, seed: int = 0) -> Outcome:
     """Every damage to every file, in each of STATES: resume.begin must go back to the state before
     it and say so, or refuse and name file and hash. Decided in this process, without running on."""
-    from gain_cl.compose import hydra
+    from gain_cl.compose import composition
     from gain_cl.errors import DataError
     from gain_cl.runs import resume
 
     begun, rng = time.monotonic(), random.Random(seed)
     outcome = Outcome(f"damaged files, {flips} flips each")
-    config = hydra.compose([*case.base, *case.overrides], [], [])
+    config = composition.compose([*case.base, *case.overrides], [], [])
     for state in STATES:
         template = killed(warm, root, case, state)
         trial = root / "decide"

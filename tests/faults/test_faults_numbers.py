@@ -24,7 +24,7 @@ import torch
 from campaign import SMOKE, Outcome, Result, Warm, evidence, evidence_bytes, leftovers, steps
 
 from gain_cl import domains as domains_
-from gain_cl.compose import hydra
+from gain_cl.compose import composition
 from gain_cl.domains import Doc
 from gain_cl.errors import DataError
 from gain_cl.measure import perplexity, record
@@ -89,7 +89,7 @@ class Bench:
     def documents(self) -> dict[int, tuple[str, list[list[set[str]]]]]:
         """Stage -> domain, and for each block of its stream and each part of it the ids of the
         documents that have this text."""
-        config = hydra.compose(
+        config = composition.compose(
             [*BASE, f"output_dir={self.root}/x", f"results_dir={self.root}/x"], [], []
         )
         loaded = load.load(config.model, torch.device("cpu"))

@@ -97,15 +97,15 @@ def start_all(folder: str, stale: str) -> list[int]:
     import injections
 
     from gain_cl import cli
-    from gain_cl.compose import hydra
+    from gain_cl.compose import composition
     from gain_cl.runs import plan as plan_
 
     root, told = Path(folder), Path(folder) / "told"
     told.mkdir(parents=True)
     words = [*BASE, f"output_dir={root}/runs", f"results_dir={root}/results"]
-    config = hydra.compose(words)
+    config = composition.compose(words)
     plan = plan_.prepare(config)
-    hydra.compose = lambda *_, **__: config
+    composition.compose = lambda *_, **__: config
     plan.folder.mkdir(parents=True)
     if stale:
         (plan.folder / "LOCK").write_text(stale)

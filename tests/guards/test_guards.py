@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from conftest import ListBlocks, tiny
 from gain_cl import adapters, api, guards
-from gain_cl.compose import hydra
+from gain_cl.compose import composition
 from gain_cl.config import presets, schema
 from gain_cl.domains import Block, Doc, Mixture
 from gain_cl.domains.stream import Blocks
@@ -464,7 +464,7 @@ def test_orthogonal_is_the_sum_of_squared_products() -> None:
 
 def test_every_guard_preset_builds_and_none_moves_a_step_without_a_past() -> None:
     for name in presets.names("guard"):
-        settings = hydra.compose(
+        settings = composition.compose(
             [
                 "debug=smoke",
                 f"guard={name}",
@@ -507,7 +507,7 @@ def test_every_guard_preset_builds_and_none_moves_a_step_without_a_past() -> Non
 )
 def test_refused_before_torch(overrides: list[str], why: str) -> None:
     with pytest.raises(ConfigError, match=why):
-        hydra.compose(["debug=smoke", *overrides])
+        composition.compose(["debug=smoke", *overrides])
 
 
 # --- in a run -------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from gain_cl import cli
-from gain_cl.compose import checks, hydra
+from gain_cl.compose import checks, composition
 from gain_cl.config import presets
 from gain_cl.errors import ConfigError
 
@@ -363,7 +363,7 @@ def test_secrets_stay_out_of_the_configuration(
 def test_cuda_without_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checks, "version", lambda _: "2.13.0+cpu")
     with pytest.raises(ConfigError, match=r"this torch .* has no CUDA .*; use compute.device=cpu"):
-        hydra.compose(["compute.device=cuda", *SMALL])
+        composition.compose(["compute.device=cuda", *SMALL])
 
 
 def test_model_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -383,7 +383,7 @@ def test_model_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert "eval.context=1024 exceeds the context of My-model--v2-, 512 tokens" in refused(
         capsys, "run", *words
     )
-    run = hydra.compose([*words, "eval.context=512", f"model.revision={'a' * 40}"])
+    run = composition.compose([*words, "eval.context=512", f"model.revision={'a' * 40}"])
     assert (run.model.name, run.model.revision, run.model.dtype, run.model.path) == (
         "My-model--v2-",
         None,
@@ -393,11 +393,11 @@ def test_model_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert "exceeds the width" in refused(capsys, "run", *words, "eval.context=512", "method=lora")
     (folder / "file").touch()
     assert "is a file" in refused(capsys, "run", f'model.path="{folder}/file"', *SMALL)
-    run = hydra.compose(["model=gpt2", *words, "eval.context=512"])
+    run = composition.compose(["model=gpt2", *words, "eval.context=512"])
     assert (run.model.name, run.model.revision) == ("gpt2", None), (
         "a preset keeps its name when its weights come from a folder"
     )
-    run = hydra.compose(["model=smollm2", *words, "eval.context=512"])
+    run = composition.compose(["model=smollm2", *words, "eval.context=512"])
     assert run.model.package is None, "the path stands in for the package"
 
 
@@ -414,14 +414,14 @@ def test_hub_model_in_the_cache(
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     words = ["model.path=org/name", f"model.revision={commit}", *SMALL]
     assert "exceeds the context of name, 256 tokens" in refused(capsys, "run", *words)
-    assert hydra.compose([*words, "eval.context=256"]).model.name == "name"
+    assert composition.compose([*words, "eval.context=256"]).model.name == "name"
 
 
 # --- grammar --------------------------------------------------------------------------------------
 
 
 def test_domain_list() -> None:
-    run = hydra.compose(
+    run = composition.compose(
         ["domain=[smoke_c,smoke_control]", *SMALL, "domains.smoke_c.source.documents=50"]
     )
     assert run.sequence.name == "custom"
@@ -429,7 +429,7 @@ def test_domain_list() -> None:
     assert run.sequence.controls == [], "a control that is trained controls nothing"
     assert list(run.domains) == ["smoke_c", "smoke_control"]
     assert run.domains["smoke_c"].source.documents == 50  # type: ignore[union-attr]
-    run = hydra.compose(
+    run = composition.compose(
         ["domain=smoke_b", "sequence.controls=[smoke_a]", "sequence.name=mine", *SMALL]
     )
     assert (run.sequence.name, run.sequence.domains, run.sequence.controls) == (
@@ -442,7 +442,7 @@ def test_domain_list() -> None:
 def test_keys_that_presets_leave_out() -> None:
     """The schema says which keys there are: no + is needed for one that the YAML at hand does not
     spell out."""
-    run = hydra.compose(
+    run = composition.compose(
         ["domains.smoke_a.split.test=0.3", "model.roles={attn_out: x, ffn_down: y}", *SMALL]
     )
     assert run.domains["smoke_a"].split.test == 0.3
@@ -729,7 +729,7 @@ def test_plugin_of_an_installed_package(tmp_path: Path) -> None:
     (info / "entry_points.txt").write_text("[gain_cl.plugins]\nmyplug = myplug\n")
     (tmp_path / "myplug.py").write_text(PLUGIN)
     code = (
-        "from gain_cl.compose.hydra import compose; from gain_cl.runs import plan; c = "
+        "from gain_cl.compose.composition import compose; from gain_cl.runs import plan; c = "
         "compose(['debug=smoke', 'guard.kind=watch']); print(plan.prepare(c).pins['plugins'])"
     )
     done = python("-c", code, PYTHONPATH=str(tmp_path))

@@ -24,7 +24,7 @@ import fake_hub
 import synthetic
 from conftest import tiny
 from gain_cl import cli
-from gain_cl.compose import hydra
+from gain_cl.compose import composition
 from gain_cl.config import schema
 from gain_cl.config.schema import PackageFile
 from gain_cl.errors import ConfigError, DataError, GainError
@@ -189,7 +189,7 @@ def test_secrets_are_refused_anywhere(
     monkeypatch.setenv("MY_SECRET", "CANARYanywhere")
     given = f'["{value}"]' if key == "track.tags" else f'"{value}"'
     with pytest.raises(ConfigError, match=f"{key} holds") as caught:
-        hydra.compose([f"{key}={given}", "sequence=smoke", "tasks=none"])
+        composition.compose([f"{key}={given}", "sequence=smoke", "tasks=none"])
     assert "CANARY" not in str(caught.value) and "pw@" not in str(caught.value)
 
 
@@ -235,7 +235,7 @@ def test_hostile_names(
     quoted = json.dumps(name, ensure_ascii=False) if "\\" not in name else f"'{name}'"
     given = f"[{quoted}]" if key in ("sequence.domains", "tasks.names") else quoted
     with pytest.raises(ConfigError) as caught:
-        hydra.compose(
+        composition.compose(
             [
                 f"{key}={given}",
                 *(["sequence=smoke"] if key != "sequence.domains" else []),
@@ -418,7 +418,7 @@ def test_control_characters_are_refused_in_a_configuration(text: str, tmp_path: 
         f'name: mine\ndtype: float32\narch: {{model_type: llama}}\nnote: "{escaped}"\n'
     )
     with pytest.raises(ConfigError) as caught:
-        hydra.compose(["model=mine", "sequence=smoke", "tasks=none"], [tmp_path])
+        composition.compose(["model=mine", "sequence=smoke", "tasks=none"], [tmp_path])
     assert str(caught.value).isprintable()
 
 
@@ -452,7 +452,7 @@ def test_target_is_an_unknown_key_anywhere(place: str, tmp_path: Path) -> None:
         *(["sequence=smoke"] if group not in ("domain", "sequence") else []),
     ]
     with pytest.raises(ConfigError, match=r"unknown key .*_(target|partial|args)_") as caught:
-        hydra.compose([*words, *(["tasks=none"] if group != "tasks" else [])], [tmp_path])
+        composition.compose([*words, *(["tasks=none"] if group != "tasks" else [])], [tmp_path])
     assert "mine.yaml" in str(caught.value)
 
 
@@ -496,7 +496,7 @@ def test_a_preset_makes_hydra_call_nothing(
 
 
 def test_other_launchers_of_hydra_may_be_chosen() -> None:
-    assert hydra.jobs(["hydra/launcher=basic", "seed=0,1", "sequence=smoke", "tasks=none"])
+    assert composition.jobs(["hydra/launcher=basic", "seed=0,1", "sequence=smoke", "tasks=none"])
 
 
 def calls(path: Path) -> Iterator[tuple[str, ast.Call]]:

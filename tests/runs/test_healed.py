@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from gain_cl.compose import hydra
+from gain_cl.compose import composition
 from gain_cl.config import schema
 from gain_cl.errors import DataError
 from gain_cl.measure import record
@@ -62,7 +62,7 @@ def test_the_recipe_is_the_run_s() -> None:
     settings = RUN.record.config
     words = re.search(r"python -m gain_cl run (.*?)\npython", PAGE, flags=re.S)
     assert words is not None
-    composed = hydra.compose(words[1].replace("\\\n", " ").split())
+    composed = composition.compose(words[1].replace("\\\n", " ").split())
     for part in ("method", "adapter", "train", "sequence", "seed"):
         assert composed.model_dump(mode="json")[part] == settings[part], part
     assert (
@@ -120,7 +120,7 @@ def test_another_model_s_delta_is_refused(broken: str, tmp_path: Path) -> None:
 
 
 def test_the_delta_is_pinned(tmp_path: Path) -> None:
-    healed = hydra.compose(["tasks=none"]).model
+    healed = composition.compose(["tasks=none"]).model
     assert healed.name == "smollm2_healed" and healed.delta is not None
     assert (
         source.pin(healed)["delta"] == healed.delta.sha256
@@ -142,12 +142,12 @@ def test_the_delta_is_pinned(tmp_path: Path) -> None:
 def test_where_a_delta_lies_does_not_matter_to_the_id() -> None:
     """The run id covers bytes, not places; without a delta the settings are those of before there
     were any."""
-    healed = hydra.compose(["tasks=none"])
+    healed = composition.compose(["tasks=none"])
     assert (
         healed.model.delta is not None
         and healed.scientific()["model"]["delta"] == healed.model.delta.sha256
     )
-    assert "delta" not in hydra.compose(["tasks=none", "model=smollm2"]).scientific()["model"]
+    assert "delta" not in composition.compose(["tasks=none", "model=smollm2"]).scientific()["model"]
 
 
 @pytest.mark.data
@@ -161,7 +161,9 @@ def test_the_shipped_model_is_the_run_s(tmp_path: Path) -> None:
     from gain_cl import domains
     from gain_cl.measure import scoring
 
-    asked = hydra.compose(["tasks=none", "domain=[medicine]", "eval.documents=8", "eval.window=64"])
+    asked = composition.compose(
+        ["tasks=none", "domain=[medicine]", "eval.documents=8", "eval.window=64"]
+    )
     loaded = load.load(asked.model, torch.device("cpu"))
     geography = asked.domains["geography"]
     text = domains.prepare(
@@ -180,7 +182,7 @@ def test_a_delta_without_a_package_is_refused() -> None:
     from gain_cl.errors import ConfigError
 
     with pytest.raises(ConfigError, match="delta is for a model from a package"):
-        hydra.compose(
+        composition.compose(
             [
                 "model=gpt2",
                 "tasks=none",

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from gain_cl import api, cli
-from gain_cl.compose import hydra
+from gain_cl.compose import composition
 from gain_cl.errors import ConfigError
 from gain_cl.measure import record
 from gain_cl.paper import show
@@ -133,7 +133,7 @@ def test_joint_is_the_name_of_a_stage(tmp_path: Path) -> None:
     (tmp_path / "domain").mkdir()
     (tmp_path / "domain/joint.yaml").write_text("source: {kind: generated, seed: 5}\n")
     with pytest.raises(ConfigError, match="a domain is called joint"):
-        hydra.compose(["debug=smoke", "domain=[joint]"], [tmp_path])
+        composition.compose(["debug=smoke", "domain=[joint]"], [tmp_path])
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from campaign import SMOKE, Result, Warm, evidence, leftovers, steps
 
-from gain_cl.compose import hydra
+from gain_cl.compose import composition
 from gain_cl.domains.text import text_hash
 from gain_cl.errors import DataError, InUseError, PreemptedError
 from gain_cl.measure import cells, record
@@ -173,7 +173,7 @@ def flip(path: Path, bit: int = 100) -> None:
 
 def test_run_folder_of_another_configuration(warm: Warm, tmp_path: Path) -> None:
     run = killed(warm, tmp_path)
-    other = plan_.prepare(hydra.compose([*SMOKE, "seed=1"])).run_id
+    other = plan_.prepare(composition.compose([*SMOKE, "seed=1"])).run_id
     run.rename(run.with_name(other))
     assert "the run folder is of another configuration: seed was 0, is 1" in refused(
         warm.run(tmp_path, "seed=1"), 65
@@ -351,8 +351,8 @@ def test_the_run_json_of_others_is_read_with_care(
 ) -> None:
     """Of another version of gain_cl, or of another hand: no run of the folder fails on it."""
     monkeypatch.chdir(tmp_path)
-    config = hydra.compose([*SMOKE, TWO])
-    plan, more = plan_.prepare(config), hydra.compose([*SMOKE, THREE])
+    config = composition.compose([*SMOKE, TWO])
+    plan, more = plan_.prepare(config), composition.compose([*SMOKE, THREE])
     facts = same.facts(config, plan.pins)
     facts["data"]["tokens"] = {name: name for name in more.domains}
     whole = {

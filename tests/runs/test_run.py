@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 import gain_cl
 from conftest import tiny
 from gain_cl import cli
-from gain_cl.compose import hydra
+from gain_cl.compose import composition
 from gain_cl.config import schema
 from gain_cl.errors import ConfigError, DataError, InUseError
 from gain_cl.measure import provenance, record
@@ -240,7 +240,7 @@ def test_execution_settings_are_not_in_the_run_id() -> None:
     }  # fmt: skip
 
     def run_id(*overrides: str) -> str:
-        return plan_.prepare(hydra.compose(["debug=smoke", *overrides], [], [])).run_id
+        return plan_.prepare(composition.compose(["debug=smoke", *overrides], [], [])).run_id
 
     base = run_id()
     assert {o for o in execution if run_id(o) != base} == set()
@@ -268,7 +268,7 @@ def test_tokens_and_task_settings_are_in_the_run_id() -> None:
         task = (
             [] if any(o.startswith("tasks.names") for o in overrides) else ["tasks.names=[boolq@5]"]
         )
-        return plan_.prepare(hydra.compose(["debug=smoke", *task, *overrides], [], [])).run_id
+        return plan_.prepare(composition.compose(["debug=smoke", *task, *overrides], [], [])).run_id
 
     task = [
         "tasks.batch_size=4",
@@ -303,7 +303,7 @@ def test_run_id_is_of_content_not_of_paths(tmp_path: Path, monkeypatch: pytest.M
             "train.block=32",
             "eval.context=64",
         ]
-        return plan_.prepare(hydra.compose(words, ["my"], [])).run_id
+        return plan_.prepare(composition.compose(words, ["my"], [])).run_id
 
     one = run_id("net", "texts.txt")
     assert (
@@ -325,7 +325,7 @@ def test_changed_plugin_is_another_run(tmp_path: Path, monkeypatch: pytest.Monke
         (tmp_path / f"plug{len(ids)}.py").write_text(text)
         ids.append(
             plan_.prepare(
-                hydra.compose(
+                composition.compose(
                     ["debug=smoke", "guard.kind=own"], [], [tmp_path / f"plug{len(ids)}.py"]
                 )
             ).run_id
@@ -353,7 +353,7 @@ def test_non_finite_score_is_never_a_number(
 
 
 def test_two_owners(first: record.Run, tmp_path: Path) -> None:
-    settings = hydra.compose(
+    settings = composition.compose(
         [*SMALL, f"output_dir={tmp_path}/runs", f"results_dir={tmp_path}/results"], [], []
     )
     plan = plan_.prepare(settings)
@@ -701,8 +701,8 @@ def test_default_model_from_its_package(
     """The default model, and as shipped, as a user gets it: loads, predicts English, and its prefix
     is the pretraining separator."""
     monkeypatch.delenv("GAIN_CL_CACHE", raising=False)
-    assert hydra.compose([]).model.name == "smollm2_healed"
-    loaded = load.load(hydra.compose([f"model={model}"]).model, torch.device("cpu"))
+    assert composition.compose([]).model.name == "smollm2_healed"
+    loaded = load.load(composition.compose([f"model={model}"]).model, torch.device("cpu"))
     assert loaded.prefix_id == loaded.separator_id == 0
     ids = loaded.tokenizer("The capital of France is", return_tensors="pt")["input_ids"]
     with torch.no_grad():

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from gain_cl import cli
-from gain_cl.compose.hydra import compose
+from gain_cl.compose.composition import compose
 from gain_cl.config import presets
 from gain_cl.system import hashes
 from gain_cl.tools import doctor

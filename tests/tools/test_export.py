@@ -21,7 +21,7 @@ import gain_cl
 from conftest import HELPERS, tiny
 from gain_cl import adapters, cli
 from gain_cl.adapters import portable
-from gain_cl.compose import checks, hydra
+from gain_cl.compose import checks, composition
 from gain_cl.config import schema
 from gain_cl.errors import ConfigError, DataError
 from gain_cl.measure import record, scoring
@@ -457,7 +457,7 @@ def test_merged_is_the_model_that_was_scored(
     rounded = float(re.findall(r"merge error in bfloat16: (\S+) nats", printed)[0])
     assert (rounded == 0) == (method == "full")  # its weights are rounded either way
     loaded = load.load(
-        hydra.compose([*SMALL, f"method={method}"], [], []).model, torch.device("cpu")
+        composition.compose([*SMALL, f"method={method}"], [], []).model, torch.device("cpu")
     )
     loaded.model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert (
@@ -670,7 +670,7 @@ def saved(first: record.Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def again(made: record.Run, *words: str) -> schema.RunConfig:
     base = made.record.config["model"]["path"]
-    return hydra.compose([*SMALL, f"model.path={base}", *SHORT, *words], [], [])
+    return composition.compose([*SMALL, f"model.path={base}", *SHORT, *words], [], [])
 
 
 def test_round_trip(first: record.Run, saved: Path) -> None:
@@ -812,10 +812,12 @@ def test_a_peft_config_that_differs_is_named(tmp_path: Path) -> None:
 
 def test_nothing_of_it_needs_torch(saved: Path, first: record.Run) -> None:
     script = (
-        "import sys; from gain_cl.compose import hydra; from gain_cl.runs import plan; from "
+        "import sys; from gain_cl.compose import composition; from gain_cl.runs import plan; from "
         "gain_cl.tools import exported; from gain_cl.adapters import portable;"
     )
-    script += "plan.prepare(hydra.compose(sys.argv[1:], [], [])); assert 'torch' not in sys.modules"
+    script += (
+        "plan.prepare(composition.compose(sys.argv[1:], [], [])); assert 'torch' not in sys.modules"
+    )
     words = [*SMALL, f"model.path={first.record.config['model']['path']}", *SHORT]
     subprocess.run([sys.executable, "-c", script, *words, f"adapter.init_from={saved}"], check=True)
 
@@ -829,7 +831,7 @@ def test_load_in_is_refused_where_it_cannot_be(
     with pytest.raises(ConfigError, match="needs a CUDA GPU"):
         again(first, "model.load_in=4bit")
     with pytest.raises(ConfigError, match="random weights"):
-        hydra.compose([*SMALL, "model.load_in=4bit"], [], [])
+        composition.compose([*SMALL, "model.load_in=4bit"], [], [])
     with pytest.raises(ConfigError, match="cannot be trained themselves"):
         again(first, "model.load_in=4bit", "method=full")
     monkeypatch.setattr(checks, "_compute_capabilities", lambda: [9.0])

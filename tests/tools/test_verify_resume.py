@@ -18,7 +18,7 @@ import pytest
 import gain_cl
 import synthetic
 from gain_cl import cli
-from gain_cl.compose import hydra
+from gain_cl.compose import composition
 from gain_cl.errors import DataError
 from gain_cl.tools import verify_resume
 from gain_cl.tools.verify_resume import Asked, Ended, Moment, Pace
@@ -167,8 +167,12 @@ def test_the_first_kill_comes_behind_a_checkpoint() -> None:
         160 < sum(m.save is not None for m in later) < 240
         and 70 < sum(m.early for m in later) < 130
     )
-    assert verify_resume._saves(hydra.compose([*TINY, "checkpoint.every_steps=3"])) == (3, 6, 8)
-    assert verify_resume._saves(hydra.compose(["debug=smoke", "train.steps=5"])) == (
+    assert verify_resume._saves(composition.compose([*TINY, "checkpoint.every_steps=3"])) == (
+        3,
+        6,
+        8,
+    )
+    assert verify_resume._saves(composition.compose(["debug=smoke", "train.steps=5"])) == (
         2,
         4,
         5,
@@ -318,7 +322,7 @@ def test_what_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
         asked.seed,
     ) == (5, 3)
     assert words == [*TINY, "track.backend=none", "checkpoint.every_steps=2"]
-    assert hydra.compose([*words, "output_dir=x"]).checkpoint.every_steps == 2
+    assert composition.compose([*words, "output_dir=x"]).checkpoint.every_steps == 2
     assert cli.main(["verify-resume", *TINY, "checkpoint.every_steps=5"]) == 0
     assert [w for w in seen["asked"].command if w.startswith("checkpoint")] == [
         "checkpoint.every_steps=5"

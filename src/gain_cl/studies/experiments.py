@@ -18,7 +18,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from gain_cl.compose import hydra
+from gain_cl.compose import composition
 from gain_cl.compose.messages import suggest
 from gain_cl.config import presets
 from gain_cl.config.schema import Finite, Name, RunConfig, Section
@@ -267,7 +267,7 @@ def cells(experiment: Experiment, more: list[str] | None = None) -> list[Cell]:
     found: list[Cell] = []
     seen: dict[str, str] = {}
     try:
-        with hydra.composer(experiment.config_dirs, experiment.plugins) as compose:
+        with composition.composer(experiment.config_dirs, experiment.plugins) as compose:
             models = [[f"model={m}"] for m in experiment.models] or [[]]
             for model, block, (method, values) in itertools.product(
                 models, range(experiment.blocks), experiment.settings()

@@ -37,12 +37,12 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--output-dir", help="output_dir of the run (default: as recorded)")
     args = parser.parse_intermixed_args(argv)
     given = _settings(args.settings)
-    from gain_cl.compose import hydra
+    from gain_cl.compose import composition
     from gain_cl.measure import record
     from gain_cl.tools import exported
 
     made = record.load(find_record(args.run, Path(args.results_dir))).record
-    hydra.load_plugins(made.config["plugins"])
+    composition.load_plugins(made.config["plugins"])
     done = exported.export(
         made, given["to"], given["dir"], given["stage"], args.output_dir, given["dtype"]
     )

@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from gain_cl.compose import hydra
+from gain_cl.compose import composition
 from gain_cl.compose.messages import suggest
 from gain_cl.config import presets
 from gain_cl.config.schema import Adapter, Given, Model
@@ -33,10 +33,10 @@ def count(
     """
     config_dirs = list(config_dirs)
     wanted = _filters(filters, config_dirs)
-    hydra.load_plugins(plugins)
+    composition.load_plugins(plugins)
     adapters, models = {}, {}
     with (
-        hydra.session(config_dirs) as load
+        composition.session(config_dirs) as load
     ):  # a model does not depend on the method nor the reverse: no need to compose their product
         for name in wanted.get("method") or presets.names("method", config_dirs):
             adapter = _section(load, f"method={name}", "adapter", config_dirs, TypeAdapter(Adapter))
@@ -74,14 +74,18 @@ def count(
 
 
 def _section(
-    load: hydra.Load, override: str, key: str, config_dirs: list[str | Path], kind: TypeAdapter[Any]
+    load: composition.Load,
+    override: str,
+    key: str,
+    config_dirs: list[str | Path],
+    kind: TypeAdapter[Any],
 ) -> Any:
     """One typed section of the configuration that an override gives; mistakes are explained as a
     run would."""
     try:
         return kind.validate_python(load([override])[key])
     except Exception:
-        hydra.compose([override], config_dirs)
+        composition.compose([override], config_dirs)
         raise
 
 

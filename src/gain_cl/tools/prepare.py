@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gain_cl import domains as domains_
-from gain_cl.compose import checks, hydra
+from gain_cl.compose import checks, composition
 from gain_cl.config.schema import RunConfig
 from gain_cl.domains import Domain, overlap
 from gain_cl.domains.domain import SplitName
@@ -60,7 +60,7 @@ def main(argv: list[str]) -> int:
         help="print the report as JSON, with every pair that was found",
     )
     args = parser.parse_intermixed_args(argv)
-    config = hydra.compose(args.overrides, args.config_dir, args.plugin)
+    config = composition.compose(args.overrides, args.config_dir, args.plugin)
     with signals.listening():
         report = examine(config)
     if args.json:

@@ -14,7 +14,7 @@ from rich.box import SIMPLE_HEAD
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from gain_cl.compose import hydra
+from gain_cl.compose import composition
 from gain_cl.config.schema import Given, Model, RunConfig
 from gain_cl.errors import ConfigError, DataError, printable
 from gain_cl.measure import record, scoring
@@ -59,7 +59,7 @@ class Bench:
                 update={"adapter": config.adapter.model_copy(update={"init_from": None})}
             )
         self.config = config
-        hydra.load_plugins(self.config.plugins)
+        composition.load_plugins(self.config.plugins)
         self.folder = Path(self.config.output_dir) / run.record.run_id
         self.names = [*run.record.trained, *run.record.controls]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 
-from gain_cl.compose import hydra
+from gain_cl.compose import composition
 from gain_cl.config.schema import RunConfig
 from gain_cl.errors import ConfigError
 from gain_cl.tools.command import Parser
@@ -53,7 +53,7 @@ def compose(argv: list[str]) -> RunConfig:
             "nothing is trained: method= has no meaning here", "gain_cl score", "leave it out"
         )
     quoted = ",".join("'" + c.replace("\\", "\\\\").replace("'", "\\'") + "'" for c in checkpoints)
-    return hydra.compose(
+    return composition.compose(
         ["method=given", f"++adapter.checkpoints=[{quoted}]", *overrides],
         args.config_dir,
         args.plugin,

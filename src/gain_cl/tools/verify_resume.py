@@ -26,7 +26,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from gain_cl.compose import hydra
+from gain_cl.compose import composition
 from gain_cl.compose.messages import key_of
 from gain_cl.config.schema import RunConfig
 from gain_cl.errors import (
@@ -195,7 +195,7 @@ def main(argv: list[str]) -> int:
     overrides = args.overrides or list(DEFAULT)
     for key in (k for k in map(key_of, overrides) if k in OWN):
         raise ConfigError(f"{key} is decided by verify-resume", "command line", f"leave {key}= out")
-    config = hydra.compose(overrides, args.config_dir, args.plugin)
+    config = composition.compose(overrides, args.config_dir, args.plugin)
     command = [
         sys.executable,
         "-m",
