@@ -47,7 +47,7 @@ def worker(method: str, overrides: list[str]) -> None:
                     forward.loss_sum(loaded, batch.tokens_ST).item()
                 yield
     else:
-        adapter = adapters.build(config.adapter)
+        adapter = adapters.build_adapter(config.adapter)
         adapter.attach(loaded)
         many = config.train.model_copy(update={"steps": 10**6, "tokens": None})
 

@@ -104,7 +104,7 @@ def loaded(family: str, dtype: str, method: str) -> load.Loaded:
 
 def attach(loaded: load.Loaded, method: str, seed: int = 0) -> adapters.base.Adapter:
     torch.manual_seed(seed)
-    adapter = adapters.build(ADAPTERS[method])
+    adapter = adapters.build_adapter(ADAPTERS[method])
     adapter.attach(loaded)
     return adapter
 
@@ -470,9 +470,9 @@ def test_peft_mistakes_are_one_line() -> None:
         ("LORA", {"r": 4, "target_modules": ["lm_head"]}, "output head"),
     ):
         with pytest.raises(ConfigError, match=match):
-            adapters.build(schema.Peft(kind="peft", peft_type=peft_type, config=keys)).attach(
-                tiny("llama")
-            )
+            adapters.build_adapter(
+                schema.Peft(kind="peft", peft_type=peft_type, config=keys)
+            ).attach(tiny("llama"))
 
 
 def test_full_keeps_fp32_masters_of_a_bf16_model() -> None:

@@ -57,7 +57,7 @@ def test_losses_equal_a_plain_peft_loop(method: str, family: str) -> None:
     )
     loaded = tiny(family, **keys)
     torch.manual_seed(5)
-    adapter = adapters.build(peft_adapter(row["peft_type"], **row["config"]))
+    adapter = adapters.build_adapter(peft_adapter(row["peft_type"], **row["config"]))
     adapter.attach(loaded)
     setup = schema.Train(
         steps=10, block=16, batch_tokens=32, lr=1e-2, schedule="constant", warmup=0.0, clip=None
@@ -152,7 +152,7 @@ def test_any_other_type_keeps_the_contract_or_is_refused(peft_type: str) -> None
     settings = peft_adapter(peft_type, **keys)
     checks._peft_keywords(settings, str)
     loaded, other = tiny("llama"), tiny("llama")
-    adapter, fresh = adapters.build(settings), adapters.build(settings)
+    adapter, fresh = adapters.build_adapter(settings), adapters.build_adapter(settings)
     if peft_type in OTHER_START:
         with pytest.raises(
             ConfigError, match=f"{peft_type} does not start as the pretrained model"
@@ -181,7 +181,9 @@ def test_any_other_type_keeps_the_contract_or_is_refused(peft_type: str) -> None
 def test_dropout_is_off_outside_training() -> None:
     """PEFT makes its modules in training mode, whatever mode the model is in."""
     loaded = tiny("llama")
-    adapter = adapters.build(peft_adapter("LORA", r=4, target_modules=LAYERS, lora_dropout=0.5))
+    adapter = adapters.build_adapter(
+        peft_adapter("LORA", r=4, target_modules=LAYERS, lora_dropout=0.5)
+    )
     adapter.attach(loaded)
     adapter.restart()
     assert not any(m.training for m in loaded.model.modules())
@@ -193,7 +195,7 @@ def test_roles_name_the_layers_of_gains() -> None:
         ("gpt2", ("attn.c_proj", "mlp.c_proj")),
     ):
         loaded = tiny(family)
-        adapter = adapters.build(peft_adapter("LORA", ROLES, r=2))
+        adapter = adapters.build_adapter(peft_adapter("LORA", ROLES, r=2))
         adapter.attach(loaded)
         assert isinstance(adapter, PeftAdapter)
         names = list(adapter.lora_inputs())
@@ -209,9 +211,9 @@ def test_roles_name_the_layers_of_gains() -> None:
 def test_roles_of_ia3_mean_inputs() -> None:
     """IA3 by roles is gain_ffn: as many parameters, and the same function."""
     loaded, other = tiny("gpt2"), tiny("gpt2")
-    ia3 = adapters.build(peft_adapter("IA3", ROLES))
+    ia3 = adapters.build_adapter(peft_adapter("IA3", ROLES))
     ia3.attach(loaded)
-    gains = adapters.build(schema.Gain(kind="gain", roles=["attn_out", "ffn_down"]))
+    gains = adapters.build_adapter(schema.Gain(kind="gain", roles=["attn_out", "ffn_down"]))
     gains.attach(other)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -234,7 +236,7 @@ def test_roles_and_target_modules_are_refused_together() -> None:
 @pytest.mark.parametrize("init", ["pissa", "olora"])
 def test_initial_values_that_change_the_pretrained_weights_are_refused(init: str) -> None:
     with pytest.raises(ConfigError, match="changes the pretrained weights when it is attached"):
-        adapters.build(
+        adapters.build_adapter(
             peft_adapter("LORA", r=4, target_modules=LAYERS, init_lora_weights=init)
         ).attach(tiny("llama"))
 
@@ -255,7 +257,7 @@ def test_what_could_not_be_folded_afterwards_is_refused_beforehand(
     keys: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
-        adapters.build(peft_adapter("LORA", r=4, **keys)).attach(
+        adapters.build_adapter(peft_adapter("LORA", r=4, **keys)).attach(
             tiny("llama", tie_word_embeddings=True)
         )
 
@@ -264,7 +266,7 @@ def test_osf_trains_nothing_on_gpt2() -> None:
     """It decomposes nn.Linear alone, and says nothing of a Conv1D."""
     for keys in ({}, {"target_modules": ["c_attn"]}):
         with pytest.raises(ConfigError, match=r"OSF trains nothing \(adapter OSF on gpt2\)"):
-            adapters.build(peft_adapter("OSF", **keys)).attach(tiny("gpt2"))
+            adapters.build_adapter(peft_adapter("OSF", **keys)).attach(tiny("gpt2"))
 
 
 def test_any_other_type_from_the_command_line() -> None:
@@ -275,12 +277,12 @@ def test_any_other_type_from_the_command_line() -> None:
     (words,) = re.findall(r"`(method=lora adapter\.peft_type=[^`]+)`", text)
     adapter = composition.compose(["debug=smoke", *words.split()]).adapter
     assert isinstance(adapter, schema.Peft) and adapter.peft_type == "LOHA"
-    adapters.build(adapter).attach(tiny("llama"))
+    adapters.build_adapter(adapter).attach(tiny("llama"))
 
 
 def test_an_adapter_that_does_not_start_as_the_model_is_refused() -> None:
     with pytest.raises(ConfigError, match="LORA does not start as the pretrained model"):
-        adapters.build(
+        adapters.build_adapter(
             peft_adapter("LORA", r=4, target_modules=LAYERS, init_lora_weights=False)
         ).attach(tiny("llama"))
 
@@ -288,7 +290,7 @@ def test_an_adapter_that_does_not_start_as_the_model_is_refused() -> None:
 def test_lora_that_is_more_than_a_product_neither_restarts_nor_shifts() -> None:
     for keys in ({"use_dora": True}, {"bias": "all"}):
         loaded = tiny("gpt2")
-        adapter = adapters.build(peft_adapter("LORA", r=4, target_modules=LAYERS, **keys))
+        adapter = adapters.build_adapter(peft_adapter("LORA", r=4, target_modules=LAYERS, **keys))
         adapter.attach(loaded)
         with pytest.raises(
             ConfigError, match="PEFT's LORA with these settings does not offer handover=restart"
@@ -339,7 +341,7 @@ def test_rsloras_scale() -> None:
     for rs in (False, True):
         loaded = tiny("llama")
         torch.manual_seed(0)
-        adapter = adapters.build(
+        adapter = adapters.build_adapter(
             peft_adapter("LORA", r=4, lora_alpha=8, use_rslora=rs, target_modules=LAYERS)
         )
         with warnings.catch_warnings():

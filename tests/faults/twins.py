@@ -114,14 +114,14 @@ def guard_forgotten() -> None:
     """What a guard remembers is lost with the process."""
     from gain_cl import guards
 
-    build = guards.build
+    build = guards.build_guard
 
     def forgetful(settings: Any) -> Any:
         guard = build(settings)
         guard.load_state = lambda state: None  # type: ignore[method-assign]
         return guard
 
-    guards.build = forgetful
+    guards.build_guard = forgetful
 
 
 def truncate_not() -> None:

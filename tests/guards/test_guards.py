@@ -46,7 +46,7 @@ def attached(
 ) -> tuple[load.Loaded, adapters.base.Adapter]:
     loaded = tiny(family, dtype)
     torch.manual_seed(0)
-    adapter = adapters.build(settings)
+    adapter = adapters.build_adapter(settings)
     adapter.attach(loaded)
     return loaded, adapter
 
@@ -472,7 +472,7 @@ def test_every_guard_preset_builds_and_none_moves_a_step_without_a_past() -> Non
             ]
         )
         assert settings.guard.kind == name
-        assert isinstance(guards.build(settings.guard), Guard)
+        assert isinstance(guards.build_guard(settings.guard), Guard)
 
 
 # --- combinations that make no sense --------------------------------------------------------------

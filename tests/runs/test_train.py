@@ -33,7 +33,7 @@ def fit(
 ):  # type: ignore[no-untyped-def]
     setup = setup or settings()
     loaded = tiny(family, dtype)
-    adapter = adapters.build(GAIN)
+    adapter = adapters.build_adapter(GAIN)
     adapter.attach(loaded)
     blocks = blocks or ListBlocks(np.random.default_rng(0).integers(1, 257, (32, setup.block)))
     optimizer = train.optimizer(adapter, setup)
@@ -72,7 +72,7 @@ def test_accumulating_4_equals_1() -> None:
 
 def test_gradient_is_of_the_mean_over_all_tokens_of_the_step() -> None:
     loaded = tiny("llama")
-    adapter = adapters.build(GAIN)
+    adapter = adapters.build_adapter(GAIN)
     adapter.attach(loaded)
     tokens = np.random.default_rng(0).integers(1, 257, (4, 16))
     gradients = []
@@ -99,7 +99,7 @@ def test_reruns_are_bit_identical_with_dropout_whatever_the_global_rng() -> None
 def test_no_weight_decay_unless_asked() -> None:
     assert settings().weight_decay == 0
     loaded = tiny("llama")
-    adapter = adapters.build(GAIN)
+    adapter = adapters.build_adapter(GAIN)
     adapter.attach(loaded)
     assert train.optimizer(adapter, settings()).param_groups[0]["weight_decay"] == 0
 
@@ -145,7 +145,7 @@ def test_gradient_checkpointing_changes_nothing() -> None:
     states = []
     for checkpointing in (False, True):
         loaded = tiny("llama")
-        adapter = adapters.build(GAIN)
+        adapter = adapters.build_adapter(GAIN)
         adapter.attach(loaded)
         if checkpointing:
             load.checkpoint_activations(loaded.model)
@@ -169,7 +169,7 @@ def test_gradient_checkpointing_changes_nothing() -> None:
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 def test_non_finite_numbers_stop_before_the_update(where: str) -> None:
     loaded = tiny("llama")
-    adapter = adapters.build(GAIN)
+    adapter = adapters.build_adapter(GAIN)
     adapter.attach(loaded)
     first = next(iter(adapter.parameters().values()))
     if where == "loss":
@@ -221,7 +221,7 @@ def test_guard_mixes_and_penalises() -> None:
             return 1e6 * sum((p - 0.5).square().sum() for p in self.parameters)
 
     loaded = tiny("llama")
-    adapter = adapters.build(GAIN)
+    adapter = adapters.build_adapter(GAIN)
     adapter.attach(loaded)
     pull = Pull()
     pull.attach(loaded, adapter, 0)

@@ -231,7 +231,7 @@ def test_remembered_hash_is_not_trusted_after_a_change(tmp_path: Path) -> None:
 CALLS = """
 import json, sys, time
 from itertools import islice
-from gain_cl import sources
+from gain_cl.system import hub as sources
 from gain_cl.errors import GainError
 for call in json.loads(sys.argv[1]):
     start = time.monotonic()

@@ -81,7 +81,7 @@ def settings(method: str, family: str = "llama") -> Any:
 def trained(method: str, family: str, restarts: int = 0, dtype: str = "float32") -> tuple[Any, Any]:
     """(loaded, adapter) with a state far from the identity."""
     loaded = tiny(family, dtype)
-    adapter = adapters.build(settings(method, family))
+    adapter = adapters.build_adapter(settings(method, family))
     generator = torch.Generator().manual_seed(3)
     torch.manual_seed(0)
     adapter.attach(loaded)
@@ -251,7 +251,7 @@ def test_gains_on_a_bf16_base_are_bit_equal(tmp_path: Path) -> None:
 @pytest.mark.parametrize("method", ["full", "ln_only", "gain_random_basis"])
 def test_no_form_in_peft(method: str) -> None:
     loaded = tiny("llama")
-    adapter = adapters.build(settings(method))
+    adapter = adapters.build_adapter(settings(method))
     adapter.attach(loaded)
     with pytest.raises(ConfigError, match="to=merged works"):
         portable.files(adapter, loaded, "base", None)
@@ -682,7 +682,7 @@ def test_round_trip(first: record.Run, saved: Path) -> None:
     found = []
     for of in (settings.adapter, schema.Gain(**GAIN)):
         loaded = load.load(settings.model, torch.device("cpu"))
-        adapter = adapters.build(of)
+        adapter = adapters.build_adapter(of)
         adapter.attach(loaded)
         portable.begin(of, adapter, loaded)
         if of is not settings.adapter:
@@ -700,7 +700,7 @@ def test_round_trip_through_peft(method: str, tmp_path: Path) -> None:
     of = settings(method).model_copy(update={"init_from": str(folder)})
     portable.check(of, folder, "llama", None)
     portable.fits(of)
-    fresh, begun = tiny("llama"), adapters.build(of)
+    fresh, begun = tiny("llama"), adapters.build_adapter(of)
     begun.attach(fresh)
     portable.begin(of, begun, fresh)
     assert torch.equal(logits(fresh.model), logits(loaded.model))
@@ -804,7 +804,7 @@ def test_a_peft_config_that_differs_is_named(tmp_path: Path) -> None:
             "config": {**settings("lora").config, "target_modules": ["q_proj"]},
         }
     )
-    fresh, begun = tiny("llama"), adapters.build(fewer)
+    fresh, begun = tiny("llama"), adapters.build_adapter(fewer)
     begun.attach(fresh)
     with pytest.raises(ConfigError, match="tensors differ"):
         portable.begin(fewer, begun, fresh)
@@ -864,7 +864,7 @@ def test_a_packed_layer_refuses_absorb() -> None:
     loaded = tiny("llama")
     for layer in families.targets(loaded.model, ["attn_out", "ffn_down"]).values():
         layer.__class__ = Linear4bit
-    adapter = adapters.build(schema.Gain(**GAIN))
+    adapter = adapters.build_adapter(schema.Gain(**GAIN))
     adapter.attach(loaded)
     with pytest.raises(ConfigError, match="is quantised: nothing can be merged"):
         adapter.absorb()

@@ -180,7 +180,7 @@ def inputs(config: RunConfig) -> None:
     for domain in config.domains.values():
         if isinstance(domain.source, HubSource | PackageSource) and not domains.tokenised(domain):
             if isinstance(domain.source, HubSource):
-                hub.at_hand(domain.source.path, domain.source.revision, domain.source.files)
+                hub.hub_at_hand(domain.source.path, domain.source.revision, domain.source.files)
             else:
                 packages.archive(domain.source.files)
     domains.foresee(config.domains, config.train, config.eval, config.only_scored)

@@ -67,8 +67,8 @@ def prepare(config: RunConfig) -> Plan:
         "domains": {name: domains_.pin(domain) for name, domain in config.domains.items()},
         "tasks": tasks.pin(config.tasks),
         "plugins": {
-            "adapter": adapters.pin(config.adapter.kind),
-            "guard": guards.pin(config.guard.kind),
+            "adapter": adapters.pin_adapter(config.adapter.kind),
+            "guard": guards.pin_guard(config.guard.kind),
         },
     }
     if (begin := portable.pin(config.adapter)) is not None:

@@ -425,7 +425,7 @@ def _execute(config: RunConfig, plan: plan_.Plan) -> record.Run:
 def _attach(config: RunConfig, loaded: Loaded, seed: int) -> tuple[Adapter, Guard]:
     """Adapter and guard on the untouched model. ConfigError when they do not fit it or each
     other."""
-    adapter = adapters.build(config.adapter)
+    adapter = adapters.build_adapter(config.adapter)
     adapter.attach(loaded)
     portable.begin(config.adapter, adapter, loaded)
     if adapter.trains and not adapter.parameters():
@@ -440,7 +440,7 @@ def _attach(config: RunConfig, loaded: Loaded, seed: int) -> tuple[Adapter, Guar
             "handover",
             "use handover=continue",
         )
-    guard = guards.build(config.guard)
+    guard = guards.build_guard(config.guard)
     guard.attach(loaded, adapter, seed)
     return adapter, guard
 

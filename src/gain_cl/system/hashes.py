@@ -7,6 +7,7 @@ import functools
 import hashlib
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ def file_sha256(path: Path, remember: bool = False) -> str:
             return _sha256(str(real), stat.st_size, stat.st_mtime_ns)
         note = cache_dir() / "hashes" / f"{hashlib.sha256(os.fsencode(real)).hexdigest()}.json"
         known = [stat.st_size, stat.st_mtime_ns]
-        seen = _read_json(note)
+        seen = json_or_none(note)
         if (
             isinstance(seen, dict)
             and seen.get("stat") == known
@@ -78,9 +79,8 @@ def file_sha256(path: Path, remember: bool = False) -> str:
         ) from None
 
 
-def _read_json(path: Path) -> Any:
-    """The parsed file, or None when it is missing or malformed (caches only: what is lost is
-    computed again)."""
+def json_or_none(path: Path) -> Any:
+    """Return a parsed JSON file of a cache, or None when it is missing or malformed."""
     try:
         return json.loads(path.read_bytes())
     except (OSError, ValueError):
@@ -94,7 +94,7 @@ def folder_pin(path: Path, patterns: list[str]) -> str:
     files = sorted(
         p
         for p in path.rglob("*")
-        if p.is_file() and _matches(p.relative_to(path).as_posix(), patterns)
+        if p.is_file() and matches(p.relative_to(path).as_posix(), patterns)
     )
     if not files:
         raise DataError(f"no file matches {', '.join(patterns)}", str(path), "check the path")
@@ -108,5 +108,6 @@ def folder_pin(path: Path, patterns: list[str]) -> str:
     return total.hexdigest()
 
 
-def _matches(name: str, patterns: list[str]) -> bool:
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """True if a name matches one of the patterns."""
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)

@@ -220,7 +220,7 @@ def _rebuilt(config: RunConfig, dtype: Dtype, state: dict[str, Tensor]) -> tuple
         config.model.model_copy(update={"dtype": dtype, "load_in": None}),
         load.device_of("auto", dtype),
     )
-    adapter = adapters.build(config.adapter)
+    adapter = adapters.build_adapter(config.adapter)
     adapter.attach(loaded)
     adapter.load_state(state)
     return loaded, adapter

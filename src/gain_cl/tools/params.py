@@ -97,7 +97,7 @@ def attached(model: Model, adapter: Any) -> tuple[int, int | str]:
 
     loaded = models.weightless(model)
     total = sum(p.numel() for p in loaded.model.parameters())
-    built = adapters.build(adapter)
+    built = adapters.build_adapter(adapter)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PEFT tells of Conv1D layers that it handles

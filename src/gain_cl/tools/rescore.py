@@ -132,7 +132,7 @@ class Bench:
         from gain_cl import adapters
         from gain_cl.runs import train
 
-        adapter = adapters.build(self.config.adapter)
+        adapter = adapters.build_adapter(self.config.adapter)
         with torch.random.fork_rng():
             torch.manual_seed(train.seed_of("init", self.config.seed))
             adapter.attach(loaded)

@@ -1,0 +1,60 @@
+"""One way from a name to a class: built-in classes, imported when they are asked for, and those
+that a plugin registers. Torch-free."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from pydantic import BaseModel
+
+from gain_cl.errors import ConfigError
+from gain_cl.system.files import sha256
+
+T = TypeVar("T")
+
+
+class Registry(Generic[T]):
+    """section: of the configuration, whose ``kind`` is the name; built_in: name -> "module:Class";
+    typed: the names whose settings the schema knows, so that none is checked against a
+    constructor."""
+
+    def __init__(self, section: str, built_in: dict[str, str], typed: Collection[str]) -> None:
+        self.section, self.built_in, self.typed = section, built_in, typed
+        self.plugins: dict[str, type[T]] = {}
+
+    def register(self, kind: str, made: type[T]) -> None:
+        """Make a kind known, for plugin files and entry points of the group gain_cl.plugins."""
+        self.plugins[kind] = made
+
+    def registered(self) -> dict[str, type[T]]:
+        """Return name -> class of what the schema does not know."""
+        return {k: self.find(k) for k in [*self.built_in, *self.plugins] if k not in self.typed}
+
+    def find(self, kind: str) -> type[T]:
+        """Return the class of a kind. ConfigError: there is none."""
+        if kind in self.plugins:
+            return self.plugins[kind]
+        if kind not in self.built_in:
+            known = ", ".join([*self.built_in, *self.plugins])
+            what = f"unknown {self.section} {kind!r}"
+            raise ConfigError(what, f"{self.section}.kind", f"use one of: {known}")
+        module, _, name = self.built_in[kind].partition(":")
+        found: type[T] = getattr(importlib.import_module(module), name)
+        return found
+
+    def pin(self, kind: str) -> str | None:
+        """Return the SHA-256 of the file that defines a plugin's class, for the run id; None for
+        what gain_cl itself brings."""
+        made = self.plugins.get(kind)
+        return None if made is None else sha256(Path(inspect.getfile(made)))
+
+    def build(self, settings: BaseModel) -> T:
+        """Return an instance of the class that a section of the configuration names. Its other keys
+        are keyword arguments, but for init_from of the classes that the schema knows."""
+        kind: Any = settings.kind  # type: ignore[attr-defined]
+        apart = {"kind", "init_from"} if kind in self.typed else {"kind"}
+        return self.find(kind)(**settings.model_dump(exclude=apart))
