@@ -1,34 +1,34 @@
-"""What task items say: accuracies, margins, ranking and flips, per stage and between two stages.
-numpy and scipy only.
+"""Answers to the items of a task: accuracy, margin, ranking and flips of one stage and between two.
+Needs numpy, pandas and scipy alone.
 
-Input is the item table of a record (record.ITEM_COLUMNS; logprobs: log p of each choice in nats). A
-change compares the same items before and after, so its interval is paired over items: it covers the
-choice of items only; training noise (seeds, orders) needs more than one run. What is undefined for
-a task (a ranking of items that all have one answer) is left out, never a number; an interval that n
-cannot give is nan (see matrix.Estimate).
+The input is the table of items of a record (record.ITEM_COLUMNS; logprobs: log p of each choice in
+nats). A change compares the same items before and after, so its interval is paired over items. It
+covers the choice of items only: training noise (seeds, orders) needs more than one run. A value
+that a task does not have is left out, such as the ranking of items that all have one answer. An
+interval that n items cannot give is nan (see matrix.Estimate).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from itertools import zip_longest
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-from scipy import special, stats
+import scipy  # scipy.stats takes a second to import: it is loaded when it is first used
 
 from gain_cl.errors import DataError
 from gain_cl.stats.matrix import Estimate
 
-RESAMPLES = (
-    2000  # of the bootstrap; 95% bounds move by about 2% of the interval's width from seed to seed
-)
+RESAMPLES = 2000
+"""Of the bootstrap. 95% bounds move by about 2% of the interval's width from seed to seed."""
 SEED = 0
 
 
 class Answers(NamedTuple):
-    """Items of one task at one stage, sorted by id. items, gold: (I,); logprobs, chars: (I, C), C
-    the most choices an item has; where an item has fewer, logprobs is -inf and chars 1."""
+    """The items of one task at one stage, sorted by id. items, gold: (I,). logprobs, chars: (I, C)
+    with C the most choices of an item. An item with fewer has -inf in logprobs and 1 in chars."""
 
     items: np.ndarray
     gold: np.ndarray
@@ -37,101 +37,79 @@ class Answers(NamedTuple):
 
     @property
     def binary(self) -> bool:
-        """Every item has the same two choices by position, such as no and yes."""
-        return bool(self.logprobs.shape[1] == 2)
+        """True if every item has the same two choices by position, such as no and yes."""
+        return self.logprobs.shape[1] == 2
 
 
 def answers(items: pd.DataFrame, task: str, stage: int) -> Answers:
-    """The items of a task at a stage. DataError: there are none, one occurs twice, or its values
-    are malformed."""
+    """Return the items of a task at a stage. DataError: there are none, one occurs twice, or its
+    values are malformed."""
     rows = items[(items.task == task) & (items.stage == stage)].sort_values("item")
+    again = "run again with force=true"
     if not len(rows):
-        raise DataError(
-            f"no items of {task} at stage {stage}",
-            "record",
-            "score the task at that stage (tasks.stages)",
-        )
+        do = "score the task at that stage (tasks.stages)"
+        raise DataError(f"no items of {task} at stage {stage}", "record", do)
     if rows["item"].duplicated().any():
-        raise DataError(
-            f"{task} has an item twice at stage {stage}", "record", "run again with force=true"
-        )
+        raise DataError(f"{task} has an item twice at stage {stage}", "record", again)
     gold = rows["gold"].to_numpy(dtype=np.int64)
     try:
         counts = rows["logprobs"].map(len).to_numpy()
-        logprobs = _table(rows["logprobs"], -np.inf)
-        known = "choice_chars" in rows and rows["choice_chars"].notna().all()
-        chars = _table(rows["choice_chars"], 1.0) if known else None
-    except (TypeError, ValueError):  # no lists, or no numbers in them
-        counts, logprobs, chars = np.zeros(1), np.zeros((0, 0)), None
-    sound = (
-        (counts >= 2).all()
-        and (gold >= 0).all()
-        and (gold < counts).all()
-        and (np.isfinite(logprobs).sum(1) == counts).all()
-    )
-    if not sound or (
-        chars is not None and (chars.shape != logprobs.shape or not (chars > 0).all())
-    ):
-        raise DataError(
-            f"malformed items of {task} at stage {stage}", "record", "run again with force=true"
-        )
+        logprobs, chars = _table(rows["logprobs"], -np.inf), None
+        sound = (counts > np.maximum(gold, 1)) & (np.isfinite(logprobs).sum(1) == counts)
+        if "choice_chars" in rows and rows["choice_chars"].notna().all():
+            chars = _table(rows["choice_chars"], 1.0)
+            sound &= (chars.shape == logprobs.shape) & (chars > 0).all(1)
+        if not (sound & (gold >= 0)).all():
+            raise ValueError
+    except (TypeError, ValueError):  # no lists, no numbers in them, or impossible ones
+        raise DataError(f"malformed items of {task} at stage {stage}", "record", again) from None
     return Answers(rows["item"].to_numpy(), gold, logprobs, chars)
 
 
 def _table(lists: pd.Series, fill: float) -> np.ndarray:
-    """(rows, longest list) float64, short lists filled up."""
-    counts = lists.map(len).to_numpy()
-    table = np.full((len(lists), counts.max()), fill, dtype=np.float64)
-    table[np.arange(table.shape[1]) < counts[:, None]] = np.concatenate(
-        [np.asarray(x, dtype=np.float64) for x in lists]
-    )
-    return table
+    """Return lists as (rows, longest list) float64, short ones filled up."""
+    return np.array(list(zip_longest(*lists, fillvalue=fill)), dtype=np.float64).T.copy()
 
 
 # --- values per item, (I,) ------------------------------------------------------------------------
 
 
 def correct(a: Answers) -> np.ndarray:
-    """Whether the most likely choice is the right one (lm-eval's acc; the first of equals)."""
-    right: np.ndarray = a.logprobs.argmax(1) == a.gold
-    return right
+    """Return (I,) True where the most likely choice is the right one (lm-eval's acc). Of equal
+    choices the first counts."""
+    return np.asarray(a.logprobs.argmax(1) == a.gold)
 
 
 def correct_norm(a: Answers) -> np.ndarray | None:
-    """The same by log-likelihood per character of the choice (lm-eval's acc_norm); None without the
-    lengths."""
-    if a.chars is None:
-        return None
-    right: np.ndarray = (a.logprobs / a.chars).argmax(1) == a.gold
-    return right
+    """Return the same by log-likelihood per character of the choice (lm-eval's acc_norm); None
+    without the lengths."""
+    return None if a.chars is None else correct(a._replace(logprobs=a.logprobs / a.chars))
 
 
 def margin(a: Answers) -> np.ndarray:
-    """Log-odds of the right choice among the choices, in nats: log p(gold) - log sum p(others);
-    positive: preferred."""
-    rows = np.arange(len(a.gold))
+    """Return (I,) the log-odds of the right choice in nats: log p(gold) - log sum p(others).
+    Positive where it is preferred."""
+    right = np.arange(len(a.gold)), a.gold
     others = a.logprobs.copy()
-    others[rows, a.gold] = -np.inf
-    odds: np.ndarray = a.logprobs[rows, a.gold] - special.logsumexp(others, axis=1)
-    return odds
+    others[right] = -np.inf
+    return np.asarray(a.logprobs[right] - scipy.special.logsumexp(others, axis=1))
 
 
 def preference(a: Answers) -> np.ndarray:
-    """Log-odds of choice 1 against choice 0 (yes against no), in nats, whichever is right. Binary
-    tasks only."""
+    """Return (I,) the log-odds of choice 1 against choice 0 (yes against no) in nats, whichever is
+    right. ValueError: the task is not binary."""
     if not a.binary:
         raise ValueError(f"{a.logprobs.shape[1]} choices")
-    odds: np.ndarray = a.logprobs[:, 1] - a.logprobs[:, 0]
-    return odds
+    return np.asarray(a.logprobs[:, 1] - a.logprobs[:, 0])
 
 
 # --- one number per stage -------------------------------------------------------------------------
 
 
 def auc(a: Answers) -> float | None:
-    """Chance that an item whose answer is choice 1 prefers it more than one whose answer is choice
-    0 (ties count half): what the model knows apart from a leaning to one answer. None unless the
-    task is binary and has both answers."""
+    """Return the chance that an item whose answer is choice 1 prefers it more than an item whose
+    answer is choice 0 (ties count half). It shows what the model knows apart from a leaning to one
+    answer. None unless the task is binary and has both answers."""
     if not a.binary or len(np.unique(a.gold)) < 2:
         return None
     score, one = preference(a), a.gold == 1
@@ -139,65 +117,61 @@ def auc(a: Answers) -> float | None:
 
 
 def _auc(ones: np.ndarray, zeros: np.ndarray) -> np.ndarray:
-    """Mann-Whitney U / (m n) along the last axis."""
+    """Return Mann-Whitney U / (m n) along the last axis."""
     m, n = ones.shape[-1], zeros.shape[-1]
-    ranks = stats.rankdata(np.concatenate([ones, zeros], axis=-1), axis=-1)[..., :m]
-    share: np.ndarray = (ranks.sum(-1) - m * (m + 1) / 2) / (m * n)
-    return share
+    ranks = scipy.stats.rankdata(np.concatenate([ones, zeros], axis=-1), axis=-1)[..., :m]
+    return np.asarray((ranks.sum(-1) - m * (m + 1) / 2) / (m * n))
 
 
 def balanced_accuracy(a: Answers) -> float | None:
-    """Mean over the right answers' positions of the accuracy on their items: a model that always
-    says the same scores 1 / positions. None when all items have the same answer."""
-    kinds = np.unique(a.gold)
-    if len(kinds) < 2:
-        return None
-    right = correct(a)
-    return float(np.mean([right[a.gold == k].mean() for k in kinds]))
+    """Return the mean over the positions of right answers of the accuracy on their items. A model
+    that always says the same scores 1 / positions. None when all items have the same answer."""
+    right, kinds = correct(a), np.unique(a.gold)
+    return float(np.mean([right[a.gold == k].mean() for k in kinds])) if len(kinds) > 1 else None
 
 
 def level(items: pd.DataFrame, task: str, stage: int) -> dict[str, Estimate]:
-    """accuracy, accuracy_norm (Wilson intervals), margin (t), auc, balanced_accuracy (bootstrap) of
-    one stage, with 95% intervals over items; what is undefined is left out."""
-    a = answers(items, task, stage)
-    found = {"accuracy": _share(correct(a)), "margin": _mean(margin(a))}
-    if (normed := correct_norm(a)) is not None:
-        found["accuracy_norm"] = _share(normed)
-    if (value := auc(a)) is not None:
-        found["auc"] = _ranked(value, [preference(a)], a.gold)
-    if (value := balanced_accuracy(a)) is not None:
-        found["balanced_accuracy"] = _balanced(value, correct(a).astype(np.float64), a.gold, 0.0)
+    """Return accuracy, accuracy_norm (Wilson intervals), margin (t), auc and balanced_accuracy
+    (bootstrap) of one stage, with 95% intervals over items. What is undefined is left out."""
+    return _estimates(answers(items, task, stage))
+
+
+def change(items: pd.DataFrame, task: str, from_stage: int, to_stage: int) -> dict[str, Estimate]:
+    """Return later minus earlier of accuracy, accuracy_norm, margin (paired t over items), auc and
+    balanced_accuracy (seeded bootstrap of pairs within each answer), with 95% intervals. What is
+    undefined is left out."""
+    return _estimates(*_pair(items, task, from_stage, to_stage))
+
+
+def _estimates(*stages: Answers) -> dict[str, Estimate]:
+    """Return the estimates of one stage, or of the second minus the first of two."""
+
+    def value(of: Callable[[Answers], np.ndarray | float | None]) -> Any:
+        """Return the value of the stage or the difference; None where a stage has none."""
+        found = [of(a) for a in stages]
+        if any(v is None for v in found):
+            return None
+        first, last = np.asarray(found[0], np.float64), np.asarray(found[-1], np.float64)
+        return last if len(stages) == 1 else last - first
+
+    gold = stages[0].gold
+    share, lowest = (_share, 0.0) if len(stages) == 1 else (_share_change, -1.0)
+    found = {"accuracy": share(value(correct)), "margin": _mean(value(margin))}
+    if (normed := value(correct_norm)) is not None:
+        found["accuracy_norm"] = share(normed)
+    if (ranked := value(auc)) is not None:
+        found["auc"] = _ranked(float(ranked), [preference(a) for a in stages], gold)
+    if (balanced := value(balanced_accuracy)) is not None:
+        found["balanced_accuracy"] = _balanced(float(balanced), value(correct), gold, lowest)
     return found
 
 
 # --- between two stages ---------------------------------------------------------------------------
 
 
-def change(items: pd.DataFrame, task: str, from_stage: int, to_stage: int) -> dict[str, Estimate]:
-    """Later minus earlier of accuracy, accuracy_norm, margin (paired t over items), auc and
-    balanced_accuracy (paired bootstrap over items within each answer, seeded), with 95% intervals;
-    what is undefined is left out."""
-    before, after = _pair(items, task, from_stage, to_stage)
-    found = {
-        "accuracy": _paired_share(correct(before), correct(after)),
-        "margin": _mean(margin(after) - margin(before)),
-    }
-    one, two = correct_norm(before), correct_norm(after)
-    if one is not None and two is not None:
-        found["accuracy_norm"] = _paired_share(one, two)
-    early, late = auc(before), auc(after)
-    if early is not None and late is not None:
-        found["auc"] = _ranked(late - early, [preference(before), preference(after)], before.gold)
-    early, late = balanced_accuracy(before), balanced_accuracy(after)
-    if early is not None and late is not None:
-        found["balanced_accuracy"] = _balanced(
-            late - early, correct(after).astype(np.float64) - correct(before), before.gold, -1.0
-        )
-    return found
-
-
 class Flips(NamedTuple):
-    """Items whose answer turned from right to wrong, from wrong to right, and all items."""
+    """The number of items whose answer turned from right to wrong, from wrong to right, and of all
+    items."""
 
     lost: int
     gained: int
@@ -205,7 +179,7 @@ class Flips(NamedTuple):
 
 
 def flips(items: pd.DataFrame, task: str, from_stage: int, to_stage: int) -> Flips:
-    """How many answers changed: a still accuracy may hide many."""
+    """Return how many answers changed. An accuracy that does not move may hide many."""
     before, after = (correct(a) for a in _pair(items, task, from_stage, to_stage))
     return Flips(int((before & ~after).sum()), int((~before & after).sum()), len(before))
 
@@ -213,103 +187,94 @@ def flips(items: pd.DataFrame, task: str, from_stage: int, to_stage: int) -> Fli
 def _pair(
     items: pd.DataFrame, task: str, from_stage: int, to_stage: int
 ) -> tuple[Answers, Answers]:
+    """Return the same items at both stages. DataError: they are not the same."""
     before, after = answers(items, task, from_stage), answers(items, task, to_stage)
-    if not np.array_equal(before.items, after.items) or not np.array_equal(before.gold, after.gold):
-        raise DataError(
-            f"{task} has other items at stage {to_stage} than at stage {from_stage}",
-            "record",
-            "run again with force=true",
-        )
+    if not all(np.array_equal(b, a) for b, a in zip(before[:2], after[:2], strict=True)):
+        what = f"{task} has other items at stage {to_stage} than at stage {from_stage}"
+        raise DataError(what, "record", "run again with force=true")
     return before, after
 
 
 # --- intervals ------------------------------------------------------------------------------------
 
 
-def _mean(x: np.ndarray, confidence: float = 0.95) -> Estimate:
-    """Mean with a t-interval."""
+def _mean(x: np.ndarray) -> Estimate:
+    """Return the mean with a t-interval."""
     n, value = len(x), float(x.mean())
     if n < 2:
         return Estimate(value, np.nan, np.nan, n)
-    half = float(stats.t.ppf((1 + confidence) / 2, n - 1) * x.std(ddof=1) / np.sqrt(n))
+    half = float(scipy.stats.t.ppf(0.975, n - 1) * x.std(ddof=1) / np.sqrt(n))
     return Estimate(value, value - half, value + half, n)
 
 
 def _share(right: np.ndarray) -> Estimate:
-    """A share with its Wilson interval, which does not shrink to a point at 0 and 1."""
-    found = stats.binomtest(int(right.sum()), len(right)).proportion_ci(0.95, method="wilson")
-    return Estimate(float(right.mean()), float(found.low), float(found.high), len(right))
+    """Return a share with its Wilson interval, which does not shrink to a point at 0 and 1."""
+    n = len(right)
+    found = scipy.stats.binomtest(int(right.sum()), n).proportion_ci(0.95, method="wilson")
+    return Estimate(float(right.mean()), float(found.low), float(found.high), n)
 
 
-def _constant(x: np.ndarray, lowest: float, confidence: float = 0.95) -> tuple[float, float]:
-    """Bounds of the mean of which n values in lowest..1 are all the same: the share of others that
-    n items can hide (Clopper-Pearson, two-sided) times how far off they can be. A zero spread was
-    seen, which is not certainty."""
-    hidden = 1 - ((1 - confidence) / 2) ** (1 / len(x))
+def _constant(x: np.ndarray, lowest: float) -> tuple[float, float]:
+    """Return 95% bounds of the mean of n values in lowest..1 that are all the same. No spread was
+    seen, which does not mean that there is none: n items can hide a share of others
+    (Clopper-Pearson, two-sided), and these can be as far off as the range allows."""
+    hidden = 1 - ((1 - 0.95) / 2) ** (1 / len(x))
     return float(x[0] - hidden * (x[0] - lowest)), float(x[0] + hidden * (1 - x[0]))
 
 
-def _paired_share(before: np.ndarray, after: np.ndarray) -> Estimate:
-    """Difference of two shares on the same items: paired t."""
-    x = after.astype(np.float64) - before
-    return (
-        _mean(x)
-        if np.ptp(x) > 0 or len(x) < 2
-        else Estimate(float(x[0]), *_constant(x, -1.0), len(x))
-    )
+def _share_change(x: np.ndarray) -> Estimate:
+    """Return a difference of two shares on the same items. x: (I,) later minus earlier of 1 where
+    right. The interval is that of the paired t-test."""
+    if np.ptp(x) > 0 or len(x) < 2:
+        return _mean(x)
+    return Estimate(float(x[0]), *_constant(x, -1.0), len(x))
 
 
 def _bootstrap(
     value: float, samples: tuple[np.ndarray, ...], statistic: Callable[..., np.ndarray], n: int
 ) -> Estimate:
-    """Percentile interval of a statistic of independent samples (the items of each answer, by
-    index)."""
-    if min(len(s) for s in samples) < 2:
+    """Return the percentile interval of a statistic of independent samples, one for each answer."""
+    if min(map(len, samples)) < 2:
         return Estimate(value, np.nan, np.nan, n)
-    batch = max(1, 2_000_000 // n)  # 16 MB of float64 a batch
-    found = stats.bootstrap(
+    found = scipy.stats.bootstrap(
         samples,
         statistic,
         n_resamples=RESAMPLES,
-        batch=batch,
+        batch=max(1, 2_000_000 // n),  # 16 MB of float64 a batch
         vectorized=True,
         method="percentile",
         rng=np.random.default_rng(SEED),
-    )
-    return Estimate(
-        value, float(found.confidence_interval.low), float(found.confidence_interval.high), n
-    )
+    ).confidence_interval
+    return Estimate(value, float(found.low), float(found.high), n)
 
 
 def _ranked(value: float, scores: list[np.ndarray], gold: np.ndarray) -> Estimate:
-    """AUC of one stage, or of the second minus the first; an item keeps its scores of both stages
-    when drawn."""
+    """Return the AUC of one stage, or of the second minus the first, with its interval. scores:
+    (I,) preferences at each stage. A drawn item brings its scores of both stages."""
 
     def statistic(ones: np.ndarray, zeros: np.ndarray, axis: int) -> np.ndarray:
         ones, zeros = (np.moveaxis(x, axis, -1).astype(np.int64) for x in (ones, zeros))
-        return sum((1 if s is scores[-1] else -1) * _auc(s[ones], s[zeros]) for s in scores)  # type: ignore[return-value]
+        found = [_auc(s[ones], s[zeros]) for s in scores]
+        return found[0] if len(scores) == 1 else found[1] - found[0]
 
-    found = _bootstrap(
-        value, (np.flatnonzero(gold == 1), np.flatnonzero(gold == 0)), statistic, len(gold)
-    )
-    same = len(scores) == 2 and np.array_equal(
-        scores[0], scores[1]
-    )  # bit for bit the same answers: a change of exactly nothing
+    sides = np.flatnonzero(gold == 1), np.flatnonzero(gold == 0)
+    found = _bootstrap(value, sides, statistic, len(gold))
+    # Bit for bit the same answers change by exactly nothing.
+    same = len(scores) == 2 and np.array_equal(scores[0], scores[1])
     if found.low == found.high and not same:  # no resample differs: the spread is unseen
         return Estimate(value, np.nan, np.nan, found.n)
     return found
 
 
 def _balanced(value: float, x: np.ndarray, gold: np.ndarray, lowest: float) -> Estimate:
-    """Mean over answers of the mean of x on their items. x: right or wrong (lowest 0), or the
-    change of it (-1)."""
+    """Return the mean over answers of the mean of x on their items, with its interval. x: (I,) 1
+    where right (lowest 0), or the change of it (lowest -1)."""
     groups = tuple(x[gold == k] for k in np.unique(gold))
     if all(np.ptp(g) == 0 for g in groups):
         low, high = np.mean([_constant(g, lowest) for g in groups], axis=0)
         return Estimate(value, float(low), float(high), len(x))
 
     def statistic(*resampled: np.ndarray, axis: int) -> np.ndarray:
-        mean: np.ndarray = sum(g.mean(axis) for g in resampled) / len(resampled)
-        return mean
+        return np.asarray(sum(g.mean(axis) for g in resampled) / len(resampled))
 
     return _bootstrap(value, groups, statistic, len(x))

@@ -1,4 +1,4 @@
-"""How numbers are written: in the terminal, in metrics.jsonl and in wandb alike. Torch-free."""
+"""Write numbers: in the terminal, in metrics.jsonl and in wandb alike. Torch-free."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 
 
 def perplexity(loss_nats: float) -> str:
-    """A perplexity in at most seven characters: 23.31, 455.6, 49152, 1.2e+08; - where not
-    scored."""
+    """Return a perplexity in at most seven characters: 23.31, 455.6, 49152, 1.2e+08, or - where it
+    was not scored."""
     if math.isnan(loss_nats):
         return "-"
     value = math.exp(min(loss_nats, 700.0))
@@ -19,8 +19,8 @@ def perplexity(loss_nats: float) -> str:
 
 
 def percent(nats: float) -> str:
-    """A difference of losses as a change of perplexity in %, with its sign; - where there is
-    none."""
+    """Return a difference of losses as a change of perplexity in %, with its sign, or - where there
+    is none."""
     if math.isnan(nats):
         return "-"
     value = change(nats)
@@ -28,19 +28,20 @@ def percent(nats: float) -> str:
 
 
 def change(nats: float) -> float:
-    """A difference of losses as a change of perplexity in %; inf where float64 ends, nan of nan."""
+    """Return a difference of losses as a change of perplexity in %: inf where float64 ends, nan of
+    nan."""
     return math.inf if nats >= 700 else 100 * math.expm1(nats)
 
 
 def clock(seconds: float) -> str:
-    """A moment or a countdown: 1:02:03, 2:03, 0:03."""
+    """Return a moment or a countdown: 1:02:03, 2:03, 0:03."""
     whole = round(seconds)
     hours, minutes = whole // 3600, whole // 60 % 60
     return f"{hours}:{minutes:02d}:{whole % 60:02d}" if hours else f"{minutes}:{whole % 60:02d}"
 
 
 def duration(seconds: float) -> str:
-    """How long something took: 1 h 2 min, 2 min 3 s, 3.0 s."""
+    """Return how long something took: 1 h 2 min, 2 min 3 s, 3.0 s."""
     whole = round(seconds)
     if whole >= 3600:
         return f"{whole // 3600} h {whole // 60 % 60} min"
@@ -48,13 +49,13 @@ def duration(seconds: float) -> str:
 
 
 def counted(n: int, noun: str) -> str:
-    """1 run, 3 runs."""
+    """Return 1 run, 3 runs."""
     return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
 
 
 def finite(value: Any, name: str = "") -> tuple[Any, dict[str, str]]:
-    """The value with plain Python numbers and null for what is not finite, and the names and values
-    of those."""
+    """Return the value with plain Python numbers and null for what is not finite, then the names
+    and values of those."""
     if hasattr(value, "item"):  # a numpy or torch scalar
         value = value.item()
     if isinstance(value, float) and not math.isfinite(value):

@@ -1,23 +1,23 @@
-"""Uncertainty of summaries and of comparisons: intervals, tests, verdicts, power. numpy and scipy
-only.
+"""Uncertainty of summaries and of comparisons: intervals, tests, verdicts, power. Needs
+numpy and scipy alone.
 
-Over documents and items: bootstrap_t, for what one run or two paired runs say; it covers the choice
-of test documents only. Over blocks (order k and seed k, all methods in each): blocks, t_test, tost
-on one paired difference a block; they cover training noise, and the choice of documents too if its
-error is given. Answers right or wrong: mcnemar. What n cannot give is nan.
+Over documents and items: bootstrap_t, for what one run or two paired runs say. It covers the choice
+of test documents only. Over blocks (order k and seed k, all methods in each): blocks, t_test and
+tost on one paired difference a block. They cover training noise, and the choice of documents too if
+its error is given. Answers right or wrong: mcnemar. What n cannot give is nan.
 
-Parts: domain -> (z, tokens), a value per document; summary = sum over domains of sum z / sum tokens
-(LossMatrix.contributions). Items of a task: {task: (x, ones)}.
+Parts: domain -> (z, tokens), a value per document. The summary is the sum over domains of sum z /
+sum tokens (LossMatrix.contributions). Items of a task: {task: (x, ones)}.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Literal, NamedTuple
 
 import numpy as np
-from scipy import optimize, stats
+import scipy  # scipy.stats takes a second to import: it is loaded when it is first used
 
 from gain_cl.stats.matrix import Estimate
 
@@ -45,9 +45,9 @@ class Error(NamedTuple):
 
 
 def combined(parts: Sequence[Parts], weights: Sequence[float]) -> Parts:
-    """Parts of sum_k weights[k] * summary k: [1, -1] for a paired difference, 1 / K each for a mean
-    over blocks. A domain that one leaves out counts as zero there. ValueError: the documents differ
-    in number or length."""
+    """Return the parts of sum_k weights[k] * summary k: [1, -1] for a paired difference, 1 / K each
+    for a mean over blocks. A domain that a summary leaves out counts as zero there. ValueError: the
+    documents differ in number or length."""
     total: Parts = {}
     for part, weight in zip(parts, weights, strict=True):
         for domain, (z, tokens) in part.items():
@@ -60,27 +60,18 @@ def combined(parts: Sequence[Parts], weights: Sequence[float]) -> Parts:
 
 @lru_cache(maxsize=32)
 def _counts(seed: int, domain: str, n: int, resamples: int) -> np.ndarray:
-    """(resamples, n) how often each unit is drawn, a function of these four alone: whatever is
-    compared meets the same draws."""
+    """Return (resamples, n) how often each unit is drawn. It depends on these four alone: whatever
+    is compared meets the same draws."""
     rng = np.random.default_rng([seed, n, *domain.encode()])
-    return np.stack(
-        [
-            np.bincount(rng.integers(n, size=n), minlength=n).astype(np.uint8)
-            for _ in range(resamples)
-        ]
-    )  # far below 255
+    draws = (rng.integers(n, size=n) for _ in range(resamples))
+    return np.stack([np.bincount(d, minlength=n).astype(np.uint8) for d in draws])
 
 
 def _sample(parts: Parts, seed: int, resamples: int) -> tuple[float, Error, np.ndarray, np.ndarray]:
-    """Value, its error, and deviation from the value and variance of each resample (linearised, as
-    in LossMatrix.estimate)."""
-    value, variance, spread, deviations, variances = (
-        0.0,
-        0.0,
-        0.0,
-        np.zeros(resamples),
-        np.zeros(resamples),
-    )
+    """Return the value, its error, and of each resample its deviation from the value and its
+    variance (linearised, as in LossMatrix.estimate)."""
+    value = variance = spread = 0.0
+    deviations, variances = np.zeros((2, resamples))
     for domain, (z, tokens) in parts.items():
         n, total = len(z), tokens.sum()
         ratio, inflate = float(np.sum(z) / total), n / (n - 1) if n > 1 else np.nan
@@ -90,30 +81,25 @@ def _sample(parts: Parts, seed: int, resamples: int) -> tuple[float, Error, np.n
         if resamples:
             table = np.stack([e, tokens, e * e, e * tokens, tokens * tokens], axis=1)
             ce, ct, cee, cet, ctt = (_counts(seed, domain, n, resamples) @ table).T
-            d = (
-                ce / ct
-            )  # the resample's ratio minus the ratio: small, so its squares below lose no digits
+            # The resample's ratio minus the ratio: small, so its squares below lose no digits.
+            d = ce / ct
             deviations += d
             variances += inflate * np.maximum(cee - 2 * d * cet + d * d * ctt, 0) / ct**2
-    return (
-        value,
-        Error(float(np.sqrt(variance)), float(variance**2 / spread) if spread > 0 else np.nan),
-        deviations,
-        variances,
-    )
+    df = float(variance**2 / spread) if spread > 0 else np.nan
+    return value, Error(float(np.sqrt(variance)), df), deviations, variances
 
 
 def error(parts: Parts) -> Error:
-    """Standard error over documents (linearised ratio, Cochran 1977 eq. 6.13; variances add over
-    domains) with its degrees of freedom (Welch-Satterthwaite); nan with fewer than two documents in
-    a domain."""
+    """Return the standard error over documents (linearised ratio, Cochran 1977 eq. 6.13;
+    variances add over domains) with its degrees of freedom (Welch-Satterthwaite). nan with fewer
+    than two documents in a domain."""
     return _sample(parts, 0, 0)[1]
 
 
 def shared_error(parts: Sequence[Parts]) -> Error:
-    """Error over documents that averaging over blocks (their parts) does not remove: root of the
+    """Return the error over documents that averaging over blocks does not remove: the root of the
     mean covariance over documents of two blocks. The rest of the documents' noise shows between the
-    blocks. Of one block: its error."""
+    blocks. parts: one of each block. Of one block it is its error."""
     k, alone = len(parts), float(np.mean([error(p).standard_error ** 2 for p in parts]))
     together, df, _ = error(combined(parts, [1 / k] * k))
     return Error(
@@ -122,17 +108,17 @@ def shared_error(parts: Sequence[Parts]) -> Error:
 
 
 def resampled(parts: Parts, seed: int = 0, resamples: int = RESAMPLES) -> np.ndarray:
-    """(resamples,) values of the summary when documents are drawn again within each domain; for
-    fronts."""
-    found = _sample(parts, seed, resamples)
-    return found[0] + found[2]
+    """Return (resamples,) values of the summary when documents are drawn again within each domain,
+    for fronts."""
+    value, _, deviations, _ = _sample(parts, seed, resamples)
+    return value + deviations
 
 
 def bootstrap_t(
     parts: Parts, seed: int = 0, resamples: int = RESAMPLES, confidence: float = 0.95
 ) -> Estimate:
-    """The summary with its studentised bootstrap interval over documents, in the unit and sign of z
-    / tokens.
+    """Return the summary with its studentised bootstrap interval over documents, in the unit and
+    sign of z / tokens.
 
     Documents are drawn with replacement within each domain; value and standard error are computed
     in each resample, and the quantiles of t* = (g* - g) / se* give [g - t*_high se, g - t*_low se]
@@ -147,36 +133,32 @@ def bootstrap_t(
     n, low, high = sum(len(z) for z, _ in parts.values()), np.nan, np.nan
     if se > ROUNDING:
         spread = variances > 1e-9 * se**2  # else all drawn units agree up to rounding
-        t = np.where(
-            spread,
-            deviations / np.sqrt(np.where(spread, variances, 1)),
-            np.copysign(np.inf, deviations),
-        )
-        student = stats.t.ppf((1 + confidence) / 2, df)
+        t = deviations / np.sqrt(np.where(spread, variances, 1))
+        t = np.where(spread, t, np.copysign(np.inf, deviations))
+        student = scipy.stats.t.ppf((1 + confidence) / 2, df)
         with np.errstate(invalid="ignore"):  # between two infinite values
             low, high = np.quantile(
                 t, [(1 - confidence) / 2, (1 + confidence) / 2], method="weibull"
             )
-        low, high = (
-            (min(low, -student), max(high, student))
-            if np.isfinite(low + high)
-            else (np.nan, np.nan)
-        )
+        if np.isfinite(low + high):
+            low, high = min(low, -student), max(high, student)
+        else:
+            low = high = np.nan
     return Estimate(value, float(value - high * se), float(value - low * se), n)
 
 
 def mcnemar(lost: int, gained: int) -> float:
-    """Exact two-sided p that answers lost and gained are equally likely (McNemar 1947; binomial on
-    the flips alone); 1 without flips."""
-    return float(stats.binomtest(lost, lost + gained, 0.5).pvalue) if lost + gained else 1.0
+    """Return the exact two-sided p that answers lost and gained are equally likely (McNemar 1947;
+    binomial on the flips alone); 1 without flips."""
+    return float(scipy.stats.binomtest(lost, lost + gained, 0.5).pvalue) if lost + gained else 1.0
 
 
 # --- over blocks ----------------------------------------------------------------------------------
 
 
 class _Blocks(NamedTuple):
-    """Mean, its standard error (nan when the blocks cannot give one); degrees of freedom and share
-    of variance of blocks, documents."""
+    """A mean with its standard error (nan when the blocks cannot give one). df, share: degrees of
+    freedom and share of the variance, of blocks and of documents."""
 
     value: float
     se: float
@@ -184,11 +166,12 @@ class _Blocks(NamedTuple):
     share: tuple[float, float]
 
     def tail(self, t: float) -> float:
-        """Chance of t or more under the null."""
-        return float(np.dot(self.share, stats.t.sf(t, self.df)))
+        """Return the chance of t or more under the null."""
+        return float(np.dot(self.share, scipy.stats.t.sf(t, self.df)))
 
 
 def _fit(differences: np.ndarray, documents: Error | None) -> _Blocks:
+    """Return the mean of the blocks' differences with the parts of its error."""
     x, (w, df, least) = np.asarray(differences, dtype=np.float64), documents or Error(0.0, 1.0)
     n, value = len(x), float(x.mean()) if len(x) else np.nan
     if n < 2 or not x.std(ddof=1) > ROUNDING + 1e-9 * np.abs(x).max() or not w >= 0:
@@ -203,8 +186,8 @@ def _fit(differences: np.ndarray, documents: Error | None) -> _Blocks:
 def blocks(
     differences: np.ndarray, confidence: float = 0.95, documents: Error | None = None
 ) -> Estimate:
-    """Mean of the blocks' paired differences with its t-interval; the tests below use the same
-    error.
+    """Return the mean of the blocks' paired differences with its t-interval. The tests below use
+    the same error.
 
     documents: their shared_error. Then the interval holds for other documents too, and should:
     blocks share their documents, so that noise does not shrink with more blocks. The variances add
@@ -216,22 +199,22 @@ def blocks(
     could."""
     fit, half = _fit(differences, documents), np.nan
     if fit.se > 0:
-        low, high = sorted(stats.t.ppf((1 + confidence) / 2, fit.df))
-        half = fit.se * optimize.brentq(
+        low, high = sorted(scipy.stats.t.ppf((1 + confidence) / 2, fit.df))
+        half = fit.se * scipy.optimize.brentq(
             lambda t: fit.tail(t) - (1 - confidence) / 2, low - 1e-6, high + 1e-6
         )
     return Estimate(fit.value, fit.value - half, fit.value + half, len(differences))
 
 
 def t_test(differences: np.ndarray, documents: Error | None = None) -> float:
-    """Two-sided p of the paired t-test against 0; errors as in blocks."""
+    """Return the two-sided p of the paired t-test against 0. Errors are as in blocks."""
     fit = _fit(differences, documents)
     return 2 * fit.tail(abs(fit.value) / fit.se)
 
 
 def tost(differences: np.ndarray, margin: float, documents: Error | None = None) -> float:
-    """p of equivalence, |true mean| < margin: the larger of the two one-sided t-tests (Schuirmann
-    1987); errors as in blocks."""
+    """Return the p of equivalence, |true mean| < margin: the larger of the two one-sided t-tests
+    (Schuirmann 1987). Errors are as in blocks."""
     fit = _fit(differences, documents)
     return fit.tail((margin - abs(fit.value)) / fit.se)
 
@@ -240,15 +223,11 @@ def tost(differences: np.ndarray, margin: float, documents: Error | None = None)
 
 
 def holm(p: dict[str, float], together: int | None = None) -> dict[str, float]:
-    """p adjusted for a family of tests (Holm 1979). A nan counts in the size of the family and
-    stays nan. together: at most so many of the null hypotheses can be true at once (Shaffer 1986,
-    procedure 1), all of them if None."""
-    adjusted, worst, order = (
-        dict(p),
-        0.0,
-        sorted((name for name in p if not np.isnan(p[name])), key=lambda name: p[name]),
-    )
-    for i, name in enumerate(order):
+    """Return p adjusted for a family of tests (Holm 1979). A nan counts in the size of the family
+    and stays nan. together: at most so many of the null hypotheses can be true at once (Shaffer
+    1986, procedure 1), all of them if None."""
+    adjusted, worst = dict(p), 0.0
+    for i, name in enumerate(sorted((n for n in p if not np.isnan(p[n])), key=p.__getitem__)):
         worst = max(worst, min(1.0, p[name] * min(len(p) - i, together or len(p))))
         adjusted[name] = worst
     return adjusted
@@ -263,26 +242,20 @@ class Tests(NamedTuple):
 
 
 def adjusted(family: dict[str, Tests]) -> dict[str, Tests]:
-    """Both tests of every declared endpoint, adjusted together: a false claim in the table with
-    probability alpha at most. Of an endpoint's two nulls (nothing; beyond the margin) one is true
-    at most, so a family pays for its endpoints, not for all tests."""
-    p = holm(
-        {
-            f"{kind} {name}": getattr(family[name], kind)
-            for name in family
-            for kind in Tests._fields
-        },
-        together=len(family),
-    )
+    """Return both tests of every declared endpoint, adjusted together: a false claim in the table
+    with probability alpha at most. Of an endpoint's two nulls (nothing; beyond the margin) one is
+    true at most, so a family pays for its endpoints, not for all tests."""
+    raw = {f"{k} {name}": p for name, tests in family.items() for k, p in tests._asdict().items()}
+    p = holm(raw, together=len(family))
     return {name: Tests(p[f"difference {name}"], p[f"equivalence {name}"]) for name in family}
 
 
 def verdict(
     value: float, p: Tests, kind: Kind, lower_is_better: bool = True, alpha: float = 0.05
 ) -> Verdict:
-    """What adjusted tests allow to say of a difference `value`. A certain difference within the
-    margin passes both tests; both are true, and the kind the endpoint was declared with says which
-    was asked. Neither: inconclusive (nan included)."""
+    """Return what adjusted tests allow to say of a difference ``value``. A certain difference
+    within the margin passes both tests. Both are true then, and the kind that the endpoint was
+    declared with says which was asked. Neither: inconclusive (nan included)."""
     different, equivalent = p.difference < alpha, p.equivalence < alpha
     if equivalent and (kind == "equivalence" or not different):
         return "equivalent"
@@ -295,51 +268,48 @@ def verdict(
 
 
 def detectable(sd: float, n: int, power: float = 0.8, alpha: float = 0.05) -> float:
-    """Smallest true mean difference that the two-sided paired t-test over n blocks finds with this
-    power, in the unit of sd, the standard deviation of a block's difference (noncentral t)."""
-    t = stats.t.ppf(1 - alpha / 2, n - 1)
+    """Return the smallest true mean difference that the two-sided paired t-test over n blocks finds
+    with this power, in the unit of sd, the standard deviation of a block's difference (noncentral
+    t)."""
+    t = scipy.stats.t.ppf(1 - alpha / 2, n - 1)
 
     def missing(shift: float) -> float:  # scipy says nan where the tail of the wrong sign vanishes
-        return (
-            float(stats.nct.sf(t, n - 1, shift) + np.nan_to_num(stats.nct.cdf(-t, n - 1, shift)))
-            - power
-        )
+        nct = scipy.stats.nct(n - 1, shift)
+        return float(nct.sf(t) + np.nan_to_num(nct.cdf(-t))) - power
 
-    return float(optimize.brentq(missing, 0, 3 * t + 5)) * sd / np.sqrt(n) if n > 1 else np.nan
+    return _root(missing, 3 * t + 5) * sd / np.sqrt(n) if n > 1 else np.nan
 
 
 def detectable_equivalence(sd: float, n: int, power: float = 0.8, alpha: float = 0.05) -> float:
-    """Smallest margin within which TOST over n blocks places a true difference of 0 with this
-    power, in the unit of sd: the mean is normal, sd's estimate an independent chi, over which the
-    power is averaged."""
-    chi2 = stats.chi2.ppf((np.arange(2000) + 0.5) / 2000, n - 1)
-    needed = stats.t.ppf(1 - alpha, n - 1) * np.sqrt(chi2 / max(n - 1, 1))  # in standard errors
+    """Return the smallest margin within which TOST over n blocks places a true difference of 0 with
+    this power, in the unit of sd: the mean is normal, sd's estimate an independent chi, over which
+    the power is averaged."""
+    chi2 = scipy.stats.chi2.ppf((np.arange(2000) + 0.5) / 2000, n - 1)
+    needed = scipy.stats.t.ppf(1 - alpha, n - 1) * np.sqrt(
+        chi2 / max(n - 1, 1)
+    )  # in standard errors
 
     def missing(margin: float) -> float:
-        return float(np.mean(np.maximum(2 * stats.norm.cdf(margin - needed) - 1, 0))) - power
+        return float(np.mean(np.maximum(2 * scipy.stats.norm.cdf(margin - needed) - 1, 0))) - power
 
-    return (
-        float(optimize.brentq(missing, 0, needed[-1] + 10)) * sd / np.sqrt(n) if n > 1 else np.nan
-    )
+    return _root(missing, needed[-1] + 10) * sd / np.sqrt(n) if n > 1 else np.nan
 
 
 def detectable_flips(
     n_items: int, discordant_share: float, power: float = 0.8, alpha: float = 0.05
 ) -> float:
-    """Smallest true change of accuracy (a share: 0.02 is 2 points) that a two-sided McNemar test
-    finds with this power when this share of the items changes its answer (normal approximation,
-    Connor 1987); nan if all flips one way would not do."""
-    a, b = float(stats.norm.ppf(1 - alpha / 2)), float(stats.norm.ppf(power))
+    """Return the smallest true change of accuracy (a share: 0.02 is 2 points) that a two-sided
+    McNemar test finds with this power when this share of the items changes its answer (normal
+    approximation, Connor 1987); nan if all flips one way would not do."""
+    a, b = float(scipy.stats.norm.ppf(1 - alpha / 2)), float(scipy.stats.norm.ppf(power))
 
     def missing(change: float) -> float:
-        return float(
-            change * np.sqrt(n_items)
-            - a * np.sqrt(discordant_share)
-            - b * np.sqrt(discordant_share - change**2)
-        )
+        noise = a * np.sqrt(discordant_share) + b * np.sqrt(discordant_share - change**2)
+        return float(change * np.sqrt(n_items) - noise)
 
-    return (
-        float(optimize.brentq(missing, 0, discordant_share))
-        if missing(discordant_share) > 0
-        else np.nan
-    )
+    return _root(missing, discordant_share) if missing(discordant_share) > 0 else np.nan
+
+
+def _root(missing: Callable[[float], float], highest: float) -> float:
+    """Return where ``missing`` is 0 between 0 and ``highest``."""
+    return float(scipy.optimize.brentq(missing, 0, highest))

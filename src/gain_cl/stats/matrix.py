@@ -1,10 +1,10 @@
-"""The loss matrix of a run and every summary of it. numpy and scipy only.
+"""The loss matrix of a run and every summary of it. Needs numpy, pandas and scipy alone.
 
 L[t, d] is the loss in nats per token on domain d after stage t; t = 0 is the pretrained model,
 stage k trains the k-th domain. Every summary here is linear in L, so it is written as its
 coefficients C[t, d] (value = sum C * L). The same coefficients then give its interval, because each
-document is scored after every stage: within a domain the documents are the sampling units and all
-stages are paired on them; domains are independent samples.
+document is scored after every stage. Within a domain the documents are the sampling units and all
+stages are paired on them. Domains are independent samples.
 
 Positive differences are worse (loss rose). As a percentage of perplexity a difference x is exp(x) -
 1. Intervals cover the choice of test documents only; training noise (seeds, orders) needs more than
@@ -19,7 +19,7 @@ from typing import Literal
 
 import numpy as np
 import pandas as pd
-from scipy import stats
+import scipy  # scipy.stats takes a second to import: it is loaded when it is first used
 
 
 @dataclass(frozen=True)
@@ -33,18 +33,19 @@ class Estimate:
     n: int
 
     def map(self, f: Callable[[float], float]) -> Estimate:
-        """The same estimate on another scale, by an increasing function."""
+        """Return the same estimate on another scale, by an increasing function."""
         return Estimate(f(self.value), f(self.low), f(self.high), self.n)
 
 
 class LossMatrix:
     """L[t, d] with the documents behind it.
 
-    nll_nats[d]: (stages + 1, documents of d), sum of -ln p of each document after each stage;
-    tokens[d]: (documents of d,) scored tokens, the same after every stage; nbytes[d]: UTF-8 bytes
-    of the scored text, documents[d]: their ids, in the same order (None where nobody gave them).
-    trained: domains in training order; controls: never trained. regime: joint has one stage, which
-    trains all of them; individual has a stage for each, begun from the pretrained model.
+    nll_nats[d]: (stages + 1, documents of d) sum of -ln p of each document after each stage.
+    tokens[d]: (documents of d,) scored tokens, the same after every stage. nbytes[d]: UTF-8 bytes
+    of the scored text. documents[d]: their ids, in the same order. Both are None where nobody gave
+    them. trained: domains in training order. controls: domains that are never trained. regime:
+    joint has one stage, which trains all of them. individual has a stage for each, which begins
+    from the pretrained model.
     """
 
     def __init__(
@@ -93,9 +94,10 @@ class LossMatrix:
         controls: list[str],
         regime: Literal["sequential", "joint", "individual"] = "sequential",
     ) -> LossMatrix:
-        """From the document table of a record (record.DOCUMENT_COLUMNS); ValueError on a missing or
-        unpaired cell. Documents are sorted by id, so two runs that scored the same ones have them
-        in the same order."""
+        """Return the matrix of a record's table of documents (record.DOCUMENT_COLUMNS). Documents
+        are sorted by id, so two runs that scored the same ones have them in the same order.
+        ValueError: a document is missing at a stage, or its tokens or bytes differ between
+        stages."""
         nll, ids = {}, {}
         counts: dict[str, dict[str, np.ndarray]] = {
             c: {} for c in ("tokens", "bytes") if c in documents
@@ -122,9 +124,9 @@ class LossMatrix:
 
     @property
     def bits_per_byte(self) -> np.ndarray:
-        """(stages + 1, domains): sum NLL / (ln 2 * UTF-8 bytes of the scored text); lower is
-        better. Comparable across tokenizers, which nats per token are not (The Pile, 2101.00027).
-        ValueError when the bytes are unknown."""
+        """Return (stages + 1, domains) sum NLL / (ln 2 * UTF-8 bytes of the scored text). Lower is
+        better. It is comparable across tokenizers, which nats per token are not (The Pile,
+        2101.00027). ValueError: the bytes are unknown."""
         if self.nbytes is None:
             raise ValueError("the bytes of the scored documents are not known")
         return np.stack(
@@ -133,14 +135,14 @@ class LossMatrix:
         )
 
     def contributions(self, coefficients: np.ndarray) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        """For every domain with a coefficient that is not 0: (z, tokens), both (documents,), z_i =
-        sum_t C[t, d] nll[t, d, i] in nats. sum C * L is the sum over these domains of sum z / sum
-        tokens: all that resampling documents needs."""
+        """Return (z, tokens), both (documents,), of every domain with a coefficient that is not 0,
+        where z_i = sum_t C[t, d] nll[t, d, i] in nats. sum C * L is the sum over these domains of
+        sum z / sum tokens. Nothing else is needed to resample documents."""
         columns = ((d, coefficients[:, j]) for j, d in enumerate(self.domains))
         return {d: (c @ self.nll_nats[d], self.tokens[d]) for d, c in columns if c.any()}
 
     def estimate(self, coefficients: np.ndarray, confidence: float = 0.95) -> Estimate:
-        """sum C * L with a t-interval over documents.
+        """Return sum C * L with a t-interval over documents.
 
         Within a domain sum_t C[t, d] L[t, d] is a ratio of sums over documents, z_i / tokens_i with
         z_i = sum_t C[t, d] nll[t, d, i]; its variance is the linearised one, n/(n-1) sum (z_i - g
@@ -160,20 +162,17 @@ class LossMatrix:
         if not variance >= 0:
             return Estimate(float(value), np.nan, np.nan, n)
         df = variance**2 / spread if spread > 0 else 1.0
-        half = float(stats.t.ppf((1 + confidence) / 2, df)) * float(np.sqrt(variance))
+        half = float(scipy.stats.t.ppf((1 + confidence) / 2, df)) * float(np.sqrt(variance))
         return Estimate(float(value), float(value - half), float(value + half), n)
 
-    def cell(self, stage: int, domain: str) -> Estimate:
-        """Loss of one cell with its interval."""
-        return self.estimate(self._unit(stage, domain))
-
-    def _unit(self, stage: int, domain: str) -> np.ndarray:
+    def entry(self, stage: int, domain: str) -> Estimate:
+        """Return the loss of a domain after a stage, with its interval."""
         c = np.zeros_like(self.loss)
         c[stage, self.domains.index(domain)] = 1.0
-        return c
+        return self.estimate(c)
 
     def mean_change(self, later: list[int], earlier: list[int], domains: list[str]) -> np.ndarray:
-        """Coefficients of mean over domains of L[later, d] - L[earlier, d]."""
+        """Return the coefficients of the mean over domains of L[later, d] - L[earlier, d]."""
         c = np.zeros_like(self.loss)
         for a, b, d in zip(later, earlier, domains, strict=True):
             j = self.domains.index(d)
@@ -186,17 +185,18 @@ Coefficients = np.ndarray | None  # (stages + 1, domains), or None where the sum
 
 
 def learned(m: LossMatrix) -> Coefficients:
-    """Learned: mean over trained domains of L[k, k] - L[0, k]; negative is good. For each domain
-    the sum of its zero-shot part and its own step; of the means, learned = own_step + (T - 1) / T *
-    zero_shot, which leaves out the first domain. Joint training learns every domain in stage 1."""
+    """Return learned: the mean over trained domains of L[k, k] - L[0, k]. Negative is good. For
+    each domain it is the sum of its zero-shot part and its own step. Of the means, learned =
+    own_step + (T - 1) / T * zero_shot, which leaves out the first domain. Joint training learns
+    every domain in stage 1."""
     stages = [1] * len(m.trained) if m.regime == "joint" else list(range(1, m.stages + 1))
     return m.mean_change(stages, [0] * len(m.trained), m.trained)
 
 
 def own_step(m: LossMatrix) -> Coefficients:
-    """Own step (plasticity): mean over trained domains of L[k, k] - L[k-1, k]: what the domain's
-    own stage changed. Alone, a domain is learned from the pretrained model: its own step is what it
-    learned."""
+    """Return the own step (plasticity): the mean over trained domains of L[k, k] - L[k-1, k], which
+    is what the domain's own stage changed. A domain that is learned alone begins from the
+    pretrained model: its own step is what it learned."""
     if m.regime == "joint":
         return None
     if m.regime == "individual":
@@ -206,9 +206,9 @@ def own_step(m: LossMatrix) -> Coefficients:
 
 
 def zero_shot(m: LossMatrix) -> Coefficients:
-    """Zero-shot part: mean over domains k >= 2 of L[k-1, k] - L[0, k]: what stages on other domains
-    changed before a domain's own (the negative of zero-shot forward transfer; GEM's FWT,
-    1706.08840, with the pretrained model as b)."""
+    """Return the zero-shot part: the mean over domains k >= 2 of L[k-1, k] - L[0, k], which is what
+    stages on other domains changed before a domain's own (the negative of zero-shot forward
+    transfer, GEM's FWT, 1706.08840, with the pretrained model as b)."""
     if m.stages < 2 or m.regime != "sequential":
         return None
     stages = list(range(2, m.stages + 1))
@@ -216,8 +216,8 @@ def zero_shot(m: LossMatrix) -> Coefficients:
 
 
 def backward(m: LossMatrix) -> Coefficients:
-    """Backward change: mean over all but the last domain of L[T, k] - L[k, k]; positive is
-    forgetting. The negative of BWT (GEM, 1706.08840, eq. 3) on R = -L."""
+    """Return the backward change: the mean over all but the last domain of L[T, k] - L[k, k].
+    Positive is forgetting. It is the negative of BWT (GEM, 1706.08840, eq. 3) on R = -L."""
     if m.stages < 2 or m.regime != "sequential":
         return None
     earlier = m.trained[:-1]
@@ -225,9 +225,9 @@ def backward(m: LossMatrix) -> Coefficients:
 
 
 def backward_net(m: LossMatrix) -> Coefficients:
-    """Backward change minus the controls' mean change over the same stages: forgetting beyond a
-    drift that text never trained on shares (a damaged base that repairs itself improves the
-    controls too)."""
+    """Return the backward change minus the controls' mean change over the same stages. It is
+    forgetting beyond a drift that text never trained on shares (a damaged base that repairs itself
+    improves the controls too)."""
     c = backward(m)
     if c is None or not m.controls:
         return None
@@ -239,37 +239,31 @@ def backward_net(m: LossMatrix) -> Coefficients:
 
 
 def from_base(m: LossMatrix) -> Coefficients:
-    """Change from base: mean over trained domains of L[T, k] - L[0, k]."""
+    """Return the change from base: the mean over trained domains of L[T, k] - L[0, k]."""
     if m.regime == "individual":
         return None
     return m.mean_change([m.stages] * len(m.trained), [0] * len(m.trained), m.trained)
 
 
 def controls_from_base(m: LossMatrix) -> Coefficients:
-    """Controls: mean over control domains of L[T, c] - L[0, c]; of domains learned alone, the mean
-    over their models too."""
+    """Return the controls' change: the mean over control domains of L[T, c] - L[0, c]. Where
+    domains were learned alone, it is the mean over their models too."""
     if not m.controls:
         return None
     if m.regime == "individual":
         ends = range(1, m.stages + 1)
-        return (
-            sum(
-                (
-                    m.mean_change([k] * len(m.controls), [0] * len(m.controls), m.controls)
-                    for k in ends
-                ),
-                np.zeros_like(m.loss),
-            )
-            / m.stages
-        )
+        changes = [
+            m.mean_change([k] * len(m.controls), [0] * len(m.controls), m.controls) for k in ends
+        ]
+        return np.asarray(sum(changes, np.zeros_like(m.loss)) / m.stages)
     return m.mean_change([m.stages] * len(m.controls), [0] * len(m.controls), m.controls)
 
 
 def forgetting_by_age(m: LossMatrix) -> dict[int, np.ndarray]:
-    """Forgetting by stages since learned: age a -> coefficients of the mean over domains k with k +
-    a <= T of L[k+a, k] - L[k, k], a = 1 .. T - 1; positive is forgetting. The higher the age, the
-    fewer and earlier the domains: T - a of them, at T - 1 the first alone, so a slope mixes age
-    with domain and position. Empty unless domains were learned one after the other."""
+    """Return forgetting by stages since learned: age a -> coefficients of the mean over domains k
+    with k + a <= T of L[k+a, k] - L[k, k], a = 1 .. T - 1. Positive is forgetting. The higher the
+    age, the fewer and earlier the domains (T - a of them, at T - 1 the first alone), so a slope
+    mixes age with domain and position. Empty unless domains were learned one after the other."""
     if m.regime != "sequential":
         return {}
     later = {a: list(range(a + 1, m.stages + 1)) for a in range(1, m.stages)}
@@ -280,9 +274,9 @@ def forgetting_by_age(m: LossMatrix) -> dict[int, np.ndarray]:
 
 
 def forward_transfer(m: LossMatrix) -> Coefficients:
-    """Zero-shot forward transfer: mean over domains k >= 2 of L[0, k] - L[k-1, k], the negative of
-    zero_shot; positive is good. Not among METRICS, of which all are better below 0: see
-    published."""
+    """Return zero-shot forward transfer: the mean over domains k >= 2 of L[0, k] - L[k-1, k], the
+    negative of zero_shot. Positive is good. It is not among METRICS, which are all better below 0:
+    see published."""
     c = zero_shot(m)
     return None if c is None else -c
 
@@ -299,15 +293,15 @@ METRICS: tuple[Callable[[LossMatrix], Coefficients], ...] = (
 
 
 def summary(m: LossMatrix) -> dict[str, Estimate]:
-    """Every metric that exists for this matrix, by function name, in nats per token."""
+    """Return every metric that exists for this matrix, by function name, in nats per token."""
     return {f.__name__: m.estimate(c) for f in METRICS if (c := f(m)) is not None}
 
 
 def published(m: LossMatrix) -> dict[str, float]:
-    """What other definitions give for the same matrix, in nats per token, with R[t, k] = -L[t, k]
-    where they have accuracy. Signs are theirs. Trained domains only. Empty unless domains were
-    learned one after the other; of a single stage TRACE alone says something. Not all are linear in
-    L: no intervals here. docs/metrics.md works one matrix through.
+    """Return what other definitions give for the same matrix, in nats per token, with R[t, k] =
+    -L[t, k] where they have accuracy. Signs are theirs. Trained domains only. Empty unless domains
+    were learned one after the other. Of a single stage TRACE alone says something. Not all are
+    linear in L, so there are no intervals. docs/metrics.md works one matrix through.
 
     forward_transfer: this project's (see forward_transfer); positive is good. gem_bwt, gem_fwt
     (Lopez-Paz and Ranzato 2017, 1706.08840, eqs. 3, 4): mean over k < T of R[T, k] - R[k, k]; mean
