@@ -26,16 +26,16 @@ from gain_cl.domains import (
     Blocks,
     Doc,
     Domain,
-    check,
-    collect,
+    check_domains,
+    collect_documents,
     documents,
-    pin,
-    prepare,
+    pin_domain,
+    prepare_domain,
     text,
     tokenize,
+    tokens,
 )
 from gain_cl.domains import domain as base
-from gain_cl.domains import tokens as tokens_
 from gain_cl.domains.recipes import RECIPES
 from gain_cl.errors import ConfigError, DataError, PreemptedError
 from gain_cl.system import hashes as hashes_
@@ -104,7 +104,7 @@ def test_shipped_domains_are_named_pinned_and_licensed() -> None:
     for name, domain in DOMAINS.items():
         assert domain.name == name and domain.licence != "unknown" and domain.note
         assert domain.split.test + domain.split.dev < 1
-        found = pin(domain)  # recipe known, hash or commit given
+        found = pin_domain(domain)  # recipe known, hash or commit given
         assert json.dumps(found, allow_nan=False)
         if domain.source.kind == "hub":
             assert SHA1.match(domain.source.revision or "") and domain.source.fields
@@ -140,7 +140,7 @@ def test_reading_domains_needs_no_torch(tmp_path: Path) -> None:
     program = (
         "import sys; from gain_cl import domains; from gain_cl.config import schema as config\n"
         f"d = config.Domain(name='a', source={{'kind': 'files', 'path': {str(tmp_path)!r}}})\n"
-        "domains.pin(d); list(domains.documents(d))\n"
+        "domains.pin_domain(d); list(domains.documents(d))\n"
         "assert not {'torch', 'transformers', 'datasets'} & set(sys.modules)"
     )
     subprocess.run(
@@ -178,7 +178,7 @@ DEBRIS = {
 @pytest.mark.data
 @pytest.mark.parametrize("name", GOLDEN)
 def test_offline_domain(name: str) -> None:
-    texts = collect(DOMAINS[name])
+    texts = collect_documents(DOMAINS[name])
     size = sum(len(t.encode()) for _, t in texts)
     assert size > 2_000_000 and (size <= 4_000_000 or DOMAINS[name].source.max_bytes is None)  # type: ignore[union-attr]
     assert all(
@@ -343,9 +343,9 @@ def test_max_bytes_takes_a_fair_sample(cache: Path) -> None:
     }
     whole = schema.Domain(name="d", source=source)  # type: ignore[arg-type]
     part = schema.Domain(name="d", source={**source, "max_bytes": 40_000})  # type: ignore[arg-type]
-    assert len(collect(whole)) == 300
-    texts = collect(part)
-    assert 80 < len(texts) < 130 and set(texts) < set(collect(whole))
+    assert len(collect_documents(whole)) == 300
+    texts = collect_documents(part)
+    assert 80 < len(texts) < 130 and set(texts) < set(collect_documents(whole))
     assert 0.05 < sum(int(key, 16) / 2**256 < 0.15 for key, _ in texts) / len(texts) < 0.3
 
 
@@ -357,11 +357,11 @@ def test_recipe_on_the_wrong_archive(cache: Path) -> None:
         "files": {"package": "demo==1.0", "members": "*.json"},
     }
     with pytest.raises(DataError, match="recipe geography cannot read it"):
-        collect(schema.Domain(name="d", source=source))  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match=r"no recipe 'cooking'.*known: medicine"):
-        pin(schema.Domain(name="d", source={**source, "recipe": "cooking"}))  # type: ignore[arg-type]
+        collect_documents(schema.Domain(name="d", source=source))  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"no recipe 'cooking'.*available: medicine"):
+        pin_domain(schema.Domain(name="d", source={**source, "recipe": "cooking"}))  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="no sha256 is pinned"):
-        pin(schema.Domain(name="d", source=source))  # type: ignore[arg-type]
+        pin_domain(schema.Domain(name="d", source=source))  # type: ignore[arg-type]
 
 
 # --- generated ------------------------------------------------------------------------------------
@@ -413,9 +413,9 @@ def test_a_single_text_file_is_cut_at_blank_lines(tmp_path: Path) -> None:
 def test_pin_follows_the_content(tmp_path: Path, cache: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("one")
-    first = pin(files(path))
+    first = pin_domain(files(path))
     path.write_text("two!")
-    assert pin(files(path)) != first
+    assert pin_domain(files(path)) != first
     path.rename(tmp_path / "b.txt")
     assert str(tmp_path) not in json.dumps(first)  # the place of a file is not its identity
 
@@ -476,22 +476,22 @@ def test_bad_file(tmp_path: Path, cache: Path, name: str, content: bytes, messag
     path = tmp_path / name
     path.write_bytes(content)
     with pytest.raises(DataError, match=message) as caught:
-        collect(files(path))
+        collect_documents(files(path))
     assert "\n" not in str(caught.value) and caught.value.exit_code == 65
 
 
 def test_bad_places(tmp_path: Path, cache: Path) -> None:
     with pytest.raises(DataError, match="no such file or folder"):
-        pin(files(tmp_path / "nothing.txt"))
+        pin_domain(files(tmp_path / "nothing.txt"))
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=r"the folder holds no \.txt, \.jsonl, \.parquet file"):
-        pin(files(tmp_path / "empty"))
+        pin_domain(files(tmp_path / "empty"))
     secret = tmp_path / "secret.txt"
     secret.write_text("text")
     secret.chmod(0)
     if not os.access(secret, os.R_OK):  # root reads everything
         with pytest.raises(DataError, match="Permission denied"):
-            pin(files(secret))
+            pin_domain(files(secret))
 
 
 def test_parquet_without_the_field_and_a_document_over_the_limit(tmp_path: Path) -> None:
@@ -500,12 +500,12 @@ def test_parquet_without_the_field_and_a_document_over_the_limit(tmp_path: Path)
 
     pq.write_table(pa.table({"body": ["x"], "n": [1]}), tmp_path / "a.parquet")
     with pytest.raises(DataError, match=r"no field 'text' \(.*a\.parquet\); fields: body, n"):
-        collect(files(tmp_path / "a.parquet"))
+        collect_documents(files(tmp_path / "a.parquet"))
     with pytest.raises(DataError, match=r"the text is a int, not a string \(.*a\.parquet row 0\)"):
-        collect(files(tmp_path / "a.parquet", field="n"))
+        collect_documents(files(tmp_path / "a.parquet", field="n"))
     (tmp_path / "b.jsonl").write_text(json.dumps({"text": "é" * 60}))
     with pytest.raises(DataError, match=r"a document of 120 bytes exceeds max_document_bytes=100"):
-        collect(files(tmp_path / "b.jsonl", max_document_bytes=100))
+        collect_documents(files(tmp_path / "b.jsonl", max_document_bytes=100))
 
 
 # --- hub data sets, from a cache tree -------------------------------------------------------------
@@ -586,21 +586,21 @@ def test_hub_json_lines_packed_or_not(hub_tree: Path, ending: str) -> None:
 
 def test_hub_revision_must_be_a_commit(hub_tree: Path) -> None:
     with pytest.raises(ConfigError, match=r"revision 'main' of org/data is not a commit"):
-        pin(hub("*", ["text"], revision="main"))
+        pin_domain(hub("*", ["text"], revision="main"))
     refs = hub_tree.parents[1] / "refs"
     refs.mkdir()
     (refs / "main").write_text("b" * 40)
     with pytest.raises(ConfigError, match=f"revision: {'b' * 40}"):
-        pin(hub("*", ["text"], revision="main"))
+        pin_domain(hub("*", ["text"], revision="main"))
     with pytest.raises(ConfigError, match="org/data has no revision"):
-        pin(hub("*", ["text"], revision=None))
+        pin_domain(hub("*", ["text"], revision=None))
 
 
 # --- split and tokens -----------------------------------------------------------------------------
 
 
 def test_split_is_by_hash_of_the_document(cache: Path, tokenizer: Any) -> None:
-    domain = prepare(generated("g", count=200, test=0.3, dev=0.2), tokenizer, "t")
+    domain = prepare_domain(generated("g", count=200, test=0.3, dev=0.2), tokenizer, "t")
     counts = {split: domain.n_documents(split) for split in ("train", "dev", "test")}
     assert sum(counts.values()) == 200 and 40 < counts["test"] < 80 and 25 < counts["dev"] < 55
     for split, low, high in (("test", 0, 0.3), ("dev", 0.3, 0.5), ("train", 0.5, 1)):
@@ -624,7 +624,7 @@ def test_split_does_not_depend_on_position_or_company(
         path.write_text(
             "".join(json.dumps({"text": t}) + "\n" for t in [*chosen, chosen[0].upper()])
         )  # one duplicate but for case
-        domain = prepare(files(path, name), tokenizer, "t")
+        domain = prepare_domain(files(path, name), tokenizer, "t")
         where[name] = {i: split for split in ("train", "dev", "test") for i in domain.ids(split)}  # type: ignore[arg-type]
         assert len(where[name]) == len(chosen)
     assert where["b"].items() <= where["a"].items()
@@ -652,22 +652,22 @@ def test_slow_tokenizer_is_refused() -> None:
 
 def test_token_cache(cache: Path, tokenizer: Any, capsys: pytest.CaptureFixture[str]) -> None:
     settings = generated("g")
-    first = prepare(settings, tokenizer, "t")
+    first = prepare_domain(settings, tokenizer, "t")
     (folder,) = (cache / "tokens").iterdir()
     assert {p.name for p in folder.iterdir()} == {
         "meta.json",
-        *(f"{name}.npy" for name in tokens_._ARRAYS),
+        *(f"{name}.npy" for name in base.ARRAYS),
     }
-    assert isinstance(first._tokens, np.memmap) and isinstance(first._words, np.memmap)
+    assert all(isinstance(array, np.memmap) for array in first.arrays.values())
     written = {p: p.stat().st_mtime_ns for p in folder.iterdir()}
     assert (
-        prepare(settings, None, "t").hash == first.hash
+        prepare_domain(settings, None, "t").hash == first.hash
     )  # no tokenizer needed: it comes from the cache
     assert written == {p: p.stat().st_mtime_ns for p in folder.iterdir()}
-    other = prepare(settings, tokenizer, "another tokenizer")
+    other = prepare_domain(settings, tokenizer, "another tokenizer")
     assert other.hash != first.hash and len(list((cache / "tokens").iterdir())) == 2
     assert (
-        prepare(
+        prepare_domain(
             settings.model_copy(update={"split": schema.Split(test=0.5, dev=0.0)}), None, "t"
         ).n_documents("dev")
         == 0
@@ -676,13 +676,13 @@ def test_token_cache(cache: Path, tokenizer: Any, capsys: pytest.CaptureFixture[
     data = bytearray((folder / "tokens.npy").read_bytes())
     data[-2] ^= 1  # one bit
     (folder / "tokens.npy").write_bytes(data)
-    again = prepare(settings, tokenizer, "t")
+    again = prepare_domain(settings, tokenizer, "t")
     assert "token cache of g is damaged" in capsys.readouterr().err
     assert again.hash == first.hash and [
         d.tokens.tolist() for d in again.split_documents("test")
     ] == [d.tokens.tolist() for d in first.split_documents("test")]
     (folder / "ends.npy").unlink()
-    assert prepare(settings, tokenizer, "t").hash == first.hash
+    assert prepare_domain(settings, tokenizer, "t").hash == first.hash
 
     # The hash that goes into the record, and what the tokens were made of and by, are protected
     # too.
@@ -694,12 +694,12 @@ def test_token_cache(cache: Path, tokenizer: Any, capsys: pytest.CaptureFixture[
         {"sha256": None},
     ):
         (folder / "meta.json").write_text(json.dumps(sound | change))
-        assert prepare(settings, tokenizer, "t").hash == first.hash
+        assert prepare_domain(settings, tokenizer, "t").hash == first.hash
         assert "token cache of g is damaged" in capsys.readouterr().err
     shutil.rmtree(folder)
     shutil.copytree(next((cache / "tokens").iterdir()), folder)  # whole, but another tokenizer's
     assert (
-        prepare(settings, tokenizer, "t").hash == first.hash
+        prepare_domain(settings, tokenizer, "t").hash == first.hash
         and "damaged (meta.json changed)" in capsys.readouterr().err
     )
 
@@ -707,7 +707,9 @@ def test_token_cache(cache: Path, tokenizer: Any, capsys: pytest.CaptureFixture[
 def test_token_cache_is_written_by_many_at_once(cache: Path, tokenizer: Any) -> None:
     hashes: list[str] = []
     threads = [
-        threading.Thread(target=lambda: hashes.append(prepare(generated("g"), tokenizer, "t").hash))
+        threading.Thread(
+            target=lambda: hashes.append(prepare_domain(generated("g"), tokenizer, "t").hash)
+        )
         for _ in range(6)
     ]
     for thread in threads:
@@ -719,7 +721,7 @@ def test_token_cache_is_written_by_many_at_once(cache: Path, tokenizer: Any) -> 
 
 
 def test_words_are_kept_with_the_tokens(cache: Path, tokenizer: Any) -> None:
-    domain = prepare(generated("g", count=40), tokenizer, "t")
+    domain = prepare_domain(generated("g", count=40), tokenizer, "t")
     by_id = {text.text_hash(t)[:16]: t for t in documents(generated("g", count=40))}
     for split in base.SPLITS:
         words, offsets = domain.words(split)
@@ -731,24 +733,26 @@ def test_words_are_kept_with_the_tokens(cache: Path, tokenizer: Any) -> None:
         for i, name in enumerate(domain.ids(split)):
             assert (
                 words[offsets[i] : offsets[i + 1]].tolist()
-                == tokens_.word_hashes(by_id[name]).tolist()
+                == tokens.word_hashes(by_id[name]).tolist()
                 != []
             )
     assert (
-        tokens_.word_hashes("One, two!  ONE\n--").tolist()
-        == tokens_.word_hashes("one TWO one").tolist()
+        tokens.word_hashes("One, two!  ONE\n--").tolist()
+        == tokens.word_hashes("one TWO one").tolist()
     )
     assert (
-        tokens_.word_hashes("one")[0] == 1_189_970_830
+        tokens.word_hashes("one")[0] == 1_189_970_830
     )  # the same on every machine: it lies in caches
 
 
 def test_split_hash_names_the_documents(cache: Path, tokenizer: Any) -> None:
     """Equal whenever the same documents are scored, whatever tokenises them; another as soon as one
     differs."""
-    domain, other = (prepare(generated("g"), tokenizer, t) for t in ("t", "another tokenizer"))
+    domain, other = (
+        prepare_domain(generated("g"), tokenizer, t) for t in ("t", "another tokenizer")
+    )
     assert domain.hash != other.hash and domain.split_hash("test") == other.split_hash("test")
-    fewer = prepare(generated("g", test=0.28, dev=0.22), tokenizer, "t")
+    fewer = prepare_domain(generated("g", test=0.28, dev=0.22), tokenizer, "t")
     assert domain.n_documents("test") == fewer.n_documents("test") + 1 and domain.ids(
         "train"
     ) == fewer.ids("train")
@@ -769,14 +773,14 @@ def test_asked_to_stop_while_tokenising(
         monkeypatch.setattr(signals, "_asked", "SIGTERM")
         return tokenize(texts, tokenizer)
 
-    monkeypatch.setattr(tokens_, "BATCH", 25)
-    monkeypatch.setattr(tokens_, "tokenize", tokenize_then_ask)
+    monkeypatch.setattr(tokens, "BATCH", 25)
+    monkeypatch.setattr(tokens, "tokenize", tokenize_then_ask)
     with pytest.raises(PreemptedError, match="stopped by SIGTERM"):
-        prepare(generated("g"), tokenizer, "t")
+        prepare_domain(generated("g"), tokenizer, "t")
     assert batches == [25] and not (cache / "tokens").exists()
-    monkeypatch.setattr(tokens_, "tokenize", tokenize)
+    monkeypatch.setattr(tokens, "tokenize", tokenize)
     monkeypatch.setattr(signals, "_asked", None)
-    assert prepare(generated("g"), tokenizer, "t").n_documents("train") > 0
+    assert prepare_domain(generated("g"), tokenizer, "t").n_documents("train") > 0
 
 
 # --- the training stream --------------------------------------------------------------------------
@@ -808,8 +812,8 @@ def test_every_epoch_is_another_permutation_of_the_same_blocks() -> None:
         part = [blocks[7 * epoch + i] for i in range(7)]
         orders.append([cuts.index(tuple(tokens)) for tokens, _, _ in part])
         assert sorted(orders[-1]) == list(range(7))
-        for k, (tokens, owners, scored) in zip(orders[-1], part, strict=True):
-            assert tokens.dtype == owners.dtype == np.int64 and scored.all()
+        for k, (drawn, owners, scored) in zip(orders[-1], part, strict=True):
+            assert drawn.dtype == owners.dtype == np.int64 and scored.all()
             assert (owners == owner[8 * k : 8 * k + 8]).all()
     assert orders[0] != orders[1] != orders[2]
 
@@ -846,19 +850,20 @@ ORDER = [2, 5, 7, 3, 6, 1, 0, 4]  # computed from sha256 by hand
 @pytest.fixture
 def pair(cache: Path, tokenizer: Any) -> dict[str, Domain]:
     return {
-        name: prepare(generated(name, seed), tokenizer, "t") for seed, name in enumerate(("a", "b"))
+        name: prepare_domain(generated(name, seed), tokenizer, "t")
+        for seed, name in enumerate(("a", "b"))
     }
 
 
 def test_sound_domains_pass(pair: dict[str, Domain]) -> None:
-    assert check(pair, train(), evaluation(), vocab=300) == []
+    assert check_domains(pair, train(), evaluation(), vocab=300) == []
 
 
 def test_token_ids_beyond_the_embedding(pair: dict[str, Domain]) -> None:
     with pytest.raises(
         DataError, match=r"token id \d+ is beyond the model's 90 embedding rows \(domain a\)"
     ):
-        check(pair, train(), evaluation(), vocab=90)
+        check_domains(pair, train(), evaluation(), vocab=90)
 
 
 def test_domain_shorter_than_a_block(pair: dict[str, Domain]) -> None:
@@ -866,8 +871,10 @@ def test_domain_shorter_than_a_block(pair: dict[str, Domain]) -> None:
     with pytest.raises(
         DataError, match=r"\d+ training tokens are less than one block of 65536 \(domain a\)"
     ):
-        check(pair, long, evaluation(), vocab=300)
-    check(pair, long, evaluation(), vocab=300, controls=["a", "b"])  # a control is never trained
+        check_domains(pair, long, evaluation(), vocab=300)
+    check_domains(
+        pair, long, evaluation(), vocab=300, controls=["a", "b"]
+    )  # a control is never trained
 
 
 def test_too_few_documents_to_score(pair: dict[str, Domain], cache: Path, tokenizer: Any) -> None:
@@ -875,13 +882,13 @@ def test_too_few_documents_to_score(pair: dict[str, Domain], cache: Path, tokeni
         DataError,
         match=r"\d+ test documents, eval\.documents=50 \(domain a\); lower eval\.documents",
     ):
-        check(pair, train(), evaluation(50), vocab=300)
-    none = {"n": prepare(generated("n", 5, test=0.0, dev=0.0), tokenizer, "t")}
+        check_domains(pair, train(), evaluation(50), vocab=300)
+    none = {"n": prepare_domain(generated("n", 5, test=0.0, dev=0.0), tokenizer, "t")}
     with pytest.raises(DataError, match="0 dev documents"):
-        check(none, train(), evaluation(split="dev"), vocab=300)
-    no_dev = {"n": prepare(generated("n", 5, test=0.5, dev=0.0), tokenizer, "t")}
+        check_domains(none, train(), evaluation(split="dev"), vocab=300)
+    no_dev = {"n": prepare_domain(generated("n", 5, test=0.5, dev=0.0), tokenizer, "t")}
     with pytest.raises(DataError, match=r"no dev document, but train\.dev_every is set"):
-        check(no_dev, train(dev_every=1), evaluation(), vocab=300)
+        check_domains(no_dev, train(dev_every=1), evaluation(), vocab=300)
     with pytest.raises(DataError, match="less than one block of 8 tokens"):
         Domain(
             "x",
@@ -897,13 +904,15 @@ def test_overlap_across_domains(tmp_path: Path, cache: Path, tokenizer: Any) -> 
         (tmp_path / f"{name}.jsonl").write_text(
             "".join(json.dumps({"text": t}) + "\n" for t in chosen)
         )
-    same = {n: prepare(files(tmp_path / f"{n}.jsonl", n), tokenizer, "t") for n in ("a", "b")}
+    same = {
+        n: prepare_domain(files(tmp_path / f"{n}.jsonl", n), tokenizer, "t") for n in ("a", "b")
+    }
     # The same split by the same hash: shared documents are on the same side, which is a warning.
-    (warning,) = check(same, train(), evaluation(), vocab=300)
+    (warning,) = check_domains(same, train(), evaluation(), vocab=300)
     assert "training documents are in both a and b" in warning
     other = {
         **same,
-        "b": prepare(
+        "b": prepare_domain(
             files(tmp_path / "b.jsonl", "b", split={"test": 0.6, "dev": 0.1}), tokenizer, "t"
         ),
     }
@@ -914,12 +923,12 @@ def test_overlap_across_domains(tmp_path: Path, cache: Path, tokenizer: Any) -> 
         match=f"{shared} documents are in the training split of a and in the test or dev "
         "split of b",
     ):
-        check(other, train(), evaluation(), vocab=300)
+        check_domains(other, train(), evaluation(), vocab=300)
     with pytest.raises(
         DataError, match="training split of a"
     ):  # a control that holds what is trained is no control
-        check(other, train(), evaluation(), vocab=300, controls=["b"])
-    check(other, train(), evaluation(), vocab=300, controls=["a", "b"])
+        check_domains(other, train(), evaluation(), vocab=300, controls=["b"])
+    check_domains(other, train(), evaluation(), vocab=300, controls=["a", "b"])
 
 
 def arrays(ids: list[bytes], tokens: int) -> dict[str, np.ndarray]:
@@ -970,9 +979,9 @@ def test_overlap_within_a_domain() -> None:
         "h",
         arrays([b"0" * 16, b"f" * 16, b"0" * 16], tokens=50),
     )
-    domain._ranges = {"test": range(1), "dev": range(0), "train": range(1, 3)}
+    domain.ranges = {"test": range(1), "dev": range(0), "train": range(1, 3)}
     with pytest.raises(DataError, match="1 documents are in the training split of d"):
-        check(
+        check_domains(
             {"d": domain},
             train(),
             schema.Eval.model_construct(documents=1, split="test"),
@@ -985,11 +994,11 @@ def test_file_changed_since_pinned(tmp_path: Path, cache: Path, tokenizer: Any) 
     mistaken."""
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps({"text": t}) + "\n" for t in documents(generated("g"))))
-    first = prepare(files(path), tokenizer, "t")
+    first = prepare_domain(files(path), tokenizer, "t")
     path.write_text(
         "".join(json.dumps({"text": t + " changed"}) + "\n" for t in documents(generated("g")))
     )
-    assert prepare(files(path), tokenizer, "t").hash != first.hash
+    assert prepare_domain(files(path), tokenizer, "t").hash != first.hash
     assert len(list((hashes_.cache_dir() / "tokens").iterdir())) == 2
 
 
@@ -1000,20 +1009,20 @@ def test_file_changed_during_the_run(
     path = tmp_path / "a.jsonl"
     lines = [json.dumps({"text": t}) + "\n" for t in documents(generated("g"))]
     path.write_text("".join(lines))
-    pinned = pin(files(path))
-    prepare(files(path), tokenizer, "t", pinned)
+    pinned = pin_domain(files(path))
+    prepare_domain(files(path), tokenizer, "t", pinned)
     path.write_text("".join(lines[1:]))
     with pytest.raises(
         DataError,
         match=r"the text of own changed since the run began \(.*a\.jsonl\); leave the files alone",
     ):
-        prepare(files(path), tokenizer, "t", pinned)
+        prepare_domain(files(path), tokenizer, "t", pinned)
 
     def read_and_change(domain: schema.Domain) -> list[tuple[str, str]]:
         path.write_text("".join(lines[2:]))
-        return collect(domain)
+        return collect_documents(domain)
 
-    monkeypatch.setattr(base, "collect", read_and_change)
+    monkeypatch.setattr(tokens, "collect_documents", read_and_change)
     with pytest.raises(DataError, match="the text of own changed while it was read"):
-        prepare(files(path), tokenizer, "t")
+        prepare_domain(files(path), tokenizer, "t")
     assert len(list((cache / "tokens").iterdir())) == 1

@@ -72,7 +72,7 @@ def log_probabilities(loaded: Any, ids: list[int]) -> torch.Tensor:
 
 
 def prepared(loaded: Any, domain: schema.Domain) -> Domain:
-    return domains.prepare(domain, loaded.tokenizer, "t", None, loaded.prefix_id)
+    return domains.prepare_domain(domain, loaded.tokenizer, "t", None, loaded.prefix_id)
 
 
 def by_id(rows: list[dict[str, Any]] = ROWS) -> dict[str, Pair]:
@@ -111,7 +111,7 @@ def test_a_line_end_between_unless_there_is_white_space() -> None:
         "a b",
         "a\nb",
     ]
-    assert instruct.show(Pair("a", "é"), None) == ("a\n", "é", 0, 2)
+    assert instruct.show_pair(Pair("a", "é"), None) == ("a\n", "é", 0, 2)
 
 
 def test_identity_is_prompt_and_completion_and_no_template(tmp_path: Path, loaded: Any) -> None:
@@ -123,7 +123,9 @@ def test_identity_is_prompt_and_completion_and_no_template(tmp_path: Path, loade
     assert [plain.ids(s) for s in base.SPLITS] == [
         chat.ids(s) for s in base.SPLITS
     ] and plain.hash != chat.hash
-    assert read.pin(pairs(path)) != read.pin(pairs(path, chat_template=template(tmp_path)))
+    assert read.pin_domain(pairs(path)) != read.pin_domain(
+        pairs(path, chat_template=template(tmp_path))
+    )
     hashes = {
         document_hash(d)
         for d in (Pair("a", "b"), Pair("b", "a"), Pair("a", "c"), Pair("ab", ""), "a\nb")
@@ -137,7 +139,7 @@ def test_plain_text_has_the_pins_it_had(tmp_path: Path) -> None:
     """Runs made before instruction data came keep their ids."""
     path = written(tmp_path, [{"text": "x"}])
     plain = schema.Domain(name="p", source={"kind": "files", "path": str(path)})  # type: ignore[arg-type]
-    assert set(read.pin(plain)) == {"kind", "text_version", "sha256", "field"}
+    assert set(read.pin_domain(plain)) == {"kind", "text_version", "sha256", "field"}
     hub = {
         "kind": "hub",
         "path": "o/d",
@@ -146,7 +148,7 @@ def test_plain_text_has_the_pins_it_had(tmp_path: Path) -> None:
         "fields": ["x"],
         "max_bytes": 9,
     }
-    pin = read.pin(schema.Domain(name="h", source=hub))  # type: ignore[arg-type]
+    pin = read.pin_domain(schema.Domain(name="h", source=hub))  # type: ignore[arg-type]
     assert pin == {"text_version": read.TEXT_VERSION, **hub}
     own = {
         **hub,
@@ -155,7 +157,7 @@ def test_plain_text_has_the_pins_it_had(tmp_path: Path) -> None:
         "completion": "a",
         "chat_template": template(tmp_path),
     }
-    assert read.pin(schema.Domain(name="h", source=own))["chat_template"] == TEMPLATE  # type: ignore[arg-type]
+    assert read.pin_domain(schema.Domain(name="h", source=own))["chat_template"] == TEMPLATE  # type: ignore[arg-type]
 
 
 # --- evaluation -----------------------------------------------------------------------------------
@@ -291,7 +293,7 @@ def test_a_template_by_hand(tmp_path: Path, loaded: Any) -> None:
             size,
             size,
         ]  # the marks are scored and have no bytes of their own
-    other = domains.prepare(
+    other = domains.prepare_domain(
         pairs(written(tmp_path), chat_template=template(tmp_path, text)), tokenizer, "t", None, 5
     )
     assert all(
@@ -385,10 +387,10 @@ def test_bad_template_file(tmp_path: Path) -> None:
     with pytest.raises(
         DataError, match=r"cannot read the chat template: No such file or directory \(none\.jinja\)"
     ):
-        read.pin(pairs(path, chat_template="none.jinja"))
+        read.pin_domain(pairs(path, chat_template="none.jinja"))
     (tmp_path / "bad.jinja").write_bytes(b"\xff")
     with pytest.raises(DataError, match=r"byte 0xff at offset 0 is not UTF-8 \(.*bad\.jinja\)"):
-        read.pin(pairs(path, chat_template=str(tmp_path / "bad.jinja")))
+        read.pin_domain(pairs(path, chat_template=str(tmp_path / "bad.jinja")))
 
 
 # --- bad input ------------------------------------------------------------------------------------
@@ -447,7 +449,7 @@ BAD_ROWS: list[tuple[dict[str, Any], str]] = [
 @pytest.mark.parametrize(("row", "message"), BAD_ROWS, ids=[case[1][:30] for case in BAD_ROWS])
 def test_bad_rows(tmp_path: Path, row: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=message):
-        domains.collect(pairs(written(tmp_path, [GOOD, row]), max_document_bytes=100))
+        domains.collect_documents(pairs(written(tmp_path, [GOOD, row]), max_document_bytes=100))
 
 
 def test_parquet_and_text_files(tmp_path: Path) -> None:
@@ -455,18 +457,18 @@ def test_parquet_and_text_files(tmp_path: Path) -> None:
     import pyarrow.parquet as pq
 
     pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "a.parquet")
-    assert dict(domains.collect(pairs(tmp_path / "a.parquet"))) == dict(
-        domains.collect(pairs(written(tmp_path)))
+    assert dict(domains.collect_documents(pairs(tmp_path / "a.parquet"))) == dict(
+        domains.collect_documents(pairs(written(tmp_path)))
     )
     with pytest.raises(DataError, match=r"no field 'b' \(.*a\.parquet\); fields: q, a"):
-        domains.collect(pairs(tmp_path / "a.parquet", completion="b"))
+        domains.collect_documents(pairs(tmp_path / "a.parquet", completion="b"))
     (tmp_path / "a.txt").write_text("text")
     with pytest.raises(
         DataError,
         match=r"a \.txt file has no fields for prompt and completion \(.*a\.txt\); use \.jsonl or "
         r"\.parquet",
     ):
-        domains.collect(pairs(tmp_path / "a.txt"))
+        domains.collect_documents(pairs(tmp_path / "a.txt"))
 
 
 def test_hub_pairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -509,8 +511,8 @@ def test_reading_pairs_needs_no_torch(tmp_path: Path) -> None:
         f"source = {{'kind': 'files', 'path': {str(written(tmp_path))!r}, 'prompt': 'q', "
         "'completion': 'a',\n"
         f"          'chat_template': {template(tmp_path)!r}}}\n"
-        "d = config.Domain(name='a', source=source); domains.pin(d); assert "
-        "len(domains.collect(d)) == 60\n"
+        "d = config.Domain(name='a', source=source); domains.pin_domain(d); assert "
+        "len(domains.collect_documents(d)) == 60\n"
         "assert not {'torch', 'transformers', 'datasets'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
@@ -568,7 +570,7 @@ def test_the_examples_of_the_documentation(
     assert set(documented) == {"reports", "abstracts", "terms", "invented", "answers", "chat"}
     for name, body in documented.items():
         domain = schema.Domain(**yaml.safe_load(body))
-        assert domain.name == name and read.pin(domain)
+        assert domain.name == name and read.pin_domain(domain)
     made = run(capsys, "domain=[reports,answers]")
     assert (
         len(made.stages) == 3

@@ -370,7 +370,7 @@ def test_the_page_names_what_exists_and_every_metric() -> None:
     names = {name for row in named for name in row}
     for name in names:
         module, *path = name.split(".")
-        room = "measure" if module == "perplexity" else "stats"
+        room = "measure" if module in ("perplexity", "record") else "stats"
         thing = importlib.import_module(f"gain_cl.{room}.{module}")
         for part in path:
             thing = getattr(thing, part)

@@ -237,19 +237,19 @@ def test_asked_to_stop(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    before = domains.prepare
+    before = domains.prepare_domain
 
     def and_ask(*given: Any) -> Any:
         monkeypatch.setattr(signals, "_asked", "SIGUSR1")
         return before(*given)
 
-    monkeypatch.setattr(prepare.domains_, "prepare", and_ask)
+    monkeypatch.setattr(prepare.domains_, "prepare_domain", and_ask)
     assert (
         refused(capsys, *smoke, code=75)
         == "stopped by SIGUSR1 (what is done is kept); run the same command to go on"
     )
     assert not list(cache.rglob("*.npy")) and signals.asked() is None
-    monkeypatch.setattr(prepare.domains_, "prepare", before)
+    monkeypatch.setattr(prepare.domains_, "prepare_domain", before)
     assert cli.main(["prepare", *smoke]) == 0
 
 

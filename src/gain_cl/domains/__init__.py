@@ -1,11 +1,11 @@
-"""Domains: where text comes from (read, recipes, generate) and what a run makes of it (base).
-Torch-free."""
+"""Domains: where text comes from (read, recipes, generate, text, instruct) and what a run makes of
+it (tokens, domain, stream, checks, overlap). Torch-free."""
 
-from gain_cl.domains.checks import check
+from gain_cl.domains.checks import check_domains, check_texts
 from gain_cl.domains.domain import Domain
-from gain_cl.domains.read import collect, documents, foresee, pin, tokenised
+from gain_cl.domains.read import collect_documents, documents, in_token_cache, pin_domain
 from gain_cl.domains.stream import Block, Blocks, Doc, Mixture, Stream
-from gain_cl.domains.tokens import prepare, tokenize
+from gain_cl.domains.tokens import prepare_domain, tokenize
 
 __all__ = [
     "Block",
@@ -14,12 +14,12 @@ __all__ = [
     "Domain",
     "Mixture",
     "Stream",
-    "check",
-    "collect",
+    "check_domains",
+    "check_texts",
+    "collect_documents",
     "documents",
-    "foresee",
-    "pin",
-    "prepare",
-    "tokenised",
+    "in_token_cache",
+    "pin_domain",
+    "prepare_domain",
     "tokenize",
 ]

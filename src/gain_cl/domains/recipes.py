@@ -23,7 +23,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 
-from gain_cl.domains.text import strip_html, strip_wikitext, tidy
+from gain_cl.domains.text import clean_text, strip_html, strip_wikitext
 
 Members = Iterator[tuple[str, bytes]]
 MIN_CHARACTERS = 200
@@ -49,7 +49,7 @@ def medicine(members: Members) -> Iterator[str]:
             if len(line) >= 60 and key not in seen:
                 lines.append(line)
                 seen.add(key)
-        yield tidy("\n".join(lines))
+        yield clean_text("\n".join(lines))
 
 
 def law(members: Members) -> Iterator[str]:
@@ -65,7 +65,7 @@ def law(members: Members) -> Iterator[str]:
                 continue
             text = text[front.end() :]
         # Without comment frames and rules.
-        text = tidy(
+        text = clean_text(
             "\n".join(
                 " ".join(line.lstrip(" \t*#=_/+|-").rstrip(" \t*#=_+|-").split())
                 for line in text.split("\n")
@@ -102,7 +102,7 @@ def code(members: Members) -> Iterator[str]:
     for name, data in members:
         if re.search(r"/(locale|migrations)/", name):
             continue
-        yield tidy(data.decode("utf-8"), blank_lines=2)
+        yield clean_text(data.decode("utf-8"), blank_lines=2)
 
 
 def maths(members: Members) -> Iterator[str]:
@@ -115,7 +115,7 @@ def maths(members: Members) -> Iterator[str]:
             r"\[asy\].*?\[/asy\]", "", solution, flags=re.DOTALL
         )  # drawings as program text
         problem = re.sub(r"\[asy\].*?\[/asy\]", "", problem, flags=re.DOTALL)
-        yield tidy(f"Problem. {problem.strip()}\n\nSolution. {solution.strip()}")
+        yield clean_text(f"Problem. {problem.strip()}\n\nSolution. {solution.strip()}")
 
 
 def news(members: Members) -> Iterator[str]:
@@ -125,7 +125,7 @@ def news(members: Members) -> Iterator[str]:
             text = data.decode("utf-8")
         except UnicodeDecodeError:
             text = data.decode("cp1252", errors="ignore")
-        yield tidy(re.sub(r"[ \t]{2,}|\t", " ", text))
+        yield clean_text(re.sub(r"[ \t]{2,}|\t", " ", text))
 
 
 _HOLES = re.compile(r"INLINEFORM\d+|DISPLAYFORM\d+|\$\$|\{[\w., ]+\}@|@\w+\.\w")
@@ -155,7 +155,7 @@ def science(members: Members) -> Iterator[str]:
                 last = _paper_paragraph((heading or "").split(":::")[-1]).strip()
                 parts += [last] if last else []
                 parts += kept
-        yield tidy("\n\n".join(" ".join(p.split()) for p in parts if p.strip()))
+        yield clean_text("\n\n".join(" ".join(p.split()) for p in parts if p.strip()))
 
 
 def _paper_paragraph(text: str) -> str:
@@ -170,7 +170,7 @@ def _paper_paragraph(text: str) -> str:
 def politics(members: Members) -> Iterator[str]:
     """Speeches, without the note on the occasion that some begin with."""
     for _, data in members:
-        yield tidy(re.sub(r"^\s*\[[^\[\]]*\]\s*", "", data.decode("utf-8")))
+        yield clean_text(re.sub(r"^\s*\[[^\[\]]*\]\s*", "", data.decode("utf-8")))
 
 
 def scripture(members: Members) -> Iterator[str]:
@@ -185,11 +185,11 @@ def scripture(members: Members) -> Iterator[str]:
             r"(?:^|(?<=\s))(\d{1,3})\. (.*?)(?=\s\d{1,3}\. |\Z)", text, flags=re.DOTALL
         ):
             if int(number) == 1 and verses:
-                yield tidy("\n".join(verses))
+                yield clean_text("\n".join(verses))
                 verses = []
             verses.append(f"{number}. " + " ".join(re.sub(r"[\[\]]", "", verse).split()))
         if verses:
-            yield tidy("\n".join(verses))
+            yield clean_text("\n".join(verses))
 
 
 def geography(members: Members) -> Iterator[str]:
@@ -213,7 +213,7 @@ def geography(members: Members) -> Iterator[str]:
             ]
             if body:
                 lines += [section, *body, ""]
-        yield tidy("\n".join(lines))
+        yield clean_text("\n".join(lines))
 
 
 def _field(value: Any) -> str:
@@ -241,7 +241,7 @@ def neutral(members: Members) -> Iterator[str]:
         for row in csv.DictReader(io.StringIO(table)):
             text = f"{row['title']}\n\n{row['text']}" if "title" in row else row["text"]
             if "\ufffd" not in text and not re.search(r'[a-z"]\?[A-Za-z]|\?\?', text):
-                yield tidy(text)
+                yield clean_text(text)
 
 
 def encyclopedia(members: Members) -> Iterator[str]:
@@ -250,7 +250,7 @@ def encyclopedia(members: Members) -> Iterator[str]:
         for page in ElementTree.fromstring(bunzip2(data)).iterfind("{*}page"):
             title, text = page.findtext("{*}title", ""), page.findtext("{*}revision/{*}text", "")
             if page.find("{*}redirect") is None and page.findtext("{*}ns") == "0":
-                yield tidy(f"{title}\n\n{strip_wikitext(text)}")
+                yield clean_text(f"{title}\n\n{strip_wikitext(text)}")
 
 
 Recipe = Callable[[Members], Iterator[str]]

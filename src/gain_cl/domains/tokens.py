@@ -1,4 +1,4 @@
-"""Tokenise a domain once and keep it in the cache."""
+"""Tokenise a domain once and keep the tokens in the cache."""
 
 from __future__ import annotations
 
@@ -10,148 +10,136 @@ import shutil
 import string
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from gain_cl.config import schema
-from gain_cl.domains import domain as domain_
 from gain_cl.domains import instruct
-from gain_cl.domains.read import collect, pin
+from gain_cl.domains.domain import ARRAYS, Domain
+from gain_cl.domains.read import collect_documents, pin_domain
 from gain_cl.domains.text import Document, plain
 from gain_cl.errors import DataError, StorageError
-from gain_cl.system import hashes as hashes_
 from gain_cl.system import signals
 from gain_cl.system.files import sha256
-from gain_cl.system.hashes import json_sha256
+from gain_cl.system.hashes import cache_dir, file_sha256, json_sha256
 from gain_cl.system.sealed import read_sealed, sealed_bytes
 
 FORMAT = 4  # of the token cache
-_ARRAYS = ("ids", "offsets", "tokens", "ends", "prompts", "words", "word_offsets")
 BATCH = 256  # documents that are tokenised at once
 _PUNCTUATION = re.compile(f"[{re.escape(string.punctuation)}]+")
 
 
-# --- tokenising -----------------------------------------------------------------------------------
-
-
-def prepare(
+def prepare_domain(
     domain: schema.Domain,
     tokenizer: Any,
     tokenizer_hash: str,
     pinned: dict[str, Any] | None = None,
     prefix_id: int | None = None,
-) -> domain_.Domain:
-    """The domain, tokenised: from the cache when the same text was tokenised by the same tokenizer
-    before.
+) -> Domain:
+    """Return the domain, tokenised. It comes from the cache when the same text was tokenised by the
+    same tokenizer before.
 
-    tokenizer: a fast transformers tokenizer; tokenizer_hash: hash of its files; pinned: the
-    domain's pin in the run id; prefix_id: the token before every text, which a chat template is not
+    tokenizer: a fast transformers tokenizer. tokenizer_hash: hash of its files. pinned: the
+    domain's pin in the run id. prefix_id: the token before every text, which a chat template is not
     to repeat (None: the tokenizer's bos, else its end). DataError for bad text, or text that is not
-    as pinned; StorageError when the cache cannot be written; PreemptedError between two batches.
-    Safe for processes that prepare the same domain at once: the first to finish wins.
+    as pinned. StorageError when the cache cannot be written. PreemptedError between two batches.
+    Processes may prepare the same domain at once: the first to finish wins.
     """
-    found = pin(domain)
+    found = pin_domain(domain)
     if pinned is not None and found != pinned:
         raise _changed(domain, "since the run began")
     identity: dict[str, Any] = {"format": FORMAT, "pin": found, "tokenizer": tokenizer_hash}
-    chat = instruct.chat(domain, tokenizer, prefix_id)
+    chat = instruct.find_chat(domain, tokenizer, prefix_id)
     if chat is not None:
-        identity["chat"] = {
-            "template": chat.template,
-            "special": chat.special,
-            "prefix": chat.prefix_id,
-        }
-    folder = hashes_.cache_dir() / "tokens" / json_sha256(identity)[:32]
-    loaded = _load(folder, domain, identity)
+        what = {"template": chat.template, "special": chat.special, "prefix": chat.prefix_id}
+        identity["chat"] = what
+    folder = cache_dir() / "tokens" / json_sha256(identity)[:32]
+    loaded = _load_tokens(folder, domain, identity)
     if loaded is None:
-        _build(folder, domain, tokenizer, identity, chat)
-        loaded = _load(folder, domain, identity)
+        arrays, content = _tokenize_domain(domain, tokenizer, identity, chat)
+        _save_tokens(folder, domain, identity, arrays, content)
+        loaded = _load_tokens(folder, domain, identity)
     if loaded is None:
-        raise StorageError(
-            "the token cache cannot be read back", str(folder), "check the disk, delete the folder"
-        )
+        do = "check the disk, delete the folder"
+        raise StorageError("the token cache cannot be read back", str(folder), do)
     return loaded
 
 
 def _changed(domain: schema.Domain, when: str) -> DataError:
+    """Return the error of text that changed."""
     where = getattr(domain.source, "path", f"domain {domain.name}")
-    return DataError(
-        f"the text of {domain.name} changed {when}",
-        where,
-        "leave the files alone while a run reads them, start again",
-    )
+    do = "leave the files alone while a run reads them, start again"
+    return DataError(f"the text of {domain.name} changed {when}", where, do)
 
 
-def _load(folder: Path, domain: schema.Domain, identity: dict[str, Any]) -> domain_.Domain | None:
-    """The cached domain; None when there is none, or (with a warning) when its files are not what
-    was written."""
+def _load_tokens(folder: Path, domain: schema.Domain, identity: dict[str, Any]) -> Domain | None:
+    """Return the cached domain; None when there is none, or (with a warning) when its files are not
+    what was written."""
     try:
         meta = read_sealed(folder / "meta.json")
         if meta is None or json_sha256(meta["identity"]) != json_sha256(identity):
             raise ValueError("meta.json changed")
-        for name in _ARRAYS:
-            if hashes_.file_sha256(folder / f"{name}.npy") != meta["sha256"][name]:
-                raise ValueError(f"{name}.npy changed")
-        arrays = {
-            name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
-            for name in _ARRAYS
-        }
-        return domain_.Domain(domain.name, domain.split, meta["hash"], arrays)
+        arrays = {}
+        for name in ARRAYS:
+            file = folder / f"{name}.npy"
+            if file_sha256(file) != meta["sha256"][name]:
+                raise ValueError(f"{file.name} changed")
+            arrays[name] = np.load(file, mmap_mode="r", allow_pickle=False)
+        return Domain(domain.name, domain.split, meta["hash"], arrays)
     except (DataError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         if folder.exists():
-            print(
-                f"warning: token cache of {domain.name} is damaged ({error}); tokenising again",
-                file=sys.stderr,
-            )
+            what = f"token cache of {domain.name} is damaged ({error}); tokenising again"
+            print(f"warning: {what}", file=sys.stderr)
         return None
 
 
-def _build(
-    folder: Path,
+def _tokenize_domain(
     domain: schema.Domain,
     tokenizer: Any,
     identity: dict[str, Any],
     chat: instruct.Chat | None,
-) -> None:
-    texts = collect(domain)
-    if pin(domain) != identity["pin"]:
+) -> tuple[dict[str, np.ndarray], str]:
+    """Return the arrays of a domain and the hash (hex) of all that its tokens are made from."""
+    texts = collect_documents(domain)
+    if pin_domain(domain) != identity["pin"]:
         raise _changed(domain, "while it was read")
-    ids, tokens, ends, prompts, words, content = (
-        [],
-        [],
-        [],
-        [],
-        [],
-        hashlib.sha256(str(identity["tokenizer"]).encode()),
-    )
+    kept: list[tuple[bytes, _Coded, np.ndarray]] = []
+    content = hashlib.sha256(str(identity["tokenizer"]).encode())
     for start in range(0, len(texts), BATCH):
         signals.poll()
-        batch = [document for _, document in texts[start : start + BATCH]]
-        for (key, document), (t, e, prompt, digest) in zip(
-            texts[start : start + BATCH], _tokenize(batch, tokenizer, chat), strict=True
-        ):
-            if len(t) > prompt:
-                content.update(digest)
-                ids.append(key[:16].encode())
-                tokens.append(t)
-                ends.append(e)
-                prompts.append(prompt)
-                words.append(word_hashes(plain(document)))
-    if not ids:
-        raise DataError(
-            "no document has a token", f"domain {domain.name}", "check the text and the tokenizer"
-        )
+        keys, batch = zip(*texts[start : start + BATCH], strict=True)
+        for key, document, coded in zip(keys, batch, _code(batch, tokenizer, chat), strict=True):
+            if len(coded.tokens) > coded.prompt:
+                content.update(coded.digest)
+                kept.append((key[:16].encode(), coded, word_hashes(plain(document))))
+    if not kept:
+        do = "check the text and the tokenizer"
+        raise DataError("no document has a token", f"domain {domain.name}", do)
+    ids, codes, words = zip(*kept, strict=True)
+    tokens = [coded.tokens for coded in codes]
     arrays = {
         "ids": np.array(ids, dtype="S16"),
         "offsets": _offsets(tokens),
         "tokens": np.concatenate(tokens),
-        "ends": np.concatenate(ends),
-        "prompts": np.array(prompts, dtype=np.uint32),
+        "ends": np.concatenate([coded.ends for coded in codes]),
+        "prompts": np.array([coded.prompt for coded in codes], dtype=np.uint32),
         "words": np.concatenate(words),
         "word_offsets": _offsets(words),
     }
+    return arrays, content.hexdigest()
+
+
+def _save_tokens(
+    folder: Path,
+    domain: schema.Domain,
+    identity: dict[str, Any],
+    arrays: dict[str, np.ndarray],
+    content: str,
+) -> None:
+    """Write the arrays of a domain into the cache. StorageError: the disk refuses."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".build-"))
@@ -159,15 +147,10 @@ def _build(
             for name, array in arrays.items():
                 np.save(temporary / f"{name}.npy", array, allow_pickle=False)
             hashes = {name: sha256(temporary / f"{name}.npy") for name in arrays}
-            meta = {
-                "domain": domain.name,
-                "hash": content.hexdigest(),
-                "sha256": hashes,
-                "identity": identity,
-            }
+            meta = {"domain": domain.name, "hash": content, "sha256": hashes, "identity": identity}
             (temporary / "meta.json").write_bytes(sealed_bytes(meta))
             temporary.chmod(0o755)  # mkdtemp makes it private
-            if folder.exists() and _load(folder, domain, identity) is None:
+            if folder.exists() and _load_tokens(folder, domain, identity) is None:
                 shutil.rmtree(folder)
             os.replace(temporary, folder)
         except OSError:
@@ -176,34 +159,31 @@ def _build(
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     except OSError as error:
-        raise StorageError(
-            f"cannot write: {error.strerror or error}",
-            str(folder),
-            "free space or set GAIN_CL_CACHE",
-        ) from error
+        do = "free space or set GAIN_CL_CACHE"
+        raise StorageError(f"cannot write: {error.strerror or error}", str(folder), do) from error
 
 
-def _offsets(parts: list[np.ndarray]) -> np.ndarray:
-    """[n+1] int64: where each part begins in their concatenation, and its end."""
-    return np.concatenate([[0], np.cumsum([len(part) for part in parts])]).astype(np.int64)
+def _offsets(parts: Sequence[np.ndarray]) -> np.ndarray:
+    """Return [n+1] int64: where each part begins in their concatenation, and its end."""
+    return np.cumsum([0, *map(len, parts)], dtype=np.int64)
 
 
 def word_hashes(text: str) -> np.ndarray:
-    """[n] uint32: a hash of each word. Words as in lm-eval's decontamination: lower case, ASCII
-    punctuation deleted, cut at white space; text that is written without spaces has hardly any."""
+    """Return [n] uint32, a hash of each word. Words are those of lm-eval's decontamination: lower
+    case, ASCII punctuation deleted, cut at white space. Text that is written without spaces has
+    hardly any."""
     found = _PUNCTUATION.sub("", text.lower()).split()
     return np.fromiter(map(_word_hash, found), np.uint32, len(found))
 
 
 @functools.lru_cache(maxsize=1 << 20)  # a corpus repeats its words; the bound is about 150 MB
 def _word_hash(word: str) -> int:
-    return int.from_bytes(
-        hashlib.blake2b(word.encode("utf-8", "surrogatepass"), digest_size=4).digest(), "little"
-    )
+    digest = hashlib.blake2b(word.encode("utf-8", "surrogatepass"), digest_size=4).digest()
+    return int.from_bytes(digest, "little")
 
 
 class _Coded(NamedTuple):
-    """A document as a domain keeps it, see Doc; digest: of all that its tokens are made from."""
+    """A document as a domain keeps it, see Doc. digest: of all that its tokens are made from."""
 
     tokens: np.ndarray
     ends: np.ndarray
@@ -211,15 +191,11 @@ class _Coded(NamedTuple):
     digest: bytes
 
 
-def _tokenize(batch: list[Document], tokenizer: Any, chat: instruct.Chat | None) -> list[_Coded]:
-    """Plain text in one piece; prompt and completion apart, so that no token holds some of both."""
-    shown = [
-        document if isinstance(document, str) else instruct.show(document, chat)
-        for document in batch
-    ]
-    pieces = [
-        piece for s in shown for piece in ([s] if isinstance(s, str) else [s.prompt, s.completion])
-    ]
+def _code(batch: Sequence[Document], tokenizer: Any, chat: instruct.Chat | None) -> list[_Coded]:
+    """Return documents as tokens: plain text in one piece, prompt and completion apart, so that no
+    token holds some of both."""
+    shown = [d if isinstance(d, str) else instruct.show_pair(d, chat) for d in batch]
+    pieces = [piece for s in shown for piece in ([s] if isinstance(s, str) else s[:2])]
     coded, out = iter(tokenize(pieces, tokenizer)), []
     for s in shown:
         tokens, ends = next(coded)
@@ -229,29 +205,20 @@ def _tokenize(batch: list[Document], tokenizer: Any, chat: instruct.Chat | None)
         if chat is not None and len(tokens) and tokens[0] == chat.prefix_id:
             tokens = tokens[1:]
         rest, rest_ends = next(coded)
-        counted = np.clip(rest_ends.astype(np.int64) - s.first, 0, s.last - s.first).astype(
-            np.uint32
-        )
-        digest = bytes.fromhex(json_sha256([s.prompt, s.completion, s.first, s.last, len(tokens)]))
-        both = (
-            np.concatenate([tokens, rest]),
-            np.concatenate([np.zeros(len(tokens), np.uint32), counted]),
-        )
-        out.append(_Coded(*both, len(tokens), digest))
+        size = len(tokens)
+        counted = np.clip(rest_ends.astype(np.int64) - s.first, 0, s.last - s.first)
+        ends = np.concatenate([np.zeros(size), counted]).astype(np.uint32)
+        digest = bytes.fromhex(json_sha256([*s, size]))
+        out.append(_Coded(np.concatenate([tokens, rest]), ends, size, digest))
     return out
 
 
 def tokenize(texts: list[str], tokenizer: Any) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(token ids, ends) of each text, uint32 [n] each, without special tokens; see Doc for ends.
-
-    Needs a fast tokenizer, which alone knows where a token ends in the text.
-    """
+    """Return (token ids, ends) of each text, uint32 [n] each, without special tokens; see Doc for
+    ends. DataError: the tokenizer is not a fast one, which alone knows where a token ends."""
     if not getattr(tokenizer, "is_fast", False):
-        raise DataError(
-            f"{type(tokenizer).__name__} is not a fast tokenizer",
-            "",
-            "use a model with a tokenizer.json",
-        )
+        what = f"{type(tokenizer).__name__} is not a fast tokenizer"
+        raise DataError(what, "", "use a model with a tokenizer.json")
     out = []
     coded = tokenizer(
         texts,
@@ -270,10 +237,9 @@ def tokenize(texts: list[str], tokenizer: Any) -> list[tuple[np.ndarray, np.ndar
 
 
 def _byte_positions(text: str) -> np.ndarray:
-    """[len(text) + 1] UTF-8 bytes before each character."""
+    """Return [len(text) + 1], the UTF-8 bytes before each character."""
     if text.isascii():
         return np.arange(len(text) + 1)
     points = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
-    return np.concatenate(
-        [[0], np.cumsum(1 + (points >= 0x80) + (points >= 0x800) + (points >= 0x10000))]
-    )
+    sizes = 1 + (points >= 0x80) + (points >= 0x800) + (points >= 0x10000)
+    return np.concatenate([[0], np.cumsum(sizes)])

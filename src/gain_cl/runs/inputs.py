@@ -75,14 +75,14 @@ def load(config: RunConfig, pins: dict[str, Any], tracker: Teller) -> _Inputs:
     for i, name in enumerate(names):
         signals.poll()
         tracker.progress(i, len(names), "domains", name)
-        domains[name] = domains_.prepare(
+        domains[name] = domains_.prepare_domain(
             config.domains[name],
             loaded.tokenizer,
             loaded.tokenizer_hash,
             pins["domains"][name],
             loaded.prefix_id,
         )
-    notes = domains_.check(
+    notes = domains_.check_domains(
         domains, config.train, config.eval, loaded.vocabulary, config.only_scored
     )
     taskset = tasks.TaskSet(config.tasks, loaded.tokenizer) if config.tasks.names else None

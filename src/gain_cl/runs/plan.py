@@ -64,7 +64,7 @@ def prepare(config: RunConfig) -> Plan:
     nothing."""
     pins: dict[str, Any] = {
         "model": source.pin(config.model),
-        "domains": {name: domains_.pin(domain) for name, domain in config.domains.items()},
+        "domains": {name: domains_.pin_domain(domain) for name, domain in config.domains.items()},
         "tasks": tasks.pin(config.tasks),
         "plugins": {
             "adapter": adapters.pin_adapter(config.adapter.kind),

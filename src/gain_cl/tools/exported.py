@@ -295,7 +295,7 @@ def _texts(record: RunRecord, config: RunConfig, loaded: Loaded) -> tuple[list[D
     pins = record.pins.get("domains", {})
     try:
         return [
-            domains.prepare(
+            domains.prepare_domain(
                 config.domains[n],
                 loaded.tokenizer,
                 loaded.tokenizer_hash,

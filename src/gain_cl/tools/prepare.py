@@ -89,10 +89,10 @@ def examine(config: RunConfig) -> Report:
     for number, name in enumerate(names, start=1):
         signals.poll()
         _say(f"{name}: text and tokens ({number} of {len(names)})")
-        domains[name] = domains_.prepare(
+        domains[name] = domains_.prepare_domain(
             config.domains[name], tokenizer, tokenizer_hash, plan.pins["domains"][name], prefix_id
         )
-    warnings = domains_.check(domains, config.train, config.eval, rows, config.only_scored)
+    warnings = domains_.check_domains(domains, config.train, config.eval, rows, config.only_scored)
     _say("near duplicates of scored documents in training text")
     near = overlap.near_duplicates(domains, trained)
     shared: list[overlap.Shared] = []

@@ -839,7 +839,7 @@ def sources_(case: Case) -> str:
         elif pin["kind"] == "files":
             source = case.config.domains[name].source
             there = Path(getattr(source, "path", "")).expanduser().exists()
-            if there and domains_.pin(case.config.domains[name]) != pin:
+            if there and domains_.pin_domain(case.config.domains[name]) != pin:
                 raise DataError(
                     f"the text of {name} changed since the run",
                     getattr(source, "path", ""),
