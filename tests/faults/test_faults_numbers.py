@@ -95,7 +95,9 @@ class Bench:
         loaded = load.load(config.model, torch.device("cpu"))
         found = {}
         for stage, name in enumerate(TRAINED, start=1):
-            domain = domains_.prepare_domain(config.domains[name], loaded.tokenizer, loaded.tokenizer_hash)
+            domain = domains_.prepare_domain(
+                config.domains[name], loaded.tokenizer, loaded.tokenizer_hash
+            )
             texts = {d.id: d.tokens.tolist() for d in domain.split_documents("train")}
             stream = domain.train_blocks(config.seed, config.train.block, loaded.separator_id)
             blocks = []

@@ -167,7 +167,11 @@ def test_the_shipped_model_is_the_run_s(tmp_path: Path) -> None:
     loaded = load.load(asked.model, torch.device("cpu"))
     geography = asked.domains["geography"]
     text = domains.prepare_domain(
-        geography, loaded.tokenizer, loaded.tokenizer_hash, domains.pin_domain(geography), loaded.prefix_id
+        geography,
+        loaded.tokenizer,
+        loaded.tokenizer_hash,
+        domains.pin_domain(geography),
+        loaded.prefix_id,
     )
     rows = scoring.score_domain(loaded, text, asked.eval, 8)
     kept = (

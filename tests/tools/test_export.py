@@ -437,7 +437,9 @@ def _loss(made: record.Run, loaded: Any) -> float:
     from gain_cl.measure import perplexity
 
     settings = schema.RunConfig.model_validate(made.record.config)
-    domain = domains.prepare_domain(settings.domains["smoke_a"], loaded.tokenizer, loaded.tokenizer_hash)
+    domain = domains.prepare_domain(
+        settings.domains["smoke_a"], loaded.tokenizer, loaded.tokenizer_hash
+    )
     return perplexity.total(scoring.score_domain(loaded, domain, settings.eval, 16)).nll_nats
 
 

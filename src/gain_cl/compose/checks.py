@@ -178,7 +178,9 @@ def inputs(config: RunConfig) -> None:
         limits(config, source.read_config(folder))
     _begin(config, fetch=True)
     for domain in config.domains.values():
-        if isinstance(domain.source, HubSource | PackageSource) and not domains.in_token_cache(domain):
+        if isinstance(domain.source, HubSource | PackageSource) and not domains.in_token_cache(
+            domain
+        ):
             if isinstance(domain.source, HubSource):
                 hub.hub_at_hand(domain.source.path, domain.source.revision, domain.source.files)
             else:
