@@ -117,6 +117,8 @@ def family(request: pytest.FixtureRequest) -> str:
 class ListBlocks:
     """A stream of training sequences from an array (for tests that need no corpus)."""
 
+    name, ids = "list", ("only",)
+
     def __init__(self, tokens: Any, documents: Any = None) -> None:
         import numpy as np
 

@@ -30,14 +30,14 @@ def run(*overrides: str, config_dirs: Paths = (), plugins: Paths = ()) -> Run:
     errors.GainError, whose text is the command line's one-line message.
     """
     from gain_cl.compose import composition
-    from gain_cl.runs import plan
-    from gain_cl.runs import run as spine
+    from gain_cl.runs.plan import prepare
+    from gain_cl.runs.run import execute
 
     config = composition.compose(
         overrides,
         *([given] if isinstance(given, str | Path) else given for given in (config_dirs, plugins)),
     )
-    return spine.execute(config, plan.prepare(config))
+    return execute(config, prepare(config))
 
 
 def compare(*runs_or_paths: Run | str | Path) -> pd.DataFrame:

@@ -167,7 +167,7 @@ def damages(
 
 
 def decide(warm: Warm, root: Path, flips: int = 64, case: Case = GAIN, seed: int = 0) -> Outcome:
-    """Every damage to every file, in each of STATES: resume.begin must go back to the state before
+    """Every damage to every file, in each of STATES: resume.begin_attempt must go back to the state before
     it and say so, or refuse and name file and hash. Decided in this process, without running on."""
     from gain_cl.compose import composition
     from gain_cl.errors import DataError
@@ -193,7 +193,7 @@ def decide(warm: Warm, root: Path, flips: int = 64, case: Case = GAIN, seed: int
             damage()
             found, wanted = [], state.expected(name)
             try:
-                start = resume.begin(config, inside, inside.name)
+                start = resume.begin_attempt(config, inside, inside.name)
                 back = (
                     str(start.folder.relative_to(inside))
                     if start.folder

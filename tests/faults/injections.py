@@ -178,11 +178,11 @@ def spike(at: str, jump: str) -> None:
 
 def keep_checkpoints() -> None:
     """Every checkpoint stays, also after the end."""
-    from gain_cl.runs import run
+    from gain_cl.runs import finish
     from gain_cl.system import checkpoint
 
     checkpoint.prune = lambda *_: None  # type: ignore[assignment]
-    run._sweep = lambda _: None
+    finish.sweep = lambda _: None
 
 
 # --- memory ---------------------------------------------------------------------------------------
@@ -373,10 +373,10 @@ def refused(name: str, at: str, code: str) -> None:
 def _reached(reach: Callable[[str], None]) -> None:
     """Put a function in the place of failpoints.reach wherever it was imported."""
     from gain_cl.measure import cells, scoring
-    from gain_cl.runs import run
+    from gain_cl.runs import finish, learner, run
     from gain_cl.system import checkpoint, files
 
-    for module in (cells, checkpoint, files, scoring, run):
+    for module in (cells, checkpoint, files, finish, learner, scoring, run):
         module.reach = reach  # type: ignore[attr-defined]
 
 
@@ -422,7 +422,7 @@ def hold(file: str) -> None:
     """The owner of a run waits until ``file`` is there before it works."""
     from gain_cl.runs import run
 
-    real = run._execute
+    real = run.carry_out
 
     def execute(*a: Any) -> Any:
         until = time.monotonic() + 120
@@ -430,21 +430,21 @@ def hold(file: str) -> None:
             time.sleep(0.01)
         return real(*a)
 
-    run._execute = execute
+    run.carry_out = execute
 
 
 def fail_seeds(*seeds: str) -> None:
     """The runs with these seeds fail."""
     from gain_cl.runs import run
 
-    real = run._execute
+    real = run.carry_out
 
     def execute(config: Any, plan: Any) -> Any:
         if str(config.seed) in seeds:
             raise DataError("planted", f"seed {config.seed}", "run it again")
         return real(config, plan)
 
-    run._execute = execute
+    run.carry_out = execute
 
 
 # --- the hub --------------------------------------------------------------------------------------

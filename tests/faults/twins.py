@@ -39,18 +39,18 @@ def restart_on_bad() -> None:
     from gain_cl.runs import resume
     from gain_cl.system import checkpoint
 
-    begin = resume.begin
+    begin = resume.begin_attempt
 
     def lenient(config: Any, folder: Path, run_id: str) -> Any:
         for path in [*checkpoint.steps(folder / "ckpt"), *(folder / "stages").glob("*")]:
             try:
                 checkpoint.verify(path)
             except Exception:
-                resume.clear(folder)
-                return resume.Start()
+                resume.clear_folder(folder)
+                return resume.Attempt(resume.Position(run_id))
         return begin(config, folder, run_id)
 
-    resume.begin = lenient
+    resume.begin_attempt = lenient
 
 
 def bad_ones_stay() -> None:

@@ -30,8 +30,8 @@ from gain_cl.guards.ewc import EwcGuard, fisher
 from gain_cl.guards.near_base import EmaGuard, KlBaseGuard, L2BaseGuard, OrthogonalGuard
 from gain_cl.guards.replay import ReplayGuard, SelfReplayGuard, sample
 from gain_cl.models import forward, load, loss
-from gain_cl.runs import inputs as inputs_
 from gain_cl.runs import train
+from gain_cl.runs.inputs import training_streams
 from gain_cl.tools.rescore import Bench
 
 GAIN = schema.Gain(kind="gain", roles=["attn_out", "ffn_down"])
@@ -291,7 +291,7 @@ def test_a_run_with_replay_trains_on_exactly_that_stream(
     bench = Bench(made, None)
     bench.open(rows=1)
     bench.close()
-    streams = inputs_._streams(bench.config, bench.inputs)
+    streams = training_streams(bench.config, bench.inputs)
     seed = train.seed_of("guard", 0)
 
     def share(*parts: int | str) -> float:

@@ -24,9 +24,9 @@ from rich.console import Console
 
 import synthetic
 from gain_cl.errors import GainError
-from gain_cl.measure import matrix_csv, record
+from gain_cl.measure import record
 from gain_cl.paper import show
-from gain_cl.runs import heatmap
+from gain_cl.runs import finish, heatmap
 from gain_cl.stats import answers
 from gain_cl.system.sealed import seal_of
 
@@ -254,7 +254,7 @@ def consume(path: Path, picture: bool) -> bool:
         assert "\n" not in str(error) and "\x1b" not in str(error)
         return False
     uses: list[Callable[[], object]] = [
-        lambda: matrix_csv.csv(run),
+        lambda: finish.matrix_csv(run),
         lambda: repr(run),
         lambda: _shown(run),
     ]

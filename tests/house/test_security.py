@@ -28,9 +28,10 @@ from gain_cl.compose import composition
 from gain_cl.config import schema
 from gain_cl.config.schema import PackageFile
 from gain_cl.errors import ConfigError, DataError, GainError
-from gain_cl.measure import matrix_csv, record
+from gain_cl.measure import record
 from gain_cl.models import load, source
 from gain_cl.paper import show
+from gain_cl.runs import finish
 from gain_cl.system import packages
 from gain_cl.tools import exported
 
@@ -405,7 +406,7 @@ def test_the_matrix_file_holds_names_and_numbers_only(tmp_path: Path) -> None:
     run = synthetic.run(
         tmp_path / "r.json", bases={"a": 20.0, "x": 30.0}, controls=["x"], count=4, notes=HOSTILE
     )
-    cells = [c for line in matrix_csv.csv(run).splitlines() for c in line.split(",")]
+    cells = [c for line in finish.matrix_csv(run).splitlines() for c in line.split(",")]
     assert cells and not [c for c in cells if c[:1] in "=+-@\t\r" and c]
 
 

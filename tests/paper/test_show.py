@@ -20,9 +20,9 @@ from scipy.stats import binomtest
 import synthetic
 from gain_cl import cli
 from gain_cl.errors import DataError
-from gain_cl.measure import matrix_csv, record
+from gain_cl.measure import record
 from gain_cl.paper import show
-from gain_cl.runs import heatmap
+from gain_cl.runs import finish, heatmap
 from gain_cl.stats import format, matrix
 
 NOTE = "the base is an instruct model [4-bit]: part of any improvement is repair"
@@ -375,7 +375,7 @@ def test_a_record_that_disagrees_with_its_documents(tmp_path: Path, fault: str) 
 
 def test_no_heavy_import() -> None:
     code = (
-        "import sys, gain_cl.paper.show, gain_cl.measure.matrix_csv; print({'torch', "
+        "import sys, gain_cl.paper.show, gain_cl.runs.finish; print({'torch', "
         "'transformers', 'matplotlib', 'wandb'} & set(sys.modules))"
     )
     assert (
@@ -486,7 +486,7 @@ def test_show_shipped(
 
 
 def test_csv_keeps_every_bit(run: record.Run) -> None:
-    rows = list(csv.reader(io.StringIO(matrix_csv.csv(run))))
+    rows = list(csv.reader(io.StringIO(finish.matrix_csv(run))))
     assert rows[0] == ["stage", "trained", *synthetic.OFFLINE, *synthetic.CONTROLS]
     assert [r[0] for r in rows[1:]] == [str(i) for i in range(9)]
     assert [r[1] for r in rows[1:]] == ["", *synthetic.OFFLINE]
@@ -496,8 +496,8 @@ def test_csv_keeps_every_bit(run: record.Run) -> None:
 def test_csv_leaves_unscored_cells_empty(tmp_path: Path) -> None:
     run = small(tmp_path)
     del run.record.stages[1].domains["x"]
-    assert matrix_csv.csv(run).splitlines()[2].endswith(",")
-    assert "nan" not in matrix_csv.csv(run)
+    assert finish.matrix_csv(run).splitlines()[2].endswith(",")
+    assert "nan" not in finish.matrix_csv(run)
 
 
 # --- heat map -------------------------------------------------------------------------------------

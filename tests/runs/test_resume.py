@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -353,7 +354,7 @@ def test_the_run_json_of_others_is_read_with_care(
     monkeypatch.chdir(tmp_path)
     config = composition.compose([*SMOKE, TWO])
     plan, more = plan_.prepare(config), composition.compose([*SMOKE, THREE])
-    facts = same.facts(config, plan.pins)
+    facts = same.fixed_facts(config, plan.pins)
     facts["data"]["tokens"] = {name: name for name in more.domains}
     whole = {
         "run_id": "x",
@@ -362,7 +363,8 @@ def test_the_run_json_of_others_is_read_with_care(
         "facts": facts,
         "environment": {},
     }
-    pins = plan_.prepare(more).pins
+    new, inputs = plan_.prepare(more), SimpleNamespace(facts=facts, environment={})
+    pins = new.pins
     path = tmp_path / "runs/other/run.json"
     path.parent.mkdir(parents=True)
     draw, wrong = random.Random(0), [None, 3, "x", [], {}, [1], {"a": 1}, True]
@@ -383,9 +385,9 @@ def test_the_run_json_of_others_is_read_with_care(
             node[place[-1]] = draw.choice(wrong)
         path.write_text(json.dumps(changed))
         for ask in (
-            lambda: same.adopt(config, plan.pins),
-            lambda: inherit.inherit(more, tmp_path / "runs/new", pins, facts),
-            lambda: same._same_settings(config, path.parent),
+            lambda: plan_.adopted_run(config, plan.pins),
+            lambda: inherit.common_stages(more, new, inputs),
+            lambda: same.check_settings(config, path.parent),
         ):
             with suppress(DataError):
                 ask()

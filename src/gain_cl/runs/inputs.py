@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from gain_cl import domains as domains_
+from gain_cl import domains as corpora
 from gain_cl.adapters import portable
 from gain_cl.compose import checks
 from gain_cl.config.schema import JOINT, RunConfig
@@ -15,7 +15,6 @@ from gain_cl.domains import overlap
 from gain_cl.measure import provenance, tasks
 from gain_cl.models import convert
 from gain_cl.models import load as models
-from gain_cl.runs import plan as plan_
 from gain_cl.runs import same
 from gain_cl.system import signals
 
@@ -28,38 +27,37 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class _Inputs:
-    """What a run works on. identity: all that a score depends on besides weights and what is
-    scored; environment: of this attempt, what may differ from another."""
+class Inputs:
+    """What a run works on. notes: what a reader of the numbers must know; facts: what may not
+    differ between attempts; environment: of this attempt, what may differ from another; identity:
+    all that a score depends on besides weights and what is scored."""
 
     loaded: Loaded
     domains: dict[str, Domain]  # trained ones in order, then the controls
     taskset: tasks.TaskSet | None
     notes: list[str]
-    model_files: Any
     device: torch.device
+    facts: dict[str, Any]
     environment: dict[str, Any]
     identity: dict[str, Any]
     total_parameters: int
 
     def peak_memory(self) -> int:
+        """Return the most memory in use so far, in bytes: of the GPU, or of this process."""
         import torch
 
-        return (
-            torch.cuda.max_memory_allocated(self.device)
-            if self.device.type == "cuda"
-            else provenance.peak_memory()
-        )
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        return provenance.peak_memory()
 
 
-def load(config: RunConfig, pins: dict[str, Any], tracker: Teller) -> _Inputs:
-    """Model, domains and tasks, checked."""
-    last, names = len(config.stages), [*config.sequence.trained, *config.sequence.controls]
+def load_inputs(config: RunConfig, pins: dict[str, Any], tracker: Teller) -> Inputs:
+    """Load model, domains and tasks, and check them against each other. pins: of the plan."""
+    last = len(config.stages)
     tracker.phase("import torch and transformers", stage=0, of=last)
     if config.compute.deterministic:
-        os.environ.setdefault(
-            "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
-        )  # cuBLAS reads it once, when torch starts it
+        # cuBLAS reads it once, when torch starts it.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     import torch
 
     device = models.device_of(config.compute.device, config.model.dtype)
@@ -71,99 +69,91 @@ def load(config: RunConfig, pins: dict[str, Any], tracker: Teller) -> _Inputs:
     loaded = models.load(config.model, device)
     checks.limits(config, loaded.model.config.to_dict())
     tracker.phase("prepare domains", stage=0, of=last)
-    domains: dict[str, Domain] = {}
-    for i, name in enumerate(names):
-        signals.poll()
-        tracker.progress(i, len(names), "domains", name)
-        domains[name] = domains_.prepare_domain(
-            config.domains[name],
-            loaded.tokenizer,
-            loaded.tokenizer_hash,
-            pins["domains"][name],
-            loaded.prefix_id,
-        )
-    notes = domains_.check_domains(
-        domains, config.train, config.eval, loaded.vocabulary, config.only_scored
-    )
+    domains = _load_domains(config, loaded, pins["domains"], tracker)
+    notes = corpora.check_domains(domains, config.train, config.eval, loaded.vocabulary, config.only_scored)
     taskset = tasks.TaskSet(config.tasks, loaded.tokenizer) if config.tasks.names else None
     tracker.phase("compare training text with what is scored", stage=0, of=last)
-    near = overlap.near_duplicates(domains, config.sequence.trained, config.eval)
-    shared = (
-        overlap.benchmark(domains, config.sequence.trained, tasks.texts(taskset))
-        if taskset is not None
-        else []
-    )
-    notes += overlap.notes(near, shared, config.eval)
-    files = convert.files(config.model)
-    environment = {
+    trained = config.sequence.trained
+    near = overlap.near_duplicates(domains, trained, config.eval)
+    shared = overlap.benchmark(domains, trained, tasks.texts(taskset)) if taskset else []
+    notes += overlap.notes(near, shared, config.eval) + _advice(config, loaded)
+    files, facts = convert.files(config.model), same.fixed_facts(config, pins)
+    facts["model"]["files"] = files
+    facts["data"]["tokens"] = {name: domain.hash for name, domain in domains.items()}
+    facts["data"]["validation"] = {
+        name: domain.split_hash(config.eval.split) for name, domain in domains.items()
+    }
+    machine = {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "threads": torch.get_num_threads(),
-        "micro_batch": config.compute.micro_batch,
     }
-    identity = {
-        "model": config.scientific()["model"],
-        "pin": pins["model"],
-        "files": files,
-        "device": environment["device"],
-        "threads": environment["threads"],
-        "deterministic": config.compute.deterministic,
-        "machine": provenance.machine(),
-        "code": provenance.code(),
-    }
-    return _Inputs(
+    return Inputs(
         loaded=loaded,
         domains=domains,
         taskset=taskset,
-        notes=notes + _advice(config, loaded),
-        model_files=files,
+        notes=notes,
         device=device,
-        environment=environment,
-        identity=identity,
+        facts={**facts, "tokenizer": loaded.tokenizer_hash, "device": device.type},
+        environment={**machine, "micro_batch": config.compute.micro_batch},
+        identity={
+            "model": config.scientific()["model"],
+            "pin": pins["model"],
+            "files": files,
+            **machine,
+            "deterministic": config.compute.deterministic,
+            "machine": provenance.machine(),
+            "code": provenance.code(),
+        },
         total_parameters=sum(p.numel() for p in loaded.model.parameters()),
     )
 
 
-def _fixed(config: RunConfig, plan: plan_.Plan, inputs: _Inputs) -> dict[str, Any]:
-    """What may not differ between attempts, now that all of it is known."""
-    facts = same.facts(config, plan.pins)
-    facts["model"]["files"] = inputs.model_files
-    facts["data"]["tokens"] = {name: domain.hash for name, domain in inputs.domains.items()}
-    facts["data"]["validation"] = {
-        name: domain.split_hash(config.eval.split) for name, domain in inputs.domains.items()
-    }
-    return {**facts, "tokenizer": inputs.loaded.tokenizer_hash, "device": inputs.device.type}
+def _load_domains(
+    config: RunConfig, loaded: Loaded, pins: dict[str, Any], tracker: Teller
+) -> dict[str, Domain]:
+    """Tokenise the trained domains and the controls, or read them where that was done before."""
+    names, domains = [*config.sequence.trained, *config.sequence.controls], {}
+    for i, name in enumerate(names):
+        signals.poll()
+        tracker.progress(i, len(names), "domains", name)
+        domains[name] = corpora.prepare_domain(
+            config.domains[name],
+            loaded.tokenizer,
+            loaded.tokenizer_hash,
+            pins[name],
+            loaded.prefix_id,
+        )
+    return domains
 
 
-def _streams(config: RunConfig, inputs: _Inputs) -> list[Stream]:
-    """The training text of each stage."""
+def training_streams(config: RunConfig, inputs: Inputs) -> list[Stream]:
+    """Return the training text of each stage."""
     separator = inputs.loaded.separator_id
     streams: list[Stream] = [
         inputs.domains[d].train_blocks(config.seed, config.train.block, separator)
         for d in config.sequence.trained
     ]
-    return [domains_.Mixture(JOINT, streams, config.seed)] if config.regime == "joint" else streams
+    return [corpora.Mixture(JOINT, streams, config.seed)] if config.regime == "joint" else streams
 
 
 def _advice(config: RunConfig, loaded: Loaded) -> list[str]:
-    """What a reader of the numbers must know about these settings."""
+    """Return what a reader of the numbers must know about these settings."""
     notes = [config.model.note] if config.model.note else []
     own = loaded.model.config.to_dict()
     for key, stated in (config.model.arch or {}).items():
-        if (
-            key in own
-            and own[key] != stated
-            and not (isinstance(stated, float) and math.isclose(own[key], stated, rel_tol=1e-6))
-        ):
+        close = isinstance(stated, float) and math.isclose(
+            own.get(key, stated), stated, rel_tol=1e-6
+        )
+        if own.get(key, stated) != stated and not close:
             notes.append(
                 f"model.arch.{key}={stated} is not what the weights say, {own[key]}: the "
                 "weights count"
             )
     if config.lr_tuned_on and config.lr_tuned_on != config.model.name:
-        chosen = (
+        notes.append(
             f"train.lr={config.train.lr:g} was chosen on {config.lr_tuned_on}, not on "
-            f"{config.model.name}"
+            f"{config.model.name}: sweep it before comparing methods"
         )
-        notes.append(f"{chosen}: sweep it before comparing methods")
     if config.tasks.limit:
         notes.append(
             f"tasks.limit={config.tasks.limit}: task scores are for debugging and may not "
@@ -173,7 +163,7 @@ def _advice(config: RunConfig, loaded: Loaded) -> list[str]:
 
 
 def _cores() -> int:
-    """Cores this process may use, or what OMP_NUM_THREADS says."""
+    """Return the number of cores this process may use, or what OMP_NUM_THREADS says."""
     if os.environ.get("OMP_NUM_THREADS", "").isdigit():
         return int(os.environ["OMP_NUM_THREADS"])
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

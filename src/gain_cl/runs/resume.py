@@ -1,5 +1,5 @@
-"""Where an attempt at a run begins: what earlier attempts left, whether it is good, and what may
-not differ. Torch-free.
+"""Find where an attempt at a run begins: what earlier attempts left, and whether it is good.
+Torch-free.
 
 A run folder holds ``run.json`` (what the run is, and where it was begun), ``attempts.jsonl`` (a
 line for each start), ``ckpt/step-N/`` (state inside a stage: N optimiser steps of the whole run are
@@ -9,8 +9,9 @@ done) and ``stages/NN-domain/`` (a finished stage: scores, and its trained state
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,29 @@ from gain_cl.system import checkpoint
 ADAPTER, OPTIMIZER, GUARD = "adapter.safetensors", "optimizer.safetensors", "guard.safetensors"
 
 
+@dataclass
+class Position:
+    """Where a run is: JSON data, in state.json of every checkpoint and in stage.json of every
+    finished stage.
+
+    step: of the stage, from 1; fits: sequences a forward pass, once memory ran out (None: it never
+    did); events: what happened to the run; seconds: spent on it; track: where metrics.jsonl
+    stands. Events and seconds are of all attempts together."""
+
+    run_id: str
+    stage: int = 0
+    step: int = 0
+    fits: int | None = None
+    events: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+    track: dict[str, int] | None = None
+
+    @classmethod
+    def read(cls, state: dict[str, Any]) -> Position:
+        """Return the position that state.json or stage.json tells."""
+        return cls(**{f.name: state[f.name] for f in fields(cls) if f.name in state})
+
+
 @dataclass(frozen=True)
 class Stage:
     """A finished stage as read from its folder. facts: stage.json but for the record."""
@@ -35,43 +59,58 @@ class Stage:
     facts: dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Start:
-    """stages: finished ones by index; folder: the verified checkpoint to go on from (None: the
-    pretrained model) and state, its state.json; warnings: what was passed over; behind: folders of
-    later states, which go before anything new is saved: they would push new checkpoints out, or,
-    once good again, speak of a metrics.jsonl that is gone."""
+@dataclass
+class Attempt:
+    """An attempt at a run: what it found, and where it is now.
 
+    stages: finished ones by index; folder: the verified checkpoint to go on from (None: the
+    pretrained model) and progress, what its state.json says of the stage inside; warnings: what was
+    passed over; behind: folders of later states, which go before anything new is saved: they would
+    push new checkpoints out, or, once good again, speak of a metrics.jsonl that is gone.
+
+    inherited: stages that another run has learned, by index; notes: what a reader of the numbers
+    must know."""
+
+    position: Position
     stages: dict[int, Stage] = field(default_factory=dict)
     folder: Path | None = None
-    state: dict[str, Any] = field(default_factory=dict)
+    progress: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     behind: list[Path] = field(default_factory=list)
+    inherited: dict[int, Stage] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    since: float = field(default_factory=time.time)
 
     @property
-    def track(self) -> dict[str, int] | None:
-        """Where metrics.jsonl stood."""
-        at = self.state or (self.stages[0].facts if 0 in self.stages else {})
-        return at.get("track")
+    def seconds(self) -> float:
+        """Seconds spent on the run so far."""
+        return self.position.seconds + time.time() - self.since
+
+    def move(self, stage: int, step: int, track: dict[str, int]) -> dict[str, Any]:
+        """Go to a step of a stage. Return the position as JSON data, for what is about to be saved
+        there. Remove what was passed over."""
+        here = self.position
+        here.stage, here.step, here.track = stage, step, track
+        here.seconds, self.since = self.seconds, time.time()
+        while self.behind:
+            checkpoint.remove(self.behind.pop())
+        return asdict(here)
 
 
 # --- what earlier attempts left -------------------------------------------------------------------
 
 
-def begin(config: RunConfig, folder: Path, run_id: str) -> Start:
-    """The newest good state in a run folder, for its owner. DataError when there are states and
-    none is good: never from the start again unasked. ConfigError when resume=must and there is
+def begin_attempt(config: RunConfig, folder: Path, run_id: str) -> Attempt:
+    """Find the newest good state in a run folder, for its owner. DataError when there are states
+    and none is good: never from the start again unasked. ConfigError when resume=must and there is
     nothing to go on from."""
-    root = folder / "stages"
-    checkpoint.remove_leftovers(folder, folder / "ckpt", root)
-    same._same_settings(config, folder)
+    checkpoint.remove_leftovers(folder, folder / "ckpt", folder / "stages")
+    same.check_settings(config, folder)
     warnings: list[str] = []
-    stages = dict(_finished(root, run_id, warnings))
-    size, found = config.stage.stage_steps, []
-    for path in checkpoint.steps(folder / "ckpt"):
-        found.append((int(path.name.removeprefix("step-")), 0, path))
-    for path in sorted(root.glob("[0-9]*-*")):
-        index = int(path.name.split("-")[0])
+    stages = dict(_finished(folder, run_id, warnings))
+    size = config.stage.stage_steps
+    found = [(_steps(path), 0, path) for path in checkpoint.steps(folder / "ckpt")]
+    for index, path in stage_folders(folder):
         if index and (index not in stages or (path / ADAPTER).exists()):
             found.append((index * size, 1, path))
     for steps, is_stage, path in sorted(found, reverse=True):
@@ -86,13 +125,9 @@ def begin(config: RunConfig, folder: Path, run_id: str) -> Start:
         if missing := [i for i in range(1, reached) if i not in stages]:
             warnings.append(f"{path} cannot be used: stage {missing[0]} before it is damaged")
             continue
-        return Start(
-            {i: s for i, s in stages.items() if i < reached},
-            path,
-            state,
-            warnings,
-            _behind(folder, steps, reached),
-        )
+        good = {i: stage for i, stage in stages.items() if i < reached}
+        behind, progress = _behind(folder, steps, reached), state.get("progress", {})
+        return Attempt(Position.read(state), good, path, progress, warnings, behind)
     if found:
         do = f"restore {found[-1][2].name}, or {same.ANEW}"
         raise DataError(
@@ -104,25 +139,33 @@ def begin(config: RunConfig, folder: Path, run_id: str) -> Start:
             str(folder),
             "use resume=auto, or check output_dir and the settings",
         )
-    return Start({i: s for i, s in stages.items() if i == 0}, warnings=warnings)
+    if 0 not in stages:
+        return Attempt(Position(run_id), warnings=warnings)
+    return Attempt(Position.read(stages[0].facts), {0: stages[0]}, warnings=warnings)
+
+
+def stage_folders(folder: Path) -> list[tuple[int, Path]]:
+    """Return index and path of the finished stages in a run folder, in order."""
+    return sorted((int(p.name.split("-")[0]), p) for p in folder.glob("stages/[0-9]*-*"))
+
+
+def _steps(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
 def _behind(folder: Path, steps: int, reached: int) -> list[Path]:
-    """Checkpoints of more than ``steps`` steps, and stages from ``reached`` on."""
-    later = [
-        p for p in checkpoint.steps(folder / "ckpt") if int(p.name.removeprefix("step-")) > steps
-    ]
-    return later + [
-        p for p in (folder / "stages").glob("[0-9]*-*") if int(p.name.split("-")[0]) >= reached
-    ]
+    """Return the checkpoints of more than ``steps`` steps, and the stages from ``reached`` on."""
+    later = [p for p in checkpoint.steps(folder / "ckpt") if _steps(p) > steps]
+    return later + [p for index, p in stage_folders(folder) if index >= reached]
 
 
 def _state(path: Path, run_id: str, steps: int, size: int) -> dict[str, Any]:
-    """state.json of a checkpoint whose every file was verified."""
+    """Read state.json of a checkpoint. DataError when any of its files is not what was written."""
     checkpoint.verify(path)
     try:
         state = checkpoint.read_json(path, "state.json")
         own, at = state["run_id"] == run_id, (state["stage"] - 1) * size + state["step"]
+        own = own and isinstance(state["progress"], dict)
     except same.OTHER_SHAPE:
         raise DataError("state.json is not of this version of gain_cl", str(path)) from None
     if not own or at != steps:
@@ -133,11 +176,11 @@ def _state(path: Path, run_id: str, steps: int, size: int) -> dict[str, Any]:
     return state
 
 
-def _finished(root: Path, run_id: str, warnings: list[str]) -> Iterator[tuple[int, Stage]]:
-    """The finished stages that are what was written, by index."""
-    for path in sorted(root.glob("[0-9]*-*")):
+def _finished(folder: Path, run_id: str, warnings: list[str]) -> Iterator[tuple[int, Stage]]:
+    """Yield the finished stages that are what was written, by index."""
+    for index, path in stage_folders(folder):
         try:
-            stage, index = read_stage(path), int(path.name.split("-")[0])
+            stage = read_stage(path)
             if (stage.facts["run_id"], stage.facts["stage"]) != (run_id, index):
                 raise DataError(
                     f"it is stage {stage.facts['stage']} of {stage.facts['run_id']}", str(path)
@@ -152,29 +195,26 @@ def write_stage(
     folder: Path,
     row: record.StageRecord,
     rows: pd.DataFrame,
-    state: Path | None,
+    weights: Path | None,
     facts: dict[str, Any],
     extra: list[str],
 ) -> Stage:
-    """Save a finished stage: stage.json, scores.parquet and, linked from ``state``, the trained
-    state (and ``extra`` files)."""
-    linked = {
-        name: state / name
-        for name in (ADAPTER, *extra)
-        if state is not None and (state / name).exists()
-    }
-    about = {**facts, "record": row.model_dump(mode="json")}
+    """Save a finished stage in a run folder: stage.json, scores.parquet and, linked from the folder
+    ``weights``, the trained state (and ``extra`` files)."""
+    place = folder / "stages" / f"{row.index:02d}-{row.domain or 'pretrained'}"
     files: dict[str, Any] = {
-        "stage.json": same._json(about),
+        "stage.json": same.json_bytes({**facts, "record": row.model_dump(mode="json")}),
         "scores.parquet": rows.to_parquet(index=False),
-        **linked,
     }
-    checkpoint.save(folder, files)
-    return _load(folder)
+    for name in (ADAPTER, *extra):
+        if weights is not None and (weights / name).exists():
+            files[name] = weights / name
+    checkpoint.save(place, files)
+    return _load(place)
 
 
 def read_stage(folder: Path) -> Stage:
-    """A finished stage, verified; DataError when it is not what was written."""
+    """Read a finished stage. DataError when it is not what was written."""
     checkpoint.verify(folder)
     return _load(folder)
 
@@ -188,7 +228,7 @@ def _load(folder: Path) -> Stage:
     return Stage(row, pd.read_parquet(folder / "scores.parquet"), folder, facts)
 
 
-def clear(folder: Path) -> None:
+def clear_folder(folder: Path) -> None:
     """Remove everything of a run but its lock, for its owner."""
     for path in folder.iterdir():
         if path.name != "LOCK":

@@ -6,31 +6,32 @@ import json
 import os
 import socket
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gain_cl.config.schema import RunConfig
-from gain_cl.errors import DataError, GainError
-from gain_cl.measure import provenance, record
-from gain_cl.system import checkpoint, lock
+from gain_cl.errors import DataError
+from gain_cl.measure import provenance
 from gain_cl.system.files import write_bytes
+
+if TYPE_CHECKING:
+    from gain_cl.runs.inputs import Inputs
+    from gain_cl.runs.plan import Plan
 
 ANEW = "resume=never starts anew and removes what is there"
 
 OTHER_SHAPE = (KeyError, TypeError, AttributeError, ValueError, IndexError)
-"""What JSON of another version of gain_cl, or of another hand, makes of code that reads it: it is
-no such file then."""
+"""Errors of code that reads JSON of another version of gain_cl, or of another hand: it is no such
+file then."""
 
 
-def _json(data: Any) -> bytes:
+def json_bytes(data: Any) -> bytes:
+    """Return JSON as a run folder holds it."""
     return (json.dumps(data, indent=1, allow_nan=False, ensure_ascii=False) + "\n").encode()
 
 
-# --- what may not differ --------------------------------------------------------------------------
-
-
-def facts(config: RunConfig, pins: dict[str, Any]) -> dict[str, Any]:
-    """What may not differ between attempts, as far as it is known before torch is imported; keys as
-    in config.Change."""
+def fixed_facts(config: RunConfig, pins: dict[str, Any]) -> dict[str, Any]:
+    """Return what may not differ between attempts, as far as it is known before torch is imported.
+    Keys are those of config.Change."""
     return {
         "numerics": {"version": provenance.NUMERICS, "plugins": pins["plugins"]},
         "model": {
@@ -44,125 +45,51 @@ def facts(config: RunConfig, pins: dict[str, Any]) -> dict[str, Any]:
 
 
 def differing(before: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
-    """Field -> what differs in it, in words; keys that only one side has are not compared."""
-    out = {}
-    for name in before.keys() & now.keys():
-        if found := _difference(before[name], now[name], name):
-            out[name] = found
-    return dict(sorted(out.items()))
+    """Return what differs in each field, in words. Fields that only one side has are not
+    compared."""
+    both = sorted(before.keys() & now.keys())
+    return {k: found for k in both if (found := first_difference(before[k], now[k], k))}
 
 
-def _difference(a: Any, b: Any, where: str) -> str | None:
-    """The first place where two JSON values differ."""
+def first_difference(a: Any, b: Any, where: str = "") -> str | None:
+    """Return the first place where two JSON values differ, and how."""
     if isinstance(a, dict) and isinstance(b, dict):
-        for key in sorted(a.keys() & b.keys()):
-            if found := _difference(a[key], b[key], f"{where}.{key}"):
-                return found
-        return next(
-            (f"{where}.{key} is only in one of them" for key in sorted(a.keys() ^ b.keys())), None
+        deep = (
+            first_difference(a[k], b[k], f"{where}.{k}".lstrip("."))
+            for k in sorted(a.keys() & b.keys())
         )
+        alone = (
+            f"{where}.{k}".lstrip(".") + " is only in one of them"
+            for k in sorted(a.keys() ^ b.keys())
+        )
+        return next(filter(None, (*deep, *alone)), None)
     if a == b:
         return None
     short = [text if len(text := str(value)) <= 40 else text[:37] + "..." for value in (a, b)]
     return f"{where} was {short[0]}, is {short[1]}"
 
 
-def adopt(config: RunConfig, pins: dict[str, Any]) -> str | None:
-    """The id of an interrupted run of these settings that this one may go on with, although
-    something outside the settings changed and so its id, or of a run that ended so. DataError when
-    there is one and ``allow_change`` does not name what changed."""
-    if config.resume == "never" or config.force:
-        return None
-    for other in sorted(Path(config.output_dir).glob("*/run.json")):
-        run = _read(other)
-        changed = {} if run is None else _changed(run, config, pins)
-        if run is None or not changed or lock.holder(other.parent):
-            continue
-        finished = Path(config.results_dir) / "runs" / f"{run['run_id']}.json"
-        if changed.keys() <= set(config.allow_change):
-            if not finished.exists() or _ended_so(finished, config, pins):
-                return str(run["run_id"])
-        elif not finished.exists() and _progress(other.parent):
-            name = next(k for k in changed if k not in config.allow_change)
-            do = (
-                f"allow_change=[{','.join(changed)}] goes on with it and marks the record "
-                "tainted; resume=never starts a new run"
-            )
-            raise DataError(
-                f"an interrupted run of these settings has another {name}: {changed[name]}",
-                str(other.parent),
-                do,
-            )
-    return None
+def settle(config: RunConfig, plan: Plan, inputs: Inputs, first: bool) -> list[str]:
+    """Compare with run.json what may not differ between attempts. Write run.json where this attempt
+    is the first. Note the attempt in attempts.jsonl.
 
-
-def _changed(run: dict[str, Any], config: RunConfig, pins: dict[str, Any]) -> dict[str, str]:
-    """What changed since a run of these settings began, of what its id is a hash of; empty for a
-    run of other settings."""
-    try:
-        if _comparable(run["settings"]) != _comparable(config.scientific()):
-            return {}
-        own = facts(config, pins)
-        known = {
-            k: {n: v[n] for n in own[k]} if isinstance(v, dict) else v
-            for k, v in run["facts"].items()
-            if k in own
-        }
-    except OTHER_SHAPE:
-        return {}
-    return {
-        k: v for k, v in differing(known, own).items() if k != "eval_batch"
-    }  # which is no part of the id
-
-
-def _ended_so(path: Path, config: RunConfig, pins: dict[str, Any]) -> bool:
-    """Whether a finished run's last attempt was made with what there is now: only then is its
-    record the answer."""
-    try:
-        r = record.load(path).record
-        then = (
-            r.provenance["numerics"],
-            r.config["model"]["dtype"],
-            {k: r.pins.get(k) for k in pins},
-        )
-    except (GainError, *OTHER_SHAPE):
-        return False
-    return then == (provenance.NUMERICS, config.model.dtype, pins)
-
-
-def settle(
-    config: RunConfig,
-    folder: Path,
-    run_id: str,
-    pins: dict[str, Any],
-    now: dict[str, Any],
-    here: dict[str, Any],
-    first: bool,
-) -> list[str]:
-    """Compare with run.json what may not differ, write run.json where this attempt is the first,
-    and note the attempt.
-
-    now: every field of config.Change; here: of the machine, what may differ. Returns what a reader
-    of the numbers must know; DataError names the first field that differs and is not in
-    allow_change."""
+    Return what a reader of the numbers must know. DataError names the first field that differs and
+    is not in allow_change."""
+    folder, now, here = plan.folder, inputs.facts, inputs.environment
     environment, path = provenance.environment(), folder / "run.json"
-    known = None if first else _read(path)
-    if known is None and not first:
-        raise DataError(
-            "run.json is missing or damaged: what the run began with is not known",
-            str(folder),
-            f"restore it, or {ANEW}",
-        )
-    if known is None:
+    if first:
         (folder / "attempts.jsonl").unlink(missing_ok=True)
-        known = {
-            "run_id": run_id,
+        known: dict[str, Any] | None = {
+            "run_id": plan.run_id,
             "settings": config.scientific(),
-            "pins": pins,
+            "pins": plan.pins,
             "facts": now,
             "environment": {**environment, **here},
         }
-        write_bytes(path, _json(known))
+        write_bytes(path, json_bytes(known))
+    elif (known := read_run(path)) is None:
+        raise _unknown("run.json is missing or damaged: what the run began with", folder)
+    assert known is not None
     changed = differing(known["facts"], now)
     for name, what in changed.items():
         if name not in config.allow_change:
@@ -172,39 +99,34 @@ def settle(
             )
             raise DataError(f"the interrupted run has another {name}: {what}", str(folder), do)
     before = known["facts"].get("data")
-    if (
-        "data" in changed
-        and isinstance(before, dict)
-        and (found := _difference(before.get("validation"), now["data"]["validation"], ""))
-    ):
+    then = before.get("validation") if isinstance(before, dict) else None
+    if "data" in changed and (found := first_difference(then, now["data"]["validation"])):
         what = (
-            f"the documents that are scored changed too, {found.lstrip('.')}: stages before "
-            "and after cannot be compared"
+            f"the documents that are scored changed too, {found}: stages before and after cannot "
+            "be compared"
         )
         raise DataError(what, str(folder), f"restore the data, or {ANEW}")
-    other = _otherwise(known, {**environment, **here})
+    other = elsewhere(known, {**environment, **here})
     line = {
         "started": environment["started"], "process": os.getpid(), "host": socket.gethostname(),
         "commit": environment["commit"], "dirty": environment["dirty"], **here,
         "changed": list(changed.values()), "other": other,
     }  # fmt: skip
-    lines = [json.dumps(attempt, allow_nan=False) + "\n" for attempt in [*attempts(folder), line]]
+    lines = [json.dumps(each, allow_nan=False) + "\n" for each in [*read_attempts(folder), line]]
     write_bytes(folder / "attempts.jsonl", "".join(lines).encode())
     return [f"since the first attempt: {what}" for what in other]
 
 
-def _otherwise(run: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What differs between where a run began and here: recorded and told, allowed."""
-    return list(
-        differing(
-            {k: v for k, v in run["environment"].items() if k not in ("started", "numerics")}, now
-        ).values()
-    )
+def elsewhere(run: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Return what differs between the machine where a run began and this one. It is recorded and
+    told, and allowed."""
+    then = {k: v for k, v in run["environment"].items() if k not in ("started", "numerics")}
+    return list(differing(then, now).values())
 
 
-def attempts(folder: Path) -> list[dict[str, Any]]:
-    """One entry for each start of the run so far; DataError when the file is not what was written:
-    it tells what is tainted."""
+def read_attempts(folder: Path) -> list[dict[str, Any]]:
+    """Return an entry for each start of the run so far. DataError when the file is not what was
+    written: it tells what is tainted."""
     path = folder / "attempts.jsonl"
     try:
         found = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
@@ -214,16 +136,12 @@ def attempts(folder: Path) -> list[dict[str, Any]]:
         return []
     except (OSError, RecursionError, *OTHER_SHAPE):
         pass
-    raise DataError(
-        "attempts.jsonl is damaged: what changed between the attempts is not known",
-        str(path),
-        f"restore it, or {ANEW}",
-    )
+    raise _unknown("attempts.jsonl is damaged: what changed between the attempts", path)
 
 
-def _same_settings(config: RunConfig, folder: Path) -> None:
-    """A run folder of another configuration: somebody renamed it."""
-    run = _read(folder / "run.json")
+def check_settings(config: RunConfig, folder: Path) -> None:
+    """Raise DataError for a run folder of another configuration: somebody renamed it."""
+    run = read_run(folder / "run.json")
     if run is None:
         return
     try:
@@ -231,42 +149,31 @@ def _same_settings(config: RunConfig, folder: Path) -> None:
             provenance.without_places(settings, run["pins"])
             for settings in (run["settings"], config.scientific())
         )
-        found = _difference(_comparable(before), _comparable(now), "")
+        found = first_difference(comparable(before), comparable(now))
     except OTHER_SHAPE:
-        raise DataError(
-            "run.json is damaged: what the run began with is not known",
-            str(folder),
-            f"restore it, or {ANEW}",
-        ) from None
+        raise _unknown("run.json is damaged: what the run began with", folder) from None
     if found:
         raise DataError(
-            f"the run folder is of another configuration: {found.lstrip('.')}",
-            str(folder),
-            "move it away",
+            f"the run folder is of another configuration: {found}", str(folder), "move it away"
         )
 
 
-def _comparable(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings without what ``facts`` compares."""
+def comparable(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return settings without what ``fixed_facts`` compares."""
     model = {k: v for k, v in settings["model"].items() if k != "dtype"}
     return {**settings, "model": model}
 
 
-def _read(path: Path) -> dict[str, Any] | None:
-    """run.json; None when there is none or it is none."""
+def read_run(path: Path) -> dict[str, Any] | None:
+    """Read run.json. Return None when there is none, or it is none."""
     try:
         run: dict[str, Any] = json.loads(path.read_bytes())
         parts = [run[k] for k in ("settings", "pins", "facts", "environment")]
-        return (
-            run
-            if isinstance(run["run_id"], str) and all(isinstance(part, dict) for part in parts)
-            else None
-        )
+        good = isinstance(run["run_id"], str) and all(isinstance(part, dict) for part in parts)
+        return run if good else None
     except (OSError, RecursionError, *OTHER_SHAPE):
         return None
 
 
-def _progress(folder: Path) -> bool:
-    return bool(checkpoint.steps(folder / "ckpt")) or any(
-        int(p.name[:2]) for p in (folder / "stages").glob("[0-9][0-9]-*")
-    )
+def _unknown(what: str, where: Path) -> DataError:
+    return DataError(f"{what} is not known", str(where), f"restore it, or {ANEW}")

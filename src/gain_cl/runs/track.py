@@ -221,11 +221,13 @@ class Tracker:
         if self._mirror is not None:
             self._mirror.send(self._position["bytes"])
 
-    def note(self, text: str) -> None:
-        """A line that a reader of the numbers should see: printed once, kept in ``notes``."""
-        if text not in self.notes:
-            self.notes.append(text)
-            self._warn(text)
+    def note(self, *texts: str) -> None:
+        """Tell what a reader of the numbers should see: a line each, printed once, kept in
+        ``notes``."""
+        for text in texts:
+            if text not in self.notes:
+                self.notes.append(text)
+                self._warn(text)
 
     def phase(self, text: str, stage: int, of: int) -> None:
         """What is being done now, within stage ``stage`` of ``of``."""

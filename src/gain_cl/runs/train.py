@@ -11,6 +11,7 @@ import statistics
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -107,8 +108,19 @@ class Progress:
     spikes: list[int] = field(default_factory=list)
     dev: list[dict[str, float]] = field(default_factory=list)
 
+    @classmethod
+    def read(cls, saved: dict[str, Any], folder: Path | None) -> Progress:
+        """Return what a checkpoint says of its stage. DataError when another version of gain_cl
+        wrote it."""
+        try:
+            return cls(**saved)
+        except TypeError:
+            do = "go on with the version that wrote it, or resume=never"
+            what = "state.json is not of this version of gain_cl"
+            raise DataError(what, str(folder), do) from None
+
     def stats(self, lr: float) -> TrainStats:
-        """What the record keeps of it."""
+        """Return what the record keeps of it."""
         kept = {k: v for k, v in asdict(self).items() if k != "recent"}
         return TrainStats(lr=lr, **kept)
 
@@ -145,8 +157,8 @@ def stage(
     micro_batch: int | None = None,
     start: int = 0,
 ) -> Iterator[dict[str, Any]]:
-    """Train on one domain from step ``start`` on, yielding one row per optimiser step: step (from
-    1), loss_nats (per token), grad_norm (before clipping), lr, tokens, seconds, micro_batch
+    """Train on one domain from step ``start`` on, yielding one row per optimiser step: stage, domain,
+    step (from 1), loss_nats (per token), grad_norm (before clipping), lr, tokens, seconds, micro_batch
     (sequences of a forward pass). place: the stage's number for what is drawn at random, where it
     is not its index.
 
@@ -189,7 +201,7 @@ def stage(
             if not math.isfinite(loss) or not math.isfinite(norm):
                 for p in parameters:
                     p.grad = None
-                raise _not_finite(loss, norm, batch, index, step, settings.sequences)
+                raise _not_finite(loss, norm, batch, index, step, blocks)
             if settings.clip is not None:
                 torch.nn.utils.clip_grads_with_norm_(parameters, settings.clip, total)
             lr = rate(
@@ -207,6 +219,8 @@ def stage(
             adapter.after_step()
             guard.after_step()
             yield {
+                "stage": index,
+                "domain": blocks.name,
                 "step": step + 1,
                 "loss_nats": loss,
                 "grad_norm": norm,
@@ -220,21 +234,21 @@ def stage(
 
 
 def _not_finite(
-    loss: float, norm: float, batch: Batch, index: int, step: int, sequences: int
+    loss: float, norm: float, batch: Batch, index: int, step: int, blocks: Stream
 ) -> DataError:
+    """Return the error of a step, with the ids of the documents of its batch."""
     what = "loss" if not math.isfinite(loss) else "gradient"
     do = "lower train.lr; the parameters are untouched, failure.json names the batch"
     error = DataError(f"the {what} is not finite", f"stage {index}, step {step + 1}", do)
-    blocks, owners = (
-        [step * sequences + i for i in range(sequences)],
-        sorted({int(d) for d in batch.documents_ST.flat if d >= 0}),
-    )
+    sequences = len(batch.tokens_ST)
     error.facts = {
         "step": step + 1,
         "loss_nats": str(loss),
         "grad_norm": str(norm),
-        "blocks": blocks,
-        "documents": owners,
+        "blocks": list(range(step * sequences, (step + 1) * sequences)),
+        "documents": [blocks.ids[d] for d in sorted({*batch.documents_ST.flat}) if d >= 0],
+        "stage": index,
+        "domain": blocks.name,
     }
     return error
 

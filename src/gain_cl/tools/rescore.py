@@ -87,7 +87,7 @@ class Bench:
         self._cells = self._bar.add_task("load", total=rows * len(self.names))
         self._rows = 0
         self._bar.start()
-        self.inputs = inputs.load(self.config, pins, self)
+        self.inputs = inputs.load_inputs(self.config, pins, self)
         self.loaded = self.inputs.loaded
 
     def close(self) -> None:

@@ -574,7 +574,7 @@ def attempts(case: Case) -> str:
             AGAIN,
         )
     try:
-        if same.attempts(case.beside("run.json").parent) != listed:
+        if same.read_attempts(case.beside("run.json").parent) != listed:
             raise DataError("attempts.jsonl lists other attempts", str(case.folder), AGAIN)
     except Absent:
         pass
@@ -593,11 +593,11 @@ def attempts(case: Case) -> str:
 
 def matrix_csv(case: Case) -> str:
     """matrix.csv again, byte for byte."""
-    from gain_cl.measure import matrix_csv as table
+    from gain_cl.runs import finish
 
     path = case.beside("matrix.csv")
     case.hashed.add(path)
-    if path.read_bytes() != table.csv(case.run).encode():
+    if path.read_bytes() != finish.matrix_csv(case.run).encode():
         raise DataError(
             "matrix.csv is not that of the record",
             str(path),

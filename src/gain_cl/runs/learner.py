@@ -1,0 +1,245 @@
+"""Learn the domains of a run: what trains on the model, how the past is kept, and the loop over the
+steps of a stage."""
+
+from __future__ import annotations
+
+import json
+import time
+import warnings
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+from gain_cl import adapters, errors, guards
+from gain_cl.adapters import portable
+from gain_cl.adapters.base import Adapter
+from gain_cl.config.schema import RunConfig
+from gain_cl.errors import ConfigError, DataError
+from gain_cl.guards.base import Guard
+from gain_cl.measure import perplexity, scoring
+from gain_cl.measure.record import DomainScore, TrainStats
+from gain_cl.models import load
+from gain_cl.runs import inherit, resume, train
+from gain_cl.runs.inputs import Inputs, training_streams
+from gain_cl.runs.track import Tracker
+from gain_cl.system import checkpoint, signals
+from gain_cl.system.failpoints import reach
+
+
+def attach(config: RunConfig, loaded: load.Loaded, seed: int) -> tuple[Adapter, Guard]:
+    """Put adapter and guard on the untouched model. ConfigError when they do not fit it or each
+    other."""
+    adapter = adapters.build_adapter(config.adapter)
+    adapter.attach(loaded)
+    portable.begin(config.adapter, adapter, loaded)
+    if adapter.trains and not adapter.parameters():
+        raise ConfigError(
+            f"method {config.method} trains nothing on this model",
+            "adapter",
+            "choose another method",
+        )
+    if config.handover == "restart" and len(config.stages) > 1 and not adapter.restarts():
+        raise ConfigError(
+            f"the adapter of method {config.method} cannot restart",
+            "handover",
+            "use handover=continue",
+        )
+    guard = guards.build_guard(config.guard)
+    guard.attach(loaded, adapter, seed)
+    return adapter, guard
+
+
+def rehearse(config: RunConfig) -> None:
+    """Attach to the model without its weights: what does not fit it is refused in a second, not
+    once stage 0 is scored. What needs weights is left to the real model: PEFT's RuntimeError, and
+    whatever else a plugin does with them."""
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # they come when it counts
+        try:
+            attach(config, load.weightless(config.model), 0)
+        except errors.GainError as error:
+            if not isinstance(error.__cause__, RuntimeError):
+                raise
+        except Exception:
+            return
+
+
+Learned = tuple[TrainStats | None, Path | None]
+"""What learning a stage cost, and the folder of its trained state. Both are None when a stage was
+learned elsewhere than in a run."""
+
+
+class Learner:
+    """Hold what learns: the adapter on the model, the guard, the optimiser and the streams of text,
+    one of each stage.
+
+    It begins with the state of the checkpoint that the attempt goes on from."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        folder: Path,
+        inputs: Inputs,
+        attempt: resume.Attempt,
+        tracker: Tracker,
+    ) -> None:
+        """Attach to the model. folder: the run's."""
+        self.config, self.folder, self.inputs = config, folder, inputs
+        self.attempt, self.tracker = attempt, tracker
+        torch.manual_seed(train.seed_of("init", config.seed))
+        self.adapter, self.guard = attach(
+            config, inputs.loaded, train.seed_of("guard", config.seed)
+        )
+        if config.compute.gradient_checkpointing:
+            load.checkpoint_activations(inputs.loaded.model)
+        if self.adapter.trains:
+            self.optimizer = train.optimizer(self.adapter, config.train)
+            self.streams = training_streams(config, inputs)
+        self.initial = self.adapter.state() if config.regime == "individual" else {}
+        if attempt.folder is not None:
+            self.load(attempt.folder)
+
+    def load(self, saved: Path) -> None:
+        """Put the state of a verified folder into adapter, guard and optimiser."""
+        self.adapter.load_state(checkpoint.read_tensors(saved, resume.ADAPTER))
+        self.guard.load_state(checkpoint.read_tensors(saved, resume.GUARD))
+        # An adapter that restarted has other parameters.
+        self.optimizer = train.optimizer(self.adapter, self.config.train)
+        train.load_optimizer_state(
+            self.optimizer, self.adapter, checkpoint.read_tensors(saved, resume.OPTIMIZER)
+        )
+
+    def save(self, index: int, step: int, progress: train.Progress) -> Path:
+        """Write a checkpoint, inside or at the end of a stage. Return its folder. DataError when
+        the trained state is not finite."""
+        trained_state, memory = self.adapter.state(), self.guard.state()
+        if not all(torch.isfinite(t).all() for t in trained_state.values()):
+            raise DataError(
+                "the trained state is not finite",
+                f"stage {index}, step {step}",
+                "it was not saved; lower train.lr",
+            )
+        size = self.config.stage.stage_steps
+        files: dict[str, Any] = {resume.ADAPTER: trained_state}
+        if memory:
+            files[resume.GUARD] = memory
+        if step < size or self.config.train.optimizer == "carried":
+            files[resume.OPTIMIZER] = train.optimizer_state(self.optimizer, self.adapter)
+        about = self.attempt.move(index, step, self.tracker.position())
+        about["progress"] = asdict(progress)
+        files["state.json"] = (json.dumps(about, indent=1, allow_nan=False) + "\n").encode()
+        path = self.folder / "ckpt" / f"step-{(index - 1) * size + step}"
+        checkpoint.save(path, files)
+        reach("commit")
+        self.tracker.commit()
+        checkpoint.prune(self.folder / "ckpt")
+        return path
+
+    def begin_stage(self, index: int) -> None:
+        """Prepare adapter and optimiser for a stage that nothing is learned of yet."""
+        if self.config.regime == "individual":
+            self.adapter.load_state(self.initial)
+        if self.config.handover == "restart" and index > 1:
+            torch.manual_seed(train.seed_of("init", self.config.seed, index))
+            self.adapter.restart()
+        if self.config.train.optimizer == "fresh":
+            self.optimizer = train.optimizer(self.adapter, self.config.train)
+
+    def learn(self, index: int) -> Learned:
+        """Train a stage, from where an earlier attempt stopped in it."""
+        config, position, tracker = self.config, self.attempt.position, self.tracker
+        size, sequences = config.stage.stage_steps, config.train.sequences
+        name, blocks = config.stages[index - 1], self.streams[index - 1]
+        tracker.phase(f"learn {name}", stage=index, of=len(config.stages))
+        progress, saved = train.Progress(), self.attempt.folder
+        if position.stage == index:
+            progress = train.Progress.read(self.attempt.progress, saved)
+        else:
+            self.begin_stage(index)
+        self.guard.before_stage(index, self.streams[: index - 1], size * sequences)
+        micro = min(config.compute.micro_batch or sequences, position.fits or sequences)
+        due = checkpoint.Due(config.checkpoint.every_minutes, config.checkpoint.every_steps)
+        for row in train.stage(
+            self.inputs.loaded, self.adapter, self.guard, blocks, config.stage, self.optimizer,
+            # individual: as if it were the only stage
+            index=index, seed=config.seed, place=1 if config.regime == "individual" else index,
+            micro_batch=micro, start=progress.steps,
+        ):  # fmt: skip
+            step = row["step"]
+            tracker.step(row | {"steps": size})
+            if row["micro_batch"] < micro:
+                position.fits = micro = row["micro_batch"]
+                position.events.append(
+                    f"out of memory at step {step} of stage {index}: from there {micro} "
+                    "sequences a forward pass"
+                )
+                tracker.note(position.events[-1])
+            if (spike := progress.add(row)) is not None:
+                tracker.spike(row | spike)
+            if config.train.dev_every and step % config.train.dev_every == 0:
+                self.score_dev(row, progress)
+            if step == size:
+                self.guard.after_stage(index, name, blocks)
+            if step == size or due.now(step) or signals.asked():
+                saving = time.perf_counter()
+                saved = self.save(index, step, progress)
+                due.saved(time.perf_counter() - saving)
+                signals.poll()
+        return progress.stats(config.train.lr), saved
+
+    def score_dev(self, row: dict[str, Any], progress: train.Progress) -> None:
+        """Score the dev documents of what is being learned, and of the controls. row: of the step
+        that was just done."""
+        config, own = self.config, {k: row[k] for k in ("stage", "domain", "step")}
+        learned = config.sequence.trained if config.regime == "joint" else [row["domain"]]
+        with signals.held():  # the step is not saved yet
+            found = {
+                prefix: self._dev_total(names)
+                for prefix, names in (("", learned), ("controls_", config.sequence.controls))
+                if names
+            }
+        sums = {
+            f"{prefix}{key}": getattr(total, key)
+            for prefix, total in found.items()
+            for key in ("nll_nats", "tokens")
+        }
+        progress.dev.append({"step": row["step"], **sums})
+        losses = {f"{prefix}loss_nats": total.loss_nats for prefix, total in found.items()}
+        self.tracker.dev({**own, **losses})
+
+    def _dev_total(self, names: list[str]) -> DomainScore:
+        """Return the sums over the dev documents of several domains."""
+        settings = self.config.eval.model_copy(update={"split": "dev"})
+        loaded, batch = self.inputs.loaded, self.config.compute.eval_batch
+        return perplexity.total(
+            pd.concat(
+                scoring.score_domain(loaded, self.inputs.domains[name], settings, batch)
+                for name in names
+            )
+        )
+
+    def take_over(self, stage: resume.Stage) -> Learned:
+        """Load a stage that another run has learned, and share what it has scored."""
+        self.load(stage.folder)
+        inherit.share_scores(stage, self.folder / "cells")
+        return stage.record.train, stage.folder
+
+    def load_given(self, index: int) -> Learned:
+        """Load a stage that was learned elsewhere than in a run."""
+        stages = self.config.stages
+        self.tracker.phase(f"load what learned {stages[index - 1]}", stage=index, of=len(stages))
+        self.adapter.take(index)
+        return None, None
+
+    def drop_states_before(self, index: int) -> None:
+        """Remove the trained states of earlier stages, where only the last is kept."""
+        keep = self.config.checkpoint.keep_stages
+        if (keep or ("all" if self.adapter.keep_stages else "last")) == "last":
+            for older in range(1, index):
+                checkpoint.drop(
+                    self.attempt.stages[older].folder,
+                    [resume.ADAPTER, resume.GUARD, resume.OPTIMIZER],
+                )
