@@ -41,7 +41,7 @@ def test_every_damage_is_caught_before_use(warm: Warm, root: Path) -> None:
 def test_a_broken_twin_does_not_catch_it(
     warm: Warm, root: Path, twin: Callable[[], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module, name in ((checkpoint, "verify"), (resume, "begin")):
+    for module, name in ((checkpoint, "verify"), (resume, "begin_attempt")):
         monkeypatch.setattr(module, name, getattr(module, name))  # so that it is put back
     twin()
     outcome = decide(warm, root, 2)

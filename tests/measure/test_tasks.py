@@ -741,7 +741,7 @@ def test_time_left_counts_what_score_counts(local: None, loaded: Any, tmp_path: 
         clock=lambda: now,
     ) as tracker:
         for stage in (0, 1):
-            tracker.phase("run tasks", stage=stage, of=1)
+            tracker.phase("run tasks", stage=stage)
             begun = now
             scores, _ = taskset.score(loaded, tell)
             left.append(tracker.left())

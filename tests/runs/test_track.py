@@ -97,12 +97,12 @@ def follow(tracker: track.Tracker, run: record.Run, clock: Clock, finish: bool =
     stages = run.record.stages
 
     def measure(stage: record.StageRecord) -> None:
-        tracker.phase("score", stage=stage.index, of=2)
+        tracker.phase("score", stage=stage.index)
         for i, name in enumerate("abx"):
             tracker.progress(i, 3, "cells", name)
             clock.now += 2
         if stage.tasks:
-            tracker.phase("run tasks", stage=stage.index, of=2)
+            tracker.phase("run tasks", stage=stage.index)
             for done in range(20, 101, 20):
                 clock.now += 2
                 tracker.progress(done, 100, "items")
@@ -112,13 +112,13 @@ def follow(tracker: track.Tracker, run: record.Run, clock: Clock, finish: bool =
             )
         )
 
-    tracker.phase("load model", stage=0, of=2)
+    tracker.phase("load model", stage=0)
     clock.now += 5
     tracker.note("a [warning]")
     tracker.note("a [warning]")
     measure(stages[0])
     for stage in stages[1:]:
-        tracker.phase(f"learn {stage.domain}", stage=stage.index, of=2)
+        tracker.phase(f"learn {stage.domain}", stage=stage.index)
         for k in range(1, 5):
             clock.now += 3
             tracker.step(
@@ -359,7 +359,7 @@ def test_plain_lines(run: record.Run, tmp_path: Path) -> None:
 def test_a_long_stage_speaks_every_ten_seconds(tmp_path: Path) -> None:
     clock, out = Clock(), io.StringIO()
     with tracking(tmp_path, clock, out) as tracker:
-        tracker.phase("learn a", stage=1, of=2)
+        tracker.phase("learn a", stage=1)
         for k in range(100):
             clock.now += 1
             tracker.step(
@@ -382,7 +382,7 @@ def test_live_view(run: record.Run, tmp_path: Path) -> None:
     clock, out = Clock(), Terminal()
     with tracking(tmp_path, clock, out, tasks=True) as tracker:
         follow(tracker, run, clock, finish=False)
-        tracker.phase("learn b", stage=2, of=2)
+        tracker.phase("learn b", stage=2)
         tracker.step(
             {
                 "stage": 2,
@@ -471,7 +471,7 @@ def test_a_spike_is_told_and_kept(tmp_path: Path) -> None:
         "steps": 39,
     }
     with tracking(tmp_path, Clock(), out) as tracker:
-        tracker.phase("learn a", stage=1, of=2)
+        tracker.phase("learn a", stage=1)
         tracker.spike(row)
     assert metrics(tmp_path)[-1] == {"kind": "spike", **row}
     said = (
@@ -513,7 +513,7 @@ def test_time_left_is_remaining_units_times_their_pace(run: record.Run, tmp_path
         assert (
             tracker.left() == (0.0, ["training", "scoring", "tasks"]) and tracker._rest == "? left"
         )
-        tracker.phase("score", stage=0, of=2)
+        tracker.phase("score", stage=0)
         tracker.progress(0, 3, "cells", "a")
         clock.now += 2
         tracker.progress(1, 3, "cells", "b")
@@ -527,7 +527,7 @@ def test_time_left_is_remaining_units_times_their_pace(run: record.Run, tmp_path
             row.model_copy(update={"eval_seconds": 12.0, "task_seconds": 10.0})
         )  # what was measured where it happened
         assert tracker.left() == (6 * 4 + 10, ["training"])  # tasks once more, at the end
-        tracker.phase("learn a", stage=1, of=2)
+        tracker.phase("learn a", stage=1)
         clock.now += 3
         tracker.step({"stage": 1, "domain": "a", "step": 1, "steps": 4})
         assert tracker.left() == (6 * 4 + 10 + 7 * 3, [])
@@ -555,7 +555,7 @@ def test_nothing_is_left_when_the_last_tasks_are_done(
         for row in run.record.stages:
             if stages == "ends" and not row.tasks:
                 continue
-            tracker.phase("run tasks", stage=row.index, of=2)
+            tracker.phase("run tasks", stage=row.index)
             for done in (30, 100):
                 clock.now += 5
                 tracker.progress(done, 100, "items")
@@ -585,7 +585,7 @@ def test_time_left_of_a_run_that_goes_on(run: record.Run, tmp_path: Path) -> Non
         ]
         tracker.resumed(stages[:1], 1)
         assert tracker.left() == (6 * 2 + 10, ["training"])  # 7 steps, but at which pace?
-        tracker.phase("learn a", stage=1, of=2)
+        tracker.phase("learn a", stage=1)
         clock.now += 3
         tracker.step(step_row(1, 2))
         assert tracker.left() == (6 * 2 + 10 + 6 * 3, [])
@@ -618,7 +618,7 @@ def test_task_items_of_the_whole_run(tmp_path: Path, stages: Any, scored: int) -
         console=Console(file=io.StringIO()),
         clock=clock,
     ) as tracker:
-        tracker.phase("run tasks", stage=0, of=2)
+        tracker.phase("run tasks", stage=0)
         clock.now += 5
         tracker.progress(50, 100, "items")
         assert tracker.left() == (pytest.approx((100 * scored - 50) * 0.1), [])
@@ -627,7 +627,7 @@ def test_task_items_of_the_whole_run(tmp_path: Path, stages: Any, scored: int) -
 def test_other_units_are_shown_and_not_timed(tmp_path: Path) -> None:
     clock, out = Clock(), io.StringIO()
     with tracking(tmp_path, clock, out) as tracker:
-        tracker.phase("prepare domains", stage=0, of=2)
+        tracker.phase("prepare domains", stage=0)
         clock.now += 11
         tracker.progress(1, 3, "domains", "b")
         assert tracker.left()[0] == 0.0

@@ -53,8 +53,7 @@ class Inputs:
 
 def load_inputs(config: RunConfig, pins: dict[str, Any], tracker: Teller) -> Inputs:
     """Load model, domains and tasks, and check them against each other. pins: of the plan."""
-    last = len(config.stages)
-    tracker.phase("import torch and transformers", stage=0, of=last)
+    tracker.phase("import torch and transformers")
     if config.compute.deterministic:
         # cuBLAS reads it once, when torch starts it.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -64,15 +63,17 @@ def load_inputs(config: RunConfig, pins: dict[str, Any], tracker: Teller) -> Inp
     torch.set_num_threads(config.compute.threads or _cores())
     torch.use_deterministic_algorithms(config.compute.deterministic)
     signals.poll()
-    tracker.phase(f"load {config.model.name}", stage=0, of=last)
+    tracker.phase(f"load {config.model.name}")
     portable.fits(config.adapter)
     loaded = models.load(config.model, device)
     checks.limits(config, loaded.model.config.to_dict())
-    tracker.phase("prepare domains", stage=0, of=last)
+    tracker.phase("prepare domains")
     domains = _load_domains(config, loaded, pins["domains"], tracker)
-    notes = corpora.check_domains(domains, config.train, config.eval, loaded.vocabulary, config.only_scored)
+    notes = corpora.check_domains(
+        domains, config.train, config.eval, loaded.vocabulary, config.only_scored
+    )
     taskset = tasks.TaskSet(config.tasks, loaded.tokenizer) if config.tasks.names else None
-    tracker.phase("compare training text with what is scored", stage=0, of=last)
+    tracker.phase("compare training text with what is scored")
     trained = config.sequence.trained
     near = overlap.near_duplicates(domains, trained, config.eval)
     shared = overlap.benchmark(domains, trained, tasks.texts(taskset)) if taskset else []

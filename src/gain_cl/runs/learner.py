@@ -6,27 +6,32 @@ from __future__ import annotations
 import json
 import time
 import warnings
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
 
-from gain_cl import adapters, errors, guards
+from gain_cl import adapters, guards
 from gain_cl.adapters import portable
 from gain_cl.adapters.base import Adapter
 from gain_cl.config.schema import RunConfig
-from gain_cl.errors import ConfigError, DataError
+from gain_cl.errors import ConfigError, DataError, GainError
 from gain_cl.guards.base import Guard
 from gain_cl.measure import perplexity, scoring
 from gain_cl.measure.record import DomainScore, TrainStats
 from gain_cl.models import load
-from gain_cl.runs import inherit, resume, train
+from gain_cl.runs import inherit, train
 from gain_cl.runs.inputs import Inputs, training_streams
+from gain_cl.runs.resume import ADAPTER, GUARD, OPTIMIZER, Attempt, Stage
 from gain_cl.runs.track import Tracker
 from gain_cl.system import checkpoint, signals
 from gain_cl.system.failpoints import reach
+
+Learned = tuple[TrainStats | None, Path | None]
+"""What learning a stage cost, and the folder of its trained state. Both are None when a stage was
+learned elsewhere than in a run."""
 
 
 def attach(config: RunConfig, loaded: load.Loaded, seed: int) -> tuple[Adapter, Guard]:
@@ -36,17 +41,11 @@ def attach(config: RunConfig, loaded: load.Loaded, seed: int) -> tuple[Adapter, 
     adapter.attach(loaded)
     portable.begin(config.adapter, adapter, loaded)
     if adapter.trains and not adapter.parameters():
-        raise ConfigError(
-            f"method {config.method} trains nothing on this model",
-            "adapter",
-            "choose another method",
-        )
+        what = f"method {config.method} trains nothing on this model"
+        raise ConfigError(what, "adapter", "choose another method")
     if config.handover == "restart" and len(config.stages) > 1 and not adapter.restarts():
-        raise ConfigError(
-            f"the adapter of method {config.method} cannot restart",
-            "handover",
-            "use handover=continue",
-        )
+        what = f"the adapter of method {config.method} cannot restart"
+        raise ConfigError(what, "handover", "use handover=continue")
     guard = guards.build_guard(config.guard)
     guard.attach(loaded, adapter, seed)
     return adapter, guard
@@ -60,82 +59,71 @@ def rehearse(config: RunConfig) -> None:
         warnings.simplefilter("ignore")  # they come when it counts
         try:
             attach(config, load.weightless(config.model), 0)
-        except errors.GainError as error:
+        except GainError as error:
             if not isinstance(error.__cause__, RuntimeError):
                 raise
         except Exception:
             return
 
 
-Learned = tuple[TrainStats | None, Path | None]
-"""What learning a stage cost, and the folder of its trained state. Both are None when a stage was
-learned elsewhere than in a run."""
-
-
+@dataclass
 class Learner:
     """Hold what learns: the adapter on the model, the guard, the optimiser and the streams of text,
-    one of each stage.
+    one of each stage. It begins with the state of the checkpoint that the attempt goes on from.
 
-    It begins with the state of the checkpoint that the attempt goes on from."""
+    folder: the run's."""
 
-    def __init__(
-        self,
-        config: RunConfig,
-        folder: Path,
-        inputs: Inputs,
-        attempt: resume.Attempt,
-        tracker: Tracker,
-    ) -> None:
-        """Attach to the model. folder: the run's."""
-        self.config, self.folder, self.inputs = config, folder, inputs
-        self.attempt, self.tracker = attempt, tracker
+    config: RunConfig
+    folder: Path
+    inputs: Inputs
+    attempt: Attempt
+    tracker: Tracker
+
+    def __post_init__(self) -> None:
+        """Attach to the model."""
+        config, loaded = self.config, self.inputs.loaded
         torch.manual_seed(train.seed_of("init", config.seed))
-        self.adapter, self.guard = attach(
-            config, inputs.loaded, train.seed_of("guard", config.seed)
-        )
+        self.adapter, self.guard = attach(config, loaded, train.seed_of("guard", config.seed))
         if config.compute.gradient_checkpointing:
-            load.checkpoint_activations(inputs.loaded.model)
+            load.checkpoint_activations(loaded.model)
         if self.adapter.trains:
-            self.optimizer = train.optimizer(self.adapter, config.train)
-            self.streams = training_streams(config, inputs)
+            self.renew_optimizer()
+            self.streams = training_streams(config, self.inputs)
         self.initial = self.adapter.state() if config.regime == "individual" else {}
-        if attempt.folder is not None:
-            self.load(attempt.folder)
+        if self.attempt.folder is not None:
+            self.load(self.attempt.folder)
+
+    def renew_optimizer(self) -> None:
+        """Begin with an optimiser of the adapter's parameters that has seen nothing."""
+        self.optimizer = train.optimizer(self.adapter, self.config.train)
 
     def load(self, saved: Path) -> None:
         """Put the state of a verified folder into adapter, guard and optimiser."""
-        self.adapter.load_state(checkpoint.read_tensors(saved, resume.ADAPTER))
-        self.guard.load_state(checkpoint.read_tensors(saved, resume.GUARD))
-        # An adapter that restarted has other parameters.
-        self.optimizer = train.optimizer(self.adapter, self.config.train)
-        train.load_optimizer_state(
-            self.optimizer, self.adapter, checkpoint.read_tensors(saved, resume.OPTIMIZER)
-        )
+        self.adapter.load_state(checkpoint.read_tensors(saved, ADAPTER))
+        self.guard.load_state(checkpoint.read_tensors(saved, GUARD))
+        self.renew_optimizer()  # an adapter that restarted has other parameters
+        state = checkpoint.read_tensors(saved, OPTIMIZER)
+        train.load_optimizer_state(self.optimizer, self.adapter, state)
 
     def save(self, index: int, step: int, progress: train.Progress) -> Path:
         """Write a checkpoint, inside or at the end of a stage. Return its folder. DataError when
         the trained state is not finite."""
-        trained_state, memory = self.adapter.state(), self.guard.state()
-        if not all(torch.isfinite(t).all() for t in trained_state.values()):
-            raise DataError(
-                "the trained state is not finite",
-                f"stage {index}, step {step}",
-                "it was not saved; lower train.lr",
-            )
-        size = self.config.stage.stage_steps
-        files: dict[str, Any] = {resume.ADAPTER: trained_state}
-        if memory:
-            files[resume.GUARD] = memory
+        size, files = self.config.stage.stage_steps, {ADAPTER: self.adapter.state()}
+        if not all(torch.isfinite(t).all() for t in files[ADAPTER].values()):
+            where, do = f"stage {index}, step {step}", "it was not saved; lower train.lr"
+            raise DataError("the trained state is not finite", where, do)
+        if memory := self.guard.state():
+            files[GUARD] = memory
         if step < size or self.config.train.optimizer == "carried":
-            files[resume.OPTIMIZER] = train.optimizer_state(self.optimizer, self.adapter)
+            files[OPTIMIZER] = train.optimizer_state(self.optimizer, self.adapter)
         about = self.attempt.move(index, step, self.tracker.position())
         about["progress"] = asdict(progress)
-        files["state.json"] = (json.dumps(about, indent=1, allow_nan=False) + "\n").encode()
+        text = json.dumps(about, indent=1, allow_nan=False) + "\n"
         path = self.folder / "ckpt" / f"step-{(index - 1) * size + step}"
-        checkpoint.save(path, files)
+        checkpoint.save(path, {**files, "state.json": text.encode()})
         reach("commit")
         self.tracker.commit()
-        checkpoint.prune(self.folder / "ckpt")
+        checkpoint.prune(path.parent)
         return path
 
     def begin_stage(self, index: int) -> None:
@@ -146,14 +134,14 @@ class Learner:
             torch.manual_seed(train.seed_of("init", self.config.seed, index))
             self.adapter.restart()
         if self.config.train.optimizer == "fresh":
-            self.optimizer = train.optimizer(self.adapter, self.config.train)
+            self.renew_optimizer()
 
     def learn(self, index: int) -> Learned:
         """Train a stage, from where an earlier attempt stopped in it."""
         config, position, tracker = self.config, self.attempt.position, self.tracker
         size, sequences = config.stage.stage_steps, config.train.sequences
-        name, blocks = config.stages[index - 1], self.streams[index - 1]
-        tracker.phase(f"learn {name}", stage=index, of=len(config.stages))
+        blocks = self.streams[index - 1]
+        tracker.phase(f"learn {blocks.name}", stage=index)
         progress, saved = train.Progress(), self.attempt.folder
         if position.stage == index:
             progress = train.Progress.read(self.attempt.progress, saved)
@@ -182,7 +170,7 @@ class Learner:
             if config.train.dev_every and step % config.train.dev_every == 0:
                 self.score_dev(row, progress)
             if step == size:
-                self.guard.after_stage(index, name, blocks)
+                self.guard.after_stage(index, blocks.name, blocks)
             if step == size or due.now(step) or signals.asked():
                 saving = time.perf_counter()
                 saved = self.save(index, step, progress)
@@ -193,35 +181,32 @@ class Learner:
     def score_dev(self, row: dict[str, Any], progress: train.Progress) -> None:
         """Score the dev documents of what is being learned, and of the controls. row: of the step
         that was just done."""
-        config, own = self.config, {k: row[k] for k in ("stage", "domain", "step")}
-        learned = config.sequence.trained if config.regime == "joint" else [row["domain"]]
+        learned, controls = [row["domain"]], self.config.sequence.controls
+        if self.config.regime == "joint":
+            learned = self.config.sequence.trained
         with signals.held():  # the step is not saved yet
-            found = {
-                prefix: self._dev_total(names)
-                for prefix, names in (("", learned), ("controls_", config.sequence.controls))
-                if names
-            }
-        sums = {
-            f"{prefix}{key}": getattr(total, key)
-            for prefix, total in found.items()
-            for key in ("nll_nats", "tokens")
-        }
-        progress.dev.append({"step": row["step"], **sums})
-        losses = {f"{prefix}loss_nats": total.loss_nats for prefix, total in found.items()}
-        self.tracker.dev({**own, **losses})
+            found = {"": self._dev_total(learned)}
+            if controls:
+                found["controls_"] = self._dev_total(controls)
+        sums = {"step": row["step"]}
+        told = {k: row[k] for k in ("stage", "domain", "step")}
+        for prefix, total in found.items():
+            sums |= {f"{prefix}nll_nats": total.nll_nats, f"{prefix}tokens": total.tokens}
+            told[f"{prefix}loss_nats"] = total.loss_nats
+        progress.dev.append(sums)
+        self.tracker.dev(told)
 
     def _dev_total(self, names: list[str]) -> DomainScore:
         """Return the sums over the dev documents of several domains."""
         settings = self.config.eval.model_copy(update={"split": "dev"})
         loaded, batch = self.inputs.loaded, self.config.compute.eval_batch
-        return perplexity.total(
-            pd.concat(
-                scoring.score_domain(loaded, self.inputs.domains[name], settings, batch)
-                for name in names
-            )
-        )
+        parts = [
+            scoring.score_domain(loaded, self.inputs.domains[name], settings, batch)
+            for name in names
+        ]
+        return perplexity.total(pd.concat(parts))
 
-    def take_over(self, stage: resume.Stage) -> Learned:
+    def take_over(self, stage: Stage) -> Learned:
         """Load a stage that another run has learned, and share what it has scored."""
         self.load(stage.folder)
         inherit.share_scores(stage, self.folder / "cells")
@@ -229,8 +214,8 @@ class Learner:
 
     def load_given(self, index: int) -> Learned:
         """Load a stage that was learned elsewhere than in a run."""
-        stages = self.config.stages
-        self.tracker.phase(f"load what learned {stages[index - 1]}", stage=index, of=len(stages))
+        name = self.config.stages[index - 1]
+        self.tracker.phase(f"load what learned {name}", stage=index)
         self.adapter.take(index)
         return None, None
 
@@ -239,7 +224,4 @@ class Learner:
         keep = self.config.checkpoint.keep_stages
         if (keep or ("all" if self.adapter.keep_stages else "last")) == "last":
             for older in range(1, index):
-                checkpoint.drop(
-                    self.attempt.stages[older].folder,
-                    [resume.ADAPTER, resume.GUARD, resume.OPTIMIZER],
-                )
+                checkpoint.drop(self.attempt.stages[older].folder, [ADAPTER, GUARD, OPTIMIZER])

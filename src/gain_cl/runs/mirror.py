@@ -164,10 +164,16 @@ class Mirror:
         return f"upload later with: wandb sync {self._folder / 'wandb' / 'offline-run-*'}"
 
     def _mode(self) -> str:
-        """auto: as WANDB_MODE says, else online where a key is found."""
-        mode = self._config.track.mode
-        said = os.environ.get("WANDB_MODE", "")
-        return said if mode == "auto" and said in ("online", "offline", "disabled") else mode
+        """Return the mode: disabled without backend=wandb. auto is as WANDB_MODE says, else online
+        where a key is found."""
+        track, said = self._config.track, os.environ.get("WANDB_MODE", "")
+        if track.backend != "wandb":
+            return "disabled"
+        return (
+            said
+            if track.mode == "auto" and said in ("online", "offline", "disabled")
+            else track.mode
+        )
 
     def _init(self, mode: Literal["online", "offline"], resuming: bool) -> Any:
         import wandb

@@ -68,15 +68,14 @@ def carry_out(config: RunConfig, plan: Plan) -> record.Run:
     if config.resume == "never" or (config.force and not plan.interrupted):
         resume.clear_folder(plan.folder)
     attempt = resume.begin_attempt(config, plan.folder, plan.run_id)
-    first = not attempt.stages and attempt.folder is None
-    position, last, size = attempt.position, len(config.stages), config.stage.stage_steps
+    stages, last = attempt.stages, len(config.stages)
     with Tracker(
         config,
         plan.run_id,
         plan.folder,
-        steps_total=last * size,
+        steps_total=last * config.stage.stage_steps,
         cells_total=(last + 1) * len(config.sequence.trained + config.sequence.controls),
-        position=position.track,
+        position=attempt.position.track,
     ) as tracker:
         tracker.note(*attempt.warnings)
         inputs = load_inputs(config, plan.pins, tracker)
@@ -84,17 +83,7 @@ def carry_out(config: RunConfig, plan: Plan) -> record.Run:
 
         from gain_cl.runs.learner import Learner
 
-        attempt.notes = inputs.notes + same.settle(config, plan, inputs, first)
-        tracker.note(*attempt.notes)
-        if attempt.folder is None:
-            attempt.inherited, told = inherit.common_stages(config, plan, inputs)
-            attempt.notes += told
-            tracker.note(*told)
-        else:
-            done = (position.stage - 1) * size + position.step
-            tracker.resumed([stage.record for stage in attempt.stages.values()], done)
-
-        stages = attempt.stages
+        settle(config, plan, inputs, attempt, tracker)
         if 0 not in stages:  # before anything is attached: the same for every method of this model
             stages[0] = score(0, None, None, config, plan, inputs, attempt, tracker)
         with torch.random.fork_rng():
@@ -117,6 +106,24 @@ def carry_out(config: RunConfig, plan: Plan) -> record.Run:
     return run
 
 
+def settle(
+    config: RunConfig, plan: Plan, inputs: Inputs, attempt: resume.Attempt, tracker: Tracker
+) -> None:
+    """Compare what may not differ between attempts. Go on where an earlier one stopped, or find the
+    stages that another run has learned already."""
+    first = not attempt.stages and attempt.folder is None
+    attempt.notes = inputs.notes + same.compare_attempts(config, plan, inputs, first)
+    tracker.note(*attempt.notes)
+    if attempt.folder is None:
+        attempt.inherited, told = inherit.common_stages(config, plan, inputs)
+        attempt.notes += told
+        tracker.note(*told)
+    else:
+        here = attempt.position
+        done = (here.stage - 1) * config.stage.stage_steps + here.step
+        tracker.resumed([stage.record for stage in attempt.stages.values()], done)
+
+
 def score(
     index: int,
     stats: record.TrainStats | None,
@@ -133,7 +140,7 @@ def score(
     stats: what learning it cost; weights: the folder of its trained state. Both are None when this
     run learned nothing for it."""
     last, domain = len(config.stages), config.stages[index - 1] if index else None
-    tracker.phase(f"score after {domain}" if domain else "score pretrained", stage=index, of=last)
+    tracker.phase(f"score after {domain}" if domain else "score pretrained", stage=index)
     identity = dict(inputs.identity)
     if weights is not None:
         identity["adapter"] = config.scientific()["adapter"]
@@ -148,7 +155,7 @@ def score(
         scoring.domains(inputs.loaded, inputs.domains, config.eval, batch, identity, known, tracker)
     ]
     if inputs.taskset is not None and tasks.due(config.tasks.stages, index, last):
-        tracker.phase("run tasks", stage=index, of=last)
+        tracker.phase("run tasks", stage=index)
         pins = plan.pins["tasks"]
         found.append(scoring.tasks(inputs.loaded, inputs.taskset, pins, identity, known, tracker))
     row = record.StageRecord(

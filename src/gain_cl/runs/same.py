@@ -69,7 +69,7 @@ def first_difference(a: Any, b: Any, where: str = "") -> str | None:
     return f"{where} was {short[0]}, is {short[1]}"
 
 
-def settle(config: RunConfig, plan: Plan, inputs: Inputs, first: bool) -> list[str]:
+def compare_attempts(config: RunConfig, plan: Plan, inputs: Inputs, first: bool) -> list[str]:
     """Compare with run.json what may not differ between attempts. Write run.json where this attempt
     is the first. Note the attempt in attempts.jsonl.
 

@@ -1,4 +1,4 @@
-"""Learning one domain: one loop, the same for every method.
+"""Learn one domain: one loop, the same for every method.
 
 Axes: S sequences of a step, T tokens of a sequence, B sequences of a micro-batch, D model width.
 """
@@ -35,7 +35,7 @@ WINDOW, ENOUGH = 128, 32
 
 
 def rate(step: int, steps: int, lr: float, schedule: str, warmup: float, final_lr: float) -> float:
-    """Learning rate of step 0 .. steps-1 of a stage: linear warm-up over round(warmup * steps)
+    """Return the learning rate of step 0 .. steps-1 of a stage: linear warm-up over round(warmup * steps)
     steps, then constant, or a cosine that ends at final_lr * lr on the last step."""
     rising = round(warmup * steps)
     if step < rising:
@@ -47,19 +47,13 @@ def rate(step: int, steps: int, lr: float, schedule: str, warmup: float, final_l
 
 
 def optimizer(adapter: Adapter, settings: Train) -> torch.optim.AdamW:
-    """AdamW over the adapter's fp32 parameters."""
-    parameters = list(adapter.parameters().values())
-    return torch.optim.AdamW(
-        parameters,
-        lr=settings.lr,
-        betas=settings.betas,
-        eps=settings.eps,
-        weight_decay=settings.weight_decay,
-    )
+    """Return AdamW over the adapter's fp32 parameters."""
+    chosen = settings.model_dump(include={"lr", "betas", "eps", "weight_decay"})
+    return torch.optim.AdamW(adapter.parameters().values(), **chosen)
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer, adapter: Adapter) -> dict[str, torch.Tensor]:
-    """The optimiser's tensors on the CPU, named KEY/PARAMETER."""
+    """Return the optimiser's tensors on the CPU, named KEY/PARAMETER."""
     names = {id(p): name for name, p in adapter.parameters().items()}
     return {
         f"{key}/{names[id(p)]}": torch.as_tensor(value).detach().to("cpu", copy=True)
@@ -72,25 +66,21 @@ def load_optimizer_state(
     optimizer: torch.optim.Optimizer, adapter: Adapter, state: dict[str, torch.Tensor]
 ) -> None:
     """Put back what ``optimizer_state`` took."""
-    for name, p in adapter.parameters().items():
-        own = {
-            key.split("/", 1)[0]: value
-            for key, value in state.items()
-            if key.split("/", 1)[1] == name
-        }
-        optimizer.state[p] = {
-            key: value if value.ndim == 0 else value.to(p.device) for key, value in own.items()
-        }
+    parameters = adapter.parameters()
+    for full, value in state.items():
+        key, name = full.split("/", 1)
+        p = parameters[name]
+        optimizer.state[p][key] = value if value.ndim == 0 else value.to(p.device)
 
 
 def batch_at(blocks: Stream, step: int, sequences: int) -> Batch:
-    """The sequences of one step: a pure function of the step."""
+    """Return the sequences of one step: a pure function of the step."""
     rows = [blocks[step * sequences + i] for i in range(sequences)]
     return Batch(*(np.stack(part) for part in zip(*rows, strict=True)))
 
 
 def seed_of(*parts: int | str) -> int:
-    """A seed that is a function of its parts alone."""
+    """Return a seed that is a function of its parts alone."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
 
 
@@ -121,11 +111,12 @@ class Progress:
 
     def stats(self, lr: float) -> TrainStats:
         """Return what the record keeps of it."""
-        kept = {k: v for k, v in asdict(self).items() if k != "recent"}
+        kept = asdict(self)
+        del kept["recent"]
         return TrainStats(lr=lr, **kept)
 
     def add(self, row: dict[str, Any]) -> dict[str, float] | None:
-        """Count a step; returns mean and sd of the losses before it when its loss is a spike above
+        """Count a step. Return mean and sd of the losses before it when its loss is a spike above
         them."""
         loss, before = row["loss_nats"], self.recent
         if not self.steps:
@@ -157,65 +148,49 @@ def stage(
     micro_batch: int | None = None,
     start: int = 0,
 ) -> Iterator[dict[str, Any]]:
-    """Train on one domain from step ``start`` on, yielding one row per optimiser step: stage, domain,
-    step (from 1), loss_nats (per token), grad_norm (before clipping), lr, tokens, seconds, micro_batch
-    (sequences of a forward pass). place: the stage's number for what is drawn at random, where it
-    is not its index.
+    """Train on one domain from step ``start`` on. Yield one row per optimiser step: stage, domain,
+    step (from 1), loss_nats (per token), grad_norm (before clipping), lr, tokens, seconds,
+    micro_batch (sequences of a forward pass). place: the stage's number for what is drawn at
+    random, where it is not its index.
 
     Raises DataError before the update when the loss or the gradient is not finite. When memory runs
-    out, the step is repeated with half the micro-batch, which then stays; StorageError when one
+    out, the step is repeated with half the micro-batch, which then stays. StorageError when one
     sequence is too much.
     """
-    parameters = list(adapter.parameters().values())
-    model = loaded.model
-    size = micro_batch or settings.sequences
+    parameters, model = list(adapter.parameters().values()), loaded.model
+    size, place = micro_batch or settings.sequences, place or index
     model.train()
     try:
         for step in range(start, settings.stage_steps):
             started = time.perf_counter()
-            batch = guard.mix(batch_at(blocks, step, settings.sequences), place or index, step)
-            while (
-                loss := _gradient(
-                    loaded,
-                    guard,
-                    batch,
-                    settings,
-                    size,
-                    seed_of("dropout", seed, place or index, step),
-                )
-            ) is None:
-                for p in parameters:
-                    p.grad = None
+            batch = guard.mix(batch_at(blocks, step, settings.sequences), place, step)
+            drawn = seed_of("dropout", seed, place, step)
+            while (loss := _gradient(loaded, guard, batch, settings, size, drawn)) is None:
+                optimizer.zero_grad()
                 _free(loaded.device)
                 if size == 1:
-                    where, do = (
+                    raise StorageError(
+                        "out of memory with one sequence a forward pass",
                         f"stage {index}, step {step + 1}",
                         "use compute.gradient_checkpointing=true or a smaller train.block",
                     )
-                    raise StorageError("out of memory with one sequence a forward pass", where, do)
                 size = (size + 1) // 2
-            total = torch.nn.utils.get_total_norm(
-                [p.grad for p in parameters if p.grad is not None]
-            )
+            gradients = [p.grad for p in parameters if p.grad is not None]
+            total = torch.nn.utils.get_total_norm(gradients)
             norm = total.item()
             if not math.isfinite(loss) or not math.isfinite(norm):
-                for p in parameters:
-                    p.grad = None
+                optimizer.zero_grad()
                 raise _not_finite(loss, norm, batch, index, step, blocks)
             if settings.clip is not None:
                 torch.nn.utils.clip_grads_with_norm_(parameters, settings.clip, total)
             lr = rate(
-                step,
-                settings.stage_steps,
-                settings.lr,
-                settings.schedule,
-                settings.warmup,
-                settings.final_lr,
-            )
+                step, settings.stage_steps, settings.lr,
+                settings.schedule, settings.warmup, settings.final_lr,
+            )  # fmt: skip
             for group in optimizer.param_groups:
                 group["lr"] = lr
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad()
             adapter.after_step()
             guard.after_step()
             yield {
@@ -256,26 +231,18 @@ def _not_finite(
 def _gradient(
     loaded: Loaded, guard: Guard, batch: Batch, settings: Train, size: int, seed: int
 ) -> float | None:
-    """Nats per token of a step, its gradient added up in the parameters; None when memory ran
-    out."""
+    """Add the gradient of a step up in the parameters. Return its nats per token, or None when
+    memory ran out."""
     torch.manual_seed(seed)  # dropout is a function of the step: resume needs no random state
     count, loss = max(1, int(batch.scored_ST.sum())), 0.0
     try:
         for start in range(0, len(batch.tokens_ST), size):
-            rows = slice(start, start + size)
-            documents = batch.documents_ST[rows] if settings.pack == "mask" else None
-            part = (
-                loss_sum(
-                    loaded,
-                    batch.tokens_ST[rows],
-                    documents,
-                    batch.scored_ST[rows],
-                    guard.token_penalty,
-                )
-                / count
-            )
-            # divided by the tokens of the whole step, so micro-batches of any size add up to its
-            # gradient
+            tokens, documents, scored = (part[start : start + size] for part in batch)
+            owners = documents if settings.pack == "mask" else None
+            nats = loss_sum(loaded, tokens, owners, scored, guard.token_penalty)
+            # Divided by the tokens of the whole step: micro-batches of any size add up to its
+            # gradient.
+            part = nats / count
             part.backward()
             loss += part.item()
         penalty = guard.penalty()
@@ -289,10 +256,9 @@ def _gradient(
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that memory ran out, of a GPU or of the machine."""
-    return isinstance(
-        error, torch.OutOfMemoryError | MemoryError
-    ) or "can't allocate memory" in str(error)
+    """True if an exception says that memory ran out, of a GPU or of the machine."""
+    short = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return short or "can't allocate memory" in str(error)
 
 
 def _free(device: torch.device) -> None:

@@ -95,7 +95,7 @@ class Bench:
         if hasattr(self, "_bar"):
             self._bar.stop()
 
-    def phase(self, text: str, stage: int, of: int) -> None:
+    def phase(self, text: str, stage: int = 0) -> None:
         """What is being done; see track.Tracker."""
         self._bar.update(self._cells, description=text)
 
