@@ -2,7 +2,7 @@
 configuration is valid.
 
 Every mistake of a user is one line on stderr, ``gain_cl: error: <what> (<where>); <what to do>``,
-and the exit code of errors.py; GAIN_CL_DEBUG=1 adds the traceback. The last line of a run on stdout
+and the exit code of errors.py. GAIN_CL_DEBUG=1 adds the traceback. The last line of a run on stdout
 is ``record: PATH``.
 """
 
@@ -16,21 +16,12 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NoReturn
 
-from gain_cl.errors import USAGE, ConfigError, GainError, PreemptedError, StorageError
-from gain_cl.tools.command import Parser, find_record
+from gain_cl.errors import USAGE, ConfigError, GainError, PreemptedError, StorageError, suggest
+from gain_cl.tools.command import Parser
 
 INTERRUPTED = 130
-VERBS = (
-    "sweep", "status", "compare", "power", "diagnose",
-    "export", "recombine", "interpolate", "prepare", "verify", "verify-resume", "doctor", "clean",
-)  # fmt: skip
-"""Those with a module of their own in verbs/."""
-
-PAPER = ("tables", "figures", "report", "paper")
-"""Those of verbs/paper.py."""
 
 USAGE_TEXT = """\
 usage: python -m gain_cl VERB ... (also: gain-cl VERB ...)
@@ -66,7 +57,7 @@ usage: python -m gain_cl VERB ... (also: gain-cl VERB ...)
 
 
 def entry() -> NoReturn:
-    """The console script."""
+    """Run the console script."""
     code = main()
     try:
         sys.stdout.flush()
@@ -76,10 +67,15 @@ def entry() -> NoReturn:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one verb and return the exit code; never raises for a user's mistake."""
+    """Run one verb and return the exit code. Never raise for a user's mistake."""
     verb, *rest = (sys.argv[1:] if argv is None else argv) or [""]
     try:
-        return _verb(verb)(rest)
+        if verb in VERBS:
+            return VERBS[verb](rest)
+        if verb:
+            there = (v for v in VERBS if v.isidentifier())
+            raise ConfigError(f"unknown verb {verb!r}", "command line", suggest(verb, there))
+        return _help([]) or USAGE
     except GainError as error:
         return _report(error)
     except KeyboardInterrupt:
@@ -88,53 +84,12 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     except OSError as error:
         # told where it happens if it can be; what remains is mostly the place that is printed to
-        return _report(
-            StorageError(
-                f"the system refuses: {error.strerror or error}",
-                str(error.filename or ""),
-                "check the disk",
-            )
-        )
-
-
-def _other(name: str, argv: list[str]) -> int:
-    code: int = importlib.import_module(f"gain_cl.tools.{name.replace('-', '_')}").main(argv)
-    return code
-
-
-def _paper(what: str, argv: list[str]) -> int:
-    from gain_cl.tools import paper
-
-    return paper.main(what, argv)
-
-
-def _verb(verb: str) -> Callable[[list[str]], int]:
-    verbs: dict[str, Callable[[list[str]], int]] = {
-        "run": _run,
-        "score": _score,
-        "show": _show,
-        "params": _params,
-        **{name: functools.partial(_other, name) for name in VERBS},
-        **{name: functools.partial(_paper, name) for name in PAPER},
-        "--help": _help,
-        "-h": _help,
-        "help": _help,
-        "--version": _version,
-    }
-    if verb not in verbs:
-        if verb:
-            from gain_cl.compose.messages import suggest
-
-            raise ConfigError(
-                f"unknown verb {verb!r}",
-                "command line",
-                suggest(verb, ["run", "score", "show", "params", *VERBS, *PAPER]),
-            )
-        return lambda _: _help([]) or USAGE
-    return verbs[verb]
+        what = f"the system refuses: {error.strerror or error}"
+        return _report(StorageError(what, str(error.filename or ""), "check the disk"))
 
 
 def _report(error: GainError) -> int:
+    """Print an error and return its exit code."""
     if os.environ.get("GAIN_CL_DEBUG") == "1":
         traceback.print_exception(error)
     print(f"gain_cl: error: {error}", file=sys.stderr, flush=True)
@@ -157,62 +112,39 @@ def _version(_: list[str]) -> int:
 
 
 def _run(argv: list[str]) -> int:
+    """Carry out a run, several (-m), or one of Hydra's flags that print and stop."""
     parser = Parser("run", add_help=False, allow_abbrev=False)
     parser.add_argument("overrides", nargs="*")
-    parser.add_argument("--config-dir", action="append", default=[])
-    parser.add_argument("--plugin", action="append", default=[])
-    parser.add_argument("-m", "--multirun", action="store_true")
-    parser.add_argument("-c", "--cfg", choices=["job", "hydra", "all"])
+    parser.add_presets()
+    for flags in (["-m", "--multirun"], ["-h", "--help"], ["--hydra-help"], ["--resolve"]):
+        parser.add_argument(*flags, action="store_true")
+    parser.add_argument("-c", "--cfg")
     parser.add_argument("-p", "--package")
-    parser.add_argument("--resolve", action="store_true")
-    parser.add_argument(
-        "-i",
-        "--info",
-        nargs="?",
-        const="all",
-        choices=["all", "config", "defaults", "defaults-tree", "plugins", "searchpath"],
-    )
-    parser.add_argument("-h", "--help", action="store_true")
-    parser.add_argument("--hydra-help", action="store_true")
+    parser.add_argument("-i", "--info", nargs="?", const="all")
     args = parser.parse_intermixed_args(argv)
     from gain_cl.compose import composition
     from gain_cl.system import signals
 
     here = {"config_dirs": args.config_dir, "plugins": args.plugin}
-    if words := ["--help"] * args.help + ["--hydra-help"] * args.hydra_help:
+    if args.help or args.hydra_help:
         composition.search_path(args.config_dir)  # says what is wrong with a folder
-        first, rest = (
-            args.config_dir[:1],
-            args.config_dir[1:],
-        )  # Hydra's help lists the presets of its own --config-dir only
-        return _hydra(
-            [
-                *words,
-                *(f"--config-dir={d}" for d in first),
-                *composition.search_path(rest),
-                *args.overrides,
-            ]
-        )
-    if args.multirun and not args.cfg and not args.info:
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise ConfigError(
-                "-m under torchrun would start every run on every rank",
-                "command line",
-                "start torchrun once for each run",
-            )
-        with signals.listening():
-            return _multirun(args.overrides, here)
+        # Hydra's help lists the presets of its own --config-dir only
+        first, rest = args.config_dir[:1], args.config_dir[1:]
+        flag = "--help" if args.help else "--hydra-help"
+        places = [*(f"--config-dir={d}" for d in first), *composition.search_path(rest)]
+        return _hydra([flag, *places, *args.overrides])
     if args.cfg or args.info:
-        words = [
-            f"--{w}={getattr(args, w)}" for w in ("cfg", "info", "package") if getattr(args, w)
-        ] + ["--resolve"] * args.resolve
-        return _hydra([*words, *composition.spell_out(args.overrides, **here)])
+        flags = [f"--{w}={v}" for w in ("cfg", "info", "package") if (v := getattr(args, w))]
+        flags += ["--resolve"] * args.resolve
+        return _hydra([*flags, *composition.spell_out(args.overrides, **here)])
     with signals.listening():
+        if args.multirun:
+            return _multirun(args.overrides, here)
         return _carry_out(composition.compose(args.overrides, **here))
 
 
 def _carry_out(config: Any) -> int:
-    """One run, from a checked configuration to the last line printed."""
+    """Carry out one run, from a checked configuration to the last line printed."""
     from gain_cl.paper import show
     from gain_cl.runs.plan import prepare
     from gain_cl.runs.run import execute
@@ -225,21 +157,24 @@ def _carry_out(config: Any) -> int:
 
 
 def _multirun(overrides: list[str], here: dict[str, Any]) -> int:
-    """Every job through Hydra's launcher and then the path of a single run; goes on after a
-    failure, stops at a signal."""
+    """Carry out every job through Hydra's launcher and the path of a single run. Go on after a
+    failure, stop at a signal."""
     from gain_cl.compose import composition
 
-    total = len(composition.jobs(overrides, **here))  # every job is checked before the first starts
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        what = "-m under torchrun would start every run on every rank"
+        raise ConfigError(what, "command line", "start torchrun once for each run")
+    total = len(composition.jobs(overrides, **here))  # all are checked before the first starts
     failures: list[int] = []
     stopped: list[int] = []
     parent = os.getpid()
 
-    def job(task: list[str]) -> None:
+    def job(words: list[str]) -> None:
         if stopped:
             return
-        print(f"== {' '.join(o.lstrip('+') for o in task)}", flush=True)
+        print(f"== {' '.join(w.lstrip('+') for w in words)}", flush=True)
         try:
-            _carry_out(composition.compose(task, here["config_dirs"]))
+            _carry_out(composition.compose(words, here["config_dirs"]))
         except PreemptedError as error:
             stopped.append(_report(error))
         except GainError as error:
@@ -247,32 +182,19 @@ def _multirun(overrides: list[str], here: dict[str, Any]) -> int:
         except Exception:
             failures.append(1)
             traceback.print_exc()
-        if (
-            failures and os.getpid() != parent
-        ):  # a launcher that starts processes learns of it no other way
+        if failures and os.getpid() != parent:
+            # a launcher that starts processes learns of it no other way
             raise RuntimeError("the run failed")
 
+    words = composition.rewrite(overrides, sweep=True, **here)
     try:
-        _hydra(
-            [
-                "--multirun",
-                *composition.search_path(here["config_dirs"]),
-                *composition.rewrite(overrides, sweep=True, **here),
-            ],
-            job,
-        )
+        _hydra(["--multirun", *composition.search_path(here["config_dirs"]), *words], job)
     except RuntimeError:
         failures.append(1)
-    if stopped:
-        return stopped[0]
-    if failures:
-        print(
-            f"gain_cl: error: {len(failures)} of {total} runs failed (multirun); see the "
-            "messages above",
-            file=sys.stderr,
-            flush=True,
-        )
-    return failures[0] if failures else 0
+    if failures and not stopped:
+        said = f"{len(failures)} of {total} runs failed (multirun); see the messages above"
+        print(f"gain_cl: error: {said}", file=sys.stderr, flush=True)
+    return (stopped or failures or [0])[0]
 
 
 def _hydra(argv: list[str], job: Callable[[list[str]], None] | None = None) -> int:
@@ -280,21 +202,19 @@ def _hydra(argv: list[str], job: Callable[[list[str]], None] | None = None) -> i
     import hydra
     from hydra.core.hydra_config import HydraConfig
 
-    from gain_cl.compose.messages import Given, explained
+    from gain_cl.compose.messages import Request, explained
     from gain_cl.config import presets
 
     def task(_: Any) -> None:
         if job is not None:
             job(list(HydraConfig.get().overrides.task))
 
-    before, full, said = sys.argv, os.environ.get("HYDRA_FULL_ERROR"), io.StringIO()
-    sys.argv, os.environ["HYDRA_FULL_ERROR"] = (
-        ["gain_cl run", *argv],
-        "1",
-    )  # errors reach us instead of being printed
+    before, said = sys.argv, io.StringIO()
+    sys.argv = ["gain_cl run", *argv]
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach us instead of being printed
     try:
         with (
-            explained(Given(argv)),
+            explained(Request(argv)),
             contextlib.redirect_stderr(said if job is None else sys.stderr),
         ):
             hydra.main(
@@ -302,20 +222,15 @@ def _hydra(argv: list[str], job: Callable[[list[str]], None] | None = None) -> i
             )(task)()
     except SystemExit as end:
         if end.code:
-            raise ConfigError(
-                said.getvalue() or "Hydra refuses",
-                "gain_cl run",
-                "see python -m gain_cl run --help",
-            ) from None
+            what = said.getvalue().rpartition("error: ")[2] or "Hydra refuses"
+            do = "see python -m gain_cl run --help"
+            raise ConfigError(what, "gain_cl run", do) from None
     finally:
         sys.argv = before
-        os.environ.pop("HYDRA_FULL_ERROR") if full is None else os.environ.update(
-            HYDRA_FULL_ERROR=full
-        )
     return 0
 
 
-# --- score, show, params --------------------------------------------------------------------------
+# --- the other verbs ------------------------------------------------------------------------------
 
 
 def _score(argv: list[str]) -> int:
@@ -326,66 +241,28 @@ def _score(argv: list[str]) -> int:
         return _carry_out(score.compose(argv))
 
 
-def _show(argv: list[str]) -> int:
-    parser = Parser(
-        "show",
-        usage="python -m gain_cl show [--definitions] [--shipped RECORD.json|RUN_ID] "
-        "[--results-dir DIR] RECORD.json|RUN_ID",
-        description="Print a finished run.",
-    )
-    parser.add_argument("run", help="path of a record, or a run id (its beginning is enough)")
-    parser.add_argument(
-        "--definitions",
-        action="store_true",
-        help="also what GEM, Chaudhry, TRACE and Avalanche make of the matrix",
-    )
-    parser.add_argument(
-        "--shipped",
-        metavar="RUN",
-        help="a run of the model as shipped: its stage 0 is shown above the run's",
-    )
-    parser.add_argument(
-        "--results-dir", default="results", help="where runs/RUN_ID.json are (default: %(default)s)"
-    )
-    args = parser.parse_args(argv)
-    from gain_cl.measure import record
-    from gain_cl.paper import show
-
-    path = find_record(args.run, Path(args.results_dir))
-    shipped = (
-        record.load(find_record(args.shipped, Path(args.results_dir)))
-        if args.shipped is not None
-        else None
-    )
-    show.render(record.load(path), shipped=shipped, definitions=args.definitions)
-    print(f"record: {path}")
-    return 0
+def _tool(name: str, *words: Any) -> int:
+    """Call main of the module of a verb, which is imported now."""
+    code: int = importlib.import_module(f"gain_cl.tools.{name.replace('-', '_')}").main(*words)
+    return code
 
 
-def _params(argv: list[str]) -> int:
-    parser = Parser(
-        "params",
-        usage="python -m gain_cl params [model=A,B] [method=A,B] [--json] [--config-dir DIR] "
-        "[--plugin FILE.py]",
-        description="Trainable parameters of models and methods, counted on the meta device from "
-        "the presets.",
-    )
-    parser.add_argument("filters", nargs="*", metavar="model=A,B method=A,B", help="only these")
-    parser.add_argument("--json", action="store_true", help="print JSON: model -> {total, methods}")
-    parser.add_argument(
-        "--config-dir", action="append", default=[], help="a folder with more presets (repeatable)"
-    )
-    parser.add_argument(
-        "--plugin", action="append", default=[], help="a file that registers adapters (repeatable)"
-    )
-    args = parser.parse_intermixed_args(argv)
-    from gain_cl.tools import params
+TOOLS = (
+    "show", "params", "sweep", "status", "compare", "power", "diagnose", "export", "recombine",
+    "interpolate", "prepare", "verify", "verify-resume", "doctor", "clean",
+)  # fmt: skip
+"""Verbs with a module of their own in tools/."""
 
-    table = params.count(args.filters, args.config_dir, args.plugin)
-    if args.json:
-        import json
-
-        print(json.dumps(table, indent=1, allow_nan=False))
-    else:
-        params.show(table)
-    return 0
+VERBS: dict[str, Callable[[list[str]], int]] = {
+    "run": _run,
+    "score": _score,
+    **{name: functools.partial(_tool, name) for name in TOOLS},
+    **{
+        name: functools.partial(_tool, "paper", name)
+        for name in ("tables", "figures", "report", "paper")
+    },
+    "--help": _help,
+    "-h": _help,
+    "help": _help,
+    "--version": _version,
+}

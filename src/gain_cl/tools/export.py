@@ -65,7 +65,7 @@ def main(argv: list[str]) -> int:
 
 def _settings(words: list[str]) -> dict[str, Any]:
     """stage=K to=... dir=... dtype=..., checked. ConfigError names the word that is wrong."""
-    from gain_cl.compose.messages import suggest
+    from gain_cl.errors import suggest
 
     given: dict[str, str] = {}
     for word in words:

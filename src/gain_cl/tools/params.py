@@ -3,22 +3,50 @@ weight is allocated."""
 
 from __future__ import annotations
 
+import copy
+import functools
+import json
+import re
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter
 
 from gain_cl.compose import composition
-from gain_cl.compose.messages import suggest
 from gain_cl.config import presets
-from gain_cl.config.schema import Adapter, Given, Model
-from gain_cl.errors import ConfigError, GainError
+from gain_cl.config.schema import ADAPTERS, Adapter, Given, Model, Peft
+from gain_cl.errors import ConfigError, GainError, suggest
+from gain_cl.tools.command import Parser
+
+if TYPE_CHECKING:
+    from gain_cl.models.load import Loaded
 
 Table = dict[str, dict[str, Any]]
 """model -> {"total": parameters, "methods": {method: trainable parameters, or why there are
 none}}"""
+
+
+def main(argv: list[str]) -> int:
+    """Print the table, or JSON."""
+    parser = Parser(
+        "params",
+        usage="python -m gain_cl params [model=A,B] [method=A,B] [--json] [--config-dir DIR] "
+        "[--plugin FILE.py]",
+        description="Trainable parameters of models and methods, counted on the meta device from "
+        "the presets.",
+    )
+    parser.add_argument("filters", nargs="*", metavar="model=A,B method=A,B", help="only these")
+    parser.add_argument("--json", action="store_true", help="print JSON: model -> {total, methods}")
+    parser.add_presets()
+    args = parser.parse_intermixed_args(argv)
+    table = count(args.filters, args.config_dir, args.plugin)
+    if args.json:
+        print(json.dumps(table, indent=1, allow_nan=False))
+    else:
+        show(table)
+    return 0
 
 
 def count(
@@ -26,28 +54,25 @@ def count(
     config_dirs: Iterable[str | Path] = (),
     plugins: Iterable[str | Path] = (),
 ) -> Table:
-    """Total and trainable parameters of models x methods.
+    """Return total and trainable parameters of models x methods.
 
-    filters: ``model=A,B`` and ``method=A,B``; without them every preset whose architecture is
-    known, and that trains something.
+    filters: ``model=A,B`` and ``method=A,B``. Without them, every preset whose architecture is
+    known and that trains something.
     """
     config_dirs = list(config_dirs)
     wanted = _filters(filters, config_dirs)
     composition.load_plugins(plugins)
     adapters, models = {}, {}
-    with (
-        composition.session(config_dirs) as load
-    ):  # a model does not depend on the method nor the reverse: no need to compose their product
+    # a model does not depend on the method nor the reverse: their product need not be composed
+    with composition.session(config_dirs) as load:
         for name in wanted.get("method") or presets.names("method", config_dirs):
-            adapter = _section(load, f"method={name}", "adapter", config_dirs, TypeAdapter(Adapter))
+            adapter = _section(load, "method", name, config_dirs, TypeAdapter(Adapter))
             if "method" in wanted or not isinstance(adapter, Given):
                 adapters[name] = adapter
         for name in wanted.get("model") or presets.names("model", config_dirs):
             given = name != "custom"  # which is a path to be given
             model = (
-                _section(load, f"model={name}", "model", config_dirs, TypeAdapter(Model))
-                if given
-                else None
+                _section(load, "model", name, config_dirs, TypeAdapter(Model)) if given else None
             )
             if model is not None and (model.arch or model.path or model.package):
                 models[name] = model
@@ -59,52 +84,96 @@ def count(
                 raise ConfigError(
                     "a preset without path and arch, nothing to count", f"model={name}", do
                 )
-    counted: dict[str, tuple[int, int | str]] = {}
+    counted: dict[str, Any] = {}
     table: Table = {}
     for name, model in models.items():
         if model.arch is None and "model" not in wanted:
             continue
-        table[name] = {"total": 0, "methods": {}}
-        for method, adapter in adapters.items():
-            same = repr((model.arch or model, model.roles, adapter))  # qwen2.5 is qwen2.5_7b
-            if same not in counted:
-                counted[same] = attached(model, adapter)
-            table[name]["total"], table[name]["methods"][method] = counted[same]
+        same = repr((model.arch or model, model.roles))  # qwen2.5 is qwen2.5_7b
+        if same not in counted:
+            counted[same] = count_row(model, adapters)
+        table[name] = counted[same]
     return table
 
 
 def _section(
     load: composition.Load,
-    override: str,
-    key: str,
+    group: str,
+    name: str,
     config_dirs: list[str | Path],
     kind: TypeAdapter[Any],
 ) -> Any:
-    """One typed section of the configuration that an override gives; mistakes are explained as a
-    run would."""
+    """Return the typed section that a preset fills. What is wrong with it is told as a run
+    would."""
+    key = "adapter" if group == "method" else "model"
     try:
-        return kind.validate_python(load([override])[key])
+        return kind.validate_python(load((), None, f"{group}/{name}")[key])
     except Exception:
-        composition.compose([override], config_dirs)
-        raise
+        return getattr(composition.compose([f"{group}={name}"], config_dirs), key)
 
 
-def attached(model: Model, adapter: Any) -> tuple[int, int | str]:
-    """Total parameters, and how many train once the adapter is attached (or why it refuses the
-    model)."""
+DEPTH = ("num_hidden_layers", "n_layer")
+"""Keys of an architecture that say how many layers it has."""
+
+
+def count_row(model: Model, adapters: dict[str, Any]) -> dict[str, Any]:
+    """Return a model's row of the table.
+
+    Layers that are alike are counted once: a model of n layers has what one of 1 layer has, and
+    n - 1 times what a second layer adds. The totals tell whether its layers are alike.
+    """
+    from gain_cl.models import load
+
+    arch = model.arch or {}
+    depth = next((arch[k] for k in DEPTH if k in arch), 0)
+
+    @functools.cache
+    def weightless(layers: int) -> load.Loaded:
+        changed = {"arch": arch | {k: layers for k in DEPTH if k in arch}} if depth else {}
+        return load.weightless(model.model_copy(update=changed))
+
+    def trained(layers: int, adapter: Any) -> int | str:
+        return _attached(copy.deepcopy(weightless(layers)), adapter)
+
+    def extrapolated(adapter: Any) -> int | str:
+        first, second = trained(1, adapter), trained(2, adapter)
+        if isinstance(first, int) and isinstance(second, int):
+            return first + (depth - 1) * (second - first)
+        return first if isinstance(first, str) else second
+
+    total = trained(depth, None)
+    alike = depth > 2 and extrapolated(None) == total
+    known: dict[str, int | str] = {}
+    for adapter in adapters.values():
+        if (same := repr(adapter)) not in known:
+            short = alike and not _names_layers(adapter)
+            known[same] = extrapolated(adapter) if short else trained(depth, adapter)
+    return {"total": total, "methods": {name: known[repr(a)] for name, a in adapters.items()}}
+
+
+def _names_layers(adapter: Any) -> bool:
+    """True if an adapter may treat some layers otherwise than others."""
+    if not isinstance(adapter, Peft):
+        return adapter.kind not in ADAPTERS
+    modules = [v for k, v in adapter.config.items() if k.endswith("modules")]
+    return bool(re.search(r"layer|pattern|\d", f"{[*adapter.config]} {modules}"))
+
+
+def _attached(loaded: Loaded, adapter: Any) -> int | str:
+    """Return how many parameters train once the adapter is attached, or why it refuses the model.
+    None for the adapter: those of the model."""
     from gain_cl import adapters
-    from gain_cl.models import load as models
 
-    loaded = models.weightless(model)
-    total = sum(p.numel() for p in loaded.model.parameters())
+    if adapter is None:
+        return sum(p.numel() for p in loaded.model.parameters())
     built = adapters.build_adapter(adapter)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PEFT tells of Conv1D layers that it handles
             built.attach(loaded)
     except GainError as error:
-        return total, str(error)
-    return total, sum(p.numel() for p in built.parameters().values())
+        return str(error)
+    return sum(p.numel() for p in built.parameters().values())
 
 
 def show(table: Table) -> None:

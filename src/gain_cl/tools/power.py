@@ -289,10 +289,11 @@ def _memory(configs: list[RunConfig]) -> int | None:
             arch.get("num_hidden_layers") or arch.get("n_layer"),
             arch.get("hidden_size") or arch.get("n_embd"),
         )
-        total, trains = (
-            params.attached(config.model, config.adapter) if layers and hidden else (0, "unknown")
-        )
-        if not isinstance(trains, int) or layers is None or hidden is None:
+        if layers is None or hidden is None:
+            continue
+        row = params.count_row(config.model, {"": config.adapter})
+        total, trains = row["total"], row["methods"][""]
+        if not isinstance(trains, int):
             continue
         width = 4 if config.model.dtype == "float32" else 2
         tokens = (config.compute.micro_batch or config.train.sequences) * config.train.block

@@ -45,15 +45,7 @@ def main(argv: list[str]) -> int:
         "overrides as run), and report what they share.",
     )
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as for run")
-    parser.add_argument(
-        "--config-dir", action="append", default=[], help="a folder with more presets (repeatable)"
-    )
-    parser.add_argument(
-        "--plugin",
-        action="append",
-        default=[],
-        help="a file that registers adapters or guards (repeatable)",
-    )
+    parser.add_presets()
     parser.add_argument(
         "--json",
         action="store_true",

@@ -15,9 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gain_cl.compose.messages import suggest
 from gain_cl.config.schema import Gain
-from gain_cl.errors import ConfigError, DataError
+from gain_cl.errors import ConfigError, DataError, suggest
 from gain_cl.tools import rescore
 
 if TYPE_CHECKING:

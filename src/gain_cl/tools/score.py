@@ -30,15 +30,7 @@ def compose(argv: list[str]) -> RunConfig:
         metavar="CHECKPOINT | KEY=VALUE",
         help="checkpoints in order, and overrides as for run",
     )
-    parser.add_argument(
-        "--config-dir", action="append", default=[], help="a folder with more presets (repeatable)"
-    )
-    parser.add_argument(
-        "--plugin",
-        action="append",
-        default=[],
-        help="a file that registers adapters or guards (repeatable)",
-    )
+    parser.add_presets()
     args = parser.parse_intermixed_args(argv)
     overrides = [w for w in args.words if re.match(r"[~+]*[A-Za-z_][\w.@/-]*=", w)]
     checkpoints = [w for w in args.words if w not in overrides]
@@ -52,7 +44,7 @@ def compose(argv: list[str]) -> RunConfig:
         raise ConfigError(
             "nothing is trained: method= has no meaning here", "gain_cl score", "leave it out"
         )
-    quoted = ",".join("'" + c.replace("\\", "\\\\").replace("'", "\\'") + "'" for c in checkpoints)
+    quoted = ",".join(map(composition.quote, checkpoints))
     return composition.compose(
         ["method=given", f"++adapter.checkpoints=[{quoted}]", *overrides],
         args.config_dir,

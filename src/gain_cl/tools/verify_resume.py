@@ -180,15 +180,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--keep", metavar="DIR", help="work in this new or empty folder, and leave it"
     )
-    parser.add_argument(
-        "--config-dir", action="append", default=[], help="a folder with more presets (repeatable)"
-    )
-    parser.add_argument(
-        "--plugin",
-        action="append",
-        default=[],
-        help="a file that registers adapters or guards (repeatable)",
-    )
+    parser.add_presets()
     args = parser.parse_intermixed_args(argv)
     if args.kills < 1:
         raise ConfigError(f"--kills {args.kills}", "gain_cl verify-resume", "give 1 or more")
