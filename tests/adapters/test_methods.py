@@ -3,7 +3,6 @@ classes, docs/methods.md."""
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 import re
 import warnings
@@ -19,7 +18,7 @@ from torch.nn import functional as F
 from conftest import ListBlocks, tiny
 from gain_cl import adapters
 from gain_cl.adapters.peft import PeftAdapter
-from gain_cl.compose import checks
+from gain_cl.compose import checks, composition
 from gain_cl.config import presets, schema
 from gain_cl.errors import ConfigError
 from gain_cl.guards.base import Guard
@@ -97,16 +96,16 @@ def real_classes() -> dict[str, Any]:
     return {kind.value: cls for kind, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
 
 
-def test_keys_of_every_peft_type_are_those_of_its_class() -> None:
-    """They are read from PEFT's source, without importing it."""
-    found = importlib.util.find_spec("peft")
-    assert found is not None and found.origin is not None
-    tuners, classes = Path(found.origin).parent / "tuners", real_classes()
-    assert {p.parent.name.upper() for p in tuners.glob("*/config.py")} == set(classes)
-    for kind, cls in classes.items():
-        assert checks._peft_keys(tuners, kind.lower()) == set(inspect.signature(cls).parameters), (
-            kind
-        )
+def test_common_keys_are_those_of_their_classes() -> None:
+    """What is not looked up in PEFT when a run is composed is right, and is what presets use."""
+    classes, kinds = real_classes(), checks.COMMON_TYPES.split()
+    known = {key for kind in kinds for key in inspect.signature(classes[kind]).parameters}
+    assert set(checks.COMMON_KEYS.split()) <= known
+    for name in presets.names("method"):
+        method = yaml.safe_load((ROOT / "configs/method" / f"{name}.yaml").read_text())
+        if (adapter := method.get("adapter", {})).get("config"):
+            assert adapter["peft_type"] in kinds
+            assert set(adapter["config"]) <= set(checks.COMMON_KEYS.split()), name
     assert set(checks.NO_WEIGHTS) <= set(classes)
 
 
@@ -115,7 +114,7 @@ def test_types_that_cannot_be_absorbed_are_refused_with_a_reason(peft_type: str)
     with pytest.raises(
         ConfigError, match=f"PEFT's {peft_type} cannot be absorbed into the weights: it "
     ):
-        checks._peft_keywords(peft_adapter(peft_type), str)
+        checks.check_peft(peft_adapter(peft_type), str)
 
 
 SMALL: dict[str, dict[str, Any]] = {
@@ -150,7 +149,7 @@ def test_any_other_type_keeps_the_contract_or_is_refused(peft_type: str) -> None
     if peft_type == "IA3":
         keys["feedforward_modules"] = ["down_proj"]
     settings = peft_adapter(peft_type, **keys)
-    checks._peft_keywords(settings, str)
+    checks.check_peft(settings, str)
     loaded, other = tiny("llama"), tiny("llama")
     adapter, fresh = adapters.build_adapter(settings), adapters.build_adapter(settings)
     if peft_type in OTHER_START:
@@ -225,12 +224,13 @@ def test_roles_of_ia3_mean_inputs() -> None:
 
 
 def test_roles_and_target_modules_are_refused_together() -> None:
+    words = ["debug=smoke", "method=lora_same_modules"]
     with pytest.raises(
         ConfigError,
         match=r"both adapter.roles and adapter.config.target_modules.*target_modules=null",
     ):
-        checks._peft_keywords(peft_adapter("LORA", ROLES, target_modules=LAYERS), str)
-    checks._peft_keywords(peft_adapter("LORA", ROLES, target_modules=None), str)
+        composition.compose([*words, f"++adapter.config.target_modules={LAYERS}"])
+    composition.compose([*words, "++adapter.config.target_modules=null"])
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])
@@ -271,8 +271,6 @@ def test_osf_trains_nothing_on_gpt2() -> None:
 
 def test_any_other_type_from_the_command_line() -> None:
     """As docs/methods.md has it: the keys of the preset's own type go first."""
-    from gain_cl.compose import composition
-
     text = (ROOT / "docs/methods.md").read_text()
     (words,) = re.findall(r"`(method=lora adapter\.peft_type=[^`]+)`", text)
     adapter = composition.compose(["debug=smoke", *words.split()]).adapter
