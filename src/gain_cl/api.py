@@ -12,7 +12,7 @@ import pandas as pd
 from gain_cl.adapters.gain import Gains, attach_gains
 from gain_cl.errors import ConfigError
 from gain_cl.measure.record import Run, load
-from gain_cl.studies import study as comparison
+from gain_cl.studies.study import level, study_of_runs
 
 __all__ = ["Gains", "Run", "attach_gains", "compare", "load", "run"]
 
@@ -62,7 +62,7 @@ def compare(*runs_or_paths: Run | str | Path) -> pd.DataFrame:
         raise ConfigError(
             "nothing to compare", "gain_cl.compare", "give runs or the paths of their records"
         )
-    study = comparison.from_records(x if isinstance(x, Run) else load(x) for x in runs_or_paths)
+    study = study_of_runs(x if isinstance(x, Run) else load(x) for x in runs_or_paths)
     rows = []
     for s in study.settings:
         row: dict[str, object] = {
@@ -71,7 +71,7 @@ def compare(*runs_or_paths: Run | str | Path) -> pd.DataFrame:
             "trainable_parameters": int(s.one(lambda run: run.record.trainable_parameters)),
         }
         for metric in COMPARED:
-            found = comparison.level(s, metric)
+            found = level(s, metric)
             value = (
                 (math.nan,) * 3
                 if found is None

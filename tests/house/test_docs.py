@@ -12,7 +12,7 @@ from gain_cl import cli
 from gain_cl.config import presets
 from gain_cl.measure import record
 from gain_cl.paper import build, gather
-from gain_cl.studies import experiments
+from gain_cl.studies.experiments import load_experiment, planned_runs
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -176,7 +176,7 @@ def test_the_pilot_in_the_lab_book_is_its_records(capsys: pytest.CaptureFixture[
 @pytest.mark.parametrize("folder", sorted(p.name for p in (ROOT / "results/tables").glob("*")))
 def test_committed_tables_are_made_of_the_committed_records(folder: str) -> None:
     """To the byte: a record or a table that was touched shows here."""
-    book = gather.gather(experiments.load(folder), [f"results_dir={ROOT}/results"])
+    book = gather.gather(load_experiment(folder), [f"results_dir={ROOT}/results"])
     made = build.made_tables(book)
     there = {p.name: p.read_bytes() for p in (ROOT / "results/tables" / folder).iterdir()}
     assert there.keys() == made.keys()
@@ -199,7 +199,7 @@ def test_every_number_of_a_study_is_of_its_records(name: str) -> None:
     """Numbers in the text carry the name that results/tables/NAME/numbers.csv gives them; tables
     are those of results/tables/NAME."""
     text = (ROOT / f"docs/{name}.md").read_text()
-    known = build.numbers(gather.gather(experiments.load(name), [f"results_dir={ROOT}/results"]))
+    known = build.numbers(gather.gather(load_experiment(name), [f"results_dir={ROOT}/results"]))
     found = quoted(text)
     assert len(found) >= 20
     for number, called in found:
@@ -221,7 +221,7 @@ def test_the_rates_in_the_lab_book_are_their_records() -> None:
     log = text[text.index("## 2026-11-26: rates on the healed model") :]
     done = [
         c
-        for c in experiments.cells(experiments.load("lr"), [f"results_dir={ROOT}/results"])
+        for c in planned_runs(load_experiment("lr"), [f"results_dir={ROOT}/results"])
         if c.state == "done"
     ]
     assert len(done) >= 11

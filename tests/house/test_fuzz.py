@@ -272,7 +272,7 @@ def consume(path: Path, picture: bool) -> bool:
 def _shown(run: record.Run) -> None:
     out = io.StringIO()
     try:
-        show.render(run, console=Console(file=out, width=120))
+        show.render(run, out=Console(file=out, width=120))
     finally:
         said = out.getvalue()
         assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", said), (

@@ -393,7 +393,7 @@ def test_notes_reach_the_terminal_as_text(tmp_path: Path) -> None:
         notes=[*HOSTILE, f"{ESCAPE}clear", "\x9b2J", "a\rb"],
     )
     out = io.StringIO()
-    show.render(run, console=Console(file=out, width=120, force_terminal=True, color_system=None))
+    show.render(run, out=Console(file=out, width=120, force_terminal=True, color_system=None))
     said = out.getvalue()
     assert all(f"note: {text}" in said for text in HOSTILE), "brackets are no markup"
     assert r"note: \x1b[2J\x1b]0;owned\x07clear" in said and r"\x9b2J" in said and r"a\rb" in said

@@ -22,10 +22,15 @@ from gain_cl.measure import diagnosis, record
 from gain_cl.paper.figures import ages, curves, forest, fronts, gains, margins, style
 from gain_cl.stats.format import change
 from gain_cl.stats.matrix import Estimate
-from gain_cl.studies import equal, experiments
-from gain_cl.studies import study as comparison
-from gain_cl.studies.experiments import Experiment
-from gain_cl.studies.study import Study
+from gain_cl.studies import equal
+from gain_cl.studies.experiments import Experiment, load_experiment, planned_runs
+from gain_cl.studies.study import (
+    Study,
+    difference,
+    level,
+    studies_of,
+    study_of_runs,
+)
 from gain_cl.system.files import sha256
 
 EVERY = [curves, fronts, forest, ages, margins]
@@ -50,8 +55,8 @@ def drawn(module: ModuleType, study: Study) -> Any:
 
 @pytest.fixture(scope="module")
 def pilot() -> Study:
-    experiment = experiments.load("pilot")
-    return next(iter(comparison.studies(experiment, experiments.cells(experiment, [])).values()))
+    experiment = load_experiment("pilot")
+    return next(iter(studies_of(experiment, planned_runs(experiment, [])).values()))
 
 
 @pytest.fixture(scope="module")
@@ -328,7 +333,7 @@ def test_fronts_are_levels(name: str, request: pytest.FixtureRequest) -> None:
         marks
     )
     for s in study.settings:
-        own, back = comparison.level(s, "own_step"), comparison.level(s, "backward")
+        own, back = level(s, "own_step"), level(s, "backward")
         assert own is not None and back is not None
         at = (marks[s.label].get_xdata()[0], marks[s.label].get_ydata()[0])
         assert at == pytest.approx((change(own.estimate.value), change(back.estimate.value)))
@@ -345,7 +350,9 @@ def test_fronts_are_levels(name: str, request: pytest.FixtureRequest) -> None:
         assert skills == pytest.approx([change(study.skill)])
     else:
         found = [
-            equal.matched(study, m, study.reference) for m in study.methods if m != study.reference
+            equal.match_skill(study, m, study.reference)
+            for m in study.methods
+            if m != study.reference
         ]
         assert skills == pytest.approx([change(f.skill) for f in found if not f.reason])
 
@@ -358,7 +365,7 @@ def test_forests_are_paired_differences(name: str, request: pytest.FixtureReques
     assert len(figure.axes) == len(others)
     names = [label.get_text() for label in figure.axes[0].get_yticklabels()]
     for axes, s in zip(figure.axes, others, strict=True):
-        found = comparison.difference(s, reference, "backward")
+        found = difference(s, reference, "backward")
         assert found is not None
         mean = axes.containers[-1]
         assert mean.lines[0].get_xdata()[0] == pytest.approx(change(found.estimate.value))
@@ -411,7 +418,7 @@ def test_margins_are_levels_and_leave_out_blocks_without_the_task(
 ) -> None:
     (axes,) = drawn(margins, three).axes
     for s, container in zip(three.chosen.values(), axes.containers, strict=True):
-        found = comparison.level(s, "margin:boolq@50")
+        found = level(s, "margin:boolq@50")
         assert found is not None
         base, end = container.lines[0].get_ydata()
         assert end - base == pytest.approx(found.estimate.value)
@@ -424,7 +431,7 @@ def test_margins_are_levels_and_leave_out_blocks_without_the_task(
         test_comparison.simulated(tmp_path, "gain", 1e-2, k, learn=0.1, forget=0.1, tasks=k == 0)
         for k in range(3)
     ]
-    one = comparison.from_records(runs)
+    one = study_of_runs(runs)
     assert drawn(margins, one).axes[0].get_title() == "boolq@50, 50 items, 1 of 3 blocks"
     assert forest.build(one) is None  # nothing beside the reference
 
@@ -447,9 +454,10 @@ def test_gains_are_means_over_blocks(three: Study) -> None:
 AGAIN = """
 import hashlib, sys
 from pathlib import Path
-from gain_cl import comparison, record
+from gain_cl.measure import record
 from gain_cl.paper.figures import curves, forest, gains, style
-study = comparison.from_records(record.load(p) for p in sorted(Path(sys.argv[1], "runs").glob("*.json")))
+from gain_cl.studies.study import study_of_runs
+study = study_of_runs(record.load(p) for p in sorted(Path(sys.argv[1], "runs").glob("*.json")))
 for figure in (curves.build(study), forest.build(study), gains.build(study, Path(sys.argv[1]))):
     for write in (style.vector, style.svg, style.png):
         print(hashlib.sha256(write(figure)).hexdigest())
@@ -459,9 +467,7 @@ assert "torch" not in sys.modules
 
 def test_the_same_study_gives_the_same_bytes_in_another_process(three: Study) -> None:
     results = results_of(three)
-    study = comparison.from_records(
-        record.load(p) for p in sorted((results / "runs").glob("*.json"))
-    )
+    study = study_of_runs(record.load(p) for p in sorted((results / "runs").glob("*.json")))
     here = []
     for figure in (curves.build(study), forest.build(study), gains.build(study, results)):
         assert figure is not None

@@ -28,9 +28,9 @@ from gain_cl.paper import build, gather, tables
 from gain_cl.paper.gather import Book
 from gain_cl.paper.table import Row, Table, Value, as_csv, latex, markdown
 from gain_cl.stats import format
-from gain_cl.studies import equal, experiments
-from gain_cl.studies import study as comparison
-from gain_cl.studies import verdicts as verdicts_
+from gain_cl.studies import equal, verdicts
+from gain_cl.studies.experiments import Experiment, Planned, load_experiment, planned_runs
+from gain_cl.studies.study import Study, level
 from gain_cl.system.sealed import seal_of
 
 ROOT = Path(__file__).parents[2]
@@ -48,8 +48,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished grid of four smoke runs."""
     at = tmp_path_factory.mktemp("made")
     (at / "e.yaml").write_text(GRID)
-    for cell in experiments.cells(
-        experiments.load(str(at / "e.yaml")), [f"results_dir={at}/results", f"output_dir={at}/runs"]
+    for cell in planned_runs(
+        load_experiment(str(at / "e.yaml")), [f"results_dir={at}/results", f"output_dir={at}/runs"]
     ):
         assert (
             cli.main(
@@ -76,7 +76,7 @@ def words(at: Path) -> list[str]:
 
 
 def book(at: Path, partial: bool = False) -> Book:
-    return gather.gather(experiments.load(str(at / "e.yaml")), words(at), partial)
+    return gather.gather(load_experiment(str(at / "e.yaml")), words(at), partial)
 
 
 def edited(at: Path, which: int, change: Callable[[dict[str, Any]], Any]) -> str:
@@ -97,12 +97,12 @@ def test_a_missing_run_stops_the_build_and_is_named(at: Path) -> None:
     path.unlink()
     with pytest.raises(
         DataError,
-        match=r"1 of 4 cells may not enter a table: .* is (stopped|missing) .*partial=true",
+        match=r"1 of 4 runs may not enter a table: .* is (stopped|missing) .*partial=true",
     ):
         book(at)
     found = book(at, partial=True)
     assert len(found.gaps) == 1 and len(found.runs) == 3 and path.stem in found.gaps[0]
-    assert any("GAP" in note for t in tables.build(found) for note in t.notes)
+    assert any("GAP" in note for t in tables.build_tables(found) for note in t.notes)
 
 
 REFUSED: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
@@ -178,10 +178,10 @@ def test_a_run_of_other_data_is_stale(at: Path) -> None:
 # --- what they say --------------------------------------------------------------------------------
 
 
-def of_studies(e: experiments.Experiment, *studies: comparison.Study) -> Book:
+def of_studies(e: Experiment, *studies: Study) -> Book:
     """A book of simulated studies, each of a model."""
     cells = [
-        experiments.Cell(
+        Planned(
             x.model, s.method, s.values, k, [], None, run.record.run_id, run.path, run.path.parent
         )  # type: ignore[arg-type]
         for x in studies
@@ -201,7 +201,7 @@ def simulated(tmp_path_factory: pytest.TempPathFactory) -> Book:
 
 
 def named(found: Book) -> dict[str, Table]:
-    return {t.name: t for t in tables.build(found)}
+    return {t.name: t for t in tables.build_tables(found)}
 
 
 def test_without_fronts_there_is_no_table_of_equal_skill(simulated: Book) -> None:
@@ -236,7 +236,7 @@ def test_the_main_table_is_the_comparison(simulated: Book) -> None:
     t = named(simulated)["main"]
     j = t.columns.index("backward %")
     for row, s in zip(t.rows, study.chosen.values(), strict=True):
-        e = comparison.level(s, "backward").estimate  # type: ignore[union-attr]
+        e = level(s, "backward").estimate  # type: ignore[union-attr]
         cell = row.cells[j]
         assert isinstance(cell, Value)
         assert (cell.value, cell.low, cell.high) == pytest.approx(
@@ -247,7 +247,7 @@ def test_the_main_table_is_the_comparison(simulated: Book) -> None:
 
 def test_bold_only_where_a_declared_test_says_so(simulated: Book) -> None:
     (study,) = simulated.studies.values()
-    verdicts = {j.endpoint.name: j.verdict for j in verdicts_.judge(study)}
+    said = {j.endpoint.name: j.verdict for j in verdicts.judge(study)}
     bold = {
         (row.cells[0], t.columns[j])
         for t in [named(simulated)["main"]]
@@ -256,14 +256,14 @@ def test_bold_only_where_a_declared_test_says_so(simulated: Book) -> None:
         if getattr(c, "bold", 0)
     }
     expected = set()
-    if verdicts["boolq"] in ("better", "worse"):
+    if said["boolq"] in ("better", "worse"):
         expected.add(
             (
-                "gain lr=0.01" if verdicts["boolq"] == "better" else "lora lr=0.001",
+                "gain lr=0.01" if said["boolq"] == "better" else "lora lr=0.001",
                 "boolq@50 margin, nats",
             )
         )
-    assert bold == expected and verdicts["boolq"] == "better"
+    assert bold == expected and said["boolq"] == "better"
     notes = [note for note in named(simulated)["main"].notes if note.startswith("Bold")]
     assert notes == ["Bold: gain is better in margin:boolq@50 than lora, by the test of boolq."]
     assert all(
@@ -282,7 +282,7 @@ def test_the_winner_is_bold_also_where_it_is_the_reference(tmp_path: Path) -> No
     }
     worse = {"name": "forgets", "metric": "backward", "of": "gain", "minus": "lora"}
     e = an_experiment([worse])
-    (t,) = (x for x in tables.main.build(of_studies(e, a_study(tmp_path, e, line))))
+    (t,) = (x for x in tables.main.build(a_study(tmp_path, e, line)))
     column = t.columns.index("backward %")
     assert [getattr(row.cells[column], "bold", False) for row in t.rows] == [False, True]
     assert "Bold: lora is better in backward than gain, by the test of forgets." in t.notes
@@ -291,11 +291,12 @@ def test_the_winner_is_bold_also_where_it_is_the_reference(tmp_path: Path) -> No
 def test_published_replay_is_compared_at_equal_own_step() -> None:
     """Chosen settings learn unequally: replay's less forgetting at more learning would be
     GAIN's."""
-    e = experiments.load("pilot")
+    e = load_experiment("pilot")
     found = gather.gather(e, [f"results_dir={Path(__file__).parents[2]}/results"])
-    (t,), (study,) = tables.published.build(found), found.studies.values()
+    (study,) = found.studies.values()
+    (t,) = tables.published.build(study)
     row = next(r for r in t.rows if "replay" in str(r.cells[0]))
-    expected = equal.interval(equal.matched(study, "gain_ffn", "lora_replay"))
+    expected = equal.interval_of(equal.match_skill(study, "gain_ffn", "lora_replay"))
     assert (
         isinstance(row.cells[4], Value)
         and row.cells[4].value == pytest.approx(format.change(expected.value))
@@ -349,10 +350,10 @@ def test_a_hand_made_table_in_every_format() -> None:
 def test_numbers_are_those_of_the_tables(simulated: Book) -> None:
     quoted = build.numbers(simulated)
     (study,) = simulated.studies.values()
-    j = {x.endpoint.name: x for x in verdicts_.judge(study)}
+    j = {x.endpoint.name: x for x in verdicts.judge(study)}
     assert quoted["endpoint forgets verdict"] == j["forgets"].verdict and quoted["blocks"] == "4"
     assert quoted["gain backward"] == format.percent(
-        comparison.level(study.chosen["gain"], "backward").estimate.value
+        level(study.chosen["gain"], "backward").estimate.value
     )  # type: ignore[union-attr]
     commands = re.findall(r"\\newcommand\{\\([A-Za-z]+)\}", build.macros("study", quoted))
     assert len(commands) == len(set(commands)) == len(quoted)
@@ -361,7 +362,7 @@ def test_numbers_are_those_of_the_tables(simulated: Book) -> None:
 
 def test_csv_has_the_values_that_are_shown(simulated: Book) -> None:
     """In the same unit: what stands in Markdown, read back, is the CSV's number, rounded."""
-    for t in tables.build(simulated):
+    for t in tables.build_tables(simulated):
         rows = list(csv.DictReader(io.StringIO(as_csv(t))))
         for row, out in zip(t.rows, rows, strict=True):
             for column, c in zip(t.columns, row.cells, strict=True):
@@ -485,13 +486,11 @@ def test_tables_need_no_torch(made: Path) -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_built_again_the_bytes_are_the_same(at: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_built_again_the_bytes_are_the_same(at: Path) -> None:
     """In another process, with another hash seed, locale and working folder."""
     line = ["tables", f"experiment={at}/e.yaml", *words(at)]
     assert cli.main(line) == 0
     first = {p.name: p.read_bytes() for p in (at / "results/tables/e").iterdir()}
-    assert cli.main(line) == 0
-    assert "up to date" in capsys.readouterr().out
     shutil.rmtree(at / "results/tables")
     about = {**os.environ, "PYTHONHASHSEED": "7", "LC_ALL": "C", "TZ": "Asia/Tokyo"}
     subprocess.run([sys.executable, "-m", "gain_cl", *line], check=True, env=about, cwd=at)
@@ -500,8 +499,6 @@ def test_built_again_the_bytes_are_the_same(at: Path, capsys: pytest.CaptureFixt
 
 def test_what_is_stale_is_made_again(at: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = ["tables", f"experiment={at}/e.yaml", *words(at)]
-    shutil.rmtree(at / "runs/paper", ignore_errors=True)
-    # as in a fresh clone, which knows nothing of how they were made
     of_a_run_that_went = at / "results/tables/e/matrix-tiny-lora-custom-s0-0123456789.md"
     of_a_run_that_went.parent.mkdir(parents=True, exist_ok=True)
     of_a_run_that_went.write_text("of a run that is no longer chosen")
@@ -512,16 +509,12 @@ def test_what_is_stale_is_made_again(at: Path, capsys: pytest.CaptureFixture[str
         and (of_a_run_that_went.parent / "matrix-notes.md").exists()
     )
     (at / "results/tables/e/main.md").write_text("by hand")
-    (at / "results/tables/e/left.md").write_text("from before")
+    (at / "results/tables/e/skill-tiny.md").write_text("from before")
     (at / "results/tables/e/own.md").write_text("a reader's")
-    (stamp,) = at.glob("runs/paper/e-tables-*.json")
-    told = json.loads(stamp.read_bytes())
-    told["files"]["left.md"] = "0"
-    stamp.write_text(json.dumps(told))
     assert cli.main(line) == 0 and "made:" in capsys.readouterr().out
     assert (
         "by hand" not in (at / "results/tables/e/main.md").read_text()
-        and not (at / "results/tables/e/left.md").exists()
+        and not (at / "results/tables/e/skill-tiny.md").exists()
     )
     assert (at / "results/tables/e/own.md").exists()
 

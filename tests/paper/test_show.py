@@ -22,8 +22,11 @@ from gain_cl import cli
 from gain_cl.errors import DataError
 from gain_cl.measure import record
 from gain_cl.paper import show
+from gain_cl.paper.table import print_table
+from gain_cl.paper.tables.matrix import colour, in_terminal
 from gain_cl.runs import finish, heatmap
 from gain_cl.stats import format, matrix
+from gain_cl.system.terminal import console
 
 NOTE = "the base is an instruct model [4-bit]: part of any improvement is repair"
 
@@ -44,10 +47,10 @@ def small(path: Path, **keys: object) -> record.Run:
 
 
 def printed(
-    run: record.Run, width: int = 120, files: dict[str, Path] | None = None, **console: object
+    run: record.Run, width: int = 120, files: dict[str, Path] | None = None, **options: object
 ) -> str:
     out = io.StringIO()
-    show.render(run, files, Console(file=out, width=width, **console))  # type: ignore[arg-type]
+    show.render(run, files, Console(file=out, width=width, **options))  # type: ignore[arg-type]
     return out.getvalue()
 
 
@@ -91,18 +94,13 @@ def test_changes_per_domain(run: record.Run) -> None:
 @pytest.mark.parametrize("width", [117, 100, 80, 60, 40])
 def test_narrow_terminals_lose_no_number(run: record.Run, width: int) -> None:
     out = io.StringIO()
-    show._matrix(run, Console(file=out, width=width))
+    print_table(in_terminal(run.record), Console(file=out, width=width))
     text = out.getvalue()
     assert max(map(len, text.splitlines())) <= width and "…" not in text
     shown = sorted(float(x) for x in re.findall(r"\d+\.\d\d", text))
     assert shown == pytest.approx(sorted(run.matrix.to_numpy().ravel()), abs=0.0051)
     for name in [*synthetic.OFFLINE, *synthetic.CONTROLS]:
-        assert name in text  # in full in the head, or explained below
-
-
-def test_names_that_start_alike_stay_apart() -> None:
-    short = show._shorten(["financial_news", "financial_reports", "law"], 6)
-    assert len(set(short)) == 3 and max(map(len, short)) <= 6
+        assert name in text  # in full in the head of one of the tables
 
 
 def test_colour_only_in_a_terminal(run: record.Run) -> None:
@@ -115,9 +113,9 @@ def test_colour_only_in_a_terminal(run: record.Run) -> None:
 
 
 def test_colour_follows_the_change() -> None:
-    assert show._colour(-0.2, False) != show._colour(0.2, False) != show._colour(0.05, False)
-    assert show._colour(0.005, False) == show._colour(math.nan, False) == "default"
-    assert show._colour(-0.2, True).startswith("bold")
+    assert colour(-0.2, False) != colour(0.2, False) != colour(0.05, False)
+    assert colour(0.005, False) == colour(math.nan, False) == "default"
+    assert colour(-0.2, True).startswith("bold")
 
 
 @pytest.mark.parametrize("perplexity", [1.5, 455.6, 49_152.0, 3e9])
@@ -165,8 +163,7 @@ def test_what_is_forgotten_rises_after_the_own_stage(tmp_path: Path) -> None:
         for s in steady.record.stages[1:]
     ]
     out = io.StringIO()
-    console = Console(file=out, width=80)
-    show._courses(steady.record, console, show._Printer(console))
+    print_table(show.courses(steady.record), Console(file=out, width=80))
     assert (
         courses(out.getvalue())["a"][0] == "▁▁*▁"
     )  # nothing changed: no division by a scale of no height
@@ -352,9 +349,9 @@ def test_output_that_knows_only_ascii(run: record.Run) -> None:
 def test_plain_output_is_wide_enough_unless_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("COLUMNS", raising=False)
     monkeypatch.setattr(sys, "stdout", io.StringIO())
-    assert show._console().width == 120
+    assert console().width == 120
     monkeypatch.setenv("COLUMNS", "70")
-    assert show._console().width == 70
+    assert console().width == 70
 
 
 @pytest.mark.parametrize("fault", ["sum", "cell"])

@@ -411,7 +411,7 @@ def test_a_planted_null_has_no_winner(blocks: int) -> None:
 
 
 def test_two_blocks_find_winners_that_are_not_there() -> None:
-    """Why a verdict takes three (comparison.FEWEST): noise between blocks that is large beside the
+    """Why a verdict takes three (verdicts.FEWEST): noise between blocks that is large beside the
     documents'."""
     assert of_nothing(2, 300, 0.02)[0] > 0.05 * 300 >= of_nothing(3, 300, 0.02)[0]
 

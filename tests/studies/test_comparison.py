@@ -18,9 +18,26 @@ import synthetic
 from gain_cl import cli
 from gain_cl.errors import ConfigError, DataError
 from gain_cl.measure import record
-from gain_cl.studies import equal, experiments, verdicts
-from gain_cl.studies import study as comparison
-from gain_cl.studies.experiments import Endpoint, Experiment, label, latin_order
+from gain_cl.studies import equal, verdicts
+from gain_cl.studies.experiments import (
+    Endpoint,
+    Experiment,
+    latin_order,
+    load_experiment,
+    planned_runs,
+    setting_label,
+    shipped_experiments,
+)
+from gain_cl.studies.study import (
+    Block,
+    Parts,
+    Setting,
+    Study,
+    difference,
+    level,
+    study_of_experiment,
+    study_of_runs,
+)
 from synthetic import config
 
 DOMAINS = ["a", "b", "c", "d"]
@@ -190,12 +207,12 @@ def a_study(
     line: dict[str, dict[float, tuple[float, float]]] = LINE,
     seed: int = 0,
     tasks: bool = False,
-) -> comparison.Study:
+) -> Study:
     runs = {}
     for method, values in e.settings():
         for block in range(e.blocks):
             learn, forget = line[method][values["train.lr"]]
-            runs[label(method, values), block] = simulated(
+            runs[setting_label(method, values), block] = simulated(
                 path,
                 method,
                 values["train.lr"],
@@ -205,7 +222,7 @@ def a_study(
                 seed=seed,
                 tasks=tasks,
             )
-    return comparison.from_experiment(e, runs)
+    return study_of_experiment(e, runs)
 
 
 FOUR = [
@@ -224,52 +241,52 @@ FOUR = [
 
 
 @pytest.fixture(scope="module")
-def study(tmp_path_factory: pytest.TempPathFactory) -> comparison.Study:
+def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
     return a_study(tmp_path_factory.mktemp("study"), an_experiment(FOUR), tasks=True)
 
 
-def test_levels_and_differences_are_the_truth(study: comparison.Study) -> None:
+def test_levels_and_differences_are_the_truth(study: Study) -> None:
     gain, lora = study.chosen["gain"], study.chosen["lora"]
-    own = comparison.level(gain, "own_step")
+    own = level(gain, "own_step")
     assert (
         own is not None and own.blocks == 4 and own.estimate.value == pytest.approx(-0.10, abs=0.02)
     )
-    back = comparison.difference(gain, lora, "backward")
+    back = difference(gain, lora, "backward")
     assert back is not None and back.estimate.low < 0.02 - 0.05 < back.estimate.high
     by_hand = np.mean([gain.value("backward", k) - lora.value("backward", k) for k in study.blocks])
     assert back.estimate.value == pytest.approx(by_hand, abs=1e-12)
     assert back.estimate.high - back.estimate.low < 0.06  # documents cancel: their ease is shared
 
 
-def test_equal_skill_is_read_off_both_fronts(study: comparison.Study) -> None:
-    found = equal.matched(study, "gain", "lora", skill=-0.15)
+def test_equal_skill_is_read_off_both_fronts(study: Study) -> None:
+    found = equal.match_skill(study, "gain", "lora", skill=-0.15)
     truth = (0.02 + 0.05) - (0.05 + 0.2 * 0.03 / 0.18)  # on each line at 0.15 learned
     assert found.differences.mean() == pytest.approx(truth, abs=0.03)
-    unreached = equal.matched(study, "gain", "lora", skill=-0.28)
+    unreached = equal.match_skill(study, "gain", "lora", skill=-0.28)
     assert (
-        math.isnan(equal.interval(unreached).value)
+        math.isnan(equal.interval_of(unreached).value)
         and "gain does not reach the own step" in unreached.reason
     )
 
 
-def test_one_setting_is_no_front(study: comparison.Study) -> None:
+def test_one_setting_is_no_front(study: Study) -> None:
     """It would be given for any lesser skill what it forgot at its own."""
     settings = [s for s in study.settings if s.method == "gain" or s is study.chosen["lora"]]
-    found = equal.matched(dataclasses.replace(study, settings=settings), "gain", "lora")
+    found = equal.match_skill(dataclasses.replace(study, settings=settings), "gain", "lora")
     assert found.reason == "one setting of lora: no front to read" and math.isnan(
-        equal.interval(found).value
+        equal.interval_of(found).value
     )
 
 
-def test_a_skill_below_every_setting_of_a_method_is_not_read(study: comparison.Study) -> None:
+def test_a_skill_below_every_setting_of_a_method_is_not_read(study: Study) -> None:
     """What learned more would be said to forget as much at less."""
-    found = equal.matched(
+    found = equal.match_skill(
         study, "gain", "lora", skill=-0.11
     )  # gain's least is 0.10 learned, lora's 0.12
     assert found.reason.startswith(
         "lora has no setting that learns as little as -10.4%: its least is -1"
     )
-    assert math.isnan(equal.interval(found).value)
+    assert math.isnan(equal.interval_of(found).value)
 
 
 def test_every_block_must_have_settings_on_both_sides(tmp_path: Path) -> None:
@@ -284,16 +301,16 @@ def test_every_block_must_have_settings_on_both_sides(tmp_path: Path) -> None:
             more = (
                 0.25 if (method, rate, block) == ("lora", 1e-3, 2) else learn
             )  # over the blocks its mean is still below the skill
-            runs[label(method, {"train.lr": rate}), block] = simulated(
+            runs[setting_label(method, {"train.lr": rate}), block] = simulated(
                 tmp_path, method, rate, block, learn=more, forget=0.1
             )
-    study = comparison.from_experiment(an_experiment([], blocks=3), runs)
-    assert equal.matched(study, "gain", "lora", skill=-0.15).reason.startswith(
+    study = study_of_experiment(an_experiment([], blocks=3), runs)
+    assert equal.match_skill(study, "gain", "lora", skill=-0.15).reason.startswith(
         "lora has no setting that learns as little as -13.9%"
     )
 
 
-def test_verdicts_over_blocks(study: comparison.Study) -> None:
+def test_verdicts_over_blocks(study: Study) -> None:
     judged = {j.endpoint.name: j for j in verdicts.judge(study)}
     assert judged["learns"].verdict == "equivalent"  # 0.02 nats apart, margin 5%
     assert judged["keeps"].verdict in (
@@ -364,7 +381,7 @@ def test_two_blocks_decide_nothing(tmp_path: Path) -> None:
 def test_a_method_without_runs_is_said(tmp_path: Path) -> None:
     e = an_experiment(FOUR[:2])
     run = simulated(tmp_path, "gain", 1e-2, 0, learn=0.1, forget=0.2)
-    study = comparison.from_experiment(e, {("gain lr=0.01", 0): run})
+    study = study_of_experiment(e, {("gain lr=0.01", 0): run})
     assert study.absent == {"gain": 7, "lora": 8}
     assert [j.why for j in verdicts.judge(study)] == [
         "no finished run of the chosen setting of lora",
@@ -386,7 +403,7 @@ def test_an_unfinished_experiment_decides_nothing(tmp_path: Path) -> None:
     assert {j.verdict for j in verdicts.judge(study)} == {"better", "equivalent"}
     runs = {(s.label, k): run for s in study.settings for k, run in enumerate(s.runs.values())}
     del runs["lora lr=0.003", 3]
-    judged = verdicts.judge(comparison.from_experiment(e, runs))
+    judged = verdicts.judge(study_of_experiment(e, runs))
     assert {j.verdict for j in judged} == {"inconclusive"} and judged[
         0
     ].why == "1 run of its methods is not finished"
@@ -412,8 +429,7 @@ def test_no_common_block_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[s
         simulated(tmp_path / "runs", "lora", 1e-3, 1, learn=0.1, forget=0.2),
     ]
     assert (
-        "no block has runs of both"
-        in equal.matched(comparison.from_records(runs), "gain", "lora").reason
+        "no block has runs of both" in equal.match_skill(study_of_runs(runs), "gain", "lora").reason
     )
     assert (
         cli.main(["compare", *(r.record.run_id for r in runs), "--results-dir", str(tmp_path)]) == 0
@@ -427,27 +443,24 @@ def test_other_items_are_refused(tmp_path: Path) -> None:
     )
     b.items.loc[0, "item"] = "other"
     with pytest.raises(DataError, match="boolq@50 has other items"):
-        comparison.from_records([a, b])
+        study_of_runs([a, b])
 
 
 def test_a_task_scored_at_one_end_has_no_change(tmp_path: Path) -> None:
     a = simulated(tmp_path, "gain", 1e-2, 0, learn=0.1, forget=0.2, tasks=True)
-    setting = comparison.from_records([a]).settings[0]
-    assert comparison.level(setting, "margin:boolq@50") is not None
+    setting = study_of_runs([a]).settings[0]
+    assert level(setting, "margin:boolq@50") is not None
     a.record.stages[0].tasks.clear()
-    assert (
-        comparison.level(setting, "margin:boolq@50") is None
-        and comparison.level(setting, "accuracy:nosuch") is None
-    )
+    assert level(setting, "margin:boolq@50") is None and level(setting, "accuracy:nosuch") is None
 
 
-class Drawn(comparison.Setting):
+class Drawn(Setting):
     """A setting whose numbers are drawn, not read: documents are shared by all settings and blocks,
     noise is of setting and block."""
 
     trained = True
 
-    def parts(self, metric: str, block: comparison.Block) -> comparison.Parts | None:
+    def parts(self, metric: str, block: Block) -> Parts | None:
         own = np.random.default_rng([*repr((self.label, block, metric)).encode()])
         shared = np.random.default_rng([block[0], metric == "backward"]).normal(0, 0.05, 96)
         x = self.values["x"] if metric == "own_step" else self.values["y"]
@@ -465,9 +478,7 @@ def test_a_planted_null_gives_no_winner() -> None:
         places: Any = {(seed, tuple("abcd"[k:] + "abcd"[:k])): None for k in range(4)}
         settings = [Drawn(m, {"x": x, "y": y}, places) for m in ("gain", "lora") for x, y in line]
         chosen = {"gain": settings[0], "lora": settings[3]}
-        study = comparison.Study(
-            "null", "", settings, chosen, "lora", e.endpoints, 10.0, -0.15, 0.05
-        )
+        study = Study("null", "", settings, chosen, "lora", e.endpoints, 10.0, -0.15, 0.05)
         won += any(j.verdict in ("better", "worse") for j in verdicts.judge(study))
     assert won <= 0.05 * 200 + 3 * math.sqrt(200 * 0.05 * 0.95)
 
@@ -481,7 +492,7 @@ def test_runs_that_measure_different_things_are_refused(tmp_path: Path) -> None:
         match=f"different protocol cannot be compared \\({a.record.run_id} and "
         f"{b.record.run_id}\\)",
     ):
-        comparison.from_records([a, b])
+        study_of_runs([a, b])
 
 
 def test_runs_by_name_are_grouped_into_blocks(tmp_path: Path) -> None:
@@ -490,7 +501,7 @@ def test_runs_by_name_are_grouped_into_blocks(tmp_path: Path) -> None:
         for m, lr in (("gain", 1e-2), ("gain", 3e-2), ("lora", 1e-3))
         for k in (0, 1)
     ]
-    study = comparison.from_records(runs)
+    study = study_of_runs(runs)
     assert [s.label for s in study.settings] == ["gain lr=0.01", "gain lr=0.03", "lora"]
     assert len(study.blocks) == 2 and study.reference == "lora" and not study.endpoints
 
@@ -507,10 +518,10 @@ def test_compare_gives_a_row_for_each_setting(tmp_path: Path) -> None:
     table = gain_cl.compare(*runs[:4], runs[4].path, str(runs[5].path))
     assert list(table["setting"]) == ["gain", "lora"] and list(table["blocks"]) == [3, 3]
     assert list(table["trainable_parameters"]) == [1000, 50_000]
-    study = comparison.from_records(runs)
+    study = study_of_runs(runs)
     for (_, row), setting in zip(table.iterrows(), study.settings, strict=True):
         for metric in ("own_step", "backward", "backward_net", "from_base", "controls_from_base"):
-            found = comparison.level(setting, metric)
+            found = level(setting, metric)
             assert found is not None
             e = found.estimate
             assert (row[metric], row[f"{metric}_low"], row[f"{metric}_high"]) == (
@@ -561,9 +572,9 @@ def test_latin_orders_are_balanced(size: int) -> None:
     ) == size * (size - 1)
 
 
-@pytest.mark.parametrize("path", sorted(experiments.folder().glob("*.yaml")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", sorted(shipped_experiments().glob("*.yaml")), ids=lambda p: p.stem)
 def test_every_experiment_composes(path: Path, tmp_path: Path) -> None:
-    e = experiments.load(path.stem)
+    e = load_experiment(path.stem)
     small = e.model_copy(
         update={
             "blocks": min(e.blocks, 2),
@@ -571,7 +582,7 @@ def test_every_experiment_composes(path: Path, tmp_path: Path) -> None:
             "methods": {m: {k: v[:1] for k, v in g.items()} for m, g in e.methods.items()},
         }
     )
-    cells = experiments.cells(small, [f"results_dir={tmp_path}", f"output_dir={tmp_path}"])
+    cells = planned_runs(small, [f"results_dir={tmp_path}", f"output_dir={tmp_path}"])
     assert {c.state for c in cells} == {"missing"} and len({c.run_id for c in cells}) == len(cells)
 
 
@@ -587,7 +598,7 @@ def test_presets_and_plugins_of_ones_own(tmp_path: Path, monkeypatch: pytest.Mon
         "question: q\nconfig_dirs: [mine]\nplugins: [plug.py]\noverrides: "
         "[debug=smoke]\nmethods: {mild: {}}\n"
     )
-    (cell,) = experiments.cells(experiments.load("e.yaml"))
+    (cell,) = planned_runs(load_experiment("e.yaml"))
     assert cell.config.train.lr == 1e-4 and cell.overrides[-2:] == [
         "--config-dir=mine",
         "--plugin=plug.py",
@@ -601,8 +612,8 @@ def test_models_repeat_an_experiment_and_once_is_of_block_0(tmp_path: Path) -> N
         "train.tokens=512]\nonce: [tasks=boolq]\n"
         "methods: {gain_ffn: {}, lora: {}}\n"
     )
-    cells = experiments.cells(
-        experiments.load(str(tmp_path / "e.yaml")),
+    cells = planned_runs(
+        load_experiment(str(tmp_path / "e.yaml")),
         [f"results_dir={tmp_path}", f"output_dir={tmp_path}"],
     )
     assert [(c.model, c.block, c.method) for c in cells] == [
@@ -622,9 +633,7 @@ def test_blocks_have_their_order_and_seed(tmp_path: Path) -> None:
         "question: q\nblocks: 3\noverrides: [debug=smoke]\nmethods: {gain_ffn: {train.lr: "
         "[0.01]}, lora: {adapter.config.r: [1, 2]}}\n"
     )
-    cells = experiments.cells(
-        experiments.load(str(tmp_path / "e.yaml")), [f"results_dir={tmp_path}"]
-    )
+    cells = planned_runs(load_experiment(str(tmp_path / "e.yaml")), [f"results_dir={tmp_path}"])
     assert len(cells) == 9 and [c.overrides[-2:] for c in cells[:1]] == [
         ["seed=0", "sequence.order=[0,1,2]"]
     ]
@@ -701,7 +710,7 @@ def test_compare_runs_on_the_command_line(
     out = capsys.readouterr().out
     assert (
         "positive control, some setting forgets by 10%: reached" in out
-        and "Backward change at equal own step" in out
+        and "backward change at equal own step" in out
     )
     assert "exploratory" in out and "2 blocks" in out
     assert cli.main(["compare", *names, "--results-dir", str(tmp_path), "--json"]) == 0
@@ -787,13 +796,13 @@ def test_power_from_stated_noise(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 def test_an_experiment_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no experiment"):
-        experiments.load(str(tmp_path / "x.yaml"))
+        load_experiment(str(tmp_path / "x.yaml"))
 
 
 # --- equal cost -----------------------------------------------------------------------------------
 
 
-def test_at_equal_cost(study: comparison.Study) -> None:
+def test_at_equal_cost(study: Study) -> None:
     """Norms on a line with what is forgotten: at equal norm the truth is known. Parameters do not
     vary within a method."""
     norms = {
@@ -801,7 +810,7 @@ def test_at_equal_cost(study: comparison.Study) -> None:
         for s in study.settings
         for run in s.runs.values()
     }
-    found = equal.at_equal(study, "gain", "lora", "norm", "backward", norms)
+    found = equal.match_cost(study, "gain", "lora", "norm", "backward", norms)
     assert found.skill == pytest.approx(math.sqrt(2))  # of 1..4 and 0.5..2 the middle of 1..2
     gain = 0.02 + 0.10 * math.log(math.sqrt(2)) / math.log(4)
     lora = 0.05 + 0.20 * math.log(2 * math.sqrt(2)) / math.log(4)
@@ -811,6 +820,6 @@ def test_at_equal_cost(study: comparison.Study) -> None:
     )
     assert (
         "do not differ in parameters"
-        in equal.at_equal(study, "gain", "lora", "parameters", "backward", {}).reason
+        in equal.match_cost(study, "gain", "lora", "parameters", "backward", {}).reason
     )
-    assert "diagnose RUN" in equal.at_equal(study, "gain", "lora", "norm", "backward", {}).reason
+    assert "diagnose RUN" in equal.match_cost(study, "gain", "lora", "norm", "backward", {}).reason

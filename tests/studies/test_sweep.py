@@ -20,8 +20,9 @@ import pytest
 from gain_cl import cli
 from gain_cl.errors import IN_USE, PREEMPTED, ConfigError, StorageError
 from gain_cl.measure import record
-from gain_cl.studies import costs, experiments, launchers, sweep
-from gain_cl.studies.experiments import Cell
+from gain_cl.studies import launchers, sweep
+from gain_cl.studies.costs import run_seconds
+from gain_cl.studies.experiments import Planned, load_experiment, planned_runs
 from gain_cl.system import lock
 from gain_cl.tools import sweep as verb
 
@@ -33,10 +34,10 @@ LIMIT_SECONDS = 600  # of a hang; nothing is timed
 
 
 @pytest.fixture
-def grid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Cell]:
+def grid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Planned]:
     monkeypatch.chdir(tmp_path)
     Path("e.yaml").write_text(GRID)
-    return experiments.cells(experiments.load("e.yaml"), ["output_dir=runs", "results_dir=results"])
+    return planned_runs(load_experiment("e.yaml"), ["output_dir=runs", "results_dir=results"])
 
 
 class Fake:
@@ -91,7 +92,7 @@ class Ends:
         self.looks = 2
 
 
-def jobs(cells: list[Cell]) -> list[launchers.Job]:
+def jobs(cells: list[Planned]) -> list[launchers.Job]:
     Path("logs").mkdir(exist_ok=True)
     return [
         launchers.Job(c, ["-m", "gain_cl", "run", *c.overrides], {}, Path("logs") / c.run_id)
@@ -104,7 +105,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sweep, "POLL_SECONDS", 0.01)
 
 
-def carried_out(cells: list[Cell], launcher: Fake) -> tuple[sweep.Outcome, list[str]]:
+def carried_out(cells: list[Planned], launcher: Fake) -> tuple[sweep.Outcome, list[str]]:
     said: list[str] = []
     found = sweep.carry_out(
         jobs(cells), launcher, cells[0].claims, said.append, lambda some: [1.0] * len(some)
@@ -112,7 +113,7 @@ def carried_out(cells: list[Cell], launcher: Fake) -> tuple[sweep.Outcome, list[
     return found, said
 
 
-def test_everything_runs_once_and_no_more_than_allowed_at_a_time(grid: list[Cell]) -> None:
+def test_everything_runs_once_and_no_more_than_allowed_at_a_time(grid: list[Planned]) -> None:
     launcher = Fake(limit=3)
     found, said = carried_out(grid, launcher)
     assert launcher.log == [c.run_id for c in grid] and launcher.most == 3 and not found.failed
@@ -120,7 +121,7 @@ def test_everything_runs_once_and_no_more_than_allowed_at_a_time(grid: list[Cell
     assert sum(line.startswith("started") for line in said) == 4
 
 
-def test_stage_0_is_scored_by_one_run_before_the_others_start(grid: list[Cell]) -> None:
+def test_stage_0_is_scored_by_one_run_before_the_others_start(grid: list[Planned]) -> None:
     """All cells share the pretrained model, documents and protocol: the first runs alone until its
     stage 0 is saved."""
     assert len({sweep.baseline(c) for c in grid}) == 1
@@ -129,14 +130,14 @@ def test_stage_0_is_scored_by_one_run_before_the_others_start(grid: list[Cell]) 
     assert launcher.baselines == 1
 
 
-def test_other_ways_to_score_do_not_wait_for_each_other(grid: list[Cell]) -> None:
-    other = experiments.cells(
-        experiments.load("e.yaml"), ["output_dir=runs", "results_dir=results", "eval.documents=4"]
+def test_other_ways_to_score_do_not_wait_for_each_other(grid: list[Planned]) -> None:
+    other = planned_runs(
+        load_experiment("e.yaml"), ["output_dir=runs", "results_dir=results", "eval.documents=4"]
     )
     assert not {sweep.baseline(c) for c in other} & {sweep.baseline(c) for c in grid}
 
 
-def test_a_failure_does_not_stop_the_rest(grid: list[Cell]) -> None:
+def test_a_failure_does_not_stop_the_rest(grid: list[Planned]) -> None:
     launcher = Fake(limit=1, codes={grid[1].run_id: [65], grid[2].run_id: [-9]})
     found, said = carried_out(grid, launcher)
     assert [(f.cell.run_id, f.code) for f in found.failed] == [
@@ -149,14 +150,14 @@ def test_a_failure_does_not_stop_the_rest(grid: list[Cell]) -> None:
     assert any(line.startswith("FAILED") and "what (where); do" in line for line in said)
 
 
-def test_a_run_that_somebody_else_took_is_waited_for(grid: list[Cell]) -> None:
+def test_a_run_that_somebody_else_took_is_waited_for(grid: list[Planned]) -> None:
     launcher = Fake(limit=4, codes={grid[0].run_id: [IN_USE, 0]})
     found, _ = carried_out(grid, launcher)
     assert launcher.log.count(grid[0].run_id) == 2 and not found.failed and len(found.done) == 4
 
 
 def test_a_run_without_a_record_has_failed(
-    grid: list[Cell], monkeypatch: pytest.MonkeyPatch
+    grid: list[Planned], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     launcher = Fake(limit=4)
     found, _ = carried_out(grid[:1], launcher)
@@ -167,7 +168,7 @@ def test_a_run_without_a_record_has_failed(
     assert "there is no" in found.failed[0].last_line
 
 
-def test_what_failed_under_another_launcher_is_not_run_again(grid: list[Cell]) -> None:
+def test_what_failed_under_another_launcher_is_not_run_again(grid: list[Planned]) -> None:
     """It failed while this launcher waited for it; one that failed before and was asked for again
     is run."""
     launcher = Fake(limit=1)
@@ -189,7 +190,7 @@ def test_what_failed_under_another_launcher_is_not_run_again(grid: list[Cell]) -
     assert launcher.log == [grid[2].run_id] and not found.failed
 
 
-def test_a_failure_without_a_trace_is_remembered(grid: list[Cell]) -> None:
+def test_a_failure_without_a_trace_is_remembered(grid: list[Planned]) -> None:
     """Of a run that was refused before it began, or killed: its claim says so."""
     carried_out(grid[:1], Fake(limit=1, codes={grid[0].run_id: [-9]}))
     assert grid[0].state == "failed" and "killed by SIGKILL" in sweep.reason(grid[0])
@@ -197,7 +198,7 @@ def test_a_failure_without_a_trace_is_remembered(grid: list[Cell]) -> None:
     assert grid[0].state == "done"
 
 
-def test_a_run_that_was_asked_to_stop_has_not_failed(grid: list[Cell]) -> None:
+def test_a_run_that_was_asked_to_stop_has_not_failed(grid: list[Planned]) -> None:
     found, _ = carried_out(grid, Fake(limit=2, codes={grid[1].run_id: [PREEMPTED]}))
     assert (
         [c.run_id for c in found.left] == [grid[1].run_id]
@@ -206,7 +207,7 @@ def test_a_run_that_was_asked_to_stop_has_not_failed(grid: list[Cell]) -> None:
     )
 
 
-def test_a_refused_job_waits(grid: list[Cell], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_refused_job_waits(grid: list[Planned], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sweep, "REFUSED_SECONDS", 0.05)
     launcher, refused = Fake(limit=4), []
     start = launcher.start
@@ -222,7 +223,7 @@ def test_a_refused_job_waits(grid: list[Cell], monkeypatch: pytest.MonkeyPatch) 
     assert refused and len(found.done) == 4 and not found.failed
 
 
-def test_runs_of_other_sweeps_count(grid: list[Cell]) -> None:
+def test_runs_of_other_sweeps_count(grid: list[Planned]) -> None:
     """Of another experiment or with another only=: towards the limit of this machine, and their
     GPUs are taken."""
     grid[0].claims.mkdir(parents=True)
@@ -237,7 +238,7 @@ def test_runs_of_other_sweeps_count(grid: list[Cell]) -> None:
     other.release()
 
 
-def test_a_job_of_slurm_is_not_started_here(grid: list[Cell]) -> None:
+def test_a_job_of_slurm_is_not_started_here(grid: list[Planned]) -> None:
     grid[0].claims.mkdir(parents=True)
     (grid[0].claims / grid[0].run_id).write_text('{"job": "12"}')
     launcher = Fake(limit=1)
@@ -281,7 +282,7 @@ def test_a_claim_lasts_as_long_as_the_run_that_inherited_it(tmp_path: Path) -> N
     assert not lock.is_claimed(tmp_path, "run")
 
 
-def test_gpus_are_given_out_one_to_a_run(grid: list[Cell]) -> None:
+def test_gpus_are_given_out_one_to_a_run(grid: list[Planned]) -> None:
     launcher = launchers.Local(2, ["0", "1"])
     seen = []
     for cell, taken in (
@@ -306,7 +307,7 @@ def test_gpus_are_given_out_one_to_a_run(grid: list[Cell]) -> None:
     assert seen == ["0", "1", "0"]
 
 
-def test_words(grid: list[Cell]) -> None:
+def test_words(grid: list[Planned]) -> None:
     options, more = verb._options(
         [
             "only=lora,block1",
@@ -336,14 +337,14 @@ def test_words(grid: list[Cell]) -> None:
         verb._only(grid, ["lore"])
 
 
-def test_runs_share_cores_and_a_group(grid: list[Cell]) -> None:
+def test_runs_share_cores_and_a_group(grid: list[Planned]) -> None:
     """compute.threads where several run at a time on a CPU, track.group where wandb is on, unless
     they are given."""
-    e = experiments.load("e.yaml")
+    e = load_experiment("e.yaml")
     options = verb.Options(worktree=False)
 
     def words(more: list[str], launcher: Any) -> list[str]:
-        cells = experiments.cells(e, ["output_dir=runs", "results_dir=results", *more])
+        cells = planned_runs(e, ["output_dir=runs", "results_dir=results", *more])
         return verb._jobs(e, cells, more, options, launcher, Path("runs"))[0].command
 
     threads = f"compute.threads={max(1, (os.cpu_count() or 1) // 2)}"
@@ -359,7 +360,7 @@ def test_runs_share_cores_and_a_group(grid: list[Cell]) -> None:
 
 
 def test_the_time_left_falls_with_what_is_done(
-    grid: list[Cell], monkeypatch: pytest.MonkeyPatch
+    grid: list[Planned], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By stages that are saved, by one stage 0 for all, and by the time spent on a stage."""
     training, scoring, stages = 8.0, 1.0, len(grid[0].config.stages)
@@ -403,18 +404,18 @@ def test_the_time_left_falls_with_what_is_done(
     assert "left" not in line
 
 
-def test_what_is_left_of_a_run_is_its_later_stages(grid: list[Cell]) -> None:
+def test_what_is_left_of_a_run_is_its_later_stages(grid: list[Planned]) -> None:
     """At a speed of 1 token a second for training and 2 for scoring: every stage costs the same,
     stage 0 only its scoring."""
     config = grid[0].config
     stages, names = len(config.stages), len(config.sequence.trained) + len(config.sequence.controls)
     scoring = names * config.eval.documents * (config.eval.window or config.eval.context) / 2
     training = config.stage.stage_steps * config.train.batch_tokens
-    assert costs.seconds(config, "lora", [], 1.0) == pytest.approx(
+    assert run_seconds(config, "lora", [], 1.0) == pytest.approx(
         stages * training + (stages + 1) * scoring
     )
     for saved in range(1, stages + 2):
-        assert costs.seconds(config, "lora", [], 1.0, saved=saved) == pytest.approx(
+        assert run_seconds(config, "lora", [], 1.0, saved=saved) == pytest.approx(
             (stages + 1 - saved) * (training + scoring)
         )
 
@@ -431,15 +432,17 @@ def test_time_beside_stages(more: float, beside: float) -> None:
         (s.train.seconds if s.train else 0) + s.eval_seconds + s.task_seconds for s in r.stages
     )
     r.provenance["seconds"] = named + more
-    config = experiments.cells(experiments.load("study"), ["results_dir=none", "output_dir=none"])[
+    config = planned_runs(load_experiment("study"), ["results_dir=none", "output_dir=none"])[
         -1
     ].config
-    left = [costs.seconds(config, "lora", [r], saved=k) for k in range(10)]
+    left = [run_seconds(config, "lora", [r], saved=k) for k in range(10)]
     assert left[0] == pytest.approx(named + beside, rel=0.01) and left[9] == pytest.approx(beside)
     assert all(a > b for a, b in itertools.pairwise(left))
 
 
-def test_nothing_starts_in_a_dry_run(grid: list[Cell], capsys: pytest.CaptureFixture[str]) -> None:
+def test_nothing_starts_in_a_dry_run(
+    grid: list[Planned], capsys: pytest.CaptureFixture[str]
+) -> None:
     assert (
         cli.main(
             [

@@ -17,7 +17,7 @@ from gain_cl import api, cli
 from gain_cl.errors import DataError
 from gain_cl.measure import record
 from gain_cl.stats import matrix
-from gain_cl.studies import study as comparison
+from gain_cl.studies.study import loss_matrix, study_of_runs
 from gain_cl.system import files
 from gain_cl.tools import rescore
 
@@ -77,7 +77,7 @@ def test_the_ends_are_the_base_and_the_run(
     np.testing.assert_allclose(
         base.record.losses(), np.tile(losses[0], (len(losses), 1)), rtol=0, atol=1e-6
     )
-    for name, found in matrix.summary(comparison.loss_matrix(base)).items():
+    for name, found in matrix.summary(loss_matrix(base)).items():
         assert abs(found.value) < 1e-12, name
     between = half.record.losses()
     assert np.abs(between[1:] - losses[1:]).max() > 1e-4 and np.array_equal(between[0], losses[0])
@@ -261,14 +261,14 @@ def test_records_by_name_are_settings_by_alpha(
         "lora lr=0.03 alpha=0.5",
         "lora lr=0.01",
     ]
-    study = comparison.from_records([fast, half])
+    study = study_of_runs([fast, half])
     assert [(s.label, s.trained) for s in study.settings] == [
         ("lora", True),
         ("lora alpha=0.5", False),
     ]
-    assert comparison.from_records([half, slow]).settings[0].label == "lora lr=0.03 alpha=0.5"
+    assert study_of_runs([half, slow]).settings[0].label == "lora lr=0.03 alpha=0.5"
     with pytest.raises(DataError, match="are the same"):
-        comparison.from_records([fast, whole])
+        study_of_runs([fast, whole])
 
 
 def test_an_experiment_with_alphas(

@@ -1,5 +1,16 @@
-"""A table as data, and how it is written: Markdown, LaTeX, CSV. The same records give the same
-bytes anywhere."""
+"""A table as data, and its writers: terminal, Markdown, LaTeX, HTML, CSV. The same records give the
+same bytes anywhere.
+
+A verb makes a Table and prints it:
+
+    rows = [Row([f.check, Styled(f.state, "bold red"), f.finding]) for f in found]
+    print_table(Table("verify", "What was checked", ["check", "state", "finding"], rows))
+
+A number is a Value with its own way of writing (plain(1), count, signed, ...). It stands on the
+right, is never broken, and takes its interval along. Text stands on the left and is broken where
+the table would be too wide. None is shown as a dash. No text is read as markup, and nothing in it
+commands the terminal. Lines around a table are printed by say().
+"""
 
 from __future__ import annotations
 
@@ -12,29 +23,51 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from markupsafe import Markup
+from rich.box import SIMPLE_HEAD
+from rich.cells import cell_len
+from rich.console import Console
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from gain_cl import errors
 from gain_cl.stats import format
 from gain_cl.stats.format import counted
 from gain_cl.stats.matrix import Estimate
-from gain_cl.studies.study import Compared, lower_is_better
+from gain_cl.studies.study import Compared, Study, lower_is_better
+from gain_cl.system.terminal import console, printable
 
 GAP = "GAP: "
 """Begins a note on a cell that is not in the table."""
 
 HEAD, LONG, PROSE, MANY = 11, 24, "p{2.6cm}", 8
 """In LaTeX: characters in a line of a head; characters from which a column is set as prose, and
-that column; columns that fit a page with intervals in one line."""
+that column; columns that fit a page with intervals in one line. In a terminal a column of text is
+broken to LONG characters at the least."""
+
+
+class Styled(str):
+    """Text with a style that only the terminal shows, in rich's words: bold red."""
+
+    style: str
+
+    def __new__(cls, text: str, style: str) -> Styled:
+        made = super().__new__(cls, text)
+        made.style = style
+        return made
 
 
 @dataclass(frozen=True)
 class Value:
     """A number with its 95% interval, in the unit it is shown in (nan: there is none). write: how
-    it is shown; bold: a test says so."""
+    it is shown; bold: a test says so; style: what only the terminal shows, in rich's words."""
 
     value: float
     low: float = math.nan
     high: float = math.nan
     write: Callable[[float], str] = lambda x: f"{x:g}"
     bold: bool = False
+    style: str = ""
 
     @property
     def shown(self) -> str:
@@ -54,12 +87,16 @@ class Value:
         return f"{self.shown} ({self.between})" if self.between else self.shown
 
 
+Entry = Value | str | None
+"""What stands in a cell of a table: a number, text, or nothing."""
+
+
 @dataclass(frozen=True)
 class Row:
     """cells: a Value, text or None (nothing) for each column; runs: ids of the runs that its
     numbers come from; rule: a line above."""
 
-    cells: Sequence[Value | str | None]
+    cells: Sequence[Entry]
     runs: Sequence[str] = ()
     rule: bool = False
 
@@ -77,7 +114,7 @@ class Table:
     grouped: bool = False
 
     @property
-    def read(self) -> list[list[Value | str | None]]:
+    def read(self) -> list[list[Entry]]:
         """The cells as people read them."""
         cells = [list(row.cells) for row in self.rows]
         return [
@@ -92,16 +129,16 @@ class Table:
 def of(
     metric: str, found: Compared | None, bold: bool = False, interval: bool = True, blocks: int = 0
 ) -> Value | None:
-    """A summary or difference in the unit its metric is shown in: % of perplexity; of a task's
-    margin nats, of its accuracy points (100 times the share). blocks: of which it is said to be; a
-    task that fewer have scored has an interval over items alone: left out."""
+    """Return a summary or difference in the unit its metric is shown in: % of perplexity; of a
+    task's margin nats, of its accuracy points (100 times the share).
+
+    blocks: of which it is said to be. A task that fewer have scored has an interval over items
+    alone, which is left out."""
     if found is None or math.isnan(found.estimate.value):
         return None
-    e = (
-        found.estimate
-        if interval and found.blocks >= blocks
-        else Estimate(found.estimate.value, math.nan, math.nan, found.estimate.n)
-    )
+    e = found.estimate
+    if not interval or found.blocks < blocks:
+        e = Estimate(e.value, math.nan, math.nan, e.n)
     if lower_is_better(metric):
         return percent(e, bold)
     if metric.startswith("margin"):
@@ -114,13 +151,25 @@ def percent(e: Estimate, bold: bool = False) -> Value:
     return Value(format.change(e.value), format.change(e.low), format.change(e.high), signed, bold)
 
 
-def signed(x: float) -> str:
-    """+1.2, -10.3, +0.0."""
-    return "+0.0" if f"{x:+.1f}" == "-0.0" else f"{x:+.1f}"
+def known(x: float, write: Callable[[float], str]) -> Value | None:
+    """Return a number without an interval; None of nan."""
+    return None if math.isnan(x) else Value(x, write=write)
+
+
+def change_of(nats: float) -> Value | None:
+    """Return a difference of losses as a change of perplexity in %; None of nan."""
+    return known(format.change(nats), signed)
+
+
+def signed(x: float, digits: int = 1) -> str:
+    """Return +1.2, -10.3, +0.0; +1e+03 from 1000 on."""
+    if abs(x) >= 1000:
+        return f"{x:+.0e}"
+    return f"{round(x, digits) + 0.0:+.{digits}f}"
 
 
 def nats(x: float) -> str:
-    return "+0.000" if f"{x:+.3f}" == "-0.000" else f"{x:+.3f}"
+    return signed(x, 3)
 
 
 def count(x: float) -> str:
@@ -135,7 +184,88 @@ def p_value(p: float) -> str:
     return "<0.001" if p < 0.001 else f"{p:.3f}"
 
 
-# --- formats --------------------------------------------------------------------------------------
+# --- terminal -------------------------------------------------------------------------------------
+
+
+def say(text: str = "", style: str = "", out: Console | None = None) -> None:
+    """Print text as it is: brackets are no markup, long lines are not broken, nothing in it
+    commands the terminal."""
+    out = out or console()
+    out.print(errors.printable(text), style=style, markup=False, highlight=False, soft_wrap=True)
+
+
+def print_table(t: Table, out: Console | None = None) -> None:
+    """Print title, table and notes. Where the width does not take the intervals beside their
+    numbers they stand below them, and where it does not take all columns these follow in further
+    tables that begin with the same first column: no number is lost."""
+    out = out or console()
+    if t.title:
+        say(t.title, out=out)
+    every = list(range(len(t.columns)))
+    wide, narrow = ([x for j in every for x in _view(t, j, apart)] for apart in (True, False))
+    views = [wide] if _widths(wide, out.width) else [narrow[:1]]
+    for column in narrow[1:] if views == [narrow[:1]] else []:
+        if len(views[-1]) > 1 and not _widths([*views[-1], column], out.width):
+            views.append(narrow[:1])
+        views[-1] = [*views[-1], column]
+    for view in views:
+        widths: Sequence[int | None] = _widths(view, out.width) or [None] * len(view)
+        shown = RichTable(box=SIMPLE_HEAD, padding=(0, 0, 0, 1), pad_edge=False, show_edge=False)
+        for (head, _, left), width in zip(view, widths, strict=True):
+            side: Any = "left" if left else "right"
+            shown.add_column(Text(printable(head)), justify=side, width=width, overflow="fold")
+        for i, row in enumerate(t.rows):
+            if row.rule and i:
+                shown.add_section()
+            shown.add_row(*(texts[i] for _, texts, _ in view))
+        out.print(shown)
+        out.print()
+    for note in t.notes:
+        out.print(Text(printable(note)), style="dim")
+    if t.notes:
+        out.print()
+
+
+View = tuple[str, list[Text], bool]
+"""Head and texts of a column in the terminal, and whether it is text, which stands on the left."""
+
+
+def _view(t: Table, j: int, apart: bool) -> list[View]:
+    """Return a column as the terminal shows it; apart: its intervals, if any, as a second one."""
+    between = [c.between if isinstance(c := row[j], Value) else "" for row in t.read]
+    texts = []
+    for row, interval in zip(t.read, between, strict=True):
+        c = row[j]
+        if isinstance(c, Value):
+            below = f"\n{interval}" if interval and not apart else ""
+            texts.append(Text(c.shown + below, "bold" if c.bold else c.style))
+        else:
+            texts.append(Text("-" if c is None else printable(c), getattr(c, "style", "")))
+    view = [(t.columns[j], texts, textual(t, j))]
+    if apart and any(between):
+        view.append(("95% interval", [Text(x) for x in between], False))
+    return view
+
+
+def _widths(view: Sequence[View], room: int) -> list[int] | None:
+    """Return the characters of each column, two apart; None: they do not fit. Numbers are not
+    broken, heads at spaces alone, text as far as it must."""
+    least, most = [], []
+    for head, texts, left in view:
+        natural = max(cell_len(x) for t in texts or [Text()] for x in t.plain.split("\n"))
+        word = max(map(cell_len, head.split(" ")))
+        least.append(max(min(natural, LONG) if left else natural, word))
+        most.append(max(natural, cell_len(head)))
+    room -= 2 * (len(view) - 1)
+    if sum(least) > room:
+        return None
+    while sum(most) > room:
+        widest = max((j for j, x in enumerate(most) if x > least[j]), key=lambda j: most[j])
+        most[widest] -= 1
+    return most
+
+
+# --- files ----------------------------------------------------------------------------------------
 
 
 def markdown(t: Table) -> str:
@@ -219,6 +349,50 @@ def latex(t: Table) -> str:
     return "\n".join(out) + "\n"
 
 
+def html(t: Table) -> Markup:
+    """Return a heading, a table that the page's script sorts by a click on a head, and the notes
+    and runs below it."""
+
+    def tag(words: str, *inner: str, **given: str) -> Markup:
+        name = words.split(" ")[0]
+        return Markup(f"<{words}>").format(**given) + Markup("").join(inner) + Markup(f"</{name}>")
+
+    heads = [
+        tag(
+            'th scope="col"' + ' class="text"' * textual(t, j),
+            tag('button type="button"', c),
+        )
+        for j, c in enumerate(t.columns)
+    ]
+    rows = Markup("")
+    for row in t.rows:
+        cells = []
+        for c in row.cells:
+            text = c.shown if isinstance(c, Value) else "–" if c is None else c
+            sort = number(c.value) if isinstance(c, Value) else c or ""
+            prose = f' class="text{" prose" * (len(text) > 40)}"' if isinstance(c, str) else ""
+            inner = [tag("b", text) if getattr(c, "bold", False) else text]
+            if isinstance(c, Value) and c.between:
+                inner.append(tag("small", c.between))
+            cells.append(tag(f'td data-sort="{{sort}}"{prose}', *inner, sort=sort))
+        title = 'tr title="{runs}"' if row.runs else "tr"
+        rows += tag(title, *cells, runs=" ".join(row.runs)) + "\n"
+    head, body = tag("thead", tag("tr", *heads)), tag("tbody", "\n", rows)
+    table = tag('table class="sortable"', "\n", head, "\n", body, "\n")
+    region = 'div class="scroll" tabindex="0" role="region" aria-label="{title}"'
+    found = [
+        tag('h3 id="table-{name}"', t.title, name=t.name),
+        tag(region, "\n", table, "\n", title=t.title),
+    ]
+    if t.notes:
+        found.append(tag('ul class="notes"', *(tag("li", x) for x in t.notes)))
+    if runs := named(t):
+        listed = [tag("li", f"{name}: {', '.join(ids)}") for name, ids in runs]
+        notes = tag('ul class="notes"', *listed)
+        found.append(tag('details class="of"', tag("summary", "runs"), notes))
+    return Markup("\n").join(found)
+
+
 def as_csv(t: Table) -> str:
     """A column for each number, two more for its interval, the run ids last; six digits."""
     columns = [[r.cells[j] for r in t.rows] for j in range(len(t.columns))]
@@ -261,6 +435,13 @@ def number(x: float) -> str:
     )
 
 
+def over_units(study: Study) -> str:
+    """Return what the intervals of a study are over."""
+    if len(study.blocks) == 1:
+        return "documents of the one block"
+    return "blocks and the documents they share"
+
+
 def textual(t: Table, j: int) -> bool:
     """Whether a column holds text alone, which stands on the left."""
     return not any(isinstance(row.cells[j], Value) for row in t.rows)
@@ -281,7 +462,7 @@ def named(t: Table) -> list[tuple[str, Sequence[str]]]:
     return [(", ".join(w[:enough]), row.runs) for w, row in zip(words, rows, strict=True)]
 
 
-def _md(c: Value | str | None) -> str:
+def _md(c: Entry) -> str:
     if c is None:
         return "-"
     if isinstance(c, Value):
@@ -304,7 +485,7 @@ _TEX = {
 _TEX |= {c: f"\\{c}" for c in "&%$#_{}"}
 
 
-def _tex(c: Value | str | None) -> str:
+def _tex(c: Entry) -> str:
     if c is None:
         return "--"
     if isinstance(c, Value):
@@ -318,7 +499,7 @@ def _tex(c: Value | str | None) -> str:
     return "".join(_TEX.get(ch, ch) for ch in c)
 
 
-def _cell(c: Value | str | None, narrow: bool) -> str:
+def _cell(c: Entry, narrow: bool) -> str:
     """A number above its interval, narrow: above the interval's ends."""
     if not isinstance(c, Value) or not c.between:
         return _tex(c)
@@ -329,7 +510,7 @@ def _cell(c: Value | str | None, narrow: bool) -> str:
     )
 
 
-def _broken(c: Value | str | None) -> str:
+def _broken(c: Entry) -> str:
     """Text that may be broken in a name, too."""
     return _tex(c).replace(r"\_", r"\_\allowbreak{}")
 

@@ -12,7 +12,7 @@ from gain_cl.measure import tasks
 from gain_cl.measure.record import RunRecord
 
 
-def seconds(
+def run_seconds(
     config: RunConfig,
     method: str,
     records: Sequence[RunRecord],

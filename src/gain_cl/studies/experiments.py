@@ -23,7 +23,7 @@ from gain_cl.config import presets
 from gain_cl.config.schema import Finite, Name, RunConfig, Section
 from gain_cl.errors import ConfigError, DataError, suggest
 from gain_cl.measure import tasks
-from gain_cl.runs import plan as plan_
+from gain_cl.runs import plan
 from gain_cl.stats.matrix import METRICS
 from gain_cl.system import lock
 
@@ -43,13 +43,11 @@ class Endpoint(Section):
     metric: str
     of: Name  # method
     minus: Name | None = None  # method; None: against 0
-    at: Literal["chosen", "matched"] = (
-        "chosen"  # the methods' chosen settings, or equal own step, interpolated on their fronts
-    )
+    # the methods' chosen settings, or equal own step, interpolated on their fronts
+    at: Literal["chosen", "matched"] = "chosen"
     kind: Literal["difference", "equivalence"] = "difference"
-    margin: float | None = Field(
-        None, gt=0, allow_inf_nan=False
-    )  # % of perplexity (items: its unit) that does not matter
+    # % of perplexity (items: its unit) that does not matter
+    margin: float | None = Field(None, gt=0, allow_inf_nan=False)
 
     @model_validator(mode="after")
     def _check(self) -> Endpoint:
@@ -75,35 +73,25 @@ class Experiment(Section):
     name: Name
     question: str
     expect: str = ""  # what we expect, and why, written before it was run
-    models: list[Name] = Field(
-        []
-    )  # model presets, each an experiment of its own; default: the one that every run has
+    # model presets, each an experiment of its own; default: the one that every run has
+    models: list[Name] = Field([])
     config_dirs: list[str] = Field([])  # folders with presets of your own, as --config-dir of run
     plugins: list[str] = Field([])  # files that register adapters or guards, as --plugin of run
     overrides: list[str] = Field([])  # of every run
-    once: list[str] = Field(
-        []
-    )  # of the runs of block 0, instead of those of the same keys: what every block cannot afford
-    methods: dict[Name, dict[str, list[Any]]] = Field(
-        min_length=1
-    )  # method -> key -> values: its grid; {} is the preset as it is
-    chosen: dict[Name, Values] = Field(
-        {}
-        # the setting that stands for a method where settings are not interpolated; default: its first
-    )
+    # of the runs of block 0, instead of those of the same keys: what every block cannot afford
+    once: list[str] = Field([])
+    # method -> key -> values: its grid; {} is the preset as it is
+    methods: dict[Name, dict[str, list[Any]]] = Field(min_length=1)
+    # the setting that stands for a method where settings are not interpolated; default: its first
+    chosen: dict[Name, Values] = Field({})
     blocks: int = Field(1, ge=1)
-    reference: Name | None = (
-        None  # method that others are compared with where nothing is declared; default: the last
-    )
+    # method that others are compared with where nothing is declared; default: the last
+    reference: Name | None = None
     endpoints: list[Endpoint] = Field([])
-    forgets: float = Field(
-        10.0, gt=0, allow_inf_nan=False
-    )  # % of perplexity that some setting must forget, or nothing is decided
-    skill: Finite | None = (
-        # own step in % of perplexity at which methods are matched; None: the middle of what both
-        # reach
-        None
-    )
+    # % of perplexity that some setting must forget, or nothing is decided
+    forgets: float = Field(10.0, gt=0, allow_inf_nan=False)
+    # own step in % of perplexity at which methods are matched; None: the middle of what both reach
+    skill: Finite | None = None
     alpha: float = Field(0.05, gt=0, lt=1)  # of the declared endpoints together (Holm)
 
     @model_validator(mode="after")
@@ -117,12 +105,9 @@ class Experiment(Section):
                 raise ValueError(f"chosen: {method} is not among the methods")
             if values not in list(_grid(self.methods[method])):
                 raise ValueError(f"chosen: {method} has no setting {values}")
-        named = [m for e in self.endpoints for m in (e.of, e.minus) if m] + (
-            [self.reference] if self.reference else []
-        )
-        for method in named:
-            if method not in self.methods:
-                raise ValueError(f"{method} is not among the methods: {', '.join(self.methods)}")
+        for named in (self.reference, *(m for e in self.endpoints for m in (e.of, e.minus))):
+            if named and named not in self.methods:
+                raise ValueError(f"{named} is not among the methods: {', '.join(self.methods)}")
         for method, grid in self.methods.items():
             for key, steps in grid.items():
                 if not steps:
@@ -153,9 +138,9 @@ class Experiment(Section):
 
 
 @dataclass(frozen=True)
-class Cell:
-    """One run of an experiment. model: its preset; overrides: words of the command ``run``, which
-    compose to config."""
+class Planned:
+    """A run that an experiment asks for. model: its preset; overrides: words of the command
+    ``run``, which compose to config."""
 
     model: str
     method: str
@@ -169,17 +154,17 @@ class Cell:
 
     @property
     def label(self) -> str:
-        return label(self.method, self.values)
+        return setting_label(self.method, self.values)
 
     @property
     def claims(self) -> Path:
-        """Folder of the claims of a sweep."""
+        """Return the folder of the claims of a sweep."""
         return self.folder.parent / "claims"
 
     @property
     def state(self) -> Literal["done", "running", "failed", "stopped", "missing"]:
-        """running: a process has its lock; failed: it said why, or its launcher did; stopped: some
-        of it is saved."""
+        """Return what became of it so far. running: a process has its lock; failed: it said why, or
+        its launcher did; stopped: some of it is saved."""
         if self.record.exists():
             return "done"
         if lock.holder(self.folder) is not None:
@@ -195,40 +180,29 @@ def _grid(axes: dict[str, list[Any]]) -> Iterator[Values]:
     return (dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values()))
 
 
-def folder() -> Path:
-    """experiments/ beside the shipped presets: inside the installed package, else in the
+def shipped_experiments() -> Path:
+    """Return experiments/ beside the shipped presets: inside the installed package, else in the
     checkout."""
     return presets.configs_dir().parent / "experiments"
 
 
-def load(name: str) -> Experiment:
-    """An experiment by name (experiments/NAME.yaml here, else the shipped one) or by the path of
-    its file."""
-    given = Path(name).expanduser()
-    if given.suffix == ".yaml":
-        places = [given]
-    else:
-        places = [Path("experiments") / f"{name}.yaml", folder() / f"{name}.yaml"]
+def load_experiment(name: str) -> Experiment:
+    """Return an experiment by name (experiments/NAME.yaml here, else the shipped one) or by the
+    path of its file. ConfigError: what is wrong in it."""
+    given, folders = Path(name).expanduser(), (Path("experiments"), shipped_experiments())
+    places = [given] if given.suffix == ".yaml" else [f / f"{name}.yaml" for f in folders]
     file = next((p for p in places if p.is_file()), None)
     if file is None:
-        there = sorted(
-            {p.stem for place in (Path("experiments"), folder()) for p in place.glob("*.yaml")}
-        )
-        raise ConfigError(
-            f"no experiment {name!r}",
-            str(places[0]),
-            suggest(name, there) or "give the path of its YAML file",
-        )
+        there = sorted({p.stem for f in folders for p in f.glob("*.yaml")})
+        do = suggest(name, there) or "give the path of its YAML file"
+        raise ConfigError(f"no experiment {name!r}", str(places[0]), do)
     try:
         plain = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         line = getattr(getattr(error, "problem_mark", None), "line", None)
         at = f"{file}:{line + 1}" if line is not None else str(file)
-        raise ConfigError(
-            f"not YAML: {str(getattr(error, 'problem', None) or error).splitlines()[0]}",
-            at,
-            "mend the file",
-        ) from None
+        why = str(getattr(error, "problem", None) or error).splitlines()[0]
+        raise ConfigError(f"not YAML: {why}", at, "fix the file") from None
     except OSError as error:
         raise DataError(
             f"cannot read: {error.strerror}", str(file), "check the file and its permissions"
@@ -241,95 +215,85 @@ def load(name: str) -> Experiment:
         return Experiment.model_validate({"name": file.stem, **plain})
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
+        where = "".join(f"{part}." for part in first["loc"])[:-1]
         message = first["msg"].removeprefix("Value error, ")
         raise ConfigError(
-            f"{where}: {message}" if where else message, str(file), "mend the experiment"
+            f"{where}: {message}" if where else message, str(file), "fix the experiment"
         ) from None
 
 
 def latin_order(size: int, block: int) -> list[int]:
-    """Row ``block`` of a Latin square of 0 .. size-1, balanced for what comes before what (Williams
-    1949): over ``size`` rows each element stands once in each place and, for an even size, follows
-    each other once; an odd size needs the reversed rows too. Row 0 is 0 .. size-1."""
+    """Return row ``block`` of a Latin square of 0 .. size-1, balanced for what comes before what
+    (Williams 1949): over ``size`` rows each element stands once in each place and, for an even
+    size, follows each other once; an odd size needs the reversed rows too. Row 0 is 0 .. size-1."""
     first = [(i + 1) // 2 if i % 2 else (size - i // 2) % size for i in range(size)]
     place = {value: i for i, value in enumerate(first)}
     row = [place[(value + block) % size] for value in first]
     return row[::-1] if size % 2 and (block // size) % 2 else row
 
 
-def cells(experiment: Experiment, more: list[str] | None = None) -> list[Cell]:
-    """Every run that the experiment asks for, block by block, with its id and state. more:
-    overrides of this machine (output_dir=, results_dir=, compute.threads=). ConfigError for what is
-    wrong in any of them."""
-    more, base = list(more or []), None
-    found: list[Cell] = []
-    seen: dict[str, str] = {}
+def planned_runs(experiment: Experiment, more: list[str] | None = None) -> list[Planned]:
+    """Return every run that the experiment asks for, block by block, with its id and state.
+
+    more: overrides of this machine (output_dir=, results_dir=, compute.threads=). ConfigError:
+    what is wrong in any of them."""
+    more = list(more or [])
+    options = [f"--config-dir={d}" for d in experiment.config_dirs]
+    options += [f"--plugin={p}" for p in experiment.plugins]
+    domains: int | None = None
+    found: dict[str, Planned] = {}
     try:
         with composition.composer(experiment.config_dirs, experiment.plugins) as compose:
             models = [[f"model={m}"] for m in experiment.models] or [[]]
             for model, block, (method, values) in itertools.product(
                 models, range(experiment.blocks), experiment.settings()
             ):
-                own = [*model]
-                own += [
-                    f"method={method}",
-                    *(f"{key}={_text(value)}" for key, value in values.items()),
-                ]
-                own += (
-                    experiment.overrides
-                    if block
-                    else _instead(experiment.overrides, experiment.once)
-                )
+                own = [*model, f"method={method}"]
+                own += [f"{key}={_text(value)}" for key, value in values.items()]
+                own += _overrides(experiment, block)
                 if experiment.blocks > 1:
-                    base = base or len(compose([*own, *more]).sequence.domains)
-                    own += [
-                        f"seed={block}",
-                        f"sequence.order=[{','.join(map(str, latin_order(base, block)))}]",
-                    ]
+                    domains = domains or len(compose([*own, *more]).sequence.domains)
+                    order = ",".join(map(str, latin_order(domains, block)))
+                    own += [f"seed={block}", f"sequence.order=[{order}]"]
                 config = compose([*own, *more])
                 if block == 0:
                     _scores_what_is_declared(experiment, config)
-                plan = plan_.prepare(config)
-                if plan.run_id in seen:
-                    what = (
-                        f"two settings are the same run: {seen[plan.run_id]} and "
-                        f"{label(method, values)}"
-                    )
-                    raise ConfigError(what, "methods", "remove one")
-                seen[plan.run_id] = label(method, values)
-                words = [*own, *_options(experiment)]
-                found.append(
-                    Cell(
-                        config.model.name,
-                        method,
-                        values,
-                        block,
-                        words,
-                        config,
-                        plan.run_id,
-                        plan.record_path,
-                        plan.folder,
-                    )
+                made = plan.prepare(config)
+                run = Planned(
+                    config.model.name,
+                    method,
+                    values,
+                    block,
+                    [*own, *options],
+                    config,
+                    made.run_id,
+                    made.record_path,
+                    made.folder,
                 )
+                if (other := found.setdefault(run.run_id, run)) is not run:
+                    raise ConfigError(
+                        f"two settings are the same run: {other.label} and {run.label}",
+                        "methods",
+                        "remove one",
+                    )
     except ConfigError as error:
         raise ConfigError(
             error.what, f"experiment {experiment.name}: {error.where}", error.do
         ) from error
-    return found
+    return list(found.values())
 
 
 def _scores_what_is_declared(experiment: Experiment, config: RunConfig) -> None:
-    """ConfigError when an endpoint asks for a task that the runs do not score before and after."""
+    """Raise ConfigError when an endpoint asks for a task that the runs do not score before and
+    after."""
     for e in experiment.endpoints:
-        task = e.metric.partition(":")[2]
+        task, last = e.metric.partition(":")[2], len(config.stages)
         if task and task not in config.tasks.names:
             raise ConfigError(
                 f"endpoint {e.name}: the runs do not score {task!r}",
                 "endpoints",
                 suggest(task, config.tasks.names) or "set tasks=",
             )
-        last = len(config.stages)
         if task and not all(tasks.due(config.tasks.stages, stage, last) for stage in (0, last)):
             raise ConfigError(
                 f"endpoint {e.name}: {task} is not scored before and after the run",
@@ -338,20 +302,15 @@ def _scores_what_is_declared(experiment: Experiment, config: RunConfig) -> None:
             )
 
 
-def _options(experiment: Experiment) -> list[str]:
-    return [f"--config-dir={d}" for d in experiment.config_dirs] + [
-        f"--plugin={p}" for p in experiment.plugins
-    ]
-
-
-def _instead(overrides: list[str], others: list[str]) -> list[str]:
-    """Overrides with others added, which replace those of the same key."""
-    keys = {o.partition("=")[0] for o in others}
-    return [*(o for o in overrides if o.partition("=")[0] not in keys), *others]
+def _overrides(experiment: Experiment, block: int) -> list[str]:
+    """Return the overrides of a block: in block 0 ``once`` replaces those of the same key."""
+    once = [] if block else experiment.once
+    keys = {o.partition("=")[0] for o in once}
+    return [*(o for o in experiment.overrides if o.partition("=")[0] not in keys), *once]
 
 
 def _text(value: Any) -> str:
-    """A value in Hydra's grammar."""
+    """Return a value in Hydra's grammar."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, list):
@@ -359,8 +318,8 @@ def _text(value: Any) -> str:
     return str(value)
 
 
-def label(method: str, values: Values) -> str:
-    """A setting in a table: lora lr=0.001."""
+def setting_label(method: str, values: Values) -> str:
+    """Return what a setting is called in a table: lora lr=0.001."""
     words = [
         f"{k.rpartition('.')[2]}={f'{v:g}' if isinstance(v, float) else v}"
         for k, v in values.items()

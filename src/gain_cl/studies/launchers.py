@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from gain_cl.errors import ConfigError, StorageError
 from gain_cl.studies import sweep
-from gain_cl.studies.experiments import Cell
+from gain_cl.studies.experiments import Planned
 from gain_cl.system import lock
 
 TIMEOUTS = 1000
@@ -29,7 +29,7 @@ class Job:
     """A run to be started. command: the words after ``python``; environment: what is added to this
     process's; log: gets all it says."""
 
-    cell: Cell
+    cell: Planned
     command: list[str]
     environment: dict[str, str]
     log: Path

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -26,7 +26,8 @@ from gain_cl.measure.record import Run
 from gain_cl.stats import answers, fronts, inference
 from gain_cl.stats.inference import Parts
 from gain_cl.stats.matrix import METRICS, Estimate, LossMatrix
-from gain_cl.studies.experiments import Cell, Endpoint, Experiment, Values, label
+from gain_cl.studies.experiments import Endpoint, Experiment, Planned, Values, setting_label
+from gain_cl.studies.shared import MEASURED, unlike
 
 Block = tuple[int, tuple[str, ...]]
 """(seed, order of the domains)"""
@@ -42,11 +43,16 @@ class Setting:
 
     @property
     def label(self) -> str:
-        return label(self.method, self.values)
+        return setting_label(self.method, self.values)
+
+    @property
+    def ids(self) -> list[str]:
+        """Return its run ids, by block."""
+        return [run.record.run_id for run in self.runs.values()]
 
     @property
     def trained(self) -> bool:
-        """Whether it was, and not interpolated from what was."""
+        """True if the setting was trained; False if it was interpolated."""
         return all(run.record.interpolated is None for run in self.runs.values())
 
     @cached_property
@@ -54,7 +60,7 @@ class Setting:
         return {block: loss_matrix(run) for block, run in self.runs.items()}
 
     def parts(self, metric: str, block: Block) -> Parts | None:
-        """What the metric is a ratio of in a block; None where it does not exist."""
+        """Return what the metric is a ratio of in a block; None where it does not exist."""
         name, _, task = metric.partition(":")
         if task:
             return _item_parts(self.runs[block], name, task)
@@ -63,24 +69,25 @@ class Setting:
         return None if coefficients is None else matrix.contributions(coefficients)
 
     def value(self, metric: str, block: Block) -> float:
+        """Return the metric in a block; nan where it does not exist."""
         parts = self.parts(metric, block)
-        return math.nan if parts is None else _ratio(parts)
+        return math.nan if parts is None else ratio(parts)
 
     def one(self, what: Callable[[Run], float]) -> float:
-        """Mean over the blocks of a fact of each run."""
+        """Return the mean over the blocks of a fact of each run."""
         return float(np.mean([what(run) for run in self.runs.values()]))
 
 
 _METRIC = {f.__name__: f for f in METRICS}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Study:
     """Settings that may be compared, and what was declared of them beforehand (nothing, for runs
     named on a command line).
 
     forgets: % of perplexity, see positive_control; skill: own step in nats at which methods are
-    matched (None: common_skill); absent: method -> how many of its runs are not finished."""
+    matched (None: fronts.common_skill); absent: method -> how many of its runs are not finished."""
 
     name: str
     question: str
@@ -98,7 +105,12 @@ class Study:
     def blocks(self) -> list[Block]:
         return list(dict.fromkeys(block for s in self.settings for block in s.runs))
 
+    @property
+    def runs(self) -> list[Run]:
+        return [run for s in self.settings for run in s.runs.values()]
+
     def of(self, method: str) -> list[Setting]:
+        """Return the settings of a method."""
         return [s for s in self.settings if s.method == method]
 
     @property
@@ -106,8 +118,13 @@ class Study:
         return list(dict.fromkeys(s.method for s in self.settings))
 
     @property
+    def others(self) -> list[str]:
+        """Return the methods that are compared with the reference."""
+        return [m for m in self.methods if m != self.reference]
+
+    @property
     def model(self) -> str:
-        return next(iter(self.settings[0].runs.values())).record.model
+        return self.runs[0].record.model
 
 
 class Compared(NamedTuple):
@@ -135,118 +152,110 @@ NOT_INTERPOLATED = (
 # --- making a study -------------------------------------------------------------------------------
 
 
-def studies(experiment: Experiment, cells: list[Cell], alphas: bool = False) -> dict[str, Study]:
-    """A study of each model of an experiment, of its finished runs. alphas: with what ``interpolate
-    --records`` made of them."""
+def studies_of(
+    experiment: Experiment,
+    planned: Sequence[Planned],
+    runs: Mapping[str, Run] | None = None,
+    alphas: bool = False,
+) -> dict[str, Study]:
+    """Return a study of each model of an experiment, of its finished runs.
+
+    runs: those that were read, by run id; None: all that are done. alphas: with what ``interpolate
+    --records`` made of them. DataError: none is finished."""
+    if runs is None:
+        runs = {c.run_id: record.load(c.record) for c in planned if c.state == "done"}
     found = {}
-    for model in dict.fromkeys(c.model for c in cells):
+    for model in dict.fromkeys(c.model for c in planned if c.run_id in runs):
         done = {
-            (c.label, c.block): record.load(c.record)
-            for c in cells
-            if c.model == model and c.state == "done"
+            (c.label, c.block): runs[c.run_id]
+            for c in planned
+            if c.model == model and c.run_id in runs
         }
-        between = (
-            {
-                key: [r for r in record.between(run) if r.record.alpha != 1]
-                for key, run in done.items()
-            }
+        between = {
+            key: [r for r in record.between(run) if r.record.alpha != 1]
+            for key, run in done.items()
             if alphas
-            else None
-        )
-        if done:
-            found[model] = from_experiment(experiment, done, between)
+        }
+        found[model] = study_of_experiment(experiment, done, between if alphas else None)
     if not found:
-        raise _nothing(experiment)
+        raise DataError(
+            f"no run of {experiment.name} is finished",
+            "results",
+            f"python -m gain_cl sweep experiment={experiment.name}",
+        )
     return found
 
 
-def _nothing(experiment: Experiment) -> DataError:
-    return DataError(
-        f"no run of {experiment.name} is finished",
-        "results",
-        f"python -m gain_cl sweep experiment={experiment.name}",
-    )
-
-
-def from_experiment(
+def study_of_experiment(
     experiment: Experiment,
-    runs: dict[tuple[str, int], Run],
-    between: dict[tuple[str, int], list[Run]] | None = None,
+    runs: Mapping[tuple[str, int], Run],
+    between: Mapping[tuple[str, int], list[Run]] | None = None,
 ) -> Study:
-    """Of the finished runs of an experiment with one model. runs: (label of the setting, block) ->
-    run; between: records that were interpolated from a run, further settings of its method, of
-    which nothing was declared."""
+    """Return the study of the finished runs of an experiment with one model.
+
+    runs: (label of the setting, block) -> run. between: records that were interpolated from a run,
+    further settings of its method, of which nothing was declared."""
     settings: list[Setting] = []
     for method, values in experiment.settings():
-        mine = [(key, run) for key, run in runs.items() if key[0] == label(method, values)]
-        settings += _by_alpha(
-            method, values, [r for key, run in mine for r in (run, *(between or {}).get(key, []))]
-        )
-    if not settings:
-        raise _nothing(experiment)
-    chosen = {}
-    for method in experiment.methods:
-        found = [
-            s for s in settings if s.method == method and s.values == experiment.chosen_of(method)
-        ]
-        if found:
-            chosen[method] = found[0]
+        keys = [key for key in runs if key[0] == setting_label(method, values)]
+        mine = [r for key in keys for r in (runs[key], *(between or {}).get(key, []))]
+        settings += _by_alpha(method, values, mine)
+    chosen = {s.method: s for s in reversed(settings) if s.values == experiment.chosen_of(s.method)}
     methods = [m for m in experiment.methods if any(s.method == m for s in settings)]
-    study = Study(
-        name=experiment.name,
-        question=experiment.question,
-        settings=settings,
-        chosen=chosen,
-        reference=experiment.reference if experiment.reference in methods else methods[-1],
-        endpoints=experiment.endpoints,
-        forgets=experiment.forgets,
-        skill=None if experiment.skill is None else math.log1p(experiment.skill / 100),
-        alpha=experiment.alpha,
-        absent=dict(
-            Counter(
-                m
-                for m, values in experiment.settings()
-                for k in range(experiment.blocks)
-                if (label(m, values), k) not in runs
-            )
-        ),
-        notes=[]
-        if between is None
-        else [INTERPOLATED if any(between.values()) else NOT_INTERPOLATED],
+    absent = Counter(
+        method
+        for method, values in experiment.settings()
+        for block in range(experiment.blocks)
+        if (setting_label(method, values), block) not in runs
     )
-    return _checked(study)
+    notes = []
+    if between is not None:
+        notes = [INTERPOLATED if any(between.values()) else NOT_INTERPOLATED]
+    return _checked(
+        Study(
+            name=experiment.name,
+            question=experiment.question,
+            settings=settings,
+            chosen={m: chosen[m] for m in experiment.methods if m in chosen},
+            reference=experiment.reference if experiment.reference in methods else methods[-1],
+            endpoints=experiment.endpoints,
+            forgets=experiment.forgets,
+            skill=None if experiment.skill is None else math.log1p(experiment.skill / 100),
+            alpha=experiment.alpha,
+            absent=dict(absent),
+            notes=notes,
+        )
+    )
 
 
-def from_records(runs: Iterable[Run]) -> Study:
-    """Of runs named by hand: those that differ in seed and order alone are blocks of one setting.
-    Nothing is declared."""
-    runs = list(runs)
-    flat = {
-        id(run): _flat(RunConfig.model_validate(run.record.config).scientific()) for run in runs
-    }
+def study_of_runs(runs: Iterable[Run]) -> Study:
+    """Return the study of runs named by hand: those that differ in seed and order alone are blocks
+    of one setting. Nothing is declared."""
+    by_method: dict[str, list[tuple[Run, dict[str, Any]]]] = {}
+    for run in runs:
+        flat = _flat(RunConfig.model_validate(run.record.config).scientific())
+        by_method.setdefault(run.record.method, []).append((run, flat))
     settings: list[Setting] = []
-    for method in dict.fromkeys(run.record.method for run in runs):
-        mine = [run for run in runs if run.record.method == method]
+    for method, mine in by_method.items():
         keys = [
             key
-            for key in flat[id(mine[0])]
-            if len({repr(flat[id(run)].get(key)) for run in mine}) > 1
+            for key in mine[0][1]
+            if len({repr(flat.get(key)) for _, flat in mine}) > 1
+            and key != "seed"
+            and not key.startswith(("sequence.", "domains."))
         ]
-        keys = [
-            key for key in keys if key != "seed" and not key.startswith(("sequence.", "domains."))
-        ]
-        groups: dict[str, list[Run]] = {}
-        for run in mine:
-            groups.setdefault(repr([flat[id(run)].get(key) for key in keys]), []).append(run)
-        for group in groups.values():
-            settings += _by_alpha(method, {key: flat[id(group[0])].get(key) for key in keys}, group)
-    chosen = {s.method: s for s in reversed(settings)}
+        groups: dict[str, tuple[Values, list[Run]]] = {}
+        for run, flat in mine:
+            values = {key: flat.get(key) for key in keys}
+            groups.setdefault(repr(values), (values, []))[1].append(run)
+        for values, group in groups.values():
+            settings += _by_alpha(method, values, group)
     return _checked(
         Study(
             name="runs",
             question="",
             settings=settings,
-            chosen=chosen,
+            chosen={s.method: s for s in reversed(settings)},
             reference=settings[-1].method,
             endpoints=[],
             forgets=10.0,
@@ -257,100 +266,77 @@ def from_records(runs: Iterable[Run]) -> Study:
 
 
 def _by_alpha(method: str, values: Values, runs: list[Run]) -> list[Setting]:
-    """A setting of each alpha, trained runs (1, which is not said) first."""
+    """Return a setting of each alpha, trained runs (1, which is not said) first."""
     found: dict[float, dict[Block, Run]] = {}
     for run in runs:
         blocks = found.setdefault(run.record.alpha, {})
-        if _block(run) in blocks:
+        block = run.record.seed, tuple(run.record.trained)
+        if block in blocks:
             raise DataError(
                 f"two runs of {method} are the same", run.record.run_id, "name each once"
             )
-        blocks[_block(run)] = run
+        blocks[block] = run
     return [
         Setting(method, values if a == 1 else {**values, "alpha": a}, found[a])
         for a in sorted(found, key=lambda a: (a != 1, a))
     ]
 
 
-def _block(run: Run) -> Block:
-    return run.record.seed, tuple(run.record.trained)
-
-
 def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     out: dict[str, Any] = {}
     for key, value in settings.items():
-        out |= (
-            _flat(value, f"{prefix}{key}.")
-            if isinstance(value, dict)
-            else {f"{prefix}{key}": value}
-        )
+        name = f"{prefix}{key}"
+        out |= _flat(value, f"{name}.") if isinstance(value, dict) else {name: value}
     return out
 
 
-SAME = {
-    "protocol": lambda r: r.protocol,
-    "model": lambda r: r.pins.get("model", r.model),
-    "trained domains": lambda r: sorted(r.trained),
-    "controls": lambda r: sorted(r.controls),
-    "training text": lambda r: r.pins.get("domains"),
-    "test documents": lambda r: r.pins.get("validation"),
-    "dtype": lambda r: (r.config["model"]["dtype"], r.config["model"].get("load_in")),
-}
-"""What runs must share to be compared."""
-
 BUDGET = ("tokens", "block", "batch_tokens", "schedule", "pack")
+"""Keys of train: that two runs may differ in, which is noted."""
 
 
 def _checked(study: Study) -> Study:
-    """The study, with notes on unequal budgets and tainted runs. DataError, naming two runs: they
-    do not measure the same."""
-    runs = [run for s in study.settings for run in s.runs.values()]
-    first = runs[0]
-    for what, of in SAME.items():
-        for run in runs[1:]:
-            if of(run.record) != of(first.record):
-                names = f"{first.record.run_id} and {run.record.run_id}"
-                raise DataError(
-                    f"runs of different {what} cannot be compared",
-                    names,
-                    "compare runs that share it",
-                )
+    """Return the study, with notes on unequal budgets and tainted runs. DataError, naming two runs:
+    they do not measure the same."""
+    runs = study.runs
+    for what, usual, odd, _ in unlike([run.record for run in runs], MEASURED):
+        raise DataError(
+            f"runs of different {what} cannot be compared",
+            f"{usual.run_id} and {odd.run_id}",
+            "compare runs that share it",
+        )
     for task in {task for run in runs for s in run.record.stages for task in s.tasks}:
-        asked = {}
+        asked: dict[Any, str] = {}
         for run in runs:
-            rows = run.items[run.items.task == task]
-            if len(rows):
-                asked[run.record.run_id] = (
-                    run.record.config["tasks"]["fewshot"],
-                    *sorted(set(rows["item"])),
-                )
-        if len(set(asked.values())) > 1:
-            other = next(k for k, v in asked.items() if v != next(iter(asked.values())))
-            names = f"{next(iter(asked))} and {other}"
+            items = run.items.item[run.items.task == task]
+            if len(items):
+                key = run.record.config["tasks"]["fewshot"], *sorted(set(items))
+                asked.setdefault(key, run.record.run_id)
+        if len(asked) > 1:
             raise DataError(
-                f"{task} has other items or examples", names, "compare runs that answered the same"
+                f"{task} has other items or examples",
+                " and ".join(list(asked.values())[:2]),
+                "compare runs that answered the same",
             )
-    notes = list(study.notes)
     swept = {key for s in study.settings for key in s.values}
-    for key in BUDGET:
-        if (
-            f"train.{key}" not in swept
-            and len({repr(run.record.config["train"][key]) for run in runs}) > 1
-        ):
-            notes.append(f"unequal budgets: train.{key} differs between runs")
-    devices = {run.record.provenance.get("device") for run in runs}
+    notes = [
+        f"unequal budgets: train.{key} differs between runs"
+        for key in BUDGET
+        if f"train.{key}" not in swept
+        and len({repr(run.record.config["train"][key]) for run in runs}) > 1
+    ]
+    devices = {str(run.record.provenance.get("device")) for run in runs}
     if len(devices) > 1:
-        notes.append(f"runs of different devices: {', '.join(map(str, sorted(map(str, devices))))}")
+        notes.append(f"runs of different devices: {', '.join(sorted(devices))}")
     notes += [
         f"{run.record.run_id} is tainted: {', '.join(run.record.tainted)}"
         for run in runs
         if run.record.tainted
     ]
-    return replace(study, notes=notes)
+    return replace(study, notes=[*study.notes, *notes])
 
 
 def loss_matrix(run: Run) -> LossMatrix:
-    """From the run's documents. DataError: they are not paired."""
+    """Return the matrix of the run's documents. DataError: they are not paired."""
     try:
         return LossMatrix.from_documents(
             run.documents, run.record.trained, run.record.controls, run.record.regime
@@ -362,41 +348,33 @@ def loss_matrix(run: Run) -> LossMatrix:
 
 
 def _item_parts(run: Run, name: str, task: str) -> Parts | None:
-    """Change of each item's margin (nats) or correctness from the pretrained model to the end; None
-    where it was not scored at both."""
+    """Return the change of each item's margin (nats) or correctness from the pretrained model to
+    the end; None where it was not scored at both."""
     ends = [run.record.stages[0], run.record.stages[-1]]
     if not all(task in s.tasks and not s.tasks[task].limited for s in ends):
         return None
-    before, after = (answers.answers(run.items, task, s.index) for s in ends)
     of = answers.margin if name == "margin" else answers.correct
-    change = np.asarray(of(after), dtype=np.float64) - of(before)
-    return {task: (change, np.ones(len(change)))}
+    before, after = (
+        np.asarray(of(answers.answers(run.items, task, s.index)), dtype=np.float64) for s in ends
+    )
+    return {task: (after - before, np.ones(len(after)))}
 
 
 # --- summaries and differences --------------------------------------------------------------------
 
 
 def level(setting: Setting, metric: str) -> Compared | None:
-    """A setting's summary: over documents of its one run, or over its blocks and their
+    """Return a setting's summary: over documents of its one run, or over its blocks and their
     documents."""
-    return compared(
-        [p for block in setting.runs if (p := setting.parts(metric, block)) is not None]
-    )
+    parts = [setting.parts(metric, block) for block in setting.runs]
+    return compared([p for p in parts if p is not None])
 
 
 def difference(a: Setting, b: Setting, metric: str) -> Compared | None:
-    """a minus b, paired within the blocks that both have."""
-    pairs = [
-        (a.parts(metric, block), b.parts(metric, block)) for block in a.runs if block in b.runs
-    ]
+    """Return a minus b, paired within the blocks that both have."""
+    pairs = [(a.parts(metric, k), b.parts(metric, k)) for k in a.runs if k in b.runs]
     try:
-        return compared(
-            [
-                inference.combined([x, y], [1, -1])
-                for x, y in pairs
-                if x is not None and y is not None
-            ]
-        )
+        return compared(paired(pairs))
     except ValueError as error:
         raise DataError(
             f"{a.label} and {b.label} were not scored on the same text: {error}",
@@ -405,24 +383,31 @@ def difference(a: Setting, b: Setting, metric: str) -> Compared | None:
         ) from error
 
 
-def compared(parts: list[Parts]) -> Compared | None:
-    """The mean over blocks of a summary or paired difference (inference.combined), whose parts in
-    each block are given, with its interval over documents of the one block, or over blocks and the
-    documents they share; None without any."""
+def paired(pairs: Iterable[tuple[Parts | None, Parts | None]]) -> list[Parts]:
+    """Return the parts of first minus second, of the pairs that have both."""
+    return [
+        inference.combined([x, y], [1, -1]) for x, y in pairs if x is not None and y is not None
+    ]
+
+
+def compared(parts: Sequence[Parts]) -> Compared | None:
+    """Return the mean over blocks of a summary or paired difference (inference.combined), whose
+    parts in each block are given, with its interval over documents of the one block, or over blocks
+    and the documents they share; None without any."""
     if not parts:
         return None
-    values = np.array([_ratio(part) for part in parts])
+    values = np.array([ratio(part) for part in parts])
     mean = inference.combined(parts, [1 / len(parts)] * len(parts))
-    units = sum(len(z) for z, _ in mean.values())
     if len(parts) == 1:
         return Compared(inference.bootstrap_t(parts[0]), values, inference.error(mean))
     documents = inference.shared_error(parts)
     found = inference.blocks(values, documents=documents)
+    units = sum(len(z) for z, _ in mean.values())
     return Compared(Estimate(found.value, found.low, found.high, units), values, documents)
 
 
-def _ratio(parts: Parts) -> float:
-    """The summary that parts make up."""
+def ratio(parts: Parts) -> float:
+    """Return the summary that parts make up."""
     return sum(float(z.sum() / n.sum()) for z, n in parts.values())
 
 
@@ -430,27 +415,25 @@ def lower_is_better(metric: str) -> bool:
     return ":" not in metric
 
 
-def nats(metric: str, margin: float | None) -> float:
-    """A declared margin in the unit the metric is computed in; nan without one."""
+def margin_nats(metric: str, margin: float | None) -> float:
+    """Return a declared margin in the unit the metric is computed in; nan without one."""
     if margin is None:
         return math.nan
     return math.log1p(margin / 100) if lower_is_better(metric) else margin
 
 
-def efficient(study: Study) -> set[str]:
-    """Labels of the settings that are on their method's front: no other setting of it learns more
-    and forgets less."""
+def plane(settings: Iterable[Setting]) -> list[tuple[Setting, Estimate, Estimate]]:
+    """Return the settings that have both, with their own step and backward change in nats."""
+    found = [(s, level(s, "own_step"), level(s, "backward")) for s in settings]
+    return [(s, x.estimate, y.estimate) for s, x, y in found if x is not None and y is not None]
+
+
+def on_front(study: Study) -> set[str]:
+    """Return the labels of the settings that are on their method's front: no other setting of it
+    learns more and forgets less."""
     found = set()
     for method in study.methods:
-        mine = [(s, level(s, "own_step"), level(s, "backward")) for s in study.of(method)]
-        there = [
-            (s, x.estimate.value, y.estimate.value)
-            for s, x, y in mine
-            if x is not None and y is not None
-        ]
-        if there:
-            keep = fronts.efficient(
-                np.array([x for _, x, _ in there]), np.array([y for _, _, y in there])
-            )
-            found |= {there[i][0].label for i in keep}
+        there = plane(study.of(method))
+        own, back = (np.array([row[k].value for row in there]) for k in (1, 2))
+        found |= {there[i][0].label for i in fronts.efficient(own, back)} if there else set()
     return found

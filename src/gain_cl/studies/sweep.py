@@ -22,7 +22,7 @@ import gain_cl
 from gain_cl.errors import IN_USE, PREEMPTED, ConfigError, StorageError
 from gain_cl.stats import format
 from gain_cl.studies import launchers
-from gain_cl.studies.experiments import Cell
+from gain_cl.studies.experiments import Planned
 from gain_cl.system import lock, signals
 from gain_cl.system.hashes import json_sha256
 
@@ -99,7 +99,7 @@ def _git(root: Path, *words: str) -> str:
 
 @dataclass
 class Failure:
-    cell: Cell
+    cell: Planned
     code: int | None
     last_line: str
 
@@ -119,8 +119,8 @@ class Outcome:
     """What became of the cells that were asked for. left: asked to stop by somebody else, with what
     is done saved; stopped: name of the signal that ended the launcher."""
 
-    done: list[Cell] = field(default_factory=list)
-    left: list[Cell] = field(default_factory=list)
+    done: list[Planned] = field(default_factory=list)
+    left: list[Planned] = field(default_factory=list)
     failed: list[Failure] = field(default_factory=list)
     stopped: str | None = None
     not_before: float = 0.0  # moment of time.monotonic, after a cluster refused a job
@@ -131,7 +131,7 @@ def carry_out(
     launcher: launchers.Launcher,
     folder: Path,
     say: Callable[[str], None],
-    ahead: Callable[[list[Cell]], list[float]],
+    ahead: Callable[[list[Planned]], list[float]],
 ) -> Outcome:
     """Start what can be started and watch it until every job has ended, whoever runs it. One
     failure does not stop the rest; a signal asks the runs to save. folder: of the claims; ahead:
@@ -172,7 +172,7 @@ def _start(
     outcome: Outcome,
     again: set[str],
     say: Callable[[str], None],
-) -> list[Cell]:
+) -> list[Planned]:
     """Take what may start off the waiting list, and what others ended. Returns the cells that
     others run."""
     mine = {a.job.cell.run_id for a in active}
@@ -181,7 +181,7 @@ def _start(
         for run_id, about in lock.claims_under_way(folder).items()
         if run_id not in mine
     }
-    elsewhere: list[Cell] = []
+    elsewhere: list[Planned] = []
     for job in list(waiting):
         cell, state = job.cell, job.cell.state
         if cell.run_id in others or state == "running":
@@ -289,11 +289,11 @@ def _stop(active: list[Active], outcome: Outcome, say: Callable[[str], None]) ->
 
 def _status(
     active: list[Active],
-    elsewhere: list[Cell],
+    elsewhere: list[Planned],
     waiting: list[launchers.Job],
     outcome: Outcome,
     launcher: launchers.Launcher,
-    ahead: Callable[[list[Cell]], list[float]],
+    ahead: Callable[[list[Planned]], list[float]],
 ) -> str:
     """What is running, and the time left by what runs took."""
     running = [*(a.job.cell for a in active), *elsewhere]
@@ -316,22 +316,22 @@ def _status(
 # --- words ----------------------------------------------------------------------------------------
 
 
-def title(cell: Cell) -> str:
+def title(cell: Planned) -> str:
     return f"{cell.model} {cell.label}, block {cell.block}"
 
 
-def stage(cell: Cell) -> str:
+def stage(cell: Planned) -> str:
     """How far a run is: stage 3 of 8."""
     last = len(cell.config.stages)
     return f"stage {min(saved(cell), last)} of {last}" if saved(cell) else "stage 0"
 
 
-def saved(cell: Cell) -> int:
+def saved(cell: Planned) -> int:
     """How many stages of a run are saved, stage 0 included."""
     return len(list((cell.folder / "stages").glob("[0-9]*")))
 
 
-def _since_saved(cell: Cell) -> float:
+def _since_saved(cell: Planned) -> float:
     """Seconds that a run under way has been at its stage: since the stage before was saved, or
     since its process started."""
     marks = [cell.folder / "attempts.jsonl", *(cell.folder / "stages").glob("[0-9]*")]
@@ -340,7 +340,7 @@ def _since_saved(cell: Cell) -> float:
     )
 
 
-def reason(cell: Cell) -> str:
+def reason(cell: Planned) -> str:
     """Why a run failed, by its folder or its claim."""
     try:
         told = json.loads((cell.folder / "failure.json").read_bytes())["error"]
@@ -363,7 +363,7 @@ def last_line(log: Path) -> str:
     return (errors or lines or ["it said nothing"])[-1].strip()[:500]
 
 
-def baseline(cell: Cell) -> str:
+def baseline(cell: Planned) -> str:
     """What cells that share stage 0 have in common: the pretrained model, what it is scored on and
     how."""
     c = cell.config
@@ -378,6 +378,6 @@ def baseline(cell: Cell) -> str:
     return json_sha256(parts)
 
 
-def scored(cell: Cell) -> bool:
+def scored(cell: Planned) -> bool:
     """Whether stage 0 is known."""
     return cell.state == "done" or (cell.folder / "stages" / "00-pretrained").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import replace
 from typing import NamedTuple
@@ -9,9 +10,18 @@ from typing import NamedTuple
 from gain_cl.stats import format, inference
 from gain_cl.stats.inference import Tests, Verdict
 from gain_cl.stats.matrix import Estimate
-from gain_cl.studies import equal as equal_
-from gain_cl.studies import study as study_
+from gain_cl.studies import equal
 from gain_cl.studies.experiments import Endpoint
+from gain_cl.studies.study import (
+    Compared,
+    Setting,
+    Study,
+    difference,
+    level,
+    lower_is_better,
+    margin_nats,
+    plane,
+)
 
 
 class Judged(NamedTuple):
@@ -19,44 +29,20 @@ class Judged(NamedTuple):
     with what limits it. skill: own step in nats at which a matched endpoint was read."""
 
     endpoint: Endpoint
-    compared: study_.Compared | None
+    compared: Compared | None
     tests: Tests
     verdict: Verdict
     why: str
     skill: float | None = None
 
 
-# --- verdicts -------------------------------------------------------------------------------------
+class Control(NamedTuple):
+    """The setting that forgets most with its backward change, if any, and whether some setting
+    forgets enough."""
 
-
-def positive_control(
-    study: study_.Study,
-) -> tuple[study_.Setting | None, study_.Compared | None, bool]:
-    """The setting that forgets most, its backward change, and whether that reaches study.forgets:
-    where nothing forgets, that a method does not is no finding. Only settings that learned
-    something, in every block, and whose interval lies above 0 count."""
-    found = []
-    for s in study.settings:
-        own, back = study_.level(s, "own_step"), study_.level(s, "backward")
-        if (
-            own is not None
-            and back is not None
-            and own.estimate.value < 0
-            and s.trained
-            and len(s.runs) == len(study.blocks)
-        ):
-            found.append((s, back))
-    if not found:
-        return None, None, False
-    setting, most = max(found, key=lambda pair: pair[1].estimate.value)
-    return (
-        setting,
-        most,
-        any(
-            c.estimate.value >= math.log1p(study.forgets / 100) and c.estimate.low > 0
-            for _, c in found
-        ),
-    )
+    setting: Setting | None
+    most: Estimate | None
+    reached: bool
 
 
 FEWEST = 3
@@ -65,111 +51,102 @@ with four endpoints and nothing to find, up to 11% find a winner, where 5% is pr
 (tests/stats/test_inference.py)."""
 
 
-def judge(study: study_.Study) -> list[Judged]:
-    """Every declared endpoint with its verdict: inconclusive as long as runs of its methods are
-    missing (looking until something shows up, or leaving out what diverged, is no test), with fewer
-    than FEWEST blocks, or when the positive control failed."""
+@functools.lru_cache(maxsize=8)
+def positive_control(study: Study) -> Control:
+    """Return the setting that forgets most, and whether that reaches study.forgets: where nothing
+    forgets, that a method does not is no finding. Only settings that learned something, in every
+    block, and whose interval lies above 0 count."""
+    found = [
+        (s, back)
+        for s, own, back in plane(study.settings)
+        if own.value < 0 and s.trained and len(s.runs) == len(study.blocks)
+    ]
+    if not found:
+        return Control(None, None, False)
+    enough = math.log1p(study.forgets / 100)
+    reached = any(back.value >= enough and back.low > 0 for _, back in found)
+    return Control(*max(found, key=lambda pair: pair[1].value), reached)
+
+
+@functools.lru_cache(maxsize=8)
+def judge(study: Study) -> tuple[Judged, ...]:
+    """Return every declared endpoint with its verdict: inconclusive as long as runs of its methods
+    are missing (looking until something shows up, or leaving out what diverged, is no test), with
+    fewer than FEWEST blocks, or when the positive control failed."""
     measured = {e.name: _measure(study, e) for e in study.endpoints}
-    raw = {}
-    for e in study.endpoints:
-        found, _, _ = measured[e.name]
-        if found is None or found.blocks < 2:
-            raw[e.name] = Tests(math.nan, math.nan)
-        else:
-            margin = study_.nats(e.metric, e.margin)
-            equal = (
-                math.nan
-                if math.isnan(margin)
-                else inference.tost(found.values, margin, found.documents)
-            )
-            raw[e.name] = Tests(inference.t_test(found.values, found.documents), equal)
-    tests = inference.adjusted(raw)
-    _, _, forgets = positive_control(study)
+    tests = inference.adjusted({e.name: _tests(e, measured[e.name][0]) for e in study.endpoints})
     judged = []
     for e in study.endpoints:
         found, why, skill = measured[e.name]
         said: Verdict = "inconclusive"
-        if found is not None:
+        if found is not None and not (why := _undecided(study, e, found.blocks)):
+            better = lower_is_better(e.metric)
             said = inference.verdict(
-                found.estimate.value,
-                tests[e.name],
-                e.kind,
-                study_.lower_is_better(e.metric),
-                study.alpha,
+                found.estimate.value, tests[e.name], e.kind, better, study.alpha
             )
-            absent = sum(study.absent.get(m, 0) for m in (e.of, e.minus) if m)
-            if absent:
-                said, why = (
-                    "inconclusive",
-                    f"{format.counted(absent, 'run')} of its methods "
-                    f"{'is' if absent == 1 else 'are'} not finished",
-                )
-            elif not forgets:
-                said, why = "inconclusive", f"no setting forgets by {study.forgets:g}%"
-            elif found.blocks < FEWEST:
-                too_few = (
-                    "documents cannot tell methods apart, seeds and orders can"
-                    if found.blocks < 2
-                    else f"a verdict takes {FEWEST}"
-                )
-                said, why = (
-                    "inconclusive",
-                    f"{('one block', 'two blocks')[found.blocks - 1]}: {too_few}",
-                )
         judged.append(Judged(e, found, tests[e.name], said, why, skill))
-    return judged
+    return tuple(judged)
 
 
-def _measure(study: study_.Study, e: Endpoint) -> tuple[study_.Compared | None, str, float | None]:
-    """An endpoint's difference, or why there is none; and the own step where it was read."""
+def _tests(e: Endpoint, found: Compared | None) -> Tests:
+    if found is None or found.blocks < 2:
+        return Tests(math.nan, math.nan)
+    margin = margin_nats(e.metric, e.margin)
+    return Tests(
+        inference.t_test(found.values, found.documents),
+        math.nan if math.isnan(margin) else inference.tost(found.values, margin, found.documents),
+    )
+
+
+def _undecided(study: Study, e: Endpoint, blocks: int) -> str:
+    """Return why what was measured of an endpoint decides nothing; empty when it may."""
+    if absent := sum(study.absent.get(m, 0) for m in (e.of, e.minus) if m):
+        verb = "is" if absent == 1 else "are"
+        return f"{format.counted(absent, 'run')} of its methods {verb} not finished"
+    if not positive_control(study).reached:
+        return f"no setting forgets by {study.forgets:g}%"
+    if blocks < 2:
+        return "one block: documents cannot tell methods apart, seeds and orders can"
+    return f"two blocks: a verdict takes {FEWEST}" if blocks < FEWEST else ""
+
+
+def _measure(study: Study, e: Endpoint) -> tuple[Compared | None, str, float | None]:
+    """Return an endpoint's difference, or why there is none; and the own step where it was read."""
     if e.at == "matched" and e.minus is not None:
-        declared = replace(
-            study, settings=[s for s in study.settings if s.trained]
-        )  # what was interpolated was not declared
+        # what was interpolated was not declared
+        declared = replace(study, settings=[s for s in study.settings if s.trained])
         if absent := [m for m in (e.of, e.minus) if not declared.of(m)]:
             return None, f"no finished run of {', '.join(absent)}", study.skill
-        found = equal_.matched(declared, e.of, e.minus)
+        found = equal.match_skill(declared, e.of, e.minus)
         if found.reason:
             return None, found.reason, study.skill
-        estimate = equal_.interval(found)
-        units = Estimate(estimate.value, estimate.low, estimate.high, found.over_documents.n)
-        return (
-            study_.Compared(
-                units, found.differences, found.documents or inference.Error(math.nan, math.nan)
-            ),
-            "",
-            found.skill,
-        )
+        estimate = replace(equal.interval_of(found), n=found.over_documents.n)
+        documents = found.documents or inference.Error(math.nan, math.nan)
+        return Compared(estimate, found.differences, documents), "", found.skill
     if absent := [m for m in (e.of, e.minus) if m is not None and m not in study.chosen]:
         return None, f"no finished run of the chosen setting of {', '.join(absent)}", None
     a = study.chosen[e.of]
     measured = (
-        study_.level(a, e.metric)
-        if e.minus is None
-        else study_.difference(a, study.chosen[e.minus], e.metric)
+        level(a, e.metric) if e.minus is None else difference(a, study.chosen[e.minus], e.metric)
     )
-    return (
-        measured,
-        "" if measured is not None else f"{e.metric} does not exist for these runs",
-        None,
-    )
+    return measured, "" if measured else f"{e.metric} does not exist for these runs", None
 
 
-def advice(study: study_.Study) -> list[str]:
-    """What would help where nothing was decided."""
-    _, most, forgets = positive_control(study)
-    help_ = []
-    if not forgets:
-        seen = f"{100 * math.expm1(most.estimate.value):+.1f}%" if most is not None else "nothing"
-        more = "a higher learning rate, more training tokens a domain, or domains further apart"
-        help_.append(
+def advice(study: Study) -> list[str]:
+    """Return what would help where nothing was decided."""
+    _, most, reached = positive_control(study)
+    found = []
+    if not reached:
+        seen = "nothing" if most is None else f"{100 * math.expm1(most.value):+.1f}%"
+        found.append(
             f"no setting forgets by {study.forgets:g}% (the most: {seen}), so nothing can be "
-            f"decided; try {more}"
+            "decided; try a higher learning rate, more training tokens a domain, or domains "
+            "further apart"
         )
     if len(study.blocks) < FEWEST:
         few = ("one block", "two blocks")[len(study.blocks) - 1]
-        help_.append(
+        found.append(
             f"{few}: set blocks: {FEWEST} or more in the experiment (python -m gain_cl power says "
             "how many)"
         )
-    return help_
+    return found

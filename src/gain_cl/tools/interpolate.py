@@ -24,7 +24,7 @@ from gain_cl.stats import matrix
 from gain_cl.studies.study import loss_matrix
 from gain_cl.system.files import sha256
 from gain_cl.tools import rescore
-from gain_cl.tools.compare import HEADS, SHOWN
+from gain_cl.tools.compare import SHOWN
 
 if TYPE_CHECKING:
     from gain_cl.measure.scoring import Scores
@@ -269,4 +269,6 @@ def _show_records(report: dict[str, Any]) -> None:
     rows = [(label, np.array(list(values.values()))) for label, values in nats.items()]
     title = "Change of perplexity, % (below 0: better)"
     paths = [f"record: {row['path']}" for row in report["records"]]
-    rescore.show(title, [HEADS[m] for m in report["run_nats"]], rows, rescore.percent, paths)
+    rescore.show(
+        title, [m.replace("_", " ") for m in report["run_nats"]], rows, rescore.percent, paths
+    )

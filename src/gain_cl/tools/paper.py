@@ -3,32 +3,35 @@ experiment, from its records alone."""
 
 from __future__ import annotations
 
-import hashlib
-from pathlib import Path
-
 from gain_cl.errors import ConfigError
 from gain_cl.paper import build, gather
-from gain_cl.system.terminal import printable
+from gain_cl.paper.table import say
 from gain_cl.tools.command import Parser
-from gain_cl.tools.status import asked
+from gain_cl.tools.status import asked_experiment
 
 ABOUT = {
     "tables": "Tables of an experiment as Markdown, LaTeX and CSV, every number as tidy.csv, "
     "those a text quotes as LaTeX commands.",
     "figures": "Figures of an experiment as PDF and PNG.",
     "report": "One HTML page of an experiment that needs no network.",
-    "paper": "Tables, figures and report of an experiment; what is not out of date stays.",
+    "paper": "Tables, figures and report of an experiment.",
 }
+MADE = {
+    "tables": ("tables", build.made_tables),
+    "figures": ("figures", build.made_figures),
+    "report": ("reports", build.made_report),
+}
+"""What is made -> its folder in RESULTS_DIR, and how it is made."""
 
 
 def main(what: str, argv: list[str]) -> int:
-    """Build one kind, or all three. DataError names the cells that may not be printed."""
+    """Make one kind, or all three. DataError names the runs that may not be printed."""
+    kinds = list(MADE) if what == "paper" else [what]
+    places = ", ".join(MADE[kind][0] for kind in kinds)
     parser = Parser(
         what,
-        usage=f"python -m gain_cl {what} experiment=NAME [partial=true] [force=true] "
-        "[KEY=VALUE ...]",
-        description=f"{ABOUT[what]} They go to "
-        f"RESULTS_DIR/{'tables, figures, reports' if what == 'paper' else _place(what)}.",
+        usage=f"python -m gain_cl {what} experiment=NAME [partial=true] [KEY=VALUE ...]",
+        description=f"{ABOUT[what]} They go to RESULTS_DIR/{places}.",
     )
     parser.add_argument(
         "words",
@@ -36,42 +39,23 @@ def main(what: str, argv: list[str]) -> int:
         metavar="experiment=NAME | KEY=VALUE",
         help="the experiment; results_dir= and other overrides",
     )
-    asked_for = parser.parse_intermixed_args(argv).words
-    experiment, words = asked(asked_for, what)
-    given = next(w.partition("=")[2] for w in asked_for if w.startswith("experiment="))
-    flags = {"partial": False, "force": False}
+    asked = parser.parse_intermixed_args(argv).words
+    experiment, words = asked_experiment(asked, what)
+    given = next(w.partition("=")[2] for w in asked if w.startswith("experiment="))
+    flags = {"partial": "false", "force": "false"}  # force=true is what is done anyway
     for word in [w for w in words if w.partition("=")[0] in flags]:
-        key, _, value = word.partition("=")
-        if value not in ("true", "false"):
+        key, _, flags[key] = word.partition("=")
+        if flags[key] not in ("true", "false"):
             raise ConfigError(
-                f"{value!r} is neither true nor false", key, f"give {key}=true or {key}=false"
+                f"{flags[key]!r} is neither true nor false", key, f"give {key}=true or {key}=false"
             )
-        flags[key] = value == "true"
         words.remove(word)
-    book = gather.gather(experiment, words, flags["partial"], given)
+    book = gather.gather(experiment, words, flags["partial"] == "true", given)
     for gap in book.gaps:
-        print(f"gap: {printable(gap)}")
-    made_of, output = build.inputs(book), Path(book.cells[0].config.output_dir)
-    for kind in ("tables", "figures", "report") if what == "paper" else (what,):
-        folder = book.results / _place(kind) / experiment.name
-        place = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:8]
-        stamp = output / "paper" / f"{experiment.name}-{kind}-{place}.json"
-        if not flags["force"] and build.fresh(folder, stamp, made_of):
-            print(f"up to date: {folder}")
-            continue
-        build.replace(folder, MADE[kind](book), stamp, made_of)
-        print(f"made: {folder}", flush=True)
+        say(f"gap: {gap}")
+    for kind in kinds:
+        place, make = MADE[kind]
+        folder = book.results / place / experiment.name
+        build.replace_files(folder, make(book))
+        say(f"made: {folder}")
     return 0
-
-
-def _place(kind: str) -> str:
-    return "reports" if kind == "report" else kind
-
-
-def _report(book: gather.Book) -> build.Files:
-    from gain_cl.paper import report
-
-    return {"index.html": report.page(book)}
-
-
-MADE = {"tables": build.made_tables, "figures": build.made_figures, "report": _report}

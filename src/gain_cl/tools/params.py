@@ -23,7 +23,7 @@ from gain_cl.tools.command import Parser
 if TYPE_CHECKING:
     from gain_cl.models.load import Loaded
 
-Table = dict[str, dict[str, Any]]
+Counts = dict[str, dict[str, Any]]
 """model -> {"total": parameters, "methods": {method: trainable parameters, or why there are
 none}}"""
 
@@ -45,7 +45,7 @@ def main(argv: list[str]) -> int:
     if args.json:
         print(json.dumps(table, indent=1, allow_nan=False))
     else:
-        show(table)
+        print_counts(table)
     return 0
 
 
@@ -53,7 +53,7 @@ def count(
     filters: Iterable[str] = (),
     config_dirs: Iterable[str | Path] = (),
     plugins: Iterable[str | Path] = (),
-) -> Table:
+) -> Counts:
     """Return total and trainable parameters of models x methods.
 
     filters: ``model=A,B`` and ``method=A,B``. Without them, every preset whose architecture is
@@ -85,7 +85,7 @@ def count(
                     "a preset without path and arch, nothing to count", f"model={name}", do
                 )
     counted: dict[str, Any] = {}
-    table: Table = {}
+    table: Counts = {}
     for name, model in models.items():
         if model.arch is None and "model" not in wanted:
             continue
@@ -176,61 +176,21 @@ def _attached(loaded: Loaded, adapter: Any) -> int | str:
     return sum(p.numel() for p in built.parameters().values())
 
 
-def show(table: Table) -> None:
-    """Print methods as rows and models as columns, in as many tables as the width takes."""
-    from rich.console import Console
-    from rich.table import Table as RichTable
+def print_counts(counted: Counts) -> None:
+    """Print methods as rows and models as columns."""
+    from gain_cl.paper.table import Row, Table, Value, count, print_table, say
 
-    console = Console()
-    if not console.is_terminal:
-        console.width = WIDTH
-    methods = list(dict.fromkeys(m for row in table.values() for m in row["methods"]))
-    first = max(len(m) for m in [*methods, "method"])
-    for names in _side_by_side(table, console.width - first):
-        view = RichTable(box=None, pad_edge=False, padding=(0, 0, 0, GAP))
-        view.add_column("method", no_wrap=True)
-        for name in names:
-            view.add_column(name, justify="right", no_wrap=True)
-        view.add_row("total", *(f"{table[name]['total']:,}" for name in names), style="dim")
-        for m in methods:
-            view.add_row(
-                m,
-                *(
-                    f"{v:,}" if isinstance(v := table[name]["methods"][m], int) else "refused"
-                    for name in names
-                ),
-            )
-        console.print("trainable parameters", style="bold")
-        console.print(view)
-        console.print()
-    for name, row in table.items():
-        for method, value in row["methods"].items():
+    def number(n: int | str) -> Value | str:
+        return "refused" if isinstance(n, str) else Value(n, write=count)
+
+    methods = list(dict.fromkeys(m for of in counted.values() for m in of["methods"]))
+    rows = [Row(["total", *(number(of["total"]) for of in counted.values())])]
+    rows += [Row([m, *(number(of["methods"][m]) for of in counted.values())]) for m in methods]
+    print_table(Table("params", "trainable parameters", ["method", *counted], rows))
+    for name, of in counted.items():
+        for method, value in of["methods"].items():
             if isinstance(value, str):
-                console.print(
-                    f"{method} on {name}: {value}",
-                    style="dim",
-                    markup=False,
-                    highlight=False,
-                    soft_wrap=True,
-                )
-
-
-GAP, WIDTH = 2, 120
-"""Blanks between two columns; characters of a line where the output is no terminal."""
-
-
-def _side_by_side(table: Table, width: int) -> list[list[str]]:
-    """The models in groups whose columns fit the width."""
-    groups: list[list[str]] = []
-    left = 0
-    for name, row in table.items():
-        needs = GAP + max(len(name), len(f"{row['total']:,}"))
-        if needs > left or not groups:
-            groups.append([])
-            left = width
-        groups[-1].append(name)
-        left -= needs
-    return groups
+                say(f"{method} on {name}: {value}", "dim")
 
 
 def _filters(filters: Iterable[str], config_dirs: list[str | Path]) -> dict[str, list[str]]:

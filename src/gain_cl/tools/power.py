@@ -17,22 +17,27 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
 from scipy import stats
 
 from gain_cl.config.schema import RunConfig
 from gain_cl.errors import ConfigError
-from gain_cl.measure import record, tasks
+from gain_cl.measure import tasks
 from gain_cl.measure.record import RunRecord
+from gain_cl.paper.table import Row, Table, Value, plain, print_table, say
+from gain_cl.paper.tables.endpoints import contrast
 from gain_cl.stats import answers, format, inference
-from gain_cl.studies import costs, experiments
-from gain_cl.studies import study as comparison
-from gain_cl.studies.experiments import Cell, Endpoint, Experiment
-from gain_cl.studies.study import Study
-from gain_cl.system.terminal import console, printable, size
+from gain_cl.studies.costs import run_seconds
+from gain_cl.studies.experiments import (
+    Endpoint,
+    Experiment,
+    Planned,
+    load_experiment,
+    planned_runs,
+)
+from gain_cl.studies.study import Study, difference, level, lower_is_better, studies_of
+from gain_cl.system.terminal import size
 from gain_cl.tools.command import Parser
-from gain_cl.tools.status import asked
+from gain_cl.tools.status import asked_experiment
 
 BLOCKS = (2, 3, 5, 8, 12)
 POWER = 0.8
@@ -91,33 +96,37 @@ def main(argv: list[str]) -> int:
             raise ConfigError(
                 f"{value} is no positive number", f"--{key.replace('_', '-')}", "give one"
             )
-    experiment, more = asked(args.words, "power")
-    cells = experiments.cells(experiment, more)
-    pilot = experiments.load(args.pilot) if args.pilot else experiment
+    experiment, more = asked_experiment(args.words, "power")
+    planned = planned_runs(experiment, more)
     results = next((w.partition("=")[2] for w in more if w.startswith("results_dir=")), "results")
-    known = cells if args.pilot is None else experiments.cells(pilot, [f"results_dir={results}"])
-    done = [c for c in known if c.state == "done"]
-    study = next(iter(comparison.studies(pilot, done).values())) if done else None
-    configs = {(c.model, c.method, str(c.values)): c.config for c in cells if c.block == 0}
-    records = [record.load(c.record).record for c in done]
-    found = {
-        "experiment": experiment.name,
-        "effects": [
-            _effect(e, experiment, study, args, next(iter(configs.values())))
-            for e in experiment.endpoints or _usual(experiment)
-        ],
-        "cost": _cost(cells, configs, records, args.speed),
-    }
-    found = format.finite(found)[0]
-    print(json.dumps(found, indent=1, allow_nan=False)) if args.json else _show(
-        found, experiment, bool(done), Path(results)
-    )
+    pilot, known = experiment, planned
+    if args.pilot:
+        pilot = load_experiment(args.pilot)
+        known = planned_runs(pilot, [f"results_dir={results}"])
+    done = any(c.state == "done" for c in known)
+    studies = list(studies_of(pilot, known).values()) if done else []
+    study = studies[0] if studies else None
+    configs = {(c.model, c.label): c.config for c in planned if c.block == 0}
+    records = [run.record for x in studies for run in x.runs]
+    endpoints = experiment.endpoints or _usual(experiment)
+    first = next(iter(configs.values()))
+    found = format.finite(
+        {
+            "experiment": experiment.name,
+            "effects": [_effect(e, experiment, study, args, first) for e in endpoints],
+            "cost": _cost(planned, configs, records, args.speed),
+        }
+    )[0]
+    if args.json:
+        print(json.dumps(found, indent=1, allow_nan=False))
+    else:
+        _show(found, experiment, done, Path(results))
     return 0
 
 
 def _usual(experiment: Experiment) -> list[Endpoint]:
-    """Own step and backward change of the first method against the reference, where nothing is
-    declared."""
+    """Return own step and backward change of the first method against the reference, where nothing
+    is declared."""
     reference = experiment.reference or list(experiment.methods)[-1]
     first = next((m for m in experiment.methods if m != reference), reference)
     minus = reference if first != reference else None
@@ -133,32 +142,22 @@ def _usual(experiment: Experiment) -> list[Endpoint]:
 def _effect(
     e: Endpoint, experiment: Experiment, study: Study | None, args: Any, config: RunConfig
 ) -> dict[str, Any]:
-    """By number of blocks, with POWER at experiment.alpha over all endpoints: the smallest true
-    difference that is found or, of an equivalence endpoint, the smallest margin within which no
-    difference is placed. % of perplexity; of items their unit."""
-    losses = comparison.lower_is_better(e.metric)
+    """Return, by number of blocks, with POWER at experiment.alpha over all endpoints: the smallest
+    true difference that is found or, of an equivalence endpoint, the smallest margin within which
+    no difference is placed. % of perplexity; of items their unit."""
+    losses, same = lower_is_better(e.metric), e.kind == "equivalence"
     noise = _noise(e, study, args, config)
     alpha = experiment.alpha / max(1, len(experiment.endpoints))  # Holm's first step
-    find = inference.detectable if e.kind == "difference" else inference.detectable_equivalence
-    quantiles = stats.norm.ppf(
-        [
-            1 - (alpha / 2 if e.kind == "difference" else alpha),
-            POWER if e.kind == "difference" else (1 + POWER) / 2,
-        ]
-    )
-    floor = (
-        math.nan if math.isnan(noise.document_se) else noise.document_se * float(quantiles.sum())
-    )
+    find = inference.detectable_equivalence if same else inference.detectable
+    sides = (1 - alpha, (1 + POWER) / 2) if same else (1 - alpha / 2, POWER)
+    floor = noise.document_se * float(stats.norm.ppf(sides).sum())
     write = format.change if losses else float
-    rows = {}
-    for k in sorted({*BLOCKS, experiment.blocks} - {1}):
-        rows[k] = write(
-            math.hypot(find(noise.block_sd, k, POWER, alpha), 0.0 if math.isnan(floor) else floor)
-        )
+    shared = 0.0 if math.isnan(floor) else floor
+    blocks = sorted({*BLOCKS, experiment.blocks} - {1})
     name, _, task = e.metric.partition(":")
     return {
         "endpoint": e.name,
-        "what": f"{e.metric} of {e.of}" + (f" minus {e.minus}" if e.minus else ""),
+        "what": contrast(e).removesuffix(", against 0"),
         "kind": e.kind,
         "margin": e.margin,
         "unit": "%" if losses else ("nats" if name == "margin" else "share"),
@@ -166,35 +165,29 @@ def _effect(
         "document_se": noise.document_se,
         "noise": noise.source,
         "floor": write(floor),
-        "detectable": rows,
+        "detectable": {
+            k: write(math.hypot(find(noise.block_sd, k, POWER, alpha), shared)) for k in blocks
+        },
         "items": _items(task, e, study, alpha) if task else None,
     }
 
 
 def _noise(e: Endpoint, study: Study | None, args: Any, config: RunConfig) -> Noise:
-    """Of an endpoint's difference between chosen settings: the pilot's, or as stated (losses
-    alone)."""
-    seen, losses = None, comparison.lower_is_better(e.metric)
-    if study is not None and (a := study.chosen.get(e.of)) is not None:
-        b = study.chosen.get(e.minus or "")
-        seen = (
-            comparison.level(a, e.metric)
-            if e.minus is None
-            else comparison.difference(a, b, e.metric)
-            if b is not None
-            else None
-        )
+    """Return that of an endpoint's difference between chosen settings: the pilot's, or as stated
+    (losses alone)."""
+    seen, losses, chosen = None, lower_is_better(e.metric), study.chosen if study else {}
+    if e.of in chosen and e.minus is None:
+        seen = level(chosen[e.of], e.metric)
+    elif e.of in chosen and e.minus in chosen:
+        seen = difference(chosen[e.of], chosen[e.minus], e.metric)
     block_sd, document_se, sources = math.nan, math.nan, []
     if seen is not None and study is not None:
         sources.append(f"pilot of {format.counted(seen.blocks, 'block')}")
         block_sd = float(np.std(seen.values, ddof=1)) if seen.blocks > 1 else math.nan
-        first = next(iter(study.settings[0].runs.values())).record
+        first = study.runs[0].record
         pilot = first.config["eval"]
-        ratio = (
-            pilot["documents"]
-            * len(first.trained)
-            / (config.eval.documents * len(config.sequence.trained))
-        )
+        mine = config.eval.documents * len(config.sequence.trained)
+        ratio = pilot["documents"] * len(first.trained) / mine
         document_se = seen.documents.standard_error * (math.sqrt(ratio) if losses else 1.0)
         if losses and pilot["window"] != config.eval.window:
             sources.append(
@@ -207,34 +200,23 @@ def _noise(e: Endpoint, study: Study | None, args: Any, config: RunConfig) -> No
     if losses and args.document_se is not None:
         document_se, sources = args.document_se, [*sources, "document error as stated"]
     if math.isnan(block_sd):
-        sources.append(
-            "sd over blocks not known: "
-            + (
-                "give --block-sd, or a pilot of several blocks"
-                if losses
-                else "a pilot of several blocks"
-            )
-        )
+        give = "give --block-sd, or a " if losses else "a "
+        sources.append(f"sd over blocks not known: {give}pilot of several blocks")
     return Noise(block_sd, document_se, "; ".join(sources))
 
 
 def _items(task: str, e: Endpoint, study: Study | None, alpha: float) -> dict[str, Any]:
-    """What the items of a task can tell of a change of accuracy, in points (McNemar)."""
+    """Return what the items of a task can tell of a change of accuracy, in points (McNemar)."""
     name, count = tasks.parse(task)
     n = tasks.STOCK[name].items if count is None else count
-    share, source = DISCORDANT, "assumed"
-    if study is not None and (a := study.chosen.get(e.of)) is not None:
-        runs = [
-            r
-            for r in a.runs.values()
-            if task in r.record.stages[-1].tasks and task in r.record.stages[0].tasks
-        ]
-        if runs:
-            flips = [answers.flips(r.items, task, 0, r.record.stages[-1].index) for r in runs]
-            share, source = (
-                float(np.mean([(f.lost + f.gained) / f.items for f in flips])),
-                "of the pilot",
-            )
+    a = study.chosen.get(e.of) if study is not None else None
+    flips = [
+        answers.flips(run.items, task, 0, run.record.stages[-1].index)
+        for run in (a.runs.values() if a else ())
+        if all(task in run.record.stages[i].tasks for i in (0, -1))
+    ]
+    seen = [(f.lost + f.gained) / f.items for f in flips]
+    share, source = (float(np.mean(seen)), "of the pilot") if seen else (DISCORDANT, "assumed")
     points = None if share == 0 else 100 * inference.detectable_flips(n, share, POWER, alpha)
     return {"items": n, "discordant": share, "source": source, "accuracy_points": points}
 
@@ -243,52 +225,49 @@ def _items(task: str, e: Endpoint, study: Study | None, alpha: float) -> dict[st
 
 
 def _cost(
-    cells: list[Cell],
-    configs: dict[tuple[str, str, str], RunConfig],
+    planned: list[Planned],
+    configs: dict[tuple[str, str], RunConfig],
     records: list[RunRecord],
     speed: float | None,
 ) -> dict[str, Any]:
-    """Hours of the runs that are not done, by model and setting, and GPU memory of the largest."""
+    """Return hours of the runs that are not done, by model and setting, and GPU memory of the
+    largest."""
     rows: list[dict[str, Any]] = []
-    for (model, method, values), config in configs.items():
-        mine = [c for c in cells if (c.model, c.method, str(c.values)) == (model, method, values)]
-        left = sum(c.state != "done" for c in mine)
+    for key, config in configs.items():
+        mine = [c for c in planned if (c.model, c.label) == key]
         rows.append(
             {
-                "model": model,
-                "method": method,
+                "model": key[0],
+                "method": mine[0].method,
                 "runs": len(mine),
-                "left": left,
-                "seconds_a_run": costs.seconds(config, method, records, speed),
+                "left": sum(c.state != "done" for c in mine),
+                "seconds_a_run": run_seconds(config, mine[0].method, records, speed),
             }
         )
     asked = next(iter(configs.values())).tasks.names
     timed = any(s.task_seconds for r in records for s in r.stages)
+    left_out = [f"tasks ({', '.join(asked)}): no pilot timed them"] if asked and not timed else []
     return {
         "runs": rows,
         "hours": sum(r["left"] * r["seconds_a_run"] for r in rows) / 3600,
-        "left_out": [f"tasks ({', '.join(asked)}): no pilot timed them"]
-        if asked and not timed
-        else [],
+        "left_out": left_out,
         "memory_bytes": _memory(list(configs.values())),
     }
 
 
 def _memory(configs: list[RunConfig]) -> int | None:
-    """Bytes on a GPU of the hungriest run, roughly: weights in their dtype; what trains in fp32
-    with its gradient and AdamW's two moments (16 bytes each); activations kept for the backward
-    pass, 34 bytes a token, layer and unit of width in two-byte types (Korthikanti et al. 2022,
-    2205.05198, eq. 2 without the attention scores, which sdpa does not keep). None: no preset says
-    how large the model is."""
+    """Return bytes on a GPU of the hungriest run, roughly: weights in their dtype; what trains in
+    fp32 with its gradient and AdamW's two moments (16 bytes each); activations kept for the
+    backward pass, 34 bytes a token, layer and unit of width in two-byte types (Korthikanti et al.
+    2022, 2205.05198, eq. 2 without the attention scores, which sdpa does not keep). None: no preset
+    says how large the model is."""
     from gain_cl.tools import params
 
-    most: float | None = None
+    found = []
     for config in configs:
         arch = config.model.arch or {}
-        layers, hidden = (
-            arch.get("num_hidden_layers") or arch.get("n_layer"),
-            arch.get("hidden_size") or arch.get("n_embd"),
-        )
+        layers = arch.get("num_hidden_layers") or arch.get("n_layer")
+        hidden = arch.get("hidden_size") or arch.get("n_embd")
         if layers is None or hidden is None:
             continue
         row = params.count_row(config.model, {"": config.adapter})
@@ -297,96 +276,60 @@ def _memory(configs: list[RunConfig]) -> int | None:
             continue
         width = 4 if config.model.dtype == "float32" else 2
         tokens = (config.compute.micro_batch or config.train.sequences) * config.train.block
-        kept = (
-            34
-            * tokens
-            * hidden
-            * (1 if config.compute.gradient_checkpointing else layers)
-            * width
-            / 2
-        )
-        most = max(most or 0.0, total * width + 16 * trains + kept)
-    return None if most is None else int(most)
+        kept = 34 * tokens * hidden * width / 2
+        kept *= 1 if config.compute.gradient_checkpointing else layers
+        found.append(int(total * width + 16 * trains + kept))
+    return max(found, default=None)
 
 
 # --- as a table -----------------------------------------------------------------------------------
 
 
 def _show(found: dict[str, Any], experiment: Experiment, piloted: bool, results: Path) -> None:
-    out = console()
-    out.print(printable(f"{experiment.name}: {experiment.question}"), markup=False, highlight=False)
+    say(f"{experiment.name}: {experiment.question}")
     if not piloted:
-        text = (
+        say(
             f"no finished run in {results}: noise and speed are as stated (--block-sd, "
             "--document-se, --speed, --pilot EXPERIMENT)"
         )
-        out.print(text, markup=False, highlight=False, soft_wrap=True)
-    out.print()
+    say()
     n = len(experiment.endpoints)
     together = f", {n} endpoints together" if n else ""
-    head = (
+    title = (
         f"Smallest true difference (equivalence: margin) found with {100 * POWER:.0f}% power, "
         f"alpha {experiment.alpha:g}{together}"
     )
-    table = Table(
-        title=head,
-        title_justify="left",
-        box=SIMPLE_HEAD,
-        padding=(0, 0, 0, 1),
-        pad_edge=False,
-        show_edge=False,
-    )
-    table.add_column("endpoint")
     ks = list(found["effects"][0]["detectable"])
-    for k in ks:
-        table.add_column(
-            f"{k} blocks{'*' if k == experiment.blocks else ''}", justify="right", no_wrap=True
-        )
-    for head in ("floor", "unit", "sd over blocks, nats", "se over documents, nats"):
-        table.add_column(head, justify="right")
+    heads = ["endpoint", *(f"{k} blocks{'*' if k == experiment.blocks else ''}" for k in ks)]
+    heads += ["floor", "unit", "sd over blocks, nats", "se over documents, nats"]
+    rows, write = [], lambda x: f"{x:.3g}"
     for e in found["effects"]:
-        values = [
-            "-" if v is None else f"{v:.3g}"
-            for v in (*(e["detectable"][k] for k in ks), e["floor"])
-        ]
-        noise = ["-" if e[key] is None else f"{e[key]:.4f}" for key in ("block_sd", "document_se")]
-        table.add_row(printable(e["endpoint"]), *values, e["unit"], *noise)
-    out.print(table)
-    out.print(
+        sizes = [_number(x, write) for x in (*e["detectable"].values(), e["floor"])]
+        noise = [_number(e[key], plain(4)) for key in ("block_sd", "document_se")]
+        rows.append(Row([e["endpoint"], *sizes, e["unit"], *noise]))
+    note = (
         "* as the experiment has it; floor: set by the documents or items that all blocks "
-        "share, however many blocks",
-        markup=False,
+        "share, however many blocks"
     )
+    print_table(Table("power", title, heads, rows, [note]))
     for e in found["effects"]:
-        out.print(
-            printable(f"{e['endpoint']}: {e['what']}; noise: {e['noise']}"),
-            markup=False,
-            highlight=False,
-            soft_wrap=True,
-        )
-        if e["items"] and e["items"]["accuracy_points"] is not None:
-            i = e["items"]
-            text = (
-                f"{i['items']} items, {100 * i['discordant']:.0f}% ({i['source']}) changing "
-                f"their answer: {i['accuracy_points']:.1f} points"
+        say(f"{e['endpoint']}: {e['what']}; noise: {e['noise']}")
+        if (i := e["items"]) and i["accuracy_points"] is not None:
+            say(
+                f"  accuracy in one run: {i['items']} items, {100 * i['discordant']:.0f}% "
+                f"({i['source']}) changing their answer: {i['accuracy_points']:.1f} points"
             )
-            out.print(f"  accuracy in one run: {text}", markup=False, highlight=False)
-    cost = found["cost"]
-    left = sum(r["left"] for r in cost["runs"])
-    hours = (
-        "not known (--speed N, or a pilot)"
-        if cost["hours"] is None
-        else format.duration(3600 * cost["hours"])
-    )
-    out.print()
-    out.print(
-        f"cost: {left} of {sum(r['runs'] for r in cost['runs'])} runs ahead, {hours} one "
-        "after the other",
-        highlight=False,
-    )
+    cost, hours = found["cost"], "not known (--speed N, or a pilot)"
+    if cost["hours"] is not None:
+        hours = format.duration(3600 * cost["hours"])
+    left, runs = (sum(r[key] for r in cost["runs"]) for key in ("left", "runs"))
+    say(f"\ncost: {left} of {runs} runs ahead, {hours} one after the other")
     for text in cost["left_out"]:
-        out.print(f"  not included: {text}", markup=False, highlight=False)
-    memory = (
-        "not known" if cost["memory_bytes"] is None else f"{size(cost['memory_bytes'])}, roughly"
-    )
-    out.print(f"GPU memory of the largest run: {memory}", highlight=False)
+        say(f"  not included: {text}")
+    memory = cost["memory_bytes"]
+    told = "not known" if memory is None else f"{size(memory)}, roughly"
+    say(f"GPU memory of the largest run: {told}")
+
+
+def _number(x: float | None, write: Any) -> Value | None:
+    return None if x is None else Value(x, write=write)

@@ -6,16 +6,11 @@ from __future__ import annotations
 import json
 import shlex
 from collections import Counter
-from typing import Any
-
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
-from rich.text import Text
+from collections.abc import Sequence
 
 from gain_cl.errors import ConfigError
-from gain_cl.studies import experiments
-from gain_cl.studies.experiments import Cell, Experiment
-from gain_cl.system.terminal import console, printable
+from gain_cl.paper.table import Row, Styled, Table, print_table, say
+from gain_cl.studies.experiments import Experiment, Planned, load_experiment, planned_runs
 from gain_cl.tools.command import Parser
 
 STYLE = {
@@ -47,31 +42,32 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_intermixed_args(argv)
-    experiment, more = asked(args.words, "status")
-    found = experiments.cells(experiment, more)
+    experiment, more = asked_experiment(args.words, "status")
+    found = planned_runs(experiment, more)
     if args.missing:
-        for cell in found:
-            if cell.state != "done":
-                print(shlex.join(["python", "-m", "gain_cl", "run", *cell.overrides, *more]))
+        for run in found:
+            if run.state != "done":
+                print(run_command(run, more))
     elif args.json:
         rows = [
             {
-                "model": c.model,
-                "setting": c.label,
-                "block": c.block,
-                "run_id": c.run_id,
-                "state": c.state,
+                "model": run.model,
+                "setting": run.label,
+                "block": run.block,
+                "run_id": run.run_id,
+                "state": run.state,
             }
-            for c in found
+            for run in found
         ]
         print(json.dumps({"experiment": experiment.name, "runs": rows}, indent=1, allow_nan=False))
     else:
-        grid(experiment, found, console())
+        print_grid(experiment, found)
     return 0
 
 
-def asked(words: list[str], verb: str) -> tuple[Experiment, list[str]]:
-    """(experiment, overrides) of a command line with experiment=NAME among KEY=VALUE words."""
+def asked_experiment(words: list[str], verb: str) -> tuple[Experiment, list[str]]:
+    """Return (experiment, overrides) of a command line with experiment=NAME among KEY=VALUE
+    words."""
     names = [w.partition("=")[2] for w in words if w.startswith("experiment=")]
     if len(names) != 1:
         raise ConfigError(
@@ -79,37 +75,43 @@ def asked(words: list[str], verb: str) -> tuple[Experiment, list[str]]:
             f"gain_cl {verb}",
             "give one experiment=NAME",
         )
-    return experiments.load(names[0]), [w for w in words if not w.startswith("experiment=")]
+    return load_experiment(names[0]), [w for w in words if not w.startswith("experiment=")]
 
 
-def grid(experiment: Experiment, found: list[Cell], out: Any) -> None:
-    """Settings by blocks with the state of each run, and how many are in which."""
-    out.print(printable(f"{experiment.name}: {experiment.question}"), markup=False, highlight=False)
-    table = Table(box=SIMPLE_HEAD, padding=(0, 0, 0, 1), pad_edge=False, show_edge=False)
-    blocks = sorted({c.block for c in found})
-    if several := len({c.model for c in found}) > 1:
-        table.add_column("model")
-    table.add_column("setting")
-    for block in blocks:
-        table.add_column(f"block {block}" if experiment.blocks > 1 else "state")
-    table.add_column("run id" if experiment.blocks == 1 else f"run id in block {blocks[0]}")
-    rows: dict[tuple[str, str], dict[int, Cell]] = {}
-    for c in found:
-        rows.setdefault((c.model, c.label), {})[c.block] = c
-    states = {c.run_id: c.state for c in found}
-    for (model, setting), mine in rows.items():
-        cells = [
-            Text(states[mine[k].run_id], style=STYLE[states[mine[k].run_id]])
-            if k in mine
-            else Text("")
-            for k in blocks
-        ]
-        table.add_row(
-            *([model] if several else []), printable(setting), *cells, mine[min(mine)].run_id
+def run_command(run: Planned, more: list[str]) -> str:
+    """Return the command line that carries out a planned run."""
+    return shlex.join(["python", "-m", "gain_cl", "run", *run.overrides, *more])
+
+
+def print_grid(experiment: Experiment, found: Sequence[Planned]) -> None:
+    """Print settings by blocks with the state of each run, and how many are in which."""
+    states = {run.run_id: run.state for run in found}
+    blocks = sorted({run.block for run in found})
+    grid: dict[tuple[str, str], dict[int, Planned]] = {}
+    for run in found:
+        grid.setdefault((run.model, run.label), {})[run.block] = run
+    rows = [
+        Row(
+            [
+                model,
+                setting,
+                *(
+                    Styled(state, STYLE[state])
+                    if k in mine and (state := states[mine[k].run_id])
+                    else ""
+                    for k in blocks
+                ),
+                mine[min(mine)].run_id,
+            ]
         )
-    out.print(table)
-    counts = Counter(states.values())
-    out.print(
-        f"{len(found)} runs: {', '.join(f'{n} {state}' for state, n in counts.items())}",
-        highlight=False,
-    )
+        for (model, setting), mine in grid.items()
+    ]
+    heads = ["model", "setting", *(f"block {k}" for k in blocks), f"run id in block {blocks[0]}"]
+    if experiment.blocks == 1:
+        heads[2:] = ["state", "run id"]
+    if len({run.model for run in found}) == 1:
+        heads, rows = heads[1:], [Row(row.cells[1:]) for row in rows]
+    title = f"{experiment.name}: {experiment.question}"
+    print_table(Table("status", title, heads, rows))
+    counts = ", ".join(f"{n} {state}" for state, n in Counter(states.values()).items())
+    say(f"{len(found)} runs: {counts}")

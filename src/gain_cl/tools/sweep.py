@@ -18,12 +18,12 @@ from typing import Any
 from gain_cl.errors import PREEMPTED, ConfigError, GainError
 from gain_cl.measure import record
 from gain_cl.stats import format
-from gain_cl.studies import costs, experiments, launchers, sweep
-from gain_cl.studies.experiments import Cell, Experiment
+from gain_cl.studies import costs, launchers, sweep
+from gain_cl.studies.experiments import Experiment, Planned, planned_runs
 from gain_cl.system import lock
 from gain_cl.system.terminal import console, printable
 from gain_cl.tools.command import Parser
-from gain_cl.tools.status import asked, grid
+from gain_cl.tools.status import asked_experiment, print_grid
 
 USAGE = """\
 python -m gain_cl sweep experiment=NAME [KEY=VALUE ...] [only=WORD,WORD] [max_parallel=N] [dry_run=true]
@@ -75,9 +75,9 @@ def main(argv: list[str]) -> int:
         metavar="experiment=NAME | KEY=VALUE",
         help="the experiment, the sweep's words, overrides",
     )
-    experiment, words = asked(parser.parse_intermixed_args(argv).words, "sweep")
+    experiment, words = asked_experiment(parser.parse_intermixed_args(argv).words, "sweep")
     options, more = _options(words)
-    cells = _only(experiments.cells(experiment, more), options.only)
+    cells = _only(planned_runs(experiment, more), options.only)
     out = console()
 
     def say(text: str = "", style: str = "") -> None:
@@ -85,10 +85,10 @@ def main(argv: list[str]) -> int:
             printable(text), style=style or None, markup=False, highlight=False, soft_wrap=True
         )
 
-    grid(experiment, cells, out)
+    print_grid(experiment, cells)
     records = _records(cells)
 
-    def ahead(some: Sequence[Cell]) -> list[float]:
+    def ahead(some: Sequence[Planned]) -> list[float]:
         return _left(some, cells, records)
 
     failed = [c for c in cells if c.state == "failed"]
@@ -169,7 +169,7 @@ def _options(words: list[str]) -> tuple[Options, list[str]]:
     return options, more
 
 
-def _only(cells: list[Cell], words: list[str]) -> list[Cell]:
+def _only(cells: list[Planned], words: list[str]) -> list[Planned]:
     """Cells that match a word of each kind that was given: models, methods, blocks, beginnings of
     run ids."""
     kinds: list[set[str]] = [set(), set(), set(), set()]
@@ -194,7 +194,7 @@ def _only(cells: list[Cell], words: list[str]) -> list[Cell]:
     return [c for c in cells if all(c.run_id in kind for kind in kinds if kind)]
 
 
-def _records(cells: list[Cell]) -> list[record.RunRecord]:
+def _records(cells: list[Planned]) -> list[record.RunRecord]:
     """Of the runs that are done; else of whatever runs of these models there are: what the cost is
     told from."""
     models, found = {c.model for c in cells}, []
@@ -208,7 +208,7 @@ def _records(cells: list[Cell]) -> list[record.RunRecord]:
 
 
 def _left(
-    some: Sequence[Cell], cells: Sequence[Cell], records: list[record.RunRecord]
+    some: Sequence[Planned], cells: Sequence[Planned], records: list[record.RunRecord]
 ) -> list[float]:
     """Seconds that each of some cells of a grid will take from its last saved stage on; of those
     that share stage 0, one scores it."""
@@ -217,7 +217,7 @@ def _left(
     for c in some:
         kind = sweep.baseline(c)
         found.append(
-            costs.seconds(
+            costs.run_seconds(
                 c.config, c.method, records, saved=max(sweep.saved(c), int(kind in shared))
             )
         )
@@ -304,7 +304,7 @@ def _gpus() -> list[str]:
 
 def _jobs(
     experiment: Experiment,
-    todo: list[Cell],
+    todo: list[Planned],
     more: list[str],
     options: Options,
     launcher: launchers.Launcher,

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 from gain_cl.paper.figures import style
 from gain_cl.stats import matrix
 from gain_cl.stats.matrix import Estimate
-from gain_cl.studies import study as comparison
-from gain_cl.studies.study import Setting, Study
+from gain_cl.studies.study import Setting, Study, compared
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -24,7 +23,7 @@ CAPTION = (
 
 def build(study: Study) -> Figure | None:
     """Forgetting by stages since learned (matrix.forgetting_by_age) of each method's chosen
-    setting, in % of perplexity, with 95% intervals as comparison.level has them. None where nothing
+    setting, in % of perplexity, with 95% intervals as study.level has them. None where nothing
     was learned after something else."""
     with style.rules():
         return _build(study)
@@ -37,7 +36,7 @@ def by_age(setting: Setting) -> dict[int, Estimate]:
         for m in setting.matrices.values()
     ]
     found = {
-        age: comparison.compared([parts[age] for parts in of if age in parts])
+        age: compared([parts[age] for parts in of if age in parts])
         for age in sorted({a for parts in of for a in parts})
     }
     return {age: c.estimate for age, c in found.items() if c is not None}

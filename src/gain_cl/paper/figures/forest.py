@@ -6,11 +6,9 @@ import math
 from typing import TYPE_CHECKING, NamedTuple
 
 from gain_cl.paper.figures import style
-from gain_cl.stats import inference
 from gain_cl.stats.inference import Parts
 from gain_cl.stats.matrix import Estimate, LossMatrix
-from gain_cl.studies import study as comparison
-from gain_cl.studies.study import Setting, Study
+from gain_cl.studies.study import Setting, Study, compared, difference, paired
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -54,17 +52,14 @@ def of_domain(m: LossMatrix, domain: str) -> Parts | None:
 
 def rows(study: Study, a: Setting, b: Setting) -> list[Row]:
     """a minus b for each domain, in the order of the study's first block, then for their mean
-    (comparison.difference)."""
+    (study.difference)."""
     blocks, found = [block for block in a.runs if block in b.runs], []
     for domain in next(iter(study.settings[0].matrices.values())).trained:
         pairs = [
             (of_domain(a.matrices[k], domain), of_domain(b.matrices[k], domain)) for k in blocks
         ]
-        parts = [
-            inference.combined([x, y], [1, -1]) for x, y in pairs if x is not None and y is not None
-        ]
-        found.append((domain, comparison.compared(parts)))
-    found.append((MEAN, comparison.difference(a, b, "backward")))
+        found.append((domain, compared(paired(pairs))))
+    found.append((MEAN, difference(a, b, "backward")))
     return [
         Row(name, _known(c.estimate, c.blocks, study), c.blocks)
         for name, c in found

@@ -9,8 +9,7 @@ from gain_cl.paper.figures import style
 from gain_cl.stats.format import change
 from gain_cl.stats.matrix import Estimate
 from gain_cl.studies import equal
-from gain_cl.studies import study as comparison
-from gain_cl.studies.study import Setting, Study
+from gain_cl.studies.study import Setting, Study, plane
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -28,7 +27,7 @@ CAPTION = (
 
 def build(study: Study) -> Figure | None:
     """A line for each method through its settings, by their own step; points have 95% intervals of
-    both (comparison.level). The chosen setting is filled, interpolated ones are dots. Dashed: the
+    both (study.level). The chosen setting is filled, interpolated ones are dots. Dashed: the
     declared skill; without one, a mark at the foot where each method is matched with the reference.
     None where no setting has both an own step and a backward change."""
     with style.rules():
@@ -38,22 +37,13 @@ def build(study: Study) -> Figure | None:
 def measured(study: Study, method: str) -> list[tuple[Setting, Estimate, Estimate]]:
     """A method's settings with own step and backward change in nats, those that learned most
     first."""
-    found = [
-        (s, comparison.level(s, "own_step"), comparison.level(s, "backward"))
-        for s in study.of(method)
-    ]
-    return sorted(
-        ((s, x.estimate, y.estimate) for s, x, y in found if x is not None and y is not None),
-        key=lambda row: row[1].value,
-    )
+    return sorted(plane(study.of(method)), key=lambda row: row[1].value)
 
 
 def skills(study: Study) -> dict[str, float]:
     """Method -> own step in nats at which it is matched with the reference; only those that can
     be."""
-    found = {
-        m: equal.matched(study, m, study.reference) for m in study.methods if m != study.reference
-    }
+    found = {m: equal.match_skill(study, m, study.reference) for m in study.others}
     return {m: f.skill for m, f in found.items() if not f.reason and math.isfinite(f.skill)}
 
 

@@ -14,8 +14,7 @@ from gain_cl.paper.figures import style
 from gain_cl.stats import answers
 from gain_cl.stats.inference import Parts
 from gain_cl.stats.matrix import Estimate
-from gain_cl.studies import study as comparison
-from gain_cl.studies.study import Setting, Study
+from gain_cl.studies.study import Setting, Study, compared
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -80,7 +79,7 @@ def margins(setting: Setting, task: str) -> Scored | None:
         parts: list[Parts] = [
             {task: (margin[t] - margin[0], np.ones(len(margin[0])))} for margin in there
         ]
-        c = comparison.compared(parts) if t else None
+        c = compared(parts) if t else None
         found[t] = (
             c.estimate.map(partial(add, base))
             if c

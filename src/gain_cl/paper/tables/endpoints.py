@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import math
-
-from gain_cl.paper import tables
-from gain_cl.paper.gather import Book
-from gain_cl.paper.table import Row, Table, Value, count, of, p_value
+from gain_cl.paper.table import Entry, Row, Table, Value, count, known, of, p_value
 from gain_cl.stats import format
 from gain_cl.studies import verdicts
+from gain_cl.studies.experiments import Endpoint
 from gain_cl.studies.study import Study
 
 
-def build(book: Book) -> list[Table]:
-    return [_of(book, model, study) for model, study in book.studies.items() if study.endpoints]
-
-
-def _of(book: Book, model: str, study: Study) -> Table:
+def build(study: Study) -> list[Table]:
+    """Return nothing of a study without endpoints."""
+    if not study.endpoints:
+        return []
     rows = []
     for j in verdicts.judge(study):
         e, c = j.endpoint, j.compared
-        what = f"{e.metric} of {e.of}" + (f" minus {e.minus}" if e.minus else ", against 0")
-        what += f" at an own step of {format.percent(j.skill)}%" if j.skill is not None else ""
+        at = f" at an own step of {format.percent(j.skill)}%" if j.skill is not None else ""
         kind = e.kind if e.margin is None else f"{e.kind}, margin {e.margin:g}"
         sides = [
             s
@@ -30,40 +25,29 @@ def _of(book: Book, model: str, study: Study) -> Table:
             for s in study.of(m)
             if e.at == "matched" or s is study.chosen.get(m)
         ]
-        runs = [r for s in sides for r in book.ids(model, s.label)]
-        n = None if c is None else Value(c.blocks, write=count)
-        documents = None if c is None else Value(c.estimate.n, write=count)
-        p = [
-            Value(x, write=p_value) if not math.isnan(x) else None
-            for x in (j.tests.difference, j.tests.equivalence)
-        ]
-        rows.append(
-            Row([e.name, what, kind, of(e.metric, c), *p, n, documents, j.verdict, j.why], runs)
-        )
-    control, most, forgets = verdicts.positive_control(study)
-    units = "Changes of perplexity in %, margins in nats, accuracies in points."
+        p = [known(x, p_value) for x in (j.tests.difference, j.tests.equivalence)]
+        n: list[Entry] = [None, None]
+        if c is not None:
+            n = [Value(x, write=count) for x in (c.blocks, c.estimate.n)]
+        cells = [e.name, f"{contrast(e)}{at}", kind, of(e.metric, c), *p, *n, j.verdict, j.why]
+        rows.append(Row(cells, [r for s in sides for r in s.ids]))
     notes = [
         "p and verdict are adjusted over the declared endpoints (Holm, alpha "
-        f"{study.alpha:g}); intervals are not. {units}"
+        f"{study.alpha:g}); intervals are not. Changes of perplexity in %, margins in nats, "
+        "accuracies in points."
     ]
+    control, most, reached = verdicts.positive_control(study)
     if control is not None and most is not None:
-        reached = "reached" if forgets else "not reached, so nothing is decided"
-        most_is = f"the most is {control.label}, {format.percent(most.estimate.value)}%"
         notes.append(
-            f"Positive control, some setting forgets by {study.forgets:g}%: {reached}; {most_is}."
+            f"Positive control, some setting forgets by {study.forgets:g}%: "
+            f"{'reached' if reached else 'not reached, so nothing is decided'}; the most is "
+            f"{control.label}, {format.percent(most.value)}%."
         )
-    heads = [
-        "endpoint",
-        "what",
-        "kind",
-        "measured",
-        "p",
-        "p equal",
-        "blocks",
-        "units",
-        "verdict",
-        "why",
-    ]
-    return Table(
-        tables.named("endpoints", book, model), f"{model}: declared endpoints", heads, rows, notes
-    )
+    heads = ["endpoint", "what", "kind", "measured", "p", "p equal", "blocks", "units"]
+    heads += ["verdict", "why"]
+    return [Table("endpoints", f"{study.model}: declared endpoints", heads, rows, notes)]
+
+
+def contrast(e: Endpoint) -> str:
+    """Return what an endpoint compares: backward of gain minus lora."""
+    return f"{e.metric} of {e.of}" + (f" minus {e.minus}" if e.minus else ", against 0")

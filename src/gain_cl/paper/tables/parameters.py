@@ -2,32 +2,19 @@
 
 from __future__ import annotations
 
-from gain_cl.paper.gather import Book
 from gain_cl.paper.table import Row, Table, Value, count, plain
+from gain_cl.paper.tables.main import parameters
+from gain_cl.studies.study import Study
 
 
-def build(book: Book) -> list[Table]:
+def build(studies: dict[str, Study]) -> list[Table]:
+    """Return a row for each method of each model."""
     rows = []
-    for model, study in book.studies.items():
+    for model, study in studies.items():
         for i, s in enumerate(study.chosen.values()):
-            trains, total = (
-                s.one(lambda run: run.record.trainable_parameters),
-                s.one(lambda run: run.record.total_parameters),
-            )
-            cells: list[Value | str | None] = [
-                model,
-                s.method,
-                Value(trains, write=count),
-                Value(total, write=count),
-                Value(100 * trains / total, write=plain(3)),
-            ]
-            rows.append(Row(cells, book.ids(model, s.label), i == 0))
-    return [
-        Table(
-            "parameters",
-            "Trained parameters",
-            ["model", "method", "trains", "of", "%"],
-            rows,
-            grouped=True,
-        )
-    ]
+            trains, total = parameters(s), s.one(lambda run: run.record.total_parameters)
+            share = Value(100 * trains / total, write=plain(3))
+            numbers = [Value(x, write=count) for x in (trains, total)]
+            rows.append(Row([model, s.method, *numbers, share], s.ids, i == 0))
+    heads = ["model", "method", "trains", "of", "%"]
+    return [Table("parameters", "Trained parameters", heads, rows, grouped=True)]

@@ -5,131 +5,76 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from gain_cl.paper import tables
-from gain_cl.paper.gather import Book
-from gain_cl.paper.table import Row, Table, Value, count, percent
-from gain_cl.paper.table import of as of_
+from gain_cl.paper.table import Entry, Row, Table, Value, count, of, percent
+from gain_cl.paper.tables.main import parameters
 from gain_cl.stats.format import counted
 from gain_cl.studies import equal
-from gain_cl.studies import study as comparison
-from gain_cl.studies.study import Setting, Study
+from gain_cl.studies.study import Setting, Study, level
 
 STATUS = "seen in an abstract"
 EARLIER = ("improve by 7 to 13", "degrade by 18 to 36")
+LEVELS = {  # metric -> what it is called, of GAIN and of LoRA as published
+    "own_step": ("in-domain adaptation (own step %)", "about equal to LoRA", "reference"),
+    "backward": ("earlier domains, since they were learned (backward %)", *EARLIER),
+    "from_base": ("earlier domains, since the pretrained model (from base %)", *EARLIER),
+    "accuracy:boolq": (
+        "BoolQ after seven adaptations (ours: after the sequence), points",
+        "-0.8 (Qwen2.5-7B; points or relative: not known)",
+        "-14.9",
+    ),
+}
+MATCHED = {  # method -> what is compared with it at equal own step, of GAIN as published
+    "lora_replay": (
+        "backward % minus LoRA with replay at equal own step",
+        "equal, with no stored data",
+    ),
+    "ewc": ("backward % minus EWC at equal own step", "dominates its Pareto front"),
+}
 
 
-def build(book: Book) -> list[Table]:
-    return [
-        _of(book, model, study)
-        for model, study in book.studies.items()
-        if any(m.startswith("gain") for m in study.chosen)
-    ]
-
-
-def _of(book: Book, model: str, study: Study) -> Table:
-    chosen = study.chosen
-    gain = chosen.get("gain_ffn") or next(s for m, s in chosen.items() if m.startswith("gain"))
-    lora = chosen.get("lora")
-    rows: list[Row] = []
-
+def build(study: Study) -> list[Table]:
+    """Return nothing of a study without GAIN."""
+    gains = [s for m, s in study.chosen.items() if m.startswith("gain")]
+    if not gains:
+        return []
+    gain, lora = study.chosen.get("gain_ffn", gains[0]), study.chosen.get("lora")
+    both = [s for s in (gain, lora) if s is not None]
     notes = [
         "Published: five models of 774M to 70B, eight domains, budgets and rates not known. "
-        f"Ours: {model}, "
+        f"Ours: {study.model}, "
         f"{tokens(study)} training tokens a domain, {counted(len(study.blocks), 'block')}.",
         "Whether published changes are against the model just after it learned a domain or "
         "the pretrained one is not known: both are here.",
     ]
 
-    def row(
-        what: str,
-        published: tuple[str, str],
-        values: Sequence[Value | None],
-        *of: Setting | None,
-        status: str = STATUS,
-    ) -> None:
-        rows.append(
-            Row(
-                [what, *published, status, *values],
-                [r for s in of if s is not None for r in book.ids(model, s.label)],
-            )
-        )
+    def row(words: Sequence[str], values: Sequence[Entry], *settings: Setting) -> Row:
+        pad: list[Entry] = [None] * (2 - len(values))
+        return Row([*words, *values, *pad], [r for s in settings for r in s.ids])
 
-    def both(what: str, published: tuple[str, str], metric: str) -> None:
-        row(
-            what,
-            published,
-            [
-                of_(metric, comparison.level(s, metric), blocks=len(s.runs)) if s else None
-                for s in (gain, lora)
-            ],
-            gain,
-            lora,
-        )
-
-    def at_equal_step(what: str, published: str, method: str) -> None:
-        found = equal.matched(study, gain.method, method)
-        if found.reason:
-            notes.append(f"{what}: {found.reason}.")
-        settings = [*study.of(gain.method), *study.of(method)]
-        row(
-            what,
-            (published, "-"),
-            [None if found.reason else percent(equal.interval(found)), None],
-            *settings,
-        )
-
-    both("in-domain adaptation (own step %)", ("about equal to LoRA", "reference"), "own_step")
-    both("earlier domains, since they were learned (backward %)", EARLIER, "backward")
-    both("earlier domains, since the pretrained model (from base %)", EARLIER, "from_base")
-    if comparison.level(gain, "accuracy:boolq") is not None:
-        boolq = ("-0.8 (Qwen2.5-7B; points or relative: not known)", "-14.9")
-        both(
-            "BoolQ after seven adaptations (ours: after the sequence), points",
-            boolq,
-            "accuracy:boolq",
-        )
-    if "lora_replay" in chosen:
-        at_equal_step(
-            "backward % minus LoRA with replay at equal own step",
-            "equal, with no stored data",
-            "lora_replay",
-        )
-    if "ewc" in chosen:
-        at_equal_step("backward % minus EWC at equal own step", "dominates its Pareto front", "ewc")
-    trained = [
-        Value(s.one(lambda run: run.record.trainable_parameters), write=count)
-        if s is not None
-        else None
-        for s in (gain, lora)
-    ]
+    rows = []
+    for metric, words in LEVELS.items():
+        found = [of(metric, level(s, metric), blocks=len(s.runs)) for s in both]
+        if metric != "accuracy:boolq" or found[0] is not None:
+            rows.append(row((*words, STATUS), found, *both))
+    for method, (text, said) in MATCHED.items():
+        if method in study.chosen:
+            match = equal.match_skill(study, gain.method, method)
+            if match.reason:
+                notes.append(f"{text}: {match.reason}.")
+            value = None if match.reason else percent(equal.interval_of(match))
+            sides = [*study.of(gain.method), *study.of(method)]
+            rows.append(row((text, said, "-", STATUS), [value], *sides))
+    trained: list[Entry] = [Value(parameters(s), write=count) for s in both]
     status = f"{STATUS}; GPT-2 Large: deduced from the counts"
-    row(
-        "trained parameters", ("46K to 230K (GPT-2 Large)", "-"), trained, gain, lora, status=status
-    )
-    heads = [
-        "what",
-        "GAIN, published",
-        "LoRA, published",
-        "status",
-        f"{gain.label}, ours",
-        f"{lora.label if lora else 'lora'}, ours",
-    ]
-    return Table(
-        tables.named("published", book, model),
-        f"{model}: ours beside the published headline numbers",
-        heads,
-        rows,
-        notes,
-    )
+    what = ("trained parameters", "46K to 230K (GPT-2 Large)", "-", status)
+    rows.append(row(what, trained, *both))
+    heads = ["what", "GAIN, published", "LoRA, published", "status"]
+    heads += [f"{gain.label}, ours", f"{lora.label if lora else 'lora'}, ours"]
+    title = f"{study.model}: ours beside the published headline numbers"
+    return [Table("published", title, heads, rows, notes)]
 
 
 def tokens(study: Study) -> str:
-    """Training tokens of a stage, of all runs."""
-    seen = {
-        s.train.tokens
-        for x in study.settings
-        for run in x.runs.values()
-        for s in run.record.stages
-        if s.train is not None
-    }
+    """Return the training tokens of a stage, of all runs."""
+    seen = {s.train.tokens for run in study.runs for s in run.record.stages if s.train is not None}
     return " to ".join(f"{n:,}" for n in sorted({min(seen), max(seen)})) if seen else "0"
