@@ -40,10 +40,10 @@ from gain_cl.system.terminal import console, printable
 GAP = "GAP: "
 """Begins a note on a cell that is not in the table."""
 
-HEAD, LONG, PROSE, MANY = 11, 24, "p{2.6cm}", 8
+HEAD, LONG, PROSE, MANY, NARROW = 11, 24, "p{2.6cm}", 8, 16
 """In LaTeX: characters in a line of a head; characters from which a column is set as prose, and
-that column; columns that fit a page with intervals in one line. In a terminal a column of text is
-broken to LONG characters at the least."""
+that column; columns that fit a page with intervals in one line. In a terminal: characters to which a
+column of text is broken at the least."""
 
 
 class Styled(str):
@@ -201,7 +201,7 @@ def print_table(t: Table, out: Console | None = None) -> None:
     out = out or console()
     if t.title:
         say(t.title, out=out)
-    every = list(range(len(t.columns)))
+    every = [j for j in range(len(t.columns)) if not j or any(c[j] != "" for c in t.read)]
     wide, narrow = ([x for j in every for x in _view(t, j, apart)] for apart in (True, False))
     views = [wide] if _widths(wide, out.width) else [narrow[:1]]
     for column in narrow[1:] if views == [narrow[:1]] else []:
@@ -254,7 +254,7 @@ def _widths(view: Sequence[View], room: int) -> list[int] | None:
     for head, texts, left in view:
         natural = max(cell_len(x) for t in texts or [Text()] for x in t.plain.split("\n"))
         word = max(map(cell_len, head.split(" ")))
-        least.append(max(min(natural, LONG) if left else natural, word))
+        least.append(max(min(natural, NARROW) if left else natural, word))
         most.append(max(natural, cell_len(head)))
     room -= 2 * (len(view) - 1)
     if sum(least) > room:
@@ -380,17 +380,15 @@ def html(t: Table) -> Markup:
     head, body = tag("thead", tag("tr", *heads)), tag("tbody", "\n", rows)
     table = tag('table class="sortable"', "\n", head, "\n", body, "\n")
     region = 'div class="scroll" tabindex="0" role="region" aria-label="{title}"'
-    found = [
-        tag('h3 id="table-{name}"', t.title, name=t.name),
-        tag(region, "\n", table, "\n", title=t.title),
-    ]
+    heading = tag('h3 id="table-{name}"', t.title, name=t.name)
+    found = Markup("\n").join([heading, tag(region, "\n", table, "\n", title=t.title), ""])
     if t.notes:
-        found.append(tag('ul class="notes"', *(tag("li", x) for x in t.notes)))
+        found += tag('ul class="notes"', *(tag("li", x) for x in t.notes))
     if runs := named(t):
         listed = [tag("li", f"{name}: {', '.join(ids)}") for name, ids in runs]
         notes = tag('ul class="notes"', *listed)
-        found.append(tag('details class="of"', tag("summary", "runs"), notes))
-    return Markup("\n").join(found)
+        found += tag('details class="of"', tag("summary", "runs"), notes)
+    return found
 
 
 def as_csv(t: Table) -> str:

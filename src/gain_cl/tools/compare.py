@@ -226,8 +226,8 @@ def _moved(study: Study, ends: dict[str, diagnosis.Stage]) -> Table:
     learned and on the controls, mean over blocks; nothing where a run was not diagnosed."""
     facts: tuple[Callable[[diagnosis.Stage], float | None], ...] = (
         lambda e: e.total_norm,
-        lambda e: e.kl_new and e.kl_new.nats,
-        lambda e: e.kl_controls and e.kl_controls.nats,
+        lambda e: e.kl_new.nats if e.kl_new else None,
+        lambda e: e.kl_controls.nats if e.kl_controls else None,
     )
     rows = []
     for s in study.settings:
