@@ -38,7 +38,7 @@ status: setup ## which runs of an experiment are done: make status E=main
 tables figures report: setup ## of an experiment, from results/ alone: make tables E=main
 	@$(BIN)/python -m gain_cl $@ experiment=$(E) $(ARGS)
 
-paper: setup ## tables, figures and report of an experiment; what is not out of date stays
+paper: setup ## tables, figures and report of an experiment
 	@$(BIN)/python -m gain_cl paper experiment=$(E) $(ARGS)
 
 params: setup ## trainable parameters of every model and method

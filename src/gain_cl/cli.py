@@ -40,7 +40,7 @@ usage: python -m gain_cl VERB ... (also: gain-cl VERB ...)
   tables    of an experiment, from its records alone: Markdown, LaTeX, CSV
   figures   of an experiment: PDF, PNG
   report    of an experiment: one HTML page
-  paper     all three; what is not out of date stays
+  paper     all three
 
   recombine      multiply the gains of a run's stages anew, with stages left out, weighted or reordered: no training
   score          matrix and statistics of checkpoints and adapters that were trained elsewhere, in order
