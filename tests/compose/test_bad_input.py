@@ -161,7 +161,11 @@ CONFIG = [
         "repeated seed",
         ["-m", "seed=1,1", *SMALL],
         64,
-        ["a repeated value: seed=1,1", "(command line)", "give each value once"],
+        [
+            "two runs of the multirun are the same: seed=1",
+            "(command line)",
+            "remove the repeated value",
+        ],
     ),
     Bad(
         "repeated domain",

@@ -143,7 +143,7 @@ def test_presets_compose_in_any_order() -> None:
 
 
 SHARED = [
-    ["method=lora", "train.lr=1e-3", "seed=1"],
+    ["method=lora", "++train.lr=1e-3", "++seed=1", "++tasks.names=[boolq]"],
     ["method=lora", "train.lr=1e-4", "seed=0", "sequence.order=[1,0,2]", "sequence=smoke"],
     ["~train.lr", "method=lora", "++adapter.config.use_dora=true", "~adapter.config.bias"],
     [

@@ -33,7 +33,7 @@ def refused(capsys: pytest.CaptureFixture[str], *argv: str, code: int = 64) -> s
 
 BAD = [
     # misspelt keys, with and without prefix
-    ("debug=smok", "debug has no preset 'smok'", "did you mean smoke?"),
+    ("debug=smok", "unknown debug 'smok' (debug=smok)", "did you mean smoke?"),
     ("train.lrr=1", "unknown key train.lrr", "did you mean train.lr?"),
     ("+train.lrr=1", "unknown key train.lrr", "did you mean train.lr?"),
     ("++train.lrr=1", "unknown key train.lrr", "did you mean train.lr?"),
@@ -175,7 +175,7 @@ BAD = [
     ("model=gpt2,mistral", "several values: model=gpt2,mistral", "add -m"),
     ("domain=law,code", "several values: domain=law,code", "domain=[a,b]"),
     ("+train.lr=1", "already at 'train.lr'", "without a prefix"),
-    ("-m seed=1,1", "a repeated value: seed=1,1", ""),
+    ("-m seed=1,1", "two runs of the multirun are the same: seed=1 ", "remove the repeated"),
     ("-m seed=0,1 hydra/launcher=jobllib", "unknown hydra/launcher 'jobllib'", "basic"),
     ("-m model=gpt2,gpt3", "unknown model 'gpt3'", "did you mean gpt2?"),
     ("--nope", "unrecognized arguments: --nope", "--help"),

@@ -4,7 +4,6 @@ model's limits, devices. Torch-free."""
 from __future__ import annotations
 
 import importlib.util
-import inspect
 import os
 import re
 import subprocess
@@ -14,12 +13,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
+from gain_cl import adapters, guards
 from gain_cl.compose import rules
 from gain_cl.compose.rules import Origin
 from gain_cl.config import presets
 from gain_cl.config.schema import (
-    ADAPTERS,
-    GUARDS,
     SECRET_NAME,
     SHA1,
     HubSource,
@@ -41,7 +39,8 @@ def check(config: RunConfig, plain: Mapping[str, Any], origin: Origin) -> None:
     _check_values(plain, config, origin)
     if isinstance(config.adapter, Peft):
         check_peft(config.adapter, origin)
-    _check_plugins(config, origin)
+    adapters.known.check(config.adapter, origin)
+    guards.known.check(config.guard, origin)
     rules.check(config, origin)
     _check_model(config, origin)
     _check_beginning(config)
@@ -275,32 +274,6 @@ def _compute_capabilities() -> list[float] | None:
 
 
 # --- keywords -------------------------------------------------------------------------------------
-
-
-def _check_plugins(config: RunConfig, origin: Origin) -> None:
-    """Check the keywords of a plugin's adapter and guard against what their constructors take."""
-    from gain_cl import adapters, guards
-
-    for key, settings, registered, built_in in (
-        ("adapter", config.adapter, adapters.registered(), ADAPTERS),
-        ("guard", config.guard, guards.registered(), GUARDS),
-    ):
-        if (kind := settings.kind) in built_in:
-            continue
-        if kind not in registered:
-            do = suggest(kind, [*built_in, *registered]) + "; --plugin FILE.py adds one"
-            raise ConfigError(f"unknown {key} {kind!r}", origin(f"{key}.kind"), do)
-        takes = inspect.signature(registered[kind])
-        try:
-            takes.bind(**settings.model_extra or {})
-        except TypeError as error:
-            word = str(error).split("'")[1]  # the argument that is missing or unexpected
-            name = f"{key}.{word}"
-            if word in takes.parameters:
-                do = f"give ++{name}=VALUE"
-                raise ConfigError(f"{name} is missing", f"{key} {kind}", do) from None
-            do = suggest(word, takes.parameters) or f"{key} {kind} has no settings"
-            raise ConfigError(f"unknown key {name}", origin(name), do) from None
 
 
 SHARED = ("VERA", "PVERA")

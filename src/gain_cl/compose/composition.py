@@ -31,6 +31,8 @@ from gain_cl.errors import ConfigError, suggest
 
 PACKAGE = re.compile(r"^[A-Za-z_][A-Za-z0-9_-]*$")  # what Hydra takes as one part of a package name
 
+VALUE = re.compile(r"\+\+[\w.-]+=")  # sets a value, whether the key is there or not
+
 Paths = Iterable[str | Path]
 Load = Callable[..., dict[str, Any]]
 """(overrides, request to tell of the chosen presets, name of the file) -> composed, plain data."""
@@ -84,7 +86,7 @@ def jobs(overrides: Iterable[str], config_dirs: Paths = (), plugins: Paths = ())
         for job in product:
             if (config := one(job)) in seen:
                 raise ConfigError(
-                    f"two runs of the multirun are the same: {' '.join(job)}",
+                    f"two runs of the multirun are the same: {' '.join(w.lstrip('+') for w in job)}",
                     "command line",
                     "remove the repeated value",
                 )
@@ -163,7 +165,8 @@ def session(config_dirs: Paths = ()) -> Iterator[Load]:
 
     def quickly(name: str, words: list[str]) -> DictConfig:
         """Put values into presets that may be composed already: most of Hydra's time."""
-        values = [w for w in words if _is_value(w)]
+        groups = presets.groups()
+        values = [w for w in words if VALUE.match(w) and key_of(w) not in groups]
         composed = by_hydra(name, tuple(w for w in words if w not in values))
         for o in _parse(values):
             OmegaConf.update(composed, o.key_or_group, o.value(), force_add=o.is_force_add())
@@ -194,28 +197,17 @@ def session(config_dirs: Paths = ()) -> Iterator[Load]:
         GlobalHydra.instance().hydra = outer
 
 
-def _is_value(word: str) -> bool:
-    """True if an override sets a value and chooses no preset."""
-    key = key_of(word)
-    return (
-        key.split(".")[0] in RunConfig.model_fields
-        and key not in presets.groups()
-        and not {"@", "/"} & set(key)
-        and (word.startswith("++") or word[0] not in "+~")
-    )
-
-
 def _parse(words: Iterable[str], loader: Any = None) -> list[Any]:
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     return cast("list[Any]", OverridesParser.create(loader).parse_overrides(list(words)))
 
 
-def _strings(override: Any) -> Iterator[str]:
+def _strings(override: Any) -> list[str]:
     """Return the value of an override, or the several of a sweep."""
     if override.is_sweep_override():
-        return cast("Iterator[str]", override.sweep_string_iterator())
-    return iter([override.get_value_element_as_str()])
+        return list(override.sweep_string_iterator())
+    return [override.get_value_element_as_str()]
 
 
 def search_path(config_dirs: Paths) -> list[str]:
@@ -282,19 +274,26 @@ def rewrite(
         parsed = _parse(words)
     given = [key_of(w) for w in words]
     for o, word, key in zip(parsed, words, given, strict=True):
+        group = key in presets.groups()
         if given.count(key) > 1 or (key == "domain" and "sequence.domains" in given):
             raise ConfigError(f"{key} is given twice", "command line", "give it once")
+        if o.is_sweep_override() and not sweep:
+            do = f"add -m for a run of each{'' if group else f'; a list is {key}=[a,b]'}"
+            do = "write domain=[a,b]" if key == "domain" else do
+            raise ConfigError(f"several values: {word}", "command line", do)
         if o.is_hydra_override() or o.is_delete():
             out.append(word)
-            continue
-        values = _values(o, word, key, sweep)
-        if key in ("domain", "sequence.domains"):
-            lists = [v if v.startswith("[") or v == "null" else f"[{v}]" for v in values]
-            custom = ("sequence.name=custom", "sequence.order=null")
-            out += [f"sequence.domains={','.join(lists)}"]
+        elif key in ("domain", "sequence.domains"):
+            lists = [v if v.startswith("[") or v == "null" else f"[{v}]" for v in _strings(o)]
+            custom = ("++sequence.name=custom", "++sequence.order=null")
+            out += [f"++sequence.domains={','.join(lists)}"]
             out += [c for c in custom if key_of(c) not in given]
-        elif key in presets.groups():
-            _check_choice(o, word, key, values, config_dirs)
+        elif group:
+            one = o.is_sweep_override() or isinstance(o.value(), str) or word == "debug=null"
+            if not one:
+                do = suggest("", presets.names(key, config_dirs))
+                what = f"{key} takes the name of one preset: {word}"
+                raise ConfigError(what, "command line", do)
             out.append(word)
         elif key.startswith("domains.") or (key in known_keys() and not o.is_add()):
             # the schema, not the preset at hand, says which keys there are
@@ -306,37 +305,6 @@ def rewrite(
     if files := [quote(str(Path(p).expanduser().absolute())) for p in plugins]:
         out.append(f"++plugins=[{','.join(files)}]")
     return out
-
-
-def _check_choice(o: Any, word: str, group: str, values: list[str], config_dirs: Paths) -> None:
-    """Refuse what is not the name of one preset. Hydra takes an unknown ``debug``, which is
-    optional, for absent and says nothing."""
-    there = presets.names(group, config_dirs)
-    none = group == "debug" and values == ["null"]
-    if not (o.is_sweep_override() or isinstance(o.value(), str) or none):
-        do = suggest(values[0], there)
-        raise ConfigError(f"{group} takes the name of one preset: {word}", "command line", do)
-    for value in values:
-        if group == "debug" and value not in ("null", *there):
-            do = suggest(value, there)
-            raise ConfigError(f"debug has no preset {value!r}", "command line", do)
-
-
-def _values(override: Any, word: str, key: str, sweep: bool) -> list[str]:
-    """Return the value of an override, or the several of a sweep."""
-    if override.is_sweep_override() and not sweep:
-        several = "" if key in presets.groups() else f"; a list is {key}=[a,b]"
-        raise ConfigError(
-            f"several values: {word}",
-            "command line",
-            f"add -m for a run of each{several}" if key != "domain" else "write domain=[a,b]",
-        )
-    if override.is_sweep_override() and (not override.is_discrete_sweep() or "glob(" in word):
-        return [word.split("=", 1)[1]]
-    values = [v.strip() for v in _strings(override)]
-    if len(set(values)) < len(values):
-        raise ConfigError(f"a repeated value: {word}", "command line", "give each value once")
-    return values
 
 
 def _implied(first: dict[str, Any], request: Request) -> list[str]:

@@ -21,32 +21,23 @@ def configs_dir() -> Path:
 
 
 def folders(config_dirs: Iterable[str | Path] = ()) -> list[Path]:
-    """The shipped presets and the user's; ConfigError for a folder that holds none or shadows a
-    shipped preset."""
-    shipped = configs_dir()
-    known = groups()
-    found = [shipped]
+    """Return the folders of presets, the shipped ones first. ConfigError for a folder that holds
+    none or shadows another preset."""
+    found = [configs_dir()]
     for given in config_dirs:
         folder, where = Path(given).expanduser().absolute(), f"--config-dir {given}"
         if not folder.is_dir():
-            raise ConfigError(
-                "no such folder",
-                where,
-                "give a folder that holds model/NAME.yaml, domain/NAME.yaml, ...",
-            )
-        if not any((folder / g).is_dir() for g in known):
-            raise ConfigError(
-                "no presets in the folder",
-                where,
-                f"put them into its subfolders {', '.join(known)}",
-            )
+            do = "give a folder that holds model/NAME.yaml, domain/NAME.yaml, ..."
+            raise ConfigError("no such folder", where, do)
+        if not any((folder / g).is_dir() for g in groups()):
+            do = f"put them into its subfolders {', '.join(groups())}"
+            raise ConfigError("no presets in the folder", where, do)
         for file in sorted(
-            p.relative_to(folder) for g in known for p in (folder / g).rglob("*.yaml")
+            p.relative_to(folder) for g in groups() for p in (folder / g).rglob("*.yaml")
         ):
             if any((other / file).exists() for other in found):
-                raise ConfigError(
-                    f"{file} has the name of another preset", where, "give it a name of its own"
-                )
+                what = f"{file} has the name of another preset"
+                raise ConfigError(what, where, "give it a name of its own")
         found.append(folder)
     return found
 

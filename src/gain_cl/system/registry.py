@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from pydantic import BaseModel
 
-from gain_cl.errors import ConfigError
+from gain_cl.errors import ConfigError, suggest
 from gain_cl.system.files import sha256
 
 T = TypeVar("T")
@@ -45,6 +45,27 @@ class Registry(Generic[T]):
         module, _, name = self.built_in[kind].partition(":")
         found: type[T] = getattr(importlib.import_module(module), name)
         return found
+
+    def check(self, settings: BaseModel, origin: Callable[[str], str] = str) -> None:
+        """Check the kind, and the keywords of a class that the schema does not know against its
+        constructor. origin: dotted key -> where it was set. ConfigError."""
+        section, kind, known = self.section, settings.kind, self.registered()  # type: ignore[attr-defined]
+        if kind in self.typed:
+            return
+        if kind not in known:
+            do = suggest(kind, [*self.typed, *known]) + "; --plugin FILE.py adds one"
+            raise ConfigError(f"unknown {section} {kind!r}", origin(f"{section}.kind"), do)
+        takes = inspect.signature(known[kind])
+        try:
+            takes.bind(**settings.model_extra or {})
+        except TypeError as error:
+            word = str(error).split("'")[1]  # the argument that is missing or unexpected
+            name, do = f"{section}.{word}", suggest(word, takes.parameters)
+            if word in takes.parameters:
+                what, where = f"{name} is missing", f"{section} {kind}"
+                raise ConfigError(what, where, f"give ++{name}=VALUE") from None
+            do = do or f"{section} {kind} has no settings"
+            raise ConfigError(f"unknown key {name}", origin(name), do) from None
 
     def pin(self, kind: str) -> str | None:
         """Return the SHA-256 of the file that defines a plugin's class, for the run id; None for
