@@ -122,17 +122,19 @@ def _run(argv: list[str]) -> int:
     parser.add_argument("-p", "--package")
     parser.add_argument("-i", "--info", nargs="?", const="all")
     args = parser.parse_intermixed_args(argv)
-    from gain_cl.compose import composition
-    from gain_cl.system import signals
+    from gain_cl.config import presets
 
     here = {"config_dirs": args.config_dir, "plugins": args.plugin}
     if args.help or args.hydra_help:
-        composition.search_path(args.config_dir)  # says what is wrong with a folder
+        presets.search_path(args.config_dir)  # says what is wrong with a folder
         # Hydra's help lists the presets of its own --config-dir only
         first, rest = args.config_dir[:1], args.config_dir[1:]
         flag = "--help" if args.help else "--hydra-help"
-        places = [*(f"--config-dir={d}" for d in first), *composition.search_path(rest)]
+        places = [*(f"--config-dir={d}" for d in first), *presets.search_path(rest)]
         return _hydra([flag, *places, *args.overrides])
+    from gain_cl.compose import composition
+    from gain_cl.system import signals
+
     if args.cfg or args.info:
         flags = [f"--{w}={v}" for w in ("cfg", "info", "package") if (v := getattr(args, w))]
         flags += ["--resolve"] * args.resolve
@@ -160,6 +162,7 @@ def _multirun(overrides: list[str], here: dict[str, Any]) -> int:
     """Carry out every job through Hydra's launcher and the path of a single run. Go on after a
     failure, stop at a signal."""
     from gain_cl.compose import composition
+    from gain_cl.config import presets
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         what = "-m under torchrun would start every run on every rank"
@@ -188,7 +191,7 @@ def _multirun(overrides: list[str], here: dict[str, Any]) -> int:
 
     words = composition.rewrite(overrides, sweep=True, **here)
     try:
-        _hydra(["--multirun", *composition.search_path(here["config_dirs"]), *words], job)
+        _hydra(["--multirun", *presets.search_path(here["config_dirs"]), *words], job)
     except RuntimeError:
         failures.append(1)
     if failures and not stopped:

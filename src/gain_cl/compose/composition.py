@@ -66,7 +66,10 @@ def spell_out(overrides: Iterable[str], config_dirs: Paths = (), plugins: Paths 
     ``--cfg job``."""
     config_dirs = list(config_dirs)
     with session(config_dirs) as load:
-        return [*search_path(config_dirs), *_compose(load, overrides, config_dirs, plugins)[1]]
+        return [
+            *presets.search_path(config_dirs),
+            *_compose(load, overrides, config_dirs, plugins)[1],
+        ]
 
 
 def jobs(overrides: Iterable[str], config_dirs: Paths = (), plugins: Paths = ()) -> list[list[str]]:
@@ -148,7 +151,7 @@ def session(config_dirs: Paths = ()) -> Iterator[Load]:
     from hydra.core.global_hydra import GlobalHydra
     from omegaconf import DictConfig, OmegaConf, open_dict
 
-    more = search_path(config_dirs)
+    more = presets.search_path(config_dirs)
 
     @functools.cache
     def called(name: str, words: tuple[str, ...]) -> tuple[DictConfig, list[Any]]:
@@ -208,12 +211,6 @@ def _strings(override: Any) -> list[str]:
     if override.is_sweep_override():
         return list(override.sweep_string_iterator())
     return [override.get_value_element_as_str()]
-
-
-def search_path(config_dirs: Paths) -> list[str]:
-    """Return Hydra's override that adds folders of presets."""
-    more = [quote(f"file://{f}") for f in presets.folders(config_dirs)[1:]]
-    return [f"hydra.searchpath=[{','.join(more)}]"] if more else []
 
 
 def _compose(
@@ -302,7 +299,7 @@ def rewrite(
             out.append(word)
     if "model.path" in given and "model" not in given:
         out.append("model=custom")
-    if files := [quote(str(Path(p).expanduser().absolute())) for p in plugins]:
+    if files := [presets.quote(str(Path(p).expanduser().absolute())) for p in plugins]:
         out.append(f"++plugins=[{','.join(files)}]")
     return out
 
@@ -324,7 +321,7 @@ def _implied(first: dict[str, Any], request: Request) -> list[str]:
         folder = Path(model["path"]).expanduser()
         if not model.get("name") and "model.name" not in given:
             name = re.sub(r"[^A-Za-z0-9._-]", "-", folder.absolute().name).lstrip(".-")
-            out.append(f"++model.name={quote(name)}")
+            out.append(f"++model.name={presets.quote(name)}")
         if folder.is_dir() and model.get("revision") is not None:
             out.append("++model.revision=null")  # a folder has no commit: its content is hashed
         if model.get("package") is not None and "model.path" in given:
@@ -350,8 +347,3 @@ def _implied(first: dict[str, Any], request: Request) -> list[str]:
             do = suggest(name, names)
             raise ConfigError(f"{key}: no such domain in this run", "command line", do)
     return out + [f"+domain@domains.{n}={n}" for n in names]
-
-
-def quote(text: str) -> str:
-    """Return a string as Hydra's grammar quotes it."""
-    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"

@@ -11,13 +11,15 @@ import typing
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
-from pydantic import ValidationError
 
-from gain_cl.config import presets, schema
+from gain_cl.config import presets
 from gain_cl.errors import ConfigError, GainError, suggest
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 FREE = ("model.arch.", "adapter.config.", "guard.", "adapter.")
 """Sections that take keys of their own. Plain Hydra needs ++ to add one."""
@@ -80,6 +82,8 @@ def unknown(key: str, where: str, section: Any = None) -> ConfigError:
     """Return the error for a key that does not exist, with the likeliest one that does.
 
     section: what the key stands in. Its kind, if it has one, says which keys there are."""
+    from gain_cl.config import schema
+
     what, parts = f"unknown key {key}", key.split(".")
     if isinstance(section, dict) and (takes := _takes(kind := section.get("kind"))) is not None:
         near = difflib.get_close_matches(parts[-1], takes, n=1)
@@ -99,6 +103,8 @@ def unknown(key: str, where: str, section: Any = None) -> ConfigError:
 
 def _takes(kind: object) -> list[str] | None:
     """Return the keys of a section of a kind, besides kind itself. None for a plugin's."""
+    from gain_cl.config import schema
+
     for section in vars(schema).values():
         fields = getattr(section, "model_fields", {})
         if "kind" in fields and kind in typing.get_args(fields["kind"].annotation):

@@ -61,3 +61,14 @@ def short(path: str | Path) -> str:
     path = Path(path)
     root = configs_dir()
     return str(Path("configs") / path.relative_to(root)) if path.is_relative_to(root) else str(path)
+
+
+def search_path(config_dirs: Iterable[str | Path]) -> list[str]:
+    """Return Hydra's override that adds folders of presets."""
+    more = [quote(f"file://{f}") for f in folders(config_dirs)[1:]]
+    return [f"hydra.searchpath=[{','.join(more)}]"] if more else []
+
+
+def quote(text: str) -> str:
+    """Return a string as Hydra's grammar quotes it."""
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 
 from gain_cl.compose import composition
+from gain_cl.config import presets
 from gain_cl.config.schema import RunConfig
 from gain_cl.errors import ConfigError
 from gain_cl.tools.command import Parser
@@ -44,7 +45,7 @@ def compose(argv: list[str]) -> RunConfig:
         raise ConfigError(
             "nothing is trained: method= has no meaning here", "gain_cl score", "leave it out"
         )
-    quoted = ",".join(map(composition.quote, checkpoints))
+    quoted = ",".join(map(presets.quote, checkpoints))
     return composition.compose(
         ["method=given", f"++adapter.checkpoints=[{quoted}]", *overrides],
         args.config_dir,
