@@ -25,7 +25,7 @@ COMPARED = ("own_step", "backward", "backward_net", "from_base", "controls_from_
 def run(*overrides: str, config_dirs: Paths = (), plugins: Paths = ()) -> Run:
     """Carry out a run and return it: ``run("model=smollm2", "method=gain_ffn").matrix``.
 
-    overrides: Hydra overrides, as on the command line; config_dirs, plugins: as --config-dir and
+    overrides: Hydra overrides, as on the command line. config_dirs, plugins: as --config-dir and
     --plugin, one or several. A finished run is read, not repeated (unless ``force=true``). Raises
     errors.GainError, whose text is the command line's one-line message.
     """
@@ -41,16 +41,19 @@ def run(*overrides: str, config_dirs: Paths = (), plugins: Paths = ()) -> Run:
 
 
 def compare(*runs_or_paths: Run | str | Path) -> pd.DataFrame:
-    """Settings side by side, a row each: setting, blocks, trainable_parameters, and for each metric
-    of COMPARED its value with its 95% interval in nats per token (own_step, own_step_low,
-    own_step_high, ...; below 0: better). NaN: it does not exist.
+    """Return settings side by side, a row each.
+
+    Columns: setting, blocks, trainable_parameters, and for each metric of COMPARED its value with
+    its 95% interval in nats per token (own_step, own_step_low, own_step_high, ...). Below 0 is
+    better. NaN: it does not exist.
 
     Runs that differ in seed and order of the domains alone are blocks of one setting. The interval
-    is over blocks and the documents they share, with one block over its documents: those cannot
-    tell methods apart.
+    is over blocks and the documents they share. With one block it is over its documents, which
+    cannot tell methods apart.
 
     >>> import gain_cl
-    >>> table = gain_cl.compare("results/runs/A.json", "results/runs/B.json")  # or runs, from run() and load()
+    >>> # records, or what run() and load() return
+    >>> table = gain_cl.compare("results/runs/A.json", "results/runs/B.json")
     >>> table[["setting", "own_step", "backward", "backward_low", "backward_high"]].round(3)
       setting  own_step  backward  backward_low  backward_high
     0    gain    -0.090     0.038         0.035          0.040

@@ -26,28 +26,28 @@ INTERRUPTED = 130
 USAGE_TEXT = """\
 usage: python -m gain_cl VERB ... (also: gain-cl VERB ...)
 
-  run     adapt a model to a sequence of domains and write its forgetting matrix; run --help lists presets and keys
+  run     adapt a model to a sequence of domains and write its forgetting matrix (run --help)
   show    print a finished run again: show RECORD.json, or show RUN_ID
-  export  what a run has learned for use elsewhere: an adapter in PEFT's format, or an ordinary transformers checkpoint
+  export  what a run has learned, for use elsewhere: an adapter of PEFT's, or a whole checkpoint
   params  trainable parameters of every model and method
 
   sweep     run what an experiment (experiments/NAME.yaml) lacks, here or on Slurm
-  status    which runs of an experiment (experiments/NAME.yaml) are done, and the commands of those that are not
-  compare   runs, or an experiment: intervals, fronts, equal skill, and a verdict per declared endpoint
+  status    which runs of an experiment are done, and the commands of those that are not
+  compare   runs, or an experiment: intervals, fronts, equal skill, verdicts on endpoints
   power     what an experiment can detect and what it will cost, before it runs
-  diagnose  what a run did to the weights: norms, directions, intruders, gains, divergence from the pretrained model
+  diagnose  what a run did to the weights: norms, directions, intruders, gains, divergence
 
   tables    of an experiment, from its records alone: Markdown, LaTeX, CSV
   figures   of an experiment: PDF, PNG
   report    of an experiment: one HTML page
   paper     all three
 
-  recombine      multiply the gains of a run's stages anew, with stages left out, weighted or reordered: no training
-  score          matrix and statistics of checkpoints and adapters that were trained elsewhere, in order
+  recombine      multiply the gains of stages anew, some left out, weighted or reordered
+  score          matrix and statistics of checkpoints that were trained elsewhere, in order
   interpolate    score the models between the pretrained one and a run's: no training
 
   prepare        fetch, tokenise and check the data of a run, before it starts
-  verify         recompute every number of a finished run from its raw values and hash its files again
+  verify         recompute every number of a finished run and hash its files again
   verify-resume  kill a short run at random moments, resume it and compare with the undisturbed one
   doctor         what this machine has, what it lacks and what to do
   clean          remove caches and abandoned runs, after showing them

@@ -11,8 +11,8 @@ USAGE, DATA, IN_USE, IO, PREEMPTED = 64, 65, 73, 74, 75  # exit codes (sysexits.
 
 
 def printable(text: str) -> str:
-    """The text with what a terminal would obey or cannot show written as an escape: \\x1b. Line
-    ends stay."""
+    """Return the text with what a terminal would obey or cannot show as an escape: \\x1b. Line ends
+    stay."""
     return "".join(
         c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text
     )

@@ -263,7 +263,7 @@ def _check_device(config: RunConfig, origin: Origin) -> None:
 
 
 def _compute_capabilities() -> list[float] | None:
-    """Return those of the NVIDIA GPUs of this machine, by its own tool. None if that is not known
+    """Return the compute capabilities of the NVIDIA GPUs of this machine, by its own tool. None if that is not known
     without torch."""
     command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
     try:

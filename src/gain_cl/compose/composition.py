@@ -88,11 +88,9 @@ def jobs(overrides: Iterable[str], config_dirs: Paths = (), plugins: Paths = ())
     with composer(config_dirs) as one:
         for job in product:
             if (config := one(job)) in seen:
-                raise ConfigError(
-                    f"two runs of the multirun are the same: {' '.join(w.lstrip('+') for w in job)}",
-                    "command line",
-                    "remove the repeated value",
-                )
+                said = " ".join(w.lstrip("+") for w in job)
+                what = f"two runs of the multirun are the same: {said}"
+                raise ConfigError(what, "command line", "remove the repeated value")
             seen.append(config)
     return product
 
@@ -140,8 +138,8 @@ def _import(path: Path) -> None:
 
 # --- composing ------------------------------------------------------------------------------------
 
-CALLED = ("callbacks", "launcher", "sweeper", "hydra_logging", "job_logging", "job.env_set")
-"""Parts of Hydra's own section that say what a multirun calls or sets."""
+CALLED = ("callbacks", "launcher", "sweeper", "hydra_logging", "job_logging")
+"""Parts of Hydra's own section that say what a multirun calls. job.env_set is one more."""
 
 
 @contextlib.contextmanager
@@ -156,7 +154,8 @@ def session(config_dirs: Paths = ()) -> Iterator[Load]:
     @functools.cache
     def called(name: str, words: tuple[str, ...]) -> tuple[DictConfig, list[Any]]:
         composed = hydra.compose(name, overrides=[*more, *words], return_hydra_config=True)
-        return composed, [OmegaConf.select(composed.hydra, part) for part in CALLED]
+        settings: Any = OmegaConf.to_container(composed.hydra, resolve=False)
+        return composed, [settings[part] for part in CALLED] + [settings["job"]["env_set"]]
 
     def by_hydra(name: str, words: tuple[str, ...]) -> DictConfig:
         composed, calls = called(name, words)

@@ -1,4 +1,4 @@
-"""The YAML files of configs/: where they are and what there is. Neither Hydra nor torch is
+"""Find the YAML files of configs/ and say what there is. Neither Hydra nor torch is
 imported."""
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from gain_cl.errors import ConfigError
 
 
 def configs_dir() -> Path:
-    """The shipped presets: inside the installed package, else in the checkout."""
+    """Return the folder of the shipped presets: inside the installed package, else in the checkout."""
     package = Path(__file__).resolve().parents[1]
     for folder in (package / "configs", package.parents[1] / "configs"):
         if (folder / "run.yaml").is_file():
@@ -43,12 +43,12 @@ def folders(config_dirs: Iterable[str | Path] = ()) -> list[Path]:
 
 
 def groups() -> list[str]:
-    """model, method, domain, ...: the subfolders of configs/."""
+    """Return model, method, domain and the other subfolders of configs/."""
     return sorted(p.name for p in configs_dir().iterdir() if p.is_dir())
 
 
 def names(group: str, config_dirs: Iterable[str | Path] = ()) -> list[str]:
-    """The presets of a group, shipped ones first."""
+    """Return the names of the presets of a group, shipped ones first."""
     return [
         p.name.removesuffix(".yaml")
         for f in folders(config_dirs)
@@ -57,7 +57,7 @@ def names(group: str, config_dirs: Iterable[str | Path] = ()) -> list[str]:
 
 
 def short(path: str | Path) -> str:
-    """A preset's path as briefly as it can be said: shipped ones from configs/ on."""
+    """Return a preset's path as briefly as it can be said: shipped ones from configs/ on."""
     path = Path(path)
     root = configs_dir()
     return str(Path("configs") / path.relative_to(root)) if path.is_relative_to(root) else str(path)

@@ -347,7 +347,8 @@ class PluginAdapter(Plugin):
     @model_validator(mode="before")
     @classmethod
     def _begun_from_nothing(cls, given: Any) -> Any:
-        """The presets' ``init_from: null`` asks nothing of a plugin that takes their place."""
+        """Drop the presets' ``init_from: null``, which asks nothing of a plugin that takes their
+        place."""
         return (
             {k: v for k, v in given.items() if (k, v) != ("init_from", None)}
             if isinstance(given, dict)
@@ -361,7 +362,7 @@ GUARDS = ("none", "ewc", "replay", "self_replay", "kl_base", "l2_base", "orthogo
 
 
 def _kind(known: tuple[str, ...]) -> Discriminator:
-    """The tag of a section by its kind: itself, or plugin."""
+    """Return the tag of a section by its kind: itself, or plugin."""
     return Discriminator(
         lambda v: (
             k if (k := v.get("kind") if isinstance(v, dict) else v.kind) in known else "plugin"
@@ -413,7 +414,7 @@ class Sequence(Section):
 
     @property
     def trained(self) -> list[str]:
-        """Domains in the order they are trained."""
+        """Return the domains in the order they are trained."""
         return (
             [self.domains[i] for i in self.order] if self.order is not None else list(self.domains)
         )
@@ -469,12 +470,12 @@ class Train(Section):
 
     @property
     def stage_steps(self) -> int:
-        """Optimiser steps of one stage."""
+        """Return the optimiser steps of one stage."""
         return self.steps if self.steps is not None else self.tokens // self.batch_tokens  # type: ignore[operator]
 
     @property
     def sequences(self) -> int:
-        """Training sequences in one optimiser step."""
+        """Return the training sequences in one optimiser step."""
         return self.batch_tokens // self.block
 
 
@@ -593,14 +594,14 @@ class RunConfig(Section):
 
     @property
     def stages(self) -> list[str]:
-        """Names of the trained stages in order: their domains; the one stage of joint training is
-        called joint."""
+        """Return the names of the trained stages in order: their domains. The one stage of joint
+        training is called joint."""
         return [JOINT] if self.regime == "joint" else self.sequence.trained
 
     @property
     def stage(self) -> Train:
-        """Training settings of one stage: joint training spends the budget of all domains in
-        one."""
+        """Return the training settings of one stage. Joint training spends the budget of all
+        domains in one."""
         times = len(self.sequence.domains) if self.regime == "joint" else 1
         tokens, steps = self.train.tokens, self.train.steps
         return self.train.model_copy(
@@ -609,14 +610,14 @@ class RunConfig(Section):
 
     @property
     def only_scored(self) -> list[str]:
-        """Domains of which no text is trained on here: the controls; all of them where the training
-        was done elsewhere."""
+        """Return the domains of which no text is trained on here: the controls, or all of them if
+        the training was done elsewhere."""
         return (
             list(self.domains) if isinstance(self.adapter, Given) else list(self.sequence.controls)
         )
 
     def scientific(self) -> dict[str, Any]:
-        """What the run id is a hash of: every setting that changes a result."""
+        """Return what the run id is a hash of: every setting that changes a result."""
         settings = self.model_dump(mode="json", exclude=set(EXECUTION))
         if isinstance(self.adapter, Given):
             del settings["train"]  # nothing is trained here
