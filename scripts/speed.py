@@ -33,7 +33,9 @@ def worker(method: str, overrides: list[str]) -> None:
         [*overrides, *([] if method == "forward" else [f"method={method}"])], [], []
     )
     torch.set_num_threads(config.compute.threads or torch.get_num_threads())
-    loaded = load.load(config.model, load.device_of(config.compute.device, config.model.dtype))
+    loaded = load.load_model(
+        config.model, load.device_of(config.compute.device, config.model.dtype)
+    )
     domain = domains.prepare(
         config.domains[config.sequence.trained[0]], loaded.tokenizer, loaded.tokenizer_hash
     )

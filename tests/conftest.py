@@ -100,7 +100,7 @@ def tiny(family: str, dtype: str = "float32", **keys: Any) -> Any:
     settings = schema.Model(
         name=f"tiny-{family}", arch={**FAMILIES[family], **keys}, dtype=dtype, attention=attention
     )  # type: ignore[arg-type]
-    loaded = load.load(settings, torch.device("cpu"))
+    loaded = load.load_model(settings, torch.device("cpu"))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, p in loaded.model.named_parameters():

@@ -92,7 +92,7 @@ class Bench:
         config = composition.compose(
             [*BASE, f"output_dir={self.root}/x", f"results_dir={self.root}/x"], [], []
         )
-        loaded = load.load(config.model, torch.device("cpu"))
+        loaded = load.load_model(config.model, torch.device("cpu"))
         found = {}
         for stage, name in enumerate(TRAINED, start=1):
             domain = domains_.prepare_domain(

@@ -739,12 +739,12 @@ def test_the_second_wall_holds(
     monkeypatch.setattr(source, "_inspect_code", lambda folder: None)
     given = schema.Model(name="m", path=str(tmp_path / "m"), dtype="float32")
     for call in (
-        lambda: load.load(given, torch.device("cpu")),
+        lambda: load.load_model(given, torch.device("cpu")),
         lambda: load.load_tokenizer(given),
         lambda: load.tokenizer_hash(tmp_path / "m"),
         lambda: load.parameters_of(tmp_path / "m", "float32"),
         lambda: load.vocabulary(given),
-        lambda: load.meta(given),
+        lambda: load.meta_model(given),
     ):
         with contextlib.suppress(DataError, ValueError):
             call()
@@ -771,6 +771,6 @@ def test_code_that_an_architecture_names_never_runs(tmp_path: Path, answered: No
     auto_map = {"AutoModelForCausalLM": f"{tmp_path / 'm'}--evil.Evil"}
     arch = {**tiny("llama").model.config.to_dict(), "auto_map": auto_map}
     given = schema.Model(name="m", arch=arch, dtype="float32")
-    load.load(given, torch.device("cpu"))
-    load.meta(given)
+    load.load_model(given, torch.device("cpu"))
+    load.meta_model(given)
     assert not marker.exists()

@@ -123,16 +123,16 @@ def test_the_delta_is_pinned(tmp_path: Path) -> None:
     healed = composition.compose(["tasks=none"]).model
     assert healed.name == "smollm2_healed" and healed.delta is not None
     assert (
-        source.pin(healed)["delta"] == healed.delta.sha256
-        and convert._delta_file(healed) is not None
+        source.pin_model(healed)["delta"] == healed.delta.sha256
+        and convert.delta_file(healed) is not None
     )
     other = healed.model_copy(
         update={"delta": schema.Delta(file=healed.delta.file, sha256="0" * 64)}
     )
     with pytest.raises(DataError, match="not the one that is pinned"):
-        convert._delta_file(other)
+        convert.delta_file(other)
     with pytest.raises(DataError, match="no such file"):
-        convert._delta_file(
+        convert.delta_file(
             healed.model_copy(
                 update={"delta": schema.Delta(file="nosuch.safetensors", sha256="0" * 64)}
             )
@@ -164,7 +164,7 @@ def test_the_shipped_model_is_the_run_s(tmp_path: Path) -> None:
     asked = composition.compose(
         ["tasks=none", "domain=[medicine]", "eval.documents=8", "eval.window=64"]
     )
-    loaded = load.load(asked.model, torch.device("cpu"))
+    loaded = load.load_model(asked.model, torch.device("cpu"))
     geography = asked.domains["geography"]
     text = domains.prepare_domain(
         geography,

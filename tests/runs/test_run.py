@@ -569,28 +569,28 @@ def save(folder: Path, **changes: Any) -> Path:
 
 def test_unusable_models(tmp_path: Path) -> None:
     good = save(tmp_path / "good")
-    assert source.inspect(good)["model_type"] == "llama"
+    assert source.inspect_model(good)["model_type"] == "llama"
     with pytest.raises(DataError, match="not a causal language model: BertModel"):
-        source.inspect(save(tmp_path / "bert", architectures=["BertModel"]))
+        source.inspect_model(save(tmp_path / "bert", architectures=["BertModel"]))
     with pytest.raises(DataError, match="needs code from its repository"):
-        source.inspect(
+        source.inspect_model(
             save(tmp_path / "remote", model_type="mystery", auto_map={"AutoModel": "x.Y"})
         )
     with pytest.raises(DataError, match="token id 256 has no embedding row"):
-        source.inspect(save(tmp_path / "rows", vocab_size=100))
+        source.inspect_model(save(tmp_path / "rows", vocab_size=100))
     pickled = save(tmp_path / "pickle")
     (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
     with pytest.raises(DataError, match=r"only pickle weights \(pytorch_model.bin\)"):
-        source.inspect(pickled)
+        source.inspect_model(pickled)
     (pickled / "pytorch_model.bin").unlink()
     with pytest.raises(DataError, match=r"no model\*\.safetensors"):
-        source.inspect(pickled)
+        source.inspect_model(pickled)
     (pickled / "config.json").write_text("{")
     with pytest.raises(DataError, match=r"config\.json is not JSON"):
-        source.inspect(pickled)
+        source.inspect_model(pickled)
     (pickled / "config.json").unlink()
     with pytest.raises(DataError, match=r"no config\.json"):
-        source.inspect(pickled)
+        source.inspect_model(pickled)
 
 
 def test_end_token_and_prefix(tmp_path: Path) -> None:
@@ -602,14 +602,14 @@ def test_end_token_and_prefix(tmp_path: Path) -> None:
             path.write_text(json.dumps({k: v for k, v in data.items() if k != "eos_token"}))
     model = schema.Model(name="endless", path=str(folder), dtype="float32")
     with pytest.raises(DataError, match="no end token"):
-        load.load(model, torch.device("cpu"))
-    ready = load.load(
+        load.load_model(model, torch.device("cpu"))
+    ready = load.load_model(
         model.model_copy(update={"prefix_token_id": 5, "separator_token_id": 6}),
         torch.device("cpu"),
     )
     assert (ready.prefix_id, ready.separator_id) == (5, 6)
     with pytest.raises(DataError, match="prefix_token_id=999 has no embedding row"):
-        load.load(
+        load.load_model(
             model.model_copy(update={"prefix_token_id": 999, "separator_token_id": 6}),
             torch.device("cpu"),
         )
@@ -661,7 +661,9 @@ def test_a_run_on_weights_with_a_gap_is_refused(tmp_path: Path) -> None:
         match=r"2 tensors are missing, unknown or of another shape, first "
         r"model\.layers\.1\.mlp\.up_proj\.weight",
     ):
-        load.load(schema.Model(name="gap", path=str(folder), dtype="float32"), torch.device("cpu"))
+        load.load_model(
+            schema.Model(name="gap", path=str(folder), dtype="float32"), torch.device("cpu")
+        )
 
 
 def test_chunked_head_is_checked_against_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -683,13 +685,13 @@ def test_converted_model_is_verified(tmp_path: Path) -> None:
     loaded = tiny("llama")
     loaded.model.save_pretrained(tmp_path)
     hashes = {"model.safetensors": record.sha256(tmp_path / "model.safetensors")}
-    assert convert._converted(tmp_path) is None  # no manifest
+    assert convert.converted_files(tmp_path) is None  # no manifest
     (tmp_path / convert.MANIFEST).write_text(json.dumps({"source": {}, "files": hashes}))
-    assert convert._converted(tmp_path) == hashes
+    assert convert.converted_files(tmp_path) == hashes
     data = bytearray((tmp_path / "model.safetensors").read_bytes())
     data[-1] ^= 1
     (tmp_path / "model.safetensors").write_bytes(data)
-    assert convert._converted(tmp_path) is None
+    assert convert.converted_files(tmp_path) is None
 
 
 @pytest.mark.data
@@ -702,7 +704,7 @@ def test_default_model_from_its_package(
     is the pretraining separator."""
     monkeypatch.delenv("GAIN_CL_CACHE", raising=False)
     assert composition.compose([]).model.name == "smollm2_healed"
-    loaded = load.load(composition.compose([f"model={model}"]).model, torch.device("cpu"))
+    loaded = load.load_model(composition.compose([f"model={model}"]).model, torch.device("cpu"))
     assert loaded.prefix_id == loaded.separator_id == 0
     ids = loaded.tokenizer("The capital of France is", return_tensors="pt")["input_ids"]
     with torch.no_grad():

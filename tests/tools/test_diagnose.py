@@ -268,7 +268,7 @@ def changes(made: record.Run, stage: int) -> dict[str, np.ndarray]:
     from gain_cl.tools.rescore import Bench
 
     bench = Bench(made, None)
-    plain, tuned = (load.load(bench.config.model, torch.device("cpu")) for _ in range(2))
+    plain, tuned = (load.load_model(bench.config.model, torch.device("cpu")) for _ in range(2))
     adapter = bench.attach(tuned)
     adapter.load_state(bench.state(stage))
     adapter.absorb()
@@ -357,7 +357,7 @@ def test_intruders_of_a_run_are_those_that_peft_finds(
     )
     end = ask(capsys, str(made.path), "--stage", "3", "--no-kl")["stages"][-1]
     bench, told = Bench(made, None), []
-    adapter = bench.attach(load.load(bench.config.model, torch.device("cpu")))
+    adapter = bench.attach(load.load_model(bench.config.model, torch.device("cpu")))
     adapter.load_state(bench.state(3))
     peft_lora.reduce_intruder_dimension(adapter.peft, logging_sink=told.append)  # type: ignore[attr-defined]
     lines = dict(

@@ -105,7 +105,7 @@ def logits(model: Any) -> torch.Tensor:
 
 def put(adapter: Any, loaded: Any, folder: Path) -> Path:
     folder.mkdir()
-    for name, data in portable.files(adapter, loaded, "base", None).items():
+    for name, data in portable.adapter_files(adapter, loaded, "base", None).items():
         (folder / name).write_bytes(data)
     return folder
 
@@ -254,7 +254,7 @@ def test_no_form_in_peft(method: str) -> None:
     adapter = adapters.build_adapter(settings(method))
     adapter.attach(loaded)
     with pytest.raises(ConfigError, match="to=merged works"):
-        portable.files(adapter, loaded, "base", None)
+        portable.adapter_files(adapter, loaded, "base", None)
 
 
 @pytest.mark.slow
@@ -265,14 +265,14 @@ def test_the_same_bytes_again() -> None:
         "t; l, a = t.trained('ia3', 'llama');"
     )
     script += (
-        "import hashlib; print([hashlib.sha256(d).hexdigest() for d in t.portable.files(a, "
+        "import hashlib; print([hashlib.sha256(d).hexdigest() for d in t.portable.adapter_files(a, "
         "l, 'base', None).values()])"
     )
     import hashlib
 
     ours = [
         hashlib.sha256(d).hexdigest()
-        for d in portable.files(adapter, loaded, "base", None).values()
+        for d in portable.adapter_files(adapter, loaded, "base", None).values()
     ]
     env = {**os.environ, "PYTHONHASHSEED": "5", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
@@ -418,7 +418,7 @@ def test_what_the_verb_writes_is_what_the_run_scored(
     outside(clean, VANILLA, json.dumps([job]), tmp_path / "out.safetensors", cwd=tmp_path)
     theirs = load_file(tmp_path / "out.safetensors")[job[1]]
     torch.testing.assert_close(theirs, theirs[:1].expand_as(theirs), rtol=1e-5, atol=2e-6)
-    loaded = load.load(
+    loaded = load.load_model(
         schema.RunConfig.model_validate(made.record.config).model, torch.device("cpu")
     )
     assert (logits(loaded.model) - theirs[0]).abs().max() > 1e-3
@@ -458,7 +458,7 @@ def test_merged_is_the_model_that_was_scored(
     ) == pytest.approx(0, abs=1e-6)
     rounded = float(re.findall(r"merge error in bfloat16: (\S+) nats", printed)[0])
     assert (rounded == 0) == (method == "full")  # its weights are rounded either way
-    loaded = load.load(
+    loaded = load.load_model(
         composition.compose([*SMALL, f"method={method}"], [], []).model, torch.device("cpu")
     )
     loaded.model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
@@ -660,6 +660,10 @@ def test_earlier_stage_of_full_is_gone_and_said(tmp_path: Path) -> None:
         exported.export(made.record, "merged", tmp_path / "x", 1)
 
 
+def model_of(family: str) -> schema.Model:
+    return schema.Model(name=family, arch={"model_type": family})
+
+
 # --- begin from an adapter ------------------------------------------------------------------------
 
 
@@ -683,7 +687,7 @@ def test_round_trip(first: record.Run, saved: Path) -> None:
     )
     found = []
     for of in (settings.adapter, schema.Gain(**GAIN)):
-        loaded = load.load(settings.model, torch.device("cpu"))
+        loaded = load.load_model(settings.model, torch.device("cpu"))
         adapter = adapters.build_adapter(of)
         adapter.attach(loaded)
         portable.begin(of, adapter, loaded)
@@ -692,7 +696,9 @@ def test_round_trip(first: record.Run, saved: Path) -> None:
         found.append(logits(loaded.model))
         assert all(p.requires_grad for p in adapter.parameters().values())
     assert torch.equal(*found)
-    assert not torch.equal(found[0], logits(load.load(settings.model, torch.device("cpu")).model))
+    assert not torch.equal(
+        found[0], logits(load.load_model(settings.model, torch.device("cpu")).model)
+    )
 
 
 @pytest.mark.parametrize("method", ["lora", "ia3"])
@@ -700,8 +706,7 @@ def test_round_trip_through_peft(method: str, tmp_path: Path) -> None:
     loaded, adapter = trained(method, "llama")
     folder = put(adapter, loaded, tmp_path / "adapter")
     of = settings(method).model_copy(update={"init_from": str(folder)})
-    portable.check(of, folder, "llama", None)
-    portable.fits(of)
+    portable.check_init(of, model_of("llama"))
     fresh, begun = tiny("llama"), adapters.build_adapter(of)
     begun.attach(fresh)
     portable.begin(of, begun, fresh)
@@ -794,12 +799,15 @@ def test_a_peft_config_that_differs_is_named(tmp_path: Path) -> None:
     with pytest.raises(
         ConfigError, match=r"saved with lora_alpha=8, adapter.config.lora_alpha is 9"
     ):
-        portable.check(other, folder, "llama", None)
+        portable.check_init(other, model_of("llama"))
     told = _altered(
         folder, tmp_path / "rs", use_rslora=True
     )  # a key that the run leaves to PEFT's default
+    of = settings("lora").model_copy(update={"init_from": str(told)})
+    fresh, begun = tiny("llama"), adapters.build_adapter(of)
+    begun.attach(fresh)
     with pytest.raises(ConfigError, match="use_rslora=True"):
-        portable.fits(settings("lora").model_copy(update={"init_from": str(told)}))
+        portable.begin(of, begun, fresh)
     fewer = settings("lora").model_copy(
         update={
             "init_from": str(folder),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -272,3 +273,39 @@ def test_whole_layers_saved_with_an_adapter_count(tmp_path: Path, beside: str) -
             == pytest.approx(theirs, rel=1e-6)
             != pytest.approx(forward.loss_sum(base, tokens).item(), rel=1e-4)
         )
+
+
+def test_a_whole_model_and_an_adapter_of_the_hub_are_scored(tmp_path: Path) -> None:
+    """A repository without adapter files is a model; one with them is an adapter, whatever its
+    other files."""
+    import subprocess
+    import sys
+
+    import peft
+
+    from conftest import tiny
+    from fake_hub import SHA, serve
+
+    loaded = tiny("llama")
+    for name in ("base", "hub/models/org/whole"):
+        loaded.model.save_pretrained(tmp_path / name)
+        loaded.tokenizer.save_pretrained(tmp_path / name)
+    lora = peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"])
+    _peft(tmp_path / "hub/models/org/adapter", lora)
+    code = (
+        "from conftest import tiny; from gain_cl.adapters.checkpoints import GivenAdapter\n"
+        "import torch; loaded = tiny('llama'); ids = torch.arange(8)[None]\n"
+        f"adapter = GivenAdapter(['org/whole@{SHA}', 'org/adapter@{SHA}']); adapter.attach(loaded)\n"
+        "with torch.no_grad():\n"
+        "  base = loaded.model(ids).logits; adapter.take(1); whole = loaded.model(ids).logits\n"
+        "  adapter.take(2); print(torch.equal(base, whole), torch.equal(base, loaded.model(ids).logits))"
+    )
+    with serve(tmp_path / "hub") as (address, log):
+        env = {**os.environ, "HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "hf")}
+        env |= {"GAIN_CL_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "0"}
+        env |= {"PYTHONPATH": os.pathsep.join(sys.path), "HF_HUB_DISABLE_XET": "1"}
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=300
+        )
+    assert done.stdout.split() == ["True", "False"], done.stderr
+    assert not any("adapter_model" in line for line in log if "org/whole" in line)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +15,14 @@ from gain_cl.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from gain_cl.models.load import Loaded
+
+
+SHIFT = "the distance of its effective weights from the base"
+
+
+def copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return copies on the CPU."""
+    return {n: t.detach().to("cpu", copy=True).contiguous() for n, t in tensors.items()}
 
 
 class Adapter(ABC):
@@ -36,7 +46,7 @@ class Adapter(ABC):
 
     @abstractmethod
     def parameters(self) -> dict[str, nn.Parameter]:
-        """What the optimiser updates, by name, fp32."""
+        """Return what the optimiser updates, by name, fp32."""
 
     @abstractmethod
     def absorb(self) -> None:
@@ -52,7 +62,7 @@ class Adapter(ABC):
         raise NotImplementedError
 
     def restarts(self) -> bool:
-        """Whether ``restart`` is possible, once attached."""
+        """True if ``restart`` is possible, once attached."""
         return type(self).restart is not Adapter.restart
 
     def restart(self) -> None:
@@ -66,53 +76,56 @@ class Adapter(ABC):
         return
 
     def disabled(self) -> AbstractContextManager[None]:
-        """While it lasts the model computes what it did before ``attach``."""
+        """Make the model compute for the block what it did before ``attach``."""
         raise self._cannot("a comparison with the pretrained model", "use another guard")
 
     def remarks(self, dtype: torch.dtype) -> list[str]:
-        """What a reader of the numbers must know of the trained state, in a model of this dtype."""
+        """Return what a reader of the numbers must know of the trained state, in a model of this
+        dtype."""
         return []
 
     def shift(self) -> Tensor:
-        """||W - W_base||_F^2 of the effective weights, summed over the layers, with gradients to
-        ``parameters``."""
-        raise self._cannot(
-            "the distance of its effective weights from the base", "use another guard"
-        )
+        """Return ||W - W_base||_F^2 of the effective weights, summed over the layers, with
+        gradients to ``parameters``."""
+        raise self._cannot(SHIFT, "use another guard")
 
     def lora_inputs(self) -> dict[str, list[Tensor]]:
-        """A (r, in) of each LoRA of a layer, by the layer's name, the oldest first; the last one
-        trains."""
+        """Return A (r, in) of each LoRA of a layer, by the layer's name, the oldest first; the last
+        one trains."""
         raise self._cannot("LoRA matrices", "use adapter.peft_type=LORA")
+
+    def to_peft(self, loaded: Loaded) -> tuple[Any, dict[str, Tensor]]:
+        """Return a configuration of PEFT's and tensors by PEFT's names that compute the same on the
+        base. ConfigError when PEFT's format cannot say it."""
+        raise self._no_form(f"what {type(self).__name__} learns")
+
+    def begin_from(self, tensors: dict[str, Tensor], folder: Path) -> None:
+        """Take the values of a saved adapter of PEFT's. ConfigError when they are not its own."""
+        raise self._cannot("adapter.init_from", "leave it out")
+
+    def _no_form(self, what: str) -> ConfigError:
+        what = f"{what} has no form among PEFT's adapters"
+        return ConfigError(what, "to=peft", "to=merged works")
 
     def _cannot(self, what: str, do: str) -> ConfigError:
         return ConfigError(f"{type(self).__name__} does not offer {what}", "adapter", do)
 
     def state(self) -> dict[str, Tensor]:
-        """A copy of the trained state on the CPU: everything needed, with the base weights, to
-        rebuild the model."""
-        return {
-            name: p.detach().to("cpu", copy=True).contiguous()
-            for name, p in self.parameters().items()
-        }
+        """Return a copy of the trained state on the CPU: everything needed, with the base weights,
+        to rebuild the model."""
+        return copied(self.parameters())
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Put a saved state back; DataError when names or shapes differ."""
         own = self.parameters()
         if own.keys() != state.keys():
             wrong = sorted(own.keys() ^ state.keys())
-            raise DataError(
-                f"{len(wrong)} tensors differ, first {wrong[0]}",
-                "adapter state",
-                "it belongs to another method or model",
-            )
+            what = f"{len(wrong)} tensors differ, first {wrong[0]}"
+            raise DataError(what, "adapter state", "it belongs to another method or model")
         with torch.no_grad():
             for name, p in own.items():
                 if p.shape != state[name].shape:
-                    raise DataError(
-                        f"{name} has shape {tuple(state[name].shape)}, not {tuple(p.shape)}",
-                        "adapter state",
-                        "it belongs to another model",
-                    )
+                    what = f"{name} has shape {tuple(state[name].shape)}, not {tuple(p.shape)}"
+                    raise DataError(what, "adapter state", "it belongs to another model")
                 p.copy_(state[name])
         self.after_step()

@@ -38,7 +38,7 @@ class GivenAdapter(Adapter):
         return {}
 
     def absorb(self) -> None:
-        """The stage that was taken, in the weights."""
+        """Fold the stage that was taken into the weights."""
         if self.peft is not None:
             from gain_cl.adapters.peft import fold
 
@@ -51,13 +51,11 @@ class GivenAdapter(Adapter):
         where = portable.place(self.checkpoints[stage - 1], portable.CHECKPOINT)
         if isinstance(where, tuple):
             repository, commit = where
-            adapter = hub.snapshot(repository, commit, [portable.CONFIG, portable.WEIGHTS])
-            whole = not (adapter / portable.CONFIG).exists()
-            where = (
-                hub.snapshot(repository, commit, source.SMALL_FILES + source.WEIGHTS)
-                if whole
-                else adapter
-            )
+            where = hub.snapshot(repository, commit, ["*config.json"])
+            whole = not (where / portable.CONFIG).exists()
+            model = source.SMALL_FILES + source.WEIGHTS
+            files = model if whole else [portable.CONFIG, portable.WEIGHTS]
+            hub.snapshot(repository, commit, files)
         # PEFT's unload leaves what an adapter wrote into the base itself: biases, some initial
         # values
         if not self.base:
@@ -72,7 +70,7 @@ class GivenAdapter(Adapter):
             self._weights(where)
 
     def _release(self) -> None:
-        """The base again."""
+        """Make the model the base again."""
         if self.peft is not None:
             self.peft.unload()
             self.peft = None
@@ -81,11 +79,11 @@ class GivenAdapter(Adapter):
     def _adapter(self, folder: Path) -> None:
         from gain_cl.adapters.peft import attach_saved
 
-        portable.inspect(folder)
+        portable.inspect_adapter(folder)
         self.peft = attach_saved(self.loaded, folder)
 
     def _weights(self, folder: Path) -> None:
-        source.inspect(folder)
+        source.inspect_model(folder)
         model = self.loaded.model
         if (
             source.has_tokenizer(folder)

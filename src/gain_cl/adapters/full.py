@@ -85,8 +85,8 @@ class FullAdapter(Adapter):
 
 
 def _collector(master: nn.Parameter):  # type: ignore[no-untyped-def]
-    """Moves a low-precision gradient into the master's fp32 one, so that micro-batches add up in
-    fp32."""
+    """Return a hook that moves a low-precision gradient into the master's fp32 one, so that
+    micro-batches add up in fp32."""
 
     def collect(weight: torch.Tensor) -> None:
         assert weight.grad is not None

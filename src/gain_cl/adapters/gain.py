@@ -24,12 +24,14 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
-from gain_cl.adapters.base import Adapter
+from gain_cl.adapters.base import Adapter, copied
+from gain_cl.adapters.portable import PREFIX, compare_tensors
 from gain_cl.models import families
 
 if TYPE_CHECKING:
@@ -64,11 +66,11 @@ class Factor(nn.Module):
     activations are rows: (..., width)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """x M^T: M applied to each vector of x, in x's dtype."""
+        """Return x M^T: M applied to each vector of x, in x's dtype."""
         raise NotImplementedError
 
     def transposed(self, x: Tensor) -> Tensor:
-        """x M."""
+        """Return x M."""
         raise NotImplementedError
 
     def restart(self) -> None:
@@ -76,7 +78,7 @@ class Factor(nn.Module):
         raise NotImplementedError
 
     def change(self, rows: Tensor) -> Tensor:
-        """||rows M - rows||_F^2 of constant rows, without a second matrix of their size."""
+        """Return ||rows M - rows||_F^2 of constant rows, without a second matrix of their size."""
         raise NotImplementedError
 
 
@@ -93,7 +95,7 @@ class DiagonalGain(Factor):
         self.energy: Tensor | None = None
 
     def s(self) -> Tensor:
-        """(width,) fp32."""
+        """Return S, (width,) fp32."""
         return 1 + self.delta if self.past is None else self.past * (1 + self.delta)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -114,7 +116,7 @@ class DiagonalGain(Factor):
         return ((self.s() - 1).square() * self.energy).sum()
 
     def _energy(self, rows: Tensor) -> Tensor:
-        """(width,) squared length of each column of the rows, which never changes."""
+        """Return the (width,) squared length of each column of the rows, which never changes."""
         return rows.square().sum(0)
 
 
@@ -151,7 +153,7 @@ class LowRankFactor(Factor):
             nn.init.kaiming_uniform_(self.a, a=math.sqrt(5))
 
     def pairs(self) -> list[tuple[Tensor, Tensor]]:
-        """(A, B) of each factor, the oldest first."""
+        """Return (A, B) of each factor, the oldest first."""
         return [
             (getattr(self, f"past_a{i}"), getattr(self, f"past_b{i}")) for i in range(self.frozen)
         ] + [(self.a, self.b)]
@@ -226,7 +228,7 @@ class Gains:
         return found
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """delta = S - 1 of each layer, by module name; of other factors NAME.PARAMETER."""
+        """Return delta = S - 1 of each layer, by module name; of other factors NAME.PARAMETER."""
         own = {name: gain.named_parameters() for name, gain in self.gains.items()}
         return {
             name if key == "delta" else f"{name}.{key}": p
@@ -235,7 +237,7 @@ class Gains:
         }
 
     def frozen(self) -> dict[str, Tensor]:
-        """What earlier stages left (handover=restart), as NAME.BUFFER."""
+        """Return what earlier stages left (handover=restart), as NAME.BUFFER."""
         kept = {name: gain.state_dict() for name, gain in self.gains.items()}
         return {
             f"{name}.{key}": t
@@ -251,7 +253,7 @@ class Gains:
 
     @contextlib.contextmanager
     def disabled(self) -> Iterator[None]:
-        """While it lasts the model is the base."""
+        """Make the model the base for the block."""
         self.active = False
         try:
             yield
@@ -259,11 +261,10 @@ class Gains:
             self.active = True
 
     def change(self) -> Tensor:
-        """||W_new - W||_F^2 over the layers (and of their biases, on the output side)."""
+        """Return ||W_new - W||_F^2 over the layers (and of their biases, on the output side)."""
         terms = []
         for name, layer in self.layers.items():
-            gain, (weight, bias) = self.gains[name], _tensors(layer)
-            weight_OI = weight.T if families.is_conv1d(layer) else weight
+            gain, weight_OI, bias = self.gains[name], families.out_in(layer), _bias(layer)
             rows = weight_OI if self.side == "input" else weight_OI.T
             if self.side == "output" and bias is not None:
                 rows = torch.cat([rows, bias[None]])
@@ -286,19 +287,17 @@ class Gains:
         """
         families.can_merge(self.layers)
         for name, layer in self.layers.items():
-            gain, (weight, bias) = self.gains[name], _tensors(layer)
-            turned = families.is_conv1d(layer)
-            weight_OI = (weight.T if turned else weight).float()
-            new_OI = gain.transposed(weight_OI) if self.side == "input" else gain(weight_OI.T).T
-            weight.copy_((new_OI.T if turned else new_OI).to(weight.dtype))
+            gain, weight_OI, bias = self.gains[name], families.out_in(layer), _bias(layer)
+            rows = weight_OI.float()
+            new_OI = gain.transposed(rows) if self.side == "input" else gain(rows.T).T
+            weight_OI.copy_(new_OI.to(weight_OI.dtype))
             if self.side == "output" and bias is not None:
                 bias.copy_(gain(bias.float()).to(bias.dtype))
         self.remove()
 
 
-def _tensors(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias of a linear layer."""
-    return cast("Tensor", layer.weight), cast("Tensor | None", getattr(layer, "bias", None))
+def _bias(layer: nn.Module) -> Tensor | None:
+    return cast("Tensor | None", getattr(layer, "bias", None))
 
 
 def attach_gains(
@@ -319,8 +318,9 @@ def attach_gains(
 
 
 def random_basis(width: int, seed: int, device: torch.device) -> Tensor:
-    """(width, width) fp32, orthogonal, uniform over rotations (Haar): Q of a Gaussian matrix's QR,
-    with R's diagonal made positive (Mezzadri 2007, math-ph/0609050). In float64, rounded once."""
+    """Return a (width, width) fp32 matrix, orthogonal, uniform over rotations (Haar): Q of a
+    Gaussian matrix's QR, with R's diagonal made positive (Mezzadri 2007, math-ph/0609050). In
+    float64, rounded once."""
     if device.type == "meta":
         return torch.empty(width, width, device=device)
     generator = torch.Generator().manual_seed(seed * 1_000_003 + width)
@@ -332,6 +332,17 @@ class _Multiplier(Adapter):
     """An adapter made of factors."""
 
     gains: Gains
+    roles: list[str]
+
+    def _layout(self, loaded: Loaded) -> dict[str, Any]:
+        """Return what PEFT's configuration says of the layers: the ends of their names, and whether
+        weights are stored (in, out)."""
+        table = loaded.roles or families.ROLES[loaded.model.config.model_type]
+        return {
+            "task_type": "CAUSAL_LM",
+            "target_modules": [table[role] for role in self.roles],
+            "fan_in_fan_out": all(map(families.is_conv1d, self.gains.layers.values())),
+        }
 
     def parameters(self) -> dict[str, nn.Parameter]:
         return self.gains.parameters()
@@ -349,8 +360,7 @@ class _Multiplier(Adapter):
         return self.gains.change()
 
     def state(self) -> dict[str, Tensor]:
-        frozen = {name: t.detach().to("cpu", copy=True) for name, t in self.gains.frozen().items()}
-        return {**super().state(), **frozen}
+        return {**super().state(), **copied(self.gains.frozen())}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         while self.gains.frozen().keys() < state.keys() - self.parameters().keys():
@@ -390,6 +400,30 @@ class GainAdapter(_Multiplier):
             turned if self.basis == "random" else None,
         )
 
+    def to_peft(self, loaded: Loaded) -> tuple[Any, dict[str, Tensor]]:
+        """Return gains as (IA)^3, which multiplies the input of its feedforward modules and the
+        output of the others, its bias included."""
+        import peft
+
+        if self.basis != "own":
+            raise self._no_form(f"what {type(self).__name__} with basis=random learns")
+        into, layout = self.side == "input", self._layout(loaded)
+        config = peft.IA3Config(
+            **layout, feedforward_modules=layout["target_modules"] if into else []
+        )  # None would be PEFT's own choice
+        scales = {n: gain.s().detach() for n, gain in self.gains.gains.items()}
+        return config, {
+            f"{PREFIX}{n}.ia3_l": s[None] if into else s[:, None] for n, s in scales.items()
+        }
+
+    def begin_from(self, tensors: dict[str, Tensor], folder: Path) -> None:
+        found = {
+            n.removeprefix(PREFIX).removesuffix(".ia3_l"): t.float().flatten() - 1
+            for n, t in tensors.items()
+        }
+        compare_tensors(found, self.parameters(), folder)
+        self.load_state(found)
+
     def remarks(self, dtype: torch.dtype) -> list[str]:
         fine = torch.finfo(dtype).eps / 4  # half a unit in the last place, where it is least
         moved = torch.cat(
@@ -414,3 +448,23 @@ class MultiplicativeLoraAdapter(_Multiplier):
     def attach(self, loaded: Loaded) -> None:
         make = lambda width, device: LowRankFactor(width, device, self.rank, self.alpha)  # noqa: E731
         self.gains = attach_gains(loaded.model, self.roles, "input", loaded.roles, make)
+
+    def to_peft(self, loaded: Loaded) -> tuple[Any, dict[str, Tensor]]:
+        """Return a LoRA of rank n r. W M with M = M_1 ... M_n, M_i = I + c B_i A_i, is W + c [W
+        B_1, W M_1 B_2, ...] [A_1; A_2; ...]."""
+        import peft
+
+        tensors: dict[str, Tensor] = {}
+        times = 1
+        with torch.no_grad():
+            for name, layer in self.gains.layers.items():
+                factor, rows_OI = self.gains.gains[name], families.out_in(layer).double()
+                ups = []
+                for a, b in factor.pairs():  # rows_OI: W M_1 ... M_{i-1}
+                    ups.append(rows_OI @ b.double())
+                    rows_OI = rows_OI + factor.scale * ups[-1] @ a.double()
+                times = len(ups)
+                tensors[f"{PREFIX}{name}.lora_A.weight"] = torch.cat([a for a, _ in factor.pairs()])
+                tensors[f"{PREFIX}{name}.lora_B.weight"] = torch.cat(ups, dim=1).float()
+        keys: dict[str, Any] = {"r": times * self.rank, "lora_alpha": times * self.alpha}
+        return peft.LoraConfig(**self._layout(loaded), **keys), tensors

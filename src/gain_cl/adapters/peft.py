@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -12,7 +13,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from gain_cl.adapters.base import Adapter
+from gain_cl.adapters.base import SHIFT, Adapter, copied
+from gain_cl.adapters.portable import (
+    WEIGHTS,
+    compare_settings,
+    compare_tensors,
+    inspect_adapter,
+)
 from gain_cl.config.schema import KNOWN_CHANGE
 from gain_cl.errors import ConfigError, DataError, suggest
 from gain_cl.models import families
@@ -21,9 +28,13 @@ from gain_cl.models.loss import token_nll
 if TYPE_CHECKING:
     from gain_cl.models.load import Loaded
 
+WRONG = (ValueError, TypeError, AttributeError, KeyError, AssertionError)
 START = {torch.float32: 3e-5, torch.float16: 3e-3, torch.bfloat16: 3e-2}
 """dtype -> by how much of the largest logit an adapter may move the pretrained model when it is
 attached: rounding, no more."""
+
+
+HEAD = "changes the output head, whose loss is computed in chunks from its plain weight"
 
 
 class PeftAdapter(Adapter):
@@ -45,101 +56,70 @@ class PeftAdapter(Adapter):
         self.keywords = {"task_type": "CAUSAL_LM", **self.config}
         if self.roles is not None:
             layers = list(families.targets(loaded.model, self.roles, loaded.roles))
-            self.keywords |= {
-                "target_modules": layers,
-                **({"feedforward_modules": layers} if self.peft_type == "IA3" else {}),
-            }
-        self.model, self.where = (
-            loaded.model,
-            f"adapter {self.peft_type} on {loaded.model.config.model_type}",
-        )
+            self.keywords["target_modules"] = layers
+            if self.peft_type == "IA3":
+                self.keywords["feedforward_modules"] = layers
+        self.model = loaded.model
+        self.where = f"adapter {self.peft_type} on {loaded.model.config.model_type}"
         self.frozen: dict[str, nn.Parameter] = {}
         before = _probe(loaded)
         with _refusals(self.where):
-            self.peft = peft.get_peft_model(
-                loaded.model, self.kind(**self.keywords)
-            )  # changes the model in place
+            config = self.kind(**self.keywords)
+            self.peft = peft.get_peft_model(loaded.model, config)  # changes the model in place
         self._prepare()
         if type(loaded.head) is not nn.Linear:
-            raise ConfigError(
-                f"{self.peft_type} changes the output head, whose loss is computed in chunks from "
-                "its plain weight",
-                "adapter.config.target_modules",
-                "leave the head out",
-            )
+            what = f"{self.peft_type} {HEAD}"
+            raise ConfigError(what, "adapter.config.target_modules", "leave the head out")
         if not hasattr(self.peft.base_model, "merge_and_unload"):
-            raise ConfigError(
-                f"{self.peft_type} cannot be folded into the weights",
-                self.where,
-                "use another type",
-            )
+            what = f"{self.peft_type} cannot be folded into the weights"
+            raise ConfigError(what, self.where, "use another type")
         if not self.parameters():
-            raise ConfigError(
-                f"{self.peft_type} trains nothing",
-                self.where,
-                "choose other adapter.config.target_modules",
-            )
+            do = "choose other adapter.config.target_modules"
+            raise ConfigError(f"{self.peft_type} trains nothing", self.where, do)
         self._check_fold(loaded)
         with _refusals(self.where):
             self._check_start(loaded, before)
 
     def _prepare(self) -> None:
         """Put what PEFT has just made into the model's mode and into fp32."""
-        self.model.train(
-            self.model.training
-        )  # new modules are in training mode, dropout included, wherever the model is
+        self.model.train(self.model.training)  # new modules, dropout included, are in training mode
         for p in self.parameters().values():
             p.data = p.data.float()
 
     def _check_fold(self, loaded: Loaded) -> None:
-        """That what trains has a place among the model's own weights: ``absorb`` comes after hours
-        of training."""
+        """Check that what trains has a place among the model's own weights: ``absorb`` comes after
+        hours of training."""
         from peft.utils import ModulesToSaveWrapper
 
+        layers = [(m, m.get_base_layer()) for m in self._layers()]
         if self.peft_type == "LORA" and any(
-            any(m.lora_bias.values()) and m.get_base_layer().bias is None for m in self._layers()
+            any(m.lora_bias.values()) and base.bias is None for m, base in layers
         ):
-            what = (
-                "lora_bias learns biases of layers that have none: they cannot be folded into "
-                "the weights"
-            )
+            what = "lora_bias learns biases of layers that have none: they cannot be folded"
             raise ConfigError(what, self.where, "leave adapter.config.lora_bias out")
-        copied = [
-            m.original_module for m in self.model.modules() if isinstance(m, ModulesToSaveWrapper)
-        ]
-        if any(
-            getattr(m, "weight", None) is loaded.output[0]
-            for m in [*copied, *(m.get_base_layer() for m in self._layers())]
-        ):
-            what = (
-                f"{self.peft_type} changes the input embedding, whose weight is the output "
-                "head's too: folded, it would change both"
-            )
+        wrapped = [m for m in self.model.modules() if isinstance(m, ModulesToSaveWrapper)]
+        changed = [*(m.original_module for m in wrapped), *(base for _, base in layers)]
+        if any(getattr(m, "weight", None) is loaded.output[0] for m in changed):
+            shared = "the input embedding, whose weight is the output head's too"
+            what = f"{self.peft_type} changes {shared}: folded, it would change both"
             raise ConfigError(what, self.where, "leave the embedding out")
 
     def _check_start(self, loaded: Loaded, before: Tensor | None) -> None:
-        """That the model still computes what the pretrained one does, as far as its dtype can tell,
-        and exactly so when disabled."""
+        """Check that the model still computes what the pretrained one does, as far as its dtype can
+        tell, and exactly so when disabled."""
         if before is None:
             return
         moved = self._distance(loaded, before) / before.abs().max().item()
         if not moved <= START[loaded.model.dtype]:
-            what = (
-                f"{self.peft_type} does not start as the pretrained model: its logits move by "
-                f"{moved:.0e} of the largest"
-            )
-            raise ConfigError(
-                what, self.where, "use an initial value of the adapter that changes nothing"
-            )
+            start = f"{self.peft_type} does not start as the pretrained model"
+            do = "use an initial value of the adapter that changes nothing"
+            what = f"{start}: its logits move by {moved:.0e} of the largest"
+            raise ConfigError(what, self.where, do)
         with self.disabled():
             if self._distance(loaded, before) != 0:
-                what = (
-                    f"{self.peft_type} with these settings changes the pretrained weights when "
-                    "it is attached"
-                )
-                raise ConfigError(
-                    what, self.where, "use an initial value of the adapter that leaves them"
-                )
+                changes = "changes the pretrained weights when it is attached"
+                do = "use an initial value of the adapter that leaves them"
+                raise ConfigError(f"{self.peft_type} with these settings {changes}", self.where, do)
 
     def _distance(self, loaded: Loaded, before: Tensor) -> float:
         now = _probe(loaded)
@@ -150,30 +130,22 @@ class PeftAdapter(Adapter):
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     def state(self) -> dict[str, Tensor]:
-        return {
-            **{
-                name: p.detach().to("cpu", copy=True).contiguous()
-                for name, p in self.frozen.items()
-            },
-            **super().state(),
-        }
+        return {**copied(self.frozen), **super().state()}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         while any(self._next() in name.split(".") for name in state):
             self.restart()
         if missing := sorted(self.frozen.keys() - state.keys()):
-            raise DataError(
-                f"{len(missing)} tensors are missing, first {missing[0]}",
-                "adapter state",
-                "it belongs to another method",
-            )
+            what = f"{len(missing)} tensors are missing, first {missing[0]}"
+            raise DataError(what, "adapter state", "it belongs to another method")
         super().load_state({name: t for name, t in state.items() if name not in self.frozen})
         with torch.no_grad():
             for name, p in self.frozen.items():
                 p.copy_(state[name])
 
     def _next(self) -> str:
-        """PEFT's name of the adapter that a restart would add; the first is called default."""
+        """Return PEFT's name of the adapter that a restart would add; the first is called
+        default."""
         return f"restart{len(self.peft.peft_config)}"
 
     def restarts(self) -> bool:
@@ -196,12 +168,9 @@ class PeftAdapter(Adapter):
 
     def keep_base(self) -> None:
         if beside := self._beside():
-            raise ConfigError(
-                f"{beside[0]} trains beside {self.peft_type}, which no comparison with the "
-                "pretrained model sees",
-                "adapter.config",
-                "use bias: none and no modules_to_save",
-            )
+            unseen = "which no comparison with the pretrained model sees"
+            what = f"{beside[0]} trains beside {self.peft_type}, {unseen}"
+            raise ConfigError(what, "adapter.config", "use bias: none and no modules_to_save")
 
     @contextlib.contextmanager
     def disabled(self) -> Iterator[None]:
@@ -214,7 +183,7 @@ class PeftAdapter(Adapter):
     def shift(self) -> Tensor:
         terms = []
         for layer in self._layers():
-            weight_OI = _out_in(layer.get_base_layer())
+            weight_OI = families.out_in(layer.get_base_layer())
             if self.peft_type == "IA3":
                 s = torch.stack([layer.ia3_l[a].flatten() for a in layer.active_adapters]).prod(0)
                 change = (s - 1).square()
@@ -225,46 +194,34 @@ class PeftAdapter(Adapter):
                     terms.append((change * bias.float().square()).sum())
                 continue
             pairs = self._pairs(layer)
-            b, a = (
-                torch.cat([b for b, _ in pairs], 1),
-                torch.cat([a for _, a in pairs]),
-            )  # the sum of the products is one product
-            if self.peft_type == "HIRA":
+            b, a = torch.cat([b for b, _ in pairs], 1), torch.cat([a for _, a in pairs])
+            if self.peft_type == "HIRA":  # the sum of the products is one product
                 terms.append((weight_OI.float() * (b @ a)).square().sum())
-            else:
-                terms.append(
-                    ((b.T @ b) * (a @ a.T)).sum()
-                )  # tr((BA)^T BA), never the size of the weight
+            else:  # tr((BA)^T BA), never the size of the weight
+                terms.append(((b.T @ b) * (a @ a.T)).sum())
         return torch.stack(terms).sum()
 
     def _pairs(self, layer: Any) -> list[tuple[Tensor, Tensor]]:
-        """(B (out, r), A (r, in)) of each active adapter, the oldest first, with B A the change of
-        the layer's weight (of HiRA: the change relative to it)."""
+        """Return (B (out, r), A (r, in)) of each active adapter, the oldest first, with B A the
+        change of the layer's weight (of HiRA: the change relative to it)."""
         pairs = []
         for name in layer.active_adapters:
             if self.peft_type == "LORA" and not self._variant():
-                pairs.append(
-                    (layer.scaling[name] * layer.lora_B[name].weight, layer.lora_A[name].weight)
-                )
+                b, a = layer.scaling[name] * layer.lora_B[name].weight, layer.lora_A[name].weight
             elif self.peft_type == "HIRA":
-                pairs.append((layer.hira_B[name], layer.hira_A[name]))
+                b, a = layer.hira_B[name], layer.hira_A[name]
             elif self.peft_type == "VERA":
-                b, a = (
-                    layer.vera_B[name][: layer.out_features],
-                    layer.vera_A[name][:, : layer.in_features],
-                )
-                pairs.append(
-                    (layer.vera_lambda_b[name][:, None] * b, layer.vera_lambda_d[name][:, None] * a)
-                )
+                b, a = layer.vera_B[name], layer.vera_A[name]
+                b = layer.vera_lambda_b[name][:, None] * b[: layer.out_features]
+                a = layer.vera_lambda_d[name][:, None] * a[:, : layer.in_features]
             else:
-                raise self._cannot(
-                    "the distance of its effective weights from the base", "use another guard"
-                )
+                raise self._cannot(SHIFT, "use another guard")
+            pairs.append((b, a))
         return pairs
 
     def lora_inputs(self) -> dict[str, list[Tensor]]:
-        """A (r, in) of each LoRA of a layer, by the layer's name, the oldest first; the last one
-        trains."""
+        """Return A (r, in) of each LoRA of a layer, by the layer's name, the oldest first; the last
+        one trains."""
         if self.peft_type != "LORA" or self._variant():
             raise self._cannot("LoRA matrices", "use adapter.peft_type=LORA")
         names = {id(m): n for n, m in self.model.named_modules()}
@@ -273,15 +230,52 @@ class PeftAdapter(Adapter):
             for layer in self._layers()
         }
 
+    def begin_from(self, tensors: dict[str, Tensor], folder: Path) -> None:
+        import peft
+
+        (config,) = self.peft.peft_config.values()
+        compare_settings(inspect_adapter(folder)[0], config.to_dict(), folder)
+        compare_tensors(tensors, peft.get_peft_model_state_dict(self.peft), folder)
+        peft.set_peft_model_state_dict(self.peft, tensors)
+
+    def to_peft(self, loaded: Loaded) -> tuple[Any, dict[str, Tensor]]:
+        """Return PEFT's own adapter. Several of one kind (handover=restart) are one: LoRAs side by
+        side, gains multiplied."""
+        import peft
+
+        model = self.peft
+        names = list(model.peft_config)
+        config = copy.deepcopy(model.peft_config[names[0]])
+        saved = [peft.get_peft_model_state_dict(model, adapter_name=name) for name in names]
+        if len(saved) == 1:
+            return config, saved[0]
+        if self.peft_type not in ("LORA", "IA3"):  # ``restarts`` has refused their variants
+            raise self._no_form(f"a {self.peft_type} on top of earlier ones (handover=restart)")
+        joined = {}
+        for key in saved[0]:
+            parts = [tensors[key] for tensors in saved]
+            joined[key] = (
+                torch.stack(parts).prod(0)
+                if key.endswith("ia3_l")
+                else torch.cat(parts, dim=0 if "_A" in key[-9:] else 1)
+            )
+        if self.peft_type == "LORA":
+            n = len(saved)
+            wider = n**0.5 if config.use_rslora else n  # alpha / r, or alpha / sqrt(r), stays
+            config.r, config.lora_alpha = n * config.r, wider * config.lora_alpha
+            config.rank_pattern = {k: n * v for k, v in (config.rank_pattern or {}).items()}
+            config.alpha_pattern = {k: wider * v for k, v in (config.alpha_pattern or {}).items()}
+        return config, joined
+
     def absorb(self) -> None:
         fold(self.peft, self.model)
 
     def _layers(self) -> list[Any]:
-        """PEFT's layers, in the order of the model."""
+        """Return PEFT's layers, in the order of the model."""
         return _layers(self.model)
 
     def _variant(self) -> bool:
-        """Whether LoRA is more than W + B A of a linear layer: DoRA and others of PEFT's variants,
+        """True if LoRA is more than W + B A of a linear layer: DoRA and others of PEFT's variants,
         biases of B, embeddings."""
         return self.peft_type == "LORA" and any(
             m.lora_variant
@@ -292,8 +286,8 @@ class PeftAdapter(Adapter):
         )
 
     def _beside(self) -> list[str]:
-        """Names of parameters that train and are none of the adapter's own: biases, copies of whole
-        layers."""
+        """Return the names of parameters that train and are none of the adapter's own: biases,
+        copies of whole layers."""
         from peft.utils import ModulesToSaveWrapper
 
         own = {
@@ -310,9 +304,8 @@ class PeftAdapter(Adapter):
         ]
 
     def _cannot(self, what: str, do: str) -> ConfigError:
-        return ConfigError(
-            f"PEFT's {self.peft_type} with these settings does not offer {what}", "adapter", do
-        )
+        what = f"PEFT's {self.peft_type} with these settings does not offer {what}"
+        return ConfigError(what, "adapter", do)
 
 
 def config_class(
@@ -320,9 +313,9 @@ def config_class(
 ) -> type[Any]:
     """Return PEFT's configuration class of a type. ConfigError for a type or key that PEFT does
     not have. origin: dotted key -> where it was set."""
-    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+    import peft
 
-    kinds: dict[str, Any] = {k.value: v for k, v in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+    kinds: dict[str, Any] = {k.value: v for k, v in peft.PEFT_TYPE_TO_CONFIG_MAPPING.items()}
     if peft_type not in kinds:
         do = suggest(peft_type, kinds)
         raise ConfigError(f"PEFT has no type {peft_type!r}", origin("adapter.peft_type"), do)
@@ -336,45 +329,27 @@ def config_class(
 
 @contextlib.contextmanager
 def _refusals(where: str) -> Iterator[None]:
-    """PEFT's errors in one line, without its warnings about what it corrects."""
+    """Tell PEFT's errors in one line, without its warnings about what it corrects."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "fan_in_fan_out is set to")  # it corrects it
-        warnings.filterwarnings(
-            "ignore", "`is_gradient_checkpointing` is deprecated"
-        )  # between the two libraries
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")  # by both
         try:
             yield
-        except (
-            ValueError,
-            TypeError,
-            AttributeError,
-            KeyError,
-            NotImplementedError,
-            AssertionError,
-            RuntimeError,
-        ) as error:
-            if isinstance(error, torch.OutOfMemoryError):
-                raise
+        except torch.OutOfMemoryError:
+            raise
+        except (*WRONG, RuntimeError) as error:  # RuntimeError: NotImplementedError too
             said = " ".join(str(error).split()) or type(error).__name__
-            raise ConfigError(
-                f"PEFT refuses: {said[:300]}", where, "use other layers, settings or another method"
-            ) from error
+            do = "use other layers, settings or another method"
+            raise ConfigError(f"PEFT refuses: {said[:300]}", where, do) from error
 
 
 def _probe(loaded: Loaded) -> Tensor | None:
-    """Logits of four tokens, fp32; None for a model without memory."""
+    """Return the logits of four tokens, fp32; None for a model without memory."""
     if loaded.device.type == "meta":
         return None
+    ids = torch.arange(4, device=loaded.device)[None]
     with torch.no_grad():
-        return loaded.head(
-            loaded.body(torch.arange(4, device=loaded.device)[None]).last_hidden_state
-        ).float()
-
-
-def _out_in(layer: nn.Module) -> Tensor:
-    """The weight as (out, in)."""
-    weight: Tensor = layer.weight  # type: ignore[assignment]
-    return weight.T if families.is_conv1d(layer) else weight
+        return loaded.head(loaded.body(ids).last_hidden_state).float()
 
 
 def _layers(model: nn.Module) -> list[Any]:
@@ -399,8 +374,8 @@ def fold(peft: Any, model: nn.Module) -> None:
 
 
 def attach_saved(loaded: Loaded, folder: Path) -> Any:
-    """PEFT's own loading of a saved adapter onto the base model: a PeftModel, whose ``unload``
-    gives the base back.
+    """Load a saved adapter onto the base model, as PEFT does, and return a PeftModel, whose
+    ``unload`` gives the base back.
 
     PEFT takes what does not fit: it warns of a tensor that it misses and passes over one that it
     does not know. DataError where it does, ConfigError where the model's loss is not that of its
@@ -409,29 +384,19 @@ def attach_saved(loaded: Loaded, folder: Path) -> Any:
     import peft
     from safetensors.torch import load_file
 
-    from gain_cl.adapters.portable import WEIGHTS
-
     where = f"adapter {folder}"
     with _refusals(where), warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         if peft.PeftConfig.from_pretrained(str(folder)).is_prompt_learning:
-            raise ConfigError(
-                "it trains vectors before the input, no change of the weights",
-                where,
-                "score one that changes weights",
-            )
+            what = "it trains vectors before the input, no change of the weights"
+            raise ConfigError(what, where, "score one that changes weights")
         found = peft.PeftModel.from_pretrained(loaded.model, folder)
-        again: Any = peft.set_peft_model_state_dict(
-            found, load_file(folder / WEIGHTS)
-        )  # which tells what the first time passed over
+        again: Any = peft.set_peft_model_state_dict(found, load_file(folder / WEIGHTS))
+    others = again.unexpected_keys  # this tells what the first time passed over
     lacking = [str(w.message) for w in said if "missing adapter keys" in str(w.message)]
-    if again.unexpected_keys or lacking:
-        others = again.unexpected_keys
-        what = (
-            f"{len(others)} of its tensors have no place in it, first {others[0]}"
-            if others
-            else lacking[0][:200]
-        )
+    if others or lacking:
+        places = f"{len(others)} of its tensors have no place in it, first"
+        what = f"{places} {others[0]}" if others else lacking[0][:200]
         raise DataError(f"it is not of this model: {what}", where, "name its base with model=")
     loaded.model.requires_grad_(False)
     loaded.model.eval()
@@ -443,8 +408,6 @@ def attach_saved(loaded: Loaded, folder: Path) -> Any:
             found(input_ids=ids).logits[0].float(), ids[0], reduction="none"
         )
     if not torch.allclose(ours, theirs, rtol=START[loaded.model.dtype], equal_nan=True):
-        what = "it changes the output head, whose loss is computed in chunks from its plain weight"
-        raise ConfigError(
-            what, where, "merge it (PEFT's merge_and_unload), save the whole model and score that"
-        )
+        do = "merge it (PEFT's merge_and_unload), save the whole model and score that"
+        raise ConfigError(f"it {HEAD}", where, do)
     return found

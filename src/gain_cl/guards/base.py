@@ -29,12 +29,12 @@ class Guard:
     stage, step)."""
 
     def attach(self, loaded: Loaded, adapter: Adapter, seed: int) -> None:
-        """Once, after the adapter is attached; the model still computes what the pretrained one
+        """Begin, once the adapter is attached. The model still computes what the pretrained one
         does."""
 
     def before_stage(self, stage: int, past: Sequence[Stream], sequences: int) -> None:
-        """Before a stage begins, and again when it is resumed. past: the training streams of the
-        stages before, in order, each of which trained on its first ``sequences`` blocks; the
+        """Prepare before a stage begins, and again when it is resumed. past: the training streams
+        of the stages before, in order, each of which trained on its first ``sequences`` blocks; the
         streams of the stages to come are not known."""
 
     def mix(self, batch: Batch, stage: int, step: int) -> Batch:
@@ -45,25 +45,25 @@ class Guard:
     def token_penalty(
         self, inputs: dict[str, Any], rows_N: Tensor, hidden_ND: Tensor
     ) -> Tensor | None:
-        """Added to the sum of the losses of a forward pass: a sum over its N scored tokens. inputs:
-        what the model's body was called with; rows_N: places of the scored tokens among all;
-        hidden_ND: their hidden states. None: nothing."""
+        """Return what is added to the sum of the losses of a forward pass: a sum over its N scored
+        tokens. inputs: what the model's body was called with; rows_N: places of the scored tokens
+        among all; hidden_ND: their hidden states. None: nothing."""
         return None
 
     def penalty(self) -> Tensor | None:
-        """Added to the mean loss of every step, with gradients to the adapter's parameters; None:
-        nothing."""
+        """Return what is added to the mean loss of every step, with gradients to the adapter's
+        parameters; None: nothing."""
         return None
 
     def after_step(self) -> None:
-        """After every optimiser step."""
+        """Note an optimiser step, after each."""
 
     def after_stage(self, stage: int, domain: str, blocks: Stream) -> None:
         """Remember what the stage that just ended needs; blocks: its endless stream of training
         sequences."""
 
     def state(self) -> dict[str, Tensor]:
-        """The guard's memory; empty when it has none."""
+        """Return the guard's memory; empty when it has none."""
         return {}
 
     def load_state(self, state: dict[str, Tensor]) -> None:

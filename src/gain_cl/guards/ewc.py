@@ -77,9 +77,9 @@ class EwcGuard(Guard):
 def fisher(
     loaded: Loaded, parameters: dict[str, torch.nn.Parameter], blocks: list[tuple[np.ndarray, ...]]
 ) -> dict[str, Tensor]:
-    """Diagonal empirical Fisher information: the mean over the sequences of the squared gradient of
-    a sequence's summed token NLL. One sequence at a time, for the square of a batch's mean gradient
-    is something else; without dropout."""
+    """Return the diagonal empirical Fisher information: the mean over the sequences of the squared
+    gradient of a sequence's summed token NLL. One sequence at a time, for the square of a batch's
+    mean gradient is something else; without dropout."""
     total = {name: torch.zeros_like(p) for name, p in parameters.items()}
     with load.eval_mode(loaded.model):
         for tokens_T, _, scored_T in blocks:

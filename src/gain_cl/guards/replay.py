@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 
 
 def draw(*parts: int | str) -> float:
-    """A number in [0, 1) that is a function of its parts alone."""
+    """Return a number in [0, 1) that is a function of its parts alone."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") / 2**64
 
 
 def replaced(fraction: float, size: int, seed: int, stage: int, step: int) -> range:
-    """The rows of a step of ``size`` sequences that make way: the last ones; a fraction of a
+    """Return the rows of a step of ``size`` sequences that make way: the last ones; a fraction of a
     sequence is a whole one now and then."""
     wanted = fraction * size
     return range(size - math.floor(wanted) - (draw(seed, stage, step) < wanted % 1), size)
@@ -97,8 +97,8 @@ SAMPLED_AT_ONCE = 16
 
 @torch.no_grad()
 def sample(loaded: load.Loaded, count: int, length: int, temperature: float, seed: int) -> Tensor:
-    """(count, length) int64 token ids drawn from the model, each sequence after the prefix token.
-    An end token ends nothing: the model goes on, as in packed training text."""
+    """Return (count, length) int64 token ids drawn from the model, each sequence after the prefix
+    token. An end token ends nothing: the model goes on, as in packed training text."""
     generator = torch.Generator().manual_seed(seed)
     rows = []
     with load.eval_mode(loaded.model):

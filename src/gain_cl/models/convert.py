@@ -19,54 +19,46 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
-def _from_gguf(model: schema.Model) -> Path:
+def from_gguf(model: schema.Model) -> Path:
     """Dequantise a packaged GGUF file once into a safetensors folder in the cache, with the model's
     delta added to its weights in fp32; what is found there is verified."""
-    folder = _gguf_folder(model)
-    if _converted(folder) is not None:
+    folder = gguf_folder(model)
+    if converted_files(folder) is not None:
         return folder
     assert model.package is not None
-    delta = _delta_file(model)
+    delta = delta_file(model)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
         import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        _quiet()
+        transformers = quiet_transformers()
         gguf = packages.extract(model.package, Path(temporary) / "model.gguf")
-        net = AutoModelForCausalLM.from_pretrained(
-            temporary,
-            gguf_file=gguf.name,
-            dtype=torch.float32,
-            trust_remote_code=False,
+        net = transformers.AutoModelForCausalLM.from_pretrained(
+            temporary, gguf_file=gguf.name, dtype=torch.float32, trust_remote_code=False
         )
-        tokenizer = AutoTokenizer.from_pretrained(
-            temporary,
-            gguf_file=gguf.name,
-            trust_remote_code=False,
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            temporary, gguf_file=gguf.name, trust_remote_code=False
         )
         if delta is not None:
             add_delta(net, delta)
-        if hasattr(
-            net.config, "quantization_config"
-        ):  # save_pretrained refuses while the mark is there
+        if hasattr(net.config, "quantization_config"):  # save_pretrained refuses the mark
             del net.config.quantization_config
-        net.hf_quantizer = None  # type: ignore[assignment]
+        net.hf_quantizer = None
         done = Path(temporary) / "model"
         net.save_pretrained(done)
         tokenizer.save_pretrained(done)
         hashes = {p.name: hashes_.file_sha256(p) for p in sorted(done.iterdir())}
         (done / MANIFEST).write_text(
-            json.dumps({"source": _gguf_source(model), "files": hashes}, indent=1, allow_nan=False)
+            json.dumps({"source": gguf_source(model), "files": hashes}, indent=1, allow_nan=False)
         )
-        if _converted(folder) is None:  # nobody was faster
+        if converted_files(folder) is None:  # nobody was faster
             shutil.rmtree(folder, ignore_errors=True)
             os.rename(done, folder)
     return folder
 
 
-def _delta_file(model: schema.Model) -> Path | None:
-    """The file of model.delta. DataError when it is not there or not as pinned."""
+def delta_file(model: schema.Model) -> Path | None:
+    """Return the file of model.delta. DataError when it is not there or not as pinned."""
     if model.delta is None:
         return None
     given = Path(model.delta.file).expanduser()
@@ -87,38 +79,27 @@ def _delta_file(model: schema.Model) -> Path | None:
 
 
 def add_delta(net: nn.Module, file: Path) -> None:
-    """W += B A in fp32 for every layer of a delta file: MODULE.lora_A (r, in), MODULE.lora_B (out,
-    r). DataError when it is not of this model."""
+    """Add B A to W in fp32 for every layer of a delta file: MODULE.lora_A (r, in), MODULE.lora_B
+    (out, r). DataError when it is not of this model."""
     import torch
     from safetensors.torch import load_file
 
     tensors, layers = load_file(file), dict(net.named_modules())
     with torch.no_grad():
         for name in sorted({key.rpartition(".")[0] for key in tensors}):
-            layer = layers.get(name)
-            if (
-                layer is None
-                or {f"{name}.lora_A", f"{name}.lora_B"} - tensors.keys()
-                or families.is_conv1d(layer)
-            ):
-                raise DataError(
-                    f"{name} is no linear layer of the model",
-                    str(file),
-                    "the delta is of another model",
-                )
-            change_OI = tensors[f"{name}.lora_B"].float() @ tensors[f"{name}.lora_A"].float()
-            weight = cast("Tensor", layer.weight)
+            layer, other = layers.get(name), "the delta is of another model"
+            a, b = (tensors.get(f"{name}.lora_{part}") for part in "AB")
+            if layer is None or a is None or b is None or families.is_conv1d(layer):
+                raise DataError(f"{name} is no linear layer of the model", str(file), other)
+            change_OI, weight = b.float() @ a.float(), cast("Tensor", layer.weight)
             if weight.shape != change_OI.shape:
-                raise DataError(
-                    f"{name}: {tuple(change_OI.shape)}, not {tuple(weight.shape)}",
-                    str(file),
-                    "the delta is of another model",
-                )
+                what = f"{name}: {tuple(change_OI.shape)}, not {tuple(weight.shape)}"
+                raise DataError(what, str(file), other)
             weight.copy_((weight.float() + change_OI).to(weight.dtype))
 
 
-def _gguf_source(model: schema.Model) -> dict[str, Any]:
-    """What identifies the converted weights."""
+def gguf_source(model: schema.Model) -> dict[str, Any]:
+    """Return what identifies the converted weights."""
     assert model.package is not None
     package = {
         "package": model.package.package,
@@ -128,10 +109,10 @@ def _gguf_source(model: schema.Model) -> dict[str, Any]:
     return package if model.delta is None else {**package, "delta": model.delta.sha256}
 
 
-def _gguf_folder(model: schema.Model) -> Path:
+def gguf_folder(model: schema.Model) -> Path:
     assert model.package is not None
     name = (
-        f"{model.package.package.replace('==', '-')}-{hashes_.json_sha256(_gguf_source(model))[:8]}"
+        f"{model.package.package.replace('==', '-')}-{hashes_.json_sha256(gguf_source(model))[:8]}"
     )
     return hashes_.cache_dir() / "models" / name
 
@@ -139,9 +120,9 @@ def _gguf_folder(model: schema.Model) -> Path:
 MANIFEST = "CONVERTED.json"
 
 
-def _converted(folder: Path) -> dict[str, str] | None:
-    """SHA-256 of each file of a converted model; None when it is not there or not what was
-    written."""
+def converted_files(folder: Path) -> dict[str, str] | None:
+    """Return the SHA-256 of each file of a converted model, or None when it is not there or not
+    what was written."""
     try:
         hashes: dict[str, str] = json.loads((folder / MANIFEST).read_text())["files"]
         whole = all(
@@ -152,18 +133,17 @@ def _converted(folder: Path) -> dict[str, str] | None:
     return hashes if whole else None
 
 
-def files(model: schema.Model) -> dict[str, str]:
-    """SHA-256 of each file of a model converted from a package (its bytes depend on the converter's
-    version); else empty."""
-    return (
-        (_converted(_from_gguf(model)) or {})
-        if model.package is not None and model.path is None
-        else {}
-    )
+def model_files(model: schema.Model) -> dict[str, str]:
+    """Return the SHA-256 of each file of a model converted from a package (its bytes depend on the
+    converter's version); else empty."""
+    packaged = model.package is not None and model.path is None
+    return (converted_files(from_gguf(model)) or {}) if packaged else {}
 
 
-def _quiet() -> None:
-    from transformers.utils import logging
+def quiet_transformers() -> Any:
+    """Return transformers, which tells errors alone from here on."""
+    import transformers
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    return transformers

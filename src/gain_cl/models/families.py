@@ -40,7 +40,7 @@ ROLES: dict[str, dict[str, str]] = {
 def targets(
     model: nn.Module, roles: list[str], names: dict[str, str] | None = None
 ) -> dict[str, nn.Module]:
-    """The layers that play the roles, by module name, in model order; see ``playing``."""
+    """Return the layers that play the roles, by module name, in model order; see ``playing``."""
     family = getattr(getattr(model, "config", None), "model_type", "unknown")
     layers = {
         n: m
@@ -53,7 +53,7 @@ def targets(
 def playing(
     layers: Iterable[str], family: str, roles: list[str], names: dict[str, str] | None = None
 ) -> list[str]:
-    """Those of the linear layers (names of modules) that play the roles.
+    """Return those of the linear layers (names of modules) that play the roles.
 
     names: role -> suffix of module names for families that ROLES does not know (model.roles).
     ConfigError lists the candidates when the family is unknown or nothing matches.
@@ -62,56 +62,54 @@ def playing(
     there = sorted({block[1] for n in layers if (block := re.search(r"\.\d+\.(.+)$", n))})
     if table is None or any(r not in table for r in roles):
         missing = ", ".join(roles if table is None else [r for r in roles if r not in table])
-        raise ConfigError(
-            f"no {missing} known for model family {family!r}",
-            "model.roles",
-            f"name the layers, e.g. model.roles={{attn_out: SUFFIX, ffn_down: SUFFIX}} with "
-            f"suffixes among: {', '.join(there)}",
-        )
+        named = "name the layers, e.g. model.roles={attn_out: SUFFIX, ffn_down: SUFFIX} with"
+        do = f"{named} suffixes among: {', '.join(there)}"
+        raise ConfigError(f"no {missing} known for model family {family!r}", "model.roles", do)
     for role in roles:
         if not any(f".{n}".endswith(f".{table[role]}") for n in layers):
-            raise ConfigError(
-                f"no module matches {role}={table[role]!r}",
-                "model.roles",
-                f"there is: {', '.join(there)}",
-            )
+            what = f"no module matches {role}={table[role]!r}"
+            raise ConfigError(what, "model.roles", f"there is: {', '.join(there)}")
     return [n for n in layers if f".{n}".endswith(tuple(f".{table[r]}" for r in roles))]
 
 
 def input_width(layer: nn.Module) -> int:
-    """Width of a linear layer's input; Conv1D stores its weight as (in, out), a quantised layer
-    packed."""
-    return (
-        int(cast("Tensor", layer.weight).shape[0])
-        if is_conv1d(layer)
-        else int(cast("int", layer.in_features))
-    )
+    """Return the width of a linear layer's input. Conv1D stores its weight as (in, out), a quantised
+    layer packed."""
+    return _width(layer, 0)
 
 
 def output_width(layer: nn.Module) -> int:
-    return (
-        int(cast("Tensor", layer.weight).shape[1])
-        if is_conv1d(layer)
-        else int(cast("int", layer.out_features))
-    )
+    """Return the width of a linear layer's output."""
+    return _width(layer, 1)
+
+
+def _width(layer: nn.Module, axis: int) -> int:
+    if is_conv1d(layer):
+        return int(cast("Tensor", layer.weight).shape[axis])
+    return int(cast("int", (layer.in_features, layer.out_features)[axis]))
+
+
+def out_in(layer: nn.Module) -> Tensor:
+    """Return the weight of a linear layer as (out, in)."""
+    weight = cast("Tensor", layer.weight)
+    return weight.T if is_conv1d(layer) else weight
 
 
 def is_quantised(layer: nn.Module) -> bool:
-    """bitsandbytes' Linear4bit or Linear8bitLt: the weight is packed and can be computed with, not
-    written to."""
+    """True if the layer is bitsandbytes' Linear4bit or Linear8bitLt: the weight is packed and can be
+    computed with, not written to."""
     return type(layer).__name__ in ("Linear4bit", "Linear8bitLt")
 
 
 def can_merge(layers: dict[str, nn.Module]) -> None:
-    """ConfigError when a layer's weight is quantised: a change below its step would be lost."""
+    """Raise ConfigError when a layer's weight is quantised: a change below its step would be
+    lost."""
     if name := next((n for n, layer in layers.items() if is_quantised(layer)), None):
-        raise ConfigError(
-            f"{name} is quantised: nothing can be merged into it",
-            "model.load_in",
-            "merge into the model without model.load_in",
-        )
+        what = f"{name} is quantised: nothing can be merged into it"
+        raise ConfigError(what, "model.load_in", "merge into the model without model.load_in")
 
 
 def is_conv1d(layer: nn.Module) -> bool:
-    """transformers' Conv1D (GPT-2), whose weight is the transpose of nn.Linear's."""
+    """True if the layer is transformers' Conv1D (GPT-2), whose weight is the transpose of
+    nn.Linear's."""
     return type(layer).__name__ == "Conv1D"

@@ -49,8 +49,8 @@ def loss_sum(
 def inputs_of(
     loaded: Loaded, tokens_BT: np.ndarray, documents_BT: np.ndarray | None = None
 ) -> dict[str, Any]:
-    """What the model's body is called with to predict tokens_BT, each sequence after the prefix
-    token.
+    """Return what the model's body is called with to predict tokens_BT, each sequence after the
+    prefix token.
 
     documents_BT: a token attends only within its own document, and positions restart there; None:
     to all before it.
@@ -74,7 +74,7 @@ def inputs_of(
 
 
 def _positions(documents_BT: np.ndarray) -> np.ndarray:
-    """0, 1, 2, ... from the start of each document's part of a sequence."""
+    """Return 0, 1, 2, ... from the start of each document's part of a sequence."""
     starts = np.ones_like(documents_BT, dtype=bool)
     starts[:, 1:] = documents_BT[:, 1:] != documents_BT[:, :-1]
     index = np.broadcast_to(np.arange(documents_BT.shape[1]), documents_BT.shape)

@@ -49,29 +49,31 @@ class Loaded:
 
     @property
     def body(self) -> nn.Module:
-        """The model without its language-model head: token ids -> hidden states (B, T, D)."""
+        """Return the model without its language-model head: token ids -> hidden states (B, T,
+        D)."""
         return getattr(self.model, self.model.base_model_prefix)
 
     @property
     def head(self) -> nn.Module:
-        """Hidden states -> logits, a linear layer."""
+        """Return the head: hidden states -> logits, a linear layer."""
         return self.model.get_output_embeddings()
 
     @property
     def output(self) -> tuple[Tensor, Tensor | None]:
-        """Weight (V, D) and bias (V,) of the head: the loss is computed from them in chunks."""
-        return cast("Tensor", self.head.weight), cast(
-            "Tensor | None", getattr(self.head, "bias", None)
-        )
+        """Return weight (V, D) and bias (V,) of the head: the loss is computed from them in
+        chunks."""
+        head: Any = self.head
+        return head.weight, getattr(head, "bias", None)
 
     @property
     def vocabulary(self) -> int:
-        """Rows of the input embedding: token ids are below it."""
-        return int(cast("Tensor", self.model.get_input_embeddings().weight).shape[0])
+        """Return the rows of the input embedding: token ids are below it."""
+        embedding: Any = self.model.get_input_embeddings()
+        return int(embedding.weight.shape[0])
 
     @property
     def softcap(self) -> float | None:
-        """Gemma 2 squashes logits to cap * tanh(logits / cap)."""
+        """Return the cap: Gemma 2 squashes logits to cap * tanh(logits / cap)."""
         return getattr(self.model.config, "final_logit_softcapping", None)
 
 
@@ -79,81 +81,58 @@ def device_of(name: str, dtype: str) -> torch.device:
     """Resolve compute.device and check that it exists and computes in dtype."""
     import torch
 
+    count, key, do = torch.cuda.device_count(), "compute.device", "use compute.device=cpu"
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if count else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ConfigError(
-            f"{name!r} is no device", "compute.device", "use auto, cpu, cuda, cuda:N or mps"
-        ) from None
-    if device.type == "cuda" and (
-        not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()
-    ):
-        raise ConfigError(
-            f"{name} is not available: torch sees {torch.cuda.device_count()} GPUs",
-            "compute.device",
-            "use compute.device=cpu",
-        )
+        do = "use auto, cpu, cuda, cuda:N or mps"
+        raise ConfigError(f"{name!r} is no device", key, do) from None
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise ConfigError(f"{name} is not available: torch sees {count} GPUs", key, do)
     if device.type == "mps" and not torch.backends.mps.is_available():
-        raise ConfigError("mps is not available", "compute.device", "use compute.device=cpu")
-    if (
-        device.type == "cuda"
-        and dtype == "bfloat16"
-        and not torch.cuda.is_bf16_supported(including_emulation=False)
-    ):
-        raise ConfigError(
-            "this GPU does not compute in bfloat16",
-            "model.dtype",
-            "use model.dtype=float32 or float16",
-        )
+        raise ConfigError("mps is not available", key, do)
+    half = device.type == "cuda" and dtype == "bfloat16"
+    if half and not torch.cuda.is_bf16_supported(including_emulation=False):
+        do = "use model.dtype=float32 or float16"
+        raise ConfigError("this GPU does not compute in bfloat16", "model.dtype", do)
     return device
 
 
 def load_tokenizer(model: schema.Model) -> tuple[PreTrainedTokenizerBase, str]:
-    """(tokenizer, SHA-256 of its definition) of a model, whose files are fetched when needed. Only
+    """Return (tokenizer, SHA-256 of its definition) of a model, whose files are fetched when needed. Only
     AutoTokenizer knows the family's class, and it imports torch."""
-    convert._quiet()
-    folder = source.locate(model)
-    try:
+    folder = source.locate_model(model)
+    with _refusals(model.path or model.name, model.attention):
         tokenizer = byte_tokenizer() if folder is None else _tokenizer(folder)
-    except (ValueError, ImportError, OSError) as error:
-        raise _cannot(model, error) from error
     if not getattr(tokenizer, "is_fast", False):
-        raise DataError(
-            "the tokenizer has no fast version (tokenizer.json)",
-            model.name,
-            "save one with AutoTokenizer(...).save_pretrained",
-        )
-    return tokenizer, hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
+        what = "the tokenizer has no fast version (tokenizer.json)"
+        raise DataError(what, model.name, "save one with AutoTokenizer(...).save_pretrained")
+    return tokenizer, _digest(tokenizer)
 
 
 def tokenizer_hash(folder: Path) -> str:
-    """SHA-256 of the definition of a folder's tokenizer, as ``load_tokenizer`` gives it."""
-    convert._quiet()
-    return hashlib.sha256(_tokenizer(folder).backend_tokenizer.to_str().encode()).hexdigest()
+    """Return the SHA-256 of the definition of a folder's tokenizer, as ``load_tokenizer`` gives it."""
+    return _digest(_tokenizer(folder))
+
+
+def _digest(tokenizer: Any) -> str:
+    return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
 
 
 def _tokenizer(folder: Path) -> Any:
     """Open the tokenizer of a folder."""
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    opened = convert.quiet_transformers().AutoTokenizer
+    return opened.from_pretrained(folder, trust_remote_code=False)
 
 
 def parameters_of(folder: Path, dtype: str) -> dict[str, Tensor]:
-    """The weights of a model folder by the names they have in the loaded model, on the CPU."""
+    """Return the weights of a model folder by the names they have in the loaded model, on the CPU."""
     import torch
 
-    convert._quiet()
-    try:
+    with _refusals(str(folder)):
         net = _pretrained(folder, dtype=getattr(torch, dtype))
-    except (ValueError, ImportError, OSError) as error:
-        raise DataError(
-            f"transformers cannot load it: {str(error).splitlines()[0]}",
-            str(folder),
-            "check the folder",
-        ) from error
     return {name: p.detach() for name, p in net.named_parameters()}
 
 
@@ -163,11 +142,9 @@ those that it passes over itself."""
 
 
 def _pretrained(folder: Path, **keywords: Any) -> PreTrainedModel:
-    """from_pretrained, which gives random values to what a checkpoint lacks: DataError when
-    anything does not fit."""
-    from transformers import AutoModelForCausalLM
-
-    found: Any = AutoModelForCausalLM.from_pretrained(
+    """Return the model of a folder. from_pretrained gives random values to what a checkpoint lacks:
+    DataError when anything does not fit."""
+    net, told = convert.quiet_transformers().AutoModelForCausalLM.from_pretrained(
         folder,
         use_safetensors=True,
         trust_remote_code=False,
@@ -175,168 +152,124 @@ def _pretrained(folder: Path, **keywords: Any) -> PreTrainedModel:
         ignore_mismatched_sizes=True,
         **keywords,
     )
-    net, told = found
     others = [n for n in told["unexpected_keys"] if not UNREAD.search(n)]
-    if wrong := [
-        *sorted(told["missing_keys"]),
-        *sorted(others),
-        *sorted(key[0] for key in told["mismatched_keys"]),
-    ]:
+    shaped = sorted(key[0] for key in told["mismatched_keys"])
+    if wrong := [*sorted(told["missing_keys"]), *sorted(others), *shaped]:
         what = f"{len(wrong)} tensors are missing, unknown or of another shape, first {wrong[0]}"
         raise DataError(what, str(folder), "save the model again")
     return cast("PreTrainedModel", net)
 
 
 def vocabulary(model: schema.Model) -> int:
-    """Rows of the input embedding as the model's configuration states them, without its weights."""
-    from transformers import AutoConfig
-
-    folder = source.locate(model)
-    if folder is None:
-        settings = AutoConfig.for_model(**(model.arch or {}))
-    else:
-        settings = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    return int(settings.get_text_config().vocab_size)
+    """Return the rows of the input embedding as the model's configuration states them, without its
+    weights."""
+    return int(_config(model, source.locate_model(model)).get_text_config().vocab_size)
 
 
 def special_tokens(
     model: schema.Model, tokenizer: PreTrainedTokenizerBase, rows: int
 ) -> tuple[int, int]:
-    """(prefix, separator) token ids; DataError when there is none, or when an id is not below
+    """Return (prefix, separator) token ids. DataError when there is none, or when an id is not below
     ``rows`` of the embedding."""
-    if max(tokenizer.get_vocab().values()) >= rows:
-        raise DataError(
-            f"token ids reach {max(tokenizer.get_vocab().values())}, the model has {rows} "
-            "embedding rows",
-            model.name,
-            "this is another model's tokenizer",
-        )
-    separator = _first(model.separator_token_id, tokenizer.eos_token_id)
-    prefix = _first(model.prefix_token_id, tokenizer.bos_token_id, separator)
+    if (largest := max(tokenizer.get_vocab().values())) >= rows:
+        what = f"token ids reach {largest}, the model has {rows} embedding rows"
+        raise DataError(what, model.name, "this is another model's tokenizer")
+    ends: list[Any] = [model.separator_token_id, tokenizer.eos_token_id]
+    separator = next((i for i in ends if i is not None), None)
+    starts: list[Any] = [model.prefix_token_id, tokenizer.bos_token_id, separator]
+    prefix = next((i for i in starts if i is not None), None)
     if separator is None or prefix is None:
-        raise DataError(
-            "the tokenizer has no end token",
-            model.name,
-            "set model.separator_token_id and model.prefix_token_id",
-        )
-    for key, value in (("prefix_token_id", prefix), ("separator_token_id", separator)):
+        do = "set model.separator_token_id and model.prefix_token_id"
+        raise DataError("the tokenizer has no end token", model.name, do)
+    for key, value in {"prefix_token_id": prefix, "separator_token_id": separator}.items():
         if not 0 <= value < rows:
-            raise DataError(
-                f"model.{key}={value} has no embedding row ({rows} rows)",
-                model.name,
-                f"set model.{key} below {rows}",
-            )
+            what = f"model.{key}={value} has no embedding row ({rows} rows)"
+            raise DataError(what, model.name, f"set model.{key} below {rows}")
     return prefix, separator
 
 
-def load(model: schema.Model, device: torch.device) -> Loaded:
-    """Load weights and tokenizer; every parameter frozen, eval mode, no KV cache. model.load_in:
+def load_model(model: schema.Model, device: torch.device) -> Loaded:
+    """Load weights and tokenizer: every parameter frozen, eval mode, no KV cache. model.load_in:
     linear layers quantised."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
 
-    convert._quiet()
-    folder = source.locate(model)
-    dtype = getattr(torch, model.dtype)
-    if folder is None:
-        assert model.arch is not None
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(model.init_seed)
-            try:
-                net = AutoModelForCausalLM.from_config(
-                    AutoConfig.for_model(**model.arch),
-                    dtype=dtype,
-                    attn_implementation=model.attention,
-                    trust_remote_code=False,
-                )
-            except (ValueError, ImportError) as error:
-                raise _cannot(model, error) from error
-    else:
-        try:
-            net = _pretrained(
-                folder,
-                dtype=dtype,
-                attn_implementation=model.attention,
-                **_quantised(model, device),
-            )
-        except (ValueError, ImportError, OSError) as error:
-            raise _cannot(model, error) from error
-    tokenizer, tokenizer_hash = load_tokenizer(model)
-    net.requires_grad_(False)
-    net.eval()
+    folder = source.locate_model(model)
+    keys = {"dtype": getattr(torch, model.dtype), "attn_implementation": model.attention}
+    with _refusals(model.path or model.name, model.attention):
+        if folder is not None:
+            net = _pretrained(folder, **keys, **_quantised(model, device))
+        else:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(model.init_seed)
+                net = _from_config(_config(model, None), **keys)
+    tokenizer, digest = load_tokenizer(model)
+    net.requires_grad_(False).eval()
     net.config.use_cache = False
     if model.load_in is None:
-        net.to(device)
-    rows = net.get_input_embeddings().weight.shape[0]
-    prefix, separator = special_tokens(model, tokenizer, rows)
+        cast("Any", net).to(device)
     context = source.context_length(net.config.to_dict()) or 1024
-    loaded = Loaded(
-        model=net,
-        tokenizer=tokenizer,
-        device=device,
-        prefix_id=prefix,
-        separator_id=separator,
-        context=context,
-        tokenizer_hash=tokenizer_hash,
-        roles=model.roles,
-    )
+    loaded = Loaded(net, tokenizer, device, 0, 0, context, digest, model.roles)
+    tokens = special_tokens(model, tokenizer, loaded.vocabulary)
+    loaded.prefix_id, loaded.separator_id = tokens
     _check_head(loaded)
     return loaded
 
 
+def _config(model: schema.Model, folder: Path | None) -> Any:
+    """Return the configuration of a model folder, or of the model's arch."""
+    opened = convert.quiet_transformers().AutoConfig
+    if folder is None:
+        return opened.for_model(**(model.arch or {}))
+    return opened.from_pretrained(folder, trust_remote_code=False)
+
+
+def _from_config(config: Any, **keys: Any) -> PreTrainedModel:
+    """Return a model of random weights."""
+    opened = convert.quiet_transformers().AutoModelForCausalLM
+    net: PreTrainedModel = opened.from_config(config, trust_remote_code=False, **keys)
+    return net
+
+
 def _quantised(model: schema.Model, device: torch.device) -> dict[str, Any]:
-    """What from_pretrained is told for model.load_in (bitsandbytes): 4bit is QLoRA's NF4 with
+    """Return what from_pretrained is told for model.load_in (bitsandbytes): 4bit is QLoRA's NF4 with
     double quantisation (arXiv 2305.14314), computing in model.dtype; 8bit is LLM.int8 (arXiv
     2208.07339)."""
-    import torch
-    from transformers import BitsAndBytesConfig
-
     if model.load_in is None:
         return {}
-    settings = (
-        BitsAndBytesConfig(load_in_8bit=True)
-        if model.load_in == "8bit"
-        else BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=getattr(torch, model.dtype),
-        )
-    )
+    keys: dict[str, Any] = {"load_in_8bit": True}
+    if model.load_in == "4bit":
+        keys = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+        keys |= {"bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": model.dtype}
+    settings = convert.quiet_transformers().BitsAndBytesConfig(**keys)
     return {"quantization_config": settings, "device_map": {"": device}}
 
 
-def meta(model: schema.Model) -> PreTrainedModel:
-    """The model without memory for its weights (meta device), from the config.json of a local
-    folder, arch, or the config.json of the hub."""
+def meta_model(model: schema.Model) -> PreTrainedModel:
+    """Return the model without memory for its weights (meta device), from the config.json of a
+    local folder, arch, or the config.json of the hub."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
 
-    convert._quiet()
     local = model.path is not None and Path(model.path).expanduser().is_dir()
-    if model.arch is not None and not local:
-        settings = AutoConfig.for_model(**model.arch)
-    else:
-        folder = (None if local else source.at_hand(model)) or source.locate(model)
-        assert folder is not None
-        settings = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    folder = None
+    if local or model.arch is None:
+        folder = source.model_at_hand(model) or source.locate_model(model)
     with torch.device("meta"):
-        net = AutoModelForCausalLM.from_config(settings, trust_remote_code=False)
+        net = _from_config(_config(model, folder))
     return net.requires_grad_(False)
 
 
 def weightless(model: schema.Model) -> Loaded:
-    """What an adapter can be attached to, to see what it refuses and trains: ``meta``, and no
-    text."""
+    """Return what an adapter can be attached to, to see what it refuses and trains: ``meta_model``,
+    and no text."""
     import torch
 
     no_text: Any = None
-    return Loaded(meta(model), no_text, torch.device("meta"), 0, 0, 1, "", model.roles)
+    return Loaded(meta_model(model), no_text, torch.device("meta"), 0, 0, 1, "", model.roles)
 
 
 @contextlib.contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Without dropout while it lasts; the mode of every module is restored."""
+    """Turn dropout off for the block. The mode of every module is restored."""
     modes = {m: m.training for m in model.modules()}
     model.eval()
     try:
@@ -349,15 +282,13 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 def checkpoint_activations(model: PreTrainedModel) -> None:
     """Recompute activations in the backward pass: less memory, a third more time, the same
     numbers."""
-    enable = (
-        getattr(model, "activation_checkpointing_enable", None)
-        or model.gradient_checkpointing_enable
-    )  # the old name warns
-    enable({"use_reentrant": False})
+    new = getattr(model, "activation_checkpointing_enable", None)
+    (new or model.gradient_checkpointing_enable)({"use_reentrant": False})  # the old name warns
 
 
 def byte_tokenizer() -> PreTrainedTokenizerBase:
-    """256 bytes and an end token (id 0): for random models, which have no text of their own."""
+    """Return a tokenizer of 256 bytes and an end token (id 0), for random models, which have no text
+    of their own."""
     from tokenizers import Tokenizer, decoders, pre_tokenizers
     from tokenizers.models import BPE
     from transformers import PreTrainedTokenizerFast
@@ -371,8 +302,8 @@ def byte_tokenizer() -> PreTrainedTokenizerBase:
 
 
 def _check_head(loaded: Loaded) -> None:
-    """Losses are computed from hidden states in chunks; prove on four tokens that this is what the
-    model itself does."""
+    """Prove on four tokens that losses from hidden states, computed in chunks, are those of the
+    model itself."""
     import torch
 
     ids = torch.arange(4, device=loaded.device)[None]
@@ -382,27 +313,21 @@ def _check_head(loaded: Loaded) -> None:
         if loaded.softcap:
             ours = loaded.softcap * torch.tanh(ours / loaded.softcap)
     if not torch.allclose(ours, logits, rtol=1e-2, atol=1e-2):
-        raise DataError(
-            f"{loaded.model.config.model_type} transforms its logits in an unknown way",
-            loaded.model.config.model_type,
-            "support it in models.Loaded",
-        )
+        family = loaded.model.config.model_type
+        what = f"{family} transforms its logits in an unknown way"
+        raise DataError(what, family, "support it in models.Loaded")
 
 
-def _cannot(model: schema.Model, error: Exception) -> DataError:
-    reason = str(error).splitlines()[0]
-    if any(word in reason.lower() for word in ("attention", "attn")):
-        return DataError(
-            f"the model does not support model.attention={model.attention}",
-            model.name,
-            "use model.attention=eager",
-        )
-    return DataError(
-        f"transformers cannot load it: {reason}",
-        model.path or model.name,
-        "check that it is a causal language model for this version",
-    )
-
-
-def _first(*values: int | None) -> int | None:
-    return next((v for v in values if v is not None), None)
+@contextlib.contextmanager
+def _refusals(where: str, attention: str = "") -> Iterator[None]:
+    """Tell in one line what transformers refuses."""
+    try:
+        yield
+    except (ValueError, ImportError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        if any(word in reason.lower() for word in ("attention", "attn")):
+            what = f"the model does not support model.attention={attention}"
+            raise DataError(what, where, "use model.attention=eager") from error
+        what = f"transformers cannot load it: {reason}"
+        do = "check that it is a causal language model for this version"
+        raise DataError(what, where, do) from error

@@ -36,7 +36,7 @@ def token_nll(
     targets_N: Tensor,
     softcap: float | None = None,
 ) -> Tensor:
-    """-ln p of each target, (N,) fp32."""
+    """Return -ln p of each target, (N,) fp32."""
     step = _chunk(weight_VD)
     parts = [
         F.cross_entropy(_logits(h, weight_VD, bias_V, softcap), t, reduction="none")
@@ -53,9 +53,9 @@ def token_divergence(
     base: tuple[Tensor, Tensor, Tensor | None],
     softcap: float | None = None,
 ) -> Tensor:
-    """KL(base || tuned) = sum_v p_base (ln p_base - ln p_tuned) over the whole vocabulary, in nats,
-    (N,) fp32; exactly 0 where the logits are equal. base: hidden states (N, D), weight and bias of
-    the base on the same tokens; the rest is the tuned model's.
+    """Return KL(base || tuned) = sum_v p_base (ln p_base - ln p_tuned) over the whole vocabulary,
+    in nats, (N,) fp32; exactly 0 where the logits are equal. base: hidden states (N, D), weight and
+    bias of the base on the same tokens; the rest is the tuned model's.
 
     Summed as p (ln p - ln q) - p + q, whose last two terms add to 0: an error of ln sum exp, common
     to a row, then enters by its square (measured in fp32 on 49,152 tokens: 1e-8 nats off, not
@@ -121,7 +121,7 @@ def _sum_chunks(
 
 
 def _scaled(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-    """The kept gradients times that of the sum."""
+    """Return the kept gradients times that of the sum."""
     scale = grads[0]
     hidden, weight, bias = ctx.grads
     return (

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from gain_cl import domains as corpora
-from gain_cl.adapters import portable
 from gain_cl.compose import checks
 from gain_cl.config.schema import JOINT, RunConfig
 from gain_cl.domains import overlap
@@ -64,8 +63,7 @@ def load_inputs(config: RunConfig, pins: dict[str, Any], tracker: Teller) -> Inp
     torch.use_deterministic_algorithms(config.compute.deterministic)
     signals.poll()
     tracker.phase(f"load {config.model.name}")
-    portable.fits(config.adapter)
-    loaded = models.load(config.model, device)
+    loaded = models.load_model(config.model, device)
     checks.limits(config, loaded.model.config.to_dict())
     tracker.phase("prepare domains")
     domains = _load_domains(config, loaded, pins["domains"], tracker)
@@ -78,7 +76,7 @@ def load_inputs(config: RunConfig, pins: dict[str, Any], tracker: Teller) -> Inp
     near = overlap.near_duplicates(domains, trained, config.eval)
     shared = overlap.benchmark(domains, trained, tasks.texts(taskset)) if taskset else []
     notes += overlap.notes(near, shared, config.eval) + _advice(config, loaded)
-    files, facts = convert.files(config.model), same.fixed_facts(config, pins)
+    files, facts = convert.model_files(config.model), same.fixed_facts(config, pins)
     facts["model"]["files"] = files
     facts["data"]["tokens"] = {name: domain.hash for name, domain in domains.items()}
     facts["data"]["validation"] = {

@@ -61,7 +61,7 @@ class Plan:
 def prepare(config: RunConfig) -> Plan:
     """Pin model, data and tasks and derive the run id. Read local files and download nothing."""
     pins: dict[str, Any] = {
-        "model": source.pin(config.model),
+        "model": source.pin_model(config.model),
         "domains": {name: domains.pin_domain(domain) for name, domain in config.domains.items()},
         "tasks": tasks.pin(config.tasks),
         "plugins": {
@@ -69,7 +69,7 @@ def prepare(config: RunConfig) -> Plan:
             "guard": guards.pin_guard(config.guard.kind),
         },
     }
-    if (begin := portable.pin(config.adapter)) is not None:
+    if (begin := portable.init_pin(config.adapter)) is not None:
         pins["init_from"] = begin
     if isinstance(config.adapter, Given):
         pins["checkpoints"] = [portable.checkpoint_pin(c) for c in config.adapter.checkpoints]

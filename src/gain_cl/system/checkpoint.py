@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 MANIFEST = "MANIFEST.json"
 TEMPORARY = ".tmp-"
+CHANGED = "it was changed after it was written"
+REMOVED = "it was removed after it was written"
 
 
 def save(folder: Path, files: Mapping[str, bytes | Path | Mapping[str, Tensor]]) -> None:
@@ -46,16 +48,13 @@ def save(folder: Path, files: Mapping[str, bytes | Path | Mapping[str, Tensor]])
                 reach("save.after_write")
                 _sync(temporary / name)
                 reach("save.after_fsync")
-            (temporary / MANIFEST).write_bytes(
-                _manifest({name: _facts(temporary / name) for name in files})
-            )
+            listed = {name: _facts(temporary / name) for name in files}
+            (temporary / MANIFEST).write_bytes(_manifest(listed))
             reach("save.after_manifest")
             _sync(temporary / MANIFEST)
             sync_folder(temporary)
             reach("save.before_rename")
-            if (
-                folder.exists()
-            ):  # a bad one, or the same state saved again: another good one is kept beside it
+            if folder.exists():  # a bad one, or the same state: a good one is kept beside it
                 shutil.rmtree(folder)
                 reach("save.between_renames")
             temporary.rename(folder)
@@ -68,8 +67,8 @@ def save(folder: Path, files: Mapping[str, bytes | Path | Mapping[str, Tensor]])
 
 
 def verify(folder: Path) -> dict[str, dict[str, Any]]:
-    """Size and SHA-256 of every file, after comparing them; DataError names the first file that is
-    not what was written."""
+    """Return size and SHA-256 of every file, after comparing them. DataError names the first file
+    that is not what was written."""
     listed = manifest(folder)
     with ThreadPoolExecutor() as pool:  # hashing lets other threads run
         for found in [pool.submit(_compare, folder, name, facts) for name, facts in listed.items()]:
@@ -78,31 +77,24 @@ def verify(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def _compare(folder: Path, name: str, facts: dict[str, Any]) -> None:
-    path = folder / name
+    path, wanted = folder / name, facts["sha256"]
     try:
         size = path.stat().st_size
         if size != facts["bytes"]:
-            raise DataError(
-                f"{name} has {size} bytes instead of {facts['bytes']}",
-                str(path),
-                "it was changed after it was written",
-            )
-        found = sha256(path)
+            what = f"{name} has {size} bytes instead of {facts['bytes']}"
+            raise DataError(what, str(path), CHANGED)
+        if (found := sha256(path)) != wanted:
+            what = f"{name} has SHA-256 {found[:12]}... instead of {wanted[:12]}..."
+            raise DataError(what, str(path), CHANGED)
     except FileNotFoundError:
-        raise DataError(
-            f"{name} is missing", str(folder), "it was removed after it was written"
-        ) from None
+        raise DataError(f"{name} is missing", str(folder), REMOVED) from None
     except OSError as error:
-        raise StorageError(
-            f"cannot read: {error.strerror or error}", str(path), "check the disk"
-        ) from error
-    if found != facts["sha256"]:
-        what = f"{name} has SHA-256 {found[:12]}... instead of {facts['sha256'][:12]}..."
-        raise DataError(what, str(path), "it was changed after it was written")
+        what = f"cannot read: {error.strerror or error}"
+        raise StorageError(what, str(path), "check the disk") from error
 
 
 def manifest(folder: Path) -> dict[str, dict[str, Any]]:
-    """What MANIFEST.json lists, unverified; DataError when it is not what ``save`` wrote."""
+    """Return what MANIFEST.json lists, unverified. DataError when it is not what ``save`` wrote."""
     path = folder / MANIFEST
     try:
         data = path.read_bytes()
@@ -110,14 +102,10 @@ def manifest(folder: Path) -> dict[str, dict[str, Any]]:
         if data == _manifest(listed):
             return listed
     except FileNotFoundError:
-        raise DataError(
-            f"{MANIFEST} is missing", str(folder), "it was removed after it was written"
-        ) from None
+        raise DataError(f"{MANIFEST} is missing", str(folder), REMOVED) from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         pass
-    raise DataError(
-        f"{MANIFEST} is not what was written", str(path), "it was changed after it was written"
-    )
+    raise DataError(f"{MANIFEST} is not what was written", str(path), CHANGED)
 
 
 def drop(folder: Path, names: Iterable[str] = ()) -> None:
@@ -135,19 +123,19 @@ def drop(folder: Path, names: Iterable[str] = ()) -> None:
 
 
 def read_json(folder: Path, name: str) -> dict[str, Any]:
-    """A JSON file of a verified folder."""
+    """Return a JSON file of a verified folder."""
     return dict(json.loads((folder / name).read_bytes()))
 
 
 def read_tensors(folder: Path, name: str) -> dict[str, Tensor]:
-    """A safetensors file of a verified folder, on the CPU; empty when there is none."""
+    """Return a safetensors file of a verified folder, on the CPU. It is empty when there is none."""
     from safetensors.torch import load_file
 
     return dict(load_file(folder / name)) if (folder / name).exists() else {}
 
 
 def steps(root: Path) -> list[Path]:
-    """The checkpoints root/step-N, newest first."""
+    """Return the checkpoints root/step-N, newest first."""
     found = [p for p in root.glob("step-*") if p.name.removeprefix("step-").isdigit()]
     return sorted(found, key=lambda p: -int(p.name.removeprefix("step-")))
 
@@ -173,9 +161,10 @@ def remove_leftovers(*folders: Path) -> None:
     """Remove what a killed process left half written; for the owner of the run only."""
     for folder in folders:
         for left in [*folder.glob(f"{TEMPORARY}*"), *folder.glob(".*.tmp")]:
-            shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink(
-                missing_ok=True
-            )
+            if left.is_dir() and not left.is_symlink():
+                shutil.rmtree(left)
+            else:
+                left.unlink(missing_ok=True)
 
 
 class Due:
@@ -188,13 +177,14 @@ class Due:
         self.last, self.cost = time.monotonic(), 0.0
 
     def now(self, step: int) -> bool:
+        """True if a checkpoint is due after this step."""
         if self.every_steps is not None and step % self.every_steps == 0:
             return True
-        return self.every_seconds is not None and time.monotonic() - self.last >= max(
-            self.every_seconds, 40 * self.cost
-        )
+        passed = time.monotonic() - self.last
+        return self.every_seconds is not None and passed >= max(self.every_seconds, 40 * self.cost)
 
     def saved(self, seconds: float) -> None:
+        """Note that one was saved, which took so long."""
         self.last, self.cost = time.monotonic(), seconds
 
 
@@ -229,33 +219,23 @@ def _facts(path: Path) -> dict[str, Any]:
 
 
 def _manifest(listed: Mapping[str, Mapping[str, Any]]) -> bytes:
-    """Its own hash stands in it, and there is one way to write it: a changed bit anywhere shows."""
+    """Return the manifest's bytes. Its own hash stands in it, and there is one way to write it, so
+    that a changed bit anywhere shows."""
     both = {"files": listed, "sha256": json_sha256(listed)}
     return (json.dumps(both, sort_keys=True, indent=1, allow_nan=False) + "\n").encode()
 
 
 def _refused(error: OSError, folder: Path, files: Mapping[str, Any]) -> StorageError:
-    """Words for a disk that does not take a checkpoint."""
+    """Return words for a disk that does not take a checkpoint."""
     import errno
 
     reason = error.strerror or str(error)
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        sizes = [
-            len(c)
-            if isinstance(c, bytes)
-            else sum(t.numel() * t.element_size() for t in c.values())
-            for c in files.values()
-            if not isinstance(c, Path)
-        ]
-        there = folder.parent
-        while not there.exists():
-            there = there.parent
-        reason += (
-            f": needs {sum(sizes) / 1e6:,.1f} MB, free "
-            f"{shutil.disk_usage(there).free / 1e6:,.1f} MB"
-        )
-    return StorageError(
-        f"cannot save: {reason}",
-        str(folder),
-        "free space or name another folder; the same command then goes on",
-    )
+        contents = [c for c in files.values() if not isinstance(c, Path)]
+        parts = [[c] if isinstance(c, bytes) else c.values() for c in contents]
+        needs = sum(len(p) if isinstance(p, bytes) else p.nbytes for part in parts for p in part)
+        there = next(p for p in folder.parents if p.exists())
+        free = shutil.disk_usage(there).free
+        reason += f": needs {needs / 1e6:,.1f} MB, free {free / 1e6:,.1f} MB"
+    do = "free space or name another folder; the same command then goes on"
+    return StorageError(f"cannot save: {reason}", str(folder), do)

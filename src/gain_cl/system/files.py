@@ -18,14 +18,14 @@ def sha256(path: Path) -> str:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Atomic: a reader sees the old file or the new one, also after a power cut. I/O errors become
-    StorageError."""
+    """Write a file atomically: a reader sees the old file or the new one, also after a power cut.
+    I/O errors become StorageError."""
     write_all({path: data})
 
 
 def write_all(files: dict[Path, bytes]) -> None:
-    """Several files, each atomic; the first is replaced only when all are on disk, so a full disk
-    leaves every old one."""
+    """Write several files, each atomically. The first is replaced only when all are on disk, so a
+    full disk leaves every old one."""
     temporary = {
         path: path.with_name(f".{path.name}.{os.getpid()}@{socket.gethostname()}.tmp")
         for path in files
@@ -81,7 +81,7 @@ def alive(pid: int) -> bool:
 
 
 def sync_folder(folder: Path) -> None:
-    """A new name is on disk only when its folder is."""
+    """Put a folder on disk: a new name is there only when its folder is."""
     if os.name == "posix":
         handle = os.open(folder, os.O_RDONLY)
         try:

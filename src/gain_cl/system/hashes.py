@@ -16,7 +16,8 @@ from gain_cl.system.files import sha256, write_bytes
 
 
 def cache_dir() -> Path:
-    """$GAIN_CL_CACHE, else $XDG_CACHE_HOME/gain_cl, else ~/.cache/gain_cl (not created here)."""
+    """Return $GAIN_CL_CACHE, else $XDG_CACHE_HOME/gain_cl, else ~/.cache/gain_cl (not created
+    here)."""
     if own := os.environ.get("GAIN_CL_CACHE"):
         return Path(own).expanduser().absolute()
     shared = os.environ.get("XDG_CACHE_HOME")
@@ -43,16 +44,15 @@ _trusting = True
 
 
 def trust_nothing() -> None:
-    """From here on this process hashes each file itself, whatever was remembered of it: for
-    verify."""
+    """Make this process hash each file itself, whatever was remembered of it: for verify."""
     global _trusting
     _trusting = False
 
 
 def file_sha256(path: Path, remember: bool = False) -> str:
-    """SHA-256 of a file, computed once per (path, size, mtime_ns) in this process; remember: also
-    across processes, in the cache (for model weights of many gigabytes). DataError when the file
-    cannot be read."""
+    """Return the SHA-256 of a file, computed once per (path, size, mtime_ns) in this process;
+    remember: also across processes, in the cache (for model weights of many gigabytes). DataError
+    when the file cannot be read."""
     path = Path(path).absolute()
     try:
         real = path.resolve(strict=True)

@@ -24,8 +24,8 @@ _held = False
 
 @contextmanager
 def listening() -> Iterator[None]:
-    """For the block, the watched signals ask instead of ending the process. Nested, or outside the
-    main thread, it does nothing."""
+    """Let the watched signals ask for the block, instead of ending the process. Nested, or outside
+    the main thread, it does nothing."""
     global _asked, _listening
     if _listening or threading.current_thread() is not threading.main_thread():
         yield
@@ -41,14 +41,13 @@ def listening() -> Iterator[None]:
 
 
 def asked() -> str | None:
-    """The name of the signal that asked to stop, or None."""
+    """Return the name of the signal that asked to stop, or None."""
     return _asked
 
 
 @contextmanager
 def held() -> Iterator[None]:
-    """For the block, ``poll`` lets it go on: something is half done that cannot be taken up
-    again."""
+    """Let ``poll`` pass for the block: something is half done that cannot be taken up again."""
     global _held
     _held = True
     try:

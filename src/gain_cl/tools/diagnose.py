@@ -245,7 +245,7 @@ class _Weights:
         from gain_cl.tools import weights
 
         self.record, self.keep, self.own = bench.record, keep, bench.fp32 == bench.config.model
-        loaded = bench.loaded if self.own else load.load(bench.fp32, bench.loaded.device)
+        loaded = bench.loaded if self.own else load.load_model(bench.fp32, bench.loaded.device)
         self.base = {name: p.detach() for name, p in loaded.model.named_parameters()}
         self.total = math.fsum(_norm(p) ** 2 for p in self.base.values()) ** 0.5
         self.layers = dict(weights.linear_layers(loaded.model))

@@ -115,7 +115,7 @@ def export(
         adapter_files: dict[str, bytes] = {}
         if to == "peft":
             loaded, adapter = _rebuilt(config, "float32", state)
-            adapter_files = portable.files(adapter, loaded, *_base(config))
+            adapter_files = portable.adapter_files(adapter, loaded, *_base(config))
             del loaded, adapter
         gap, merge, tokens = _measured(
             record, config, state, work if to == "merged" else None, dtype
@@ -149,7 +149,7 @@ def adapter_alone(adapter: Adapter, loaded: Loaded, config: RunConfig, folder: P
 
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError("the folder is not empty", str(folder), "name another one")
-    found = portable.files(adapter, loaded, *_base(config))
+    found = portable.adapter_files(adapter, loaded, *_base(config))
     write_all({folder / name: data for name, data in found.items()})
 
 
@@ -216,7 +216,7 @@ def _base(config: RunConfig) -> tuple[str, str | None]:
 def _rebuilt(config: RunConfig, dtype: Dtype, state: dict[str, Tensor]) -> tuple[Loaded, Adapter]:
     """The base model computing in dtype, with the trained state on it. A base that was quantised in
     training is loaded whole."""
-    loaded = load.load(
+    loaded = load.load_model(
         config.model.model_copy(update={"dtype": dtype, "load_in": None}),
         load.device_of("auto", dtype),
     )

@@ -85,7 +85,7 @@ def _scored(
     families.can_merge(dict(model.named_modules()))
     base = {
         name: p.detach()
-        for name, p in load.load(bench.fp32, bench.loaded.device).model.named_parameters()
+        for name, p in load.load_model(bench.fp32, bench.loaded.device).model.named_parameters()
     }
     for stage in stages:
         state, tuned = bench.state(stage), bench.folded(stage)

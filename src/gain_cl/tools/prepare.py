@@ -70,7 +70,7 @@ def examine(config: RunConfig) -> Report:
     )  # what is wrong with local text or a model's files shows before torch is imported
     names, trained = [*config.sequence.trained, *config.sequence.controls], config.sequence.trained
     _say(f"{config.model.name}: files and tokenizer")
-    folder = source.locate(config.model)
+    folder = source.locate_model(config.model)
     checks.limits(
         config, source.read_config(folder) if folder is not None else config.model.arch or {}
     )

@@ -147,7 +147,7 @@ class Bench:
         """The model after a stage, the adapter on it."""
         from gain_cl.models import load
 
-        loaded = load.load(model, self.loaded.device)
+        loaded = load.load_model(model, self.loaded.device)
         adapter = self.attach(loaded)
         if adapter.trains:
             adapter.load_state(self.state(stage))

@@ -896,7 +896,7 @@ def model_files(case: Case) -> str:
             for p in folder.glob(pattern)
             if p.is_file()
         }
-        if source_.pin(model) != pin:
+        if source_.pin_model(model) != pin:
             raise DataError("the model is not the one that was pinned", str(folder), "restore it")
         return f"{folder} as pinned"
     if "hub" in pin:
