@@ -171,10 +171,7 @@ def foreign_privates(tree: ast.AST) -> list[str]:
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(SOURCE)))
 def test_no_private_name_of_a_library(path: Path) -> None:
-    found = foreign_privates(ast.parse(path.read_text()))
-    if own(path) == "compose":  # Hydra's, which step 3 of the house takes out
-        found = [f for f in found if "hydra" not in f and "ConfigLoaderImpl" not in f]
-    assert not found
+    assert not foreign_privates(ast.parse(path.read_text()))
 
 
 def test_a_private_name_of_a_library_is_found() -> None:

@@ -177,8 +177,9 @@ def _ia3_layers(shapes: dict[str, list[int]], folder: Path) -> dict[str, list[in
     return layers
 
 
-ELSEWHERE = {"base_model_name_or_path", "revision", "inference_mode", "peft_version", "auto_mapping", "task_type", "runtime_config",
-             "target_modules", "feedforward_modules", "exclude_modules", "fan_in_fan_out"}  # fmt: skip
+ELSEWHERE = frozenset(
+    ["base_model_name_or_path", "revision", "inference_mode", "peft_version", "auto_mapping", "task_type", "runtime_config", "target_modules", "feedforward_modules", "exclude_modules", "fan_in_fan_out"]
+)
 """Keys that do not change what is computed, or whose effect is seen in the names and shapes of the
 tensors."""
 
@@ -215,7 +216,8 @@ def begin(settings: schema.Adapter, adapter: Adapter, loaded: Loaded) -> None:
     """Put the values of adapter.init_from, where it is given, into a freshly attached adapter. They
     train on from there.
 
-    ConfigError when its settings or layers are not the adapter's, DataError when a width differs."""
+    ConfigError when its settings or layers are not the adapter's, DataError when a width
+    differs."""
     if (given := _given(settings)) is None:
         return
     import torch

@@ -73,8 +73,8 @@ def playing(
 
 
 def input_width(layer: nn.Module) -> int:
-    """Return the width of a linear layer's input. Conv1D stores its weight as (in, out), a quantised
-    layer packed."""
+    """Return the width of a linear layer's input. Conv1D stores its weight as (in, out), a
+    quantised layer packed."""
     return _width(layer, 0)
 
 
@@ -96,8 +96,8 @@ def out_in(layer: nn.Module) -> Tensor:
 
 
 def is_quantised(layer: nn.Module) -> bool:
-    """True if the layer is bitsandbytes' Linear4bit or Linear8bitLt: the weight is packed and can be
-    computed with, not written to."""
+    """True if the layer is bitsandbytes' Linear4bit or Linear8bitLt: the weight is packed and can
+    be computed with, not written to."""
     return type(layer).__name__ in ("Linear4bit", "Linear8bitLt")
 
 

@@ -101,8 +101,8 @@ def device_of(name: str, dtype: str) -> torch.device:
 
 
 def load_tokenizer(model: schema.Model) -> tuple[PreTrainedTokenizerBase, str]:
-    """Return (tokenizer, SHA-256 of its definition) of a model, whose files are fetched when needed. Only
-    AutoTokenizer knows the family's class, and it imports torch."""
+    """Return (tokenizer, SHA-256 of its definition) of a model, whose files are fetched when
+    needed. Only AutoTokenizer knows the family's class, and it imports torch."""
     folder = source.locate_model(model)
     with _refusals(model.path or model.name, model.attention):
         tokenizer = byte_tokenizer() if folder is None else _tokenizer(folder)
@@ -113,7 +113,8 @@ def load_tokenizer(model: schema.Model) -> tuple[PreTrainedTokenizerBase, str]:
 
 
 def tokenizer_hash(folder: Path) -> str:
-    """Return the SHA-256 of the definition of a folder's tokenizer, as ``load_tokenizer`` gives it."""
+    """Return the SHA-256 of the definition of a folder's tokenizer, as ``load_tokenizer`` gives
+    it."""
     return _digest(_tokenizer(folder))
 
 
@@ -128,7 +129,8 @@ def _tokenizer(folder: Path) -> Any:
 
 
 def parameters_of(folder: Path, dtype: str) -> dict[str, Tensor]:
-    """Return the weights of a model folder by the names they have in the loaded model, on the CPU."""
+    """Return the weights of a model folder by the names they have in the loaded model, on the
+    CPU."""
     import torch
 
     with _refusals(str(folder)):
@@ -169,8 +171,8 @@ def vocabulary(model: schema.Model) -> int:
 def special_tokens(
     model: schema.Model, tokenizer: PreTrainedTokenizerBase, rows: int
 ) -> tuple[int, int]:
-    """Return (prefix, separator) token ids. DataError when there is none, or when an id is not below
-    ``rows`` of the embedding."""
+    """Return (prefix, separator) token ids. DataError when there is none, or when an id is not
+    below ``rows`` of the embedding."""
     if (largest := max(tokenizer.get_vocab().values())) >= rows:
         what = f"token ids reach {largest}, the model has {rows} embedding rows"
         raise DataError(what, model.name, "this is another model's tokenizer")
@@ -231,8 +233,8 @@ def _from_config(config: Any, **keys: Any) -> PreTrainedModel:
 
 
 def _quantised(model: schema.Model, device: torch.device) -> dict[str, Any]:
-    """Return what from_pretrained is told for model.load_in (bitsandbytes): 4bit is QLoRA's NF4 with
-    double quantisation (arXiv 2305.14314), computing in model.dtype; 8bit is LLM.int8 (arXiv
+    """Return what from_pretrained is told for model.load_in (bitsandbytes): 4bit is QLoRA's NF4
+    with double quantisation (arXiv 2305.14314), computing in model.dtype; 8bit is LLM.int8 (arXiv
     2208.07339)."""
     if model.load_in is None:
         return {}
@@ -287,8 +289,8 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
 
 
 def byte_tokenizer() -> PreTrainedTokenizerBase:
-    """Return a tokenizer of 256 bytes and an end token (id 0), for random models, which have no text
-    of their own."""
+    """Return a tokenizer of 256 bytes and an end token (id 0), for random models, which have no
+    text of their own."""
     from tokenizers import Tokenizer, decoders, pre_tokenizers
     from tokenizers.models import BPE
     from transformers import PreTrainedTokenizerFast

@@ -128,7 +128,8 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
 
 
 def read_tensors(folder: Path, name: str) -> dict[str, Tensor]:
-    """Return a safetensors file of a verified folder, on the CPU. It is empty when there is none."""
+    """Return a safetensors file of a verified folder, on the CPU. It is empty when there is
+    none."""
     from safetensors.torch import load_file
 
     return dict(load_file(folder / name)) if (folder / name).exists() else {}

