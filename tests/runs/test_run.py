@@ -593,6 +593,29 @@ def test_unusable_models(tmp_path: Path) -> None:
         source.inspect_model(pickled)
 
 
+def test_a_folder_that_opens_other_files_is_refused(tmp_path: Path) -> None:
+    """transformers would put on an adapter that lies there, and read another config."""
+    beside = save(tmp_path / "beside")
+    (beside / "adapter_config.json").write_text("{}")
+    with pytest.raises(DataError, match="an adapter lies in the model's folder"):
+        source.inspect_model(beside)
+    other = save(tmp_path / "other", configuration_files=["config.4.0.0.json"])
+    with pytest.raises(DataError, match="another file in the place of config.json"):
+        source.inspect_model(other)
+
+
+def test_a_folder_is_inspected_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Again only when a file of it has changed, or its weights matter."""
+    folder, read = save(tmp_path / "net"), []
+    monkeypatch.setattr(source, "weight_shapes", lambda f: read.append(f) or {})
+    for weights in (True, True, False):
+        source.inspect_model(folder, weights)["vocab_size"] = 1  # the caller's own
+    assert len(read) == 2 and source.inspect_model(folder)["vocab_size"] == 257
+    (folder / "tokenizer.json").write_text("{")
+    with pytest.raises(DataError, match=r"tokenizer\.json is not JSON"):
+        source.inspect_model(folder)
+
+
 def test_end_token_and_prefix(tmp_path: Path) -> None:
     folder = save(tmp_path / "endless")
     for name in ("tokenizer_config.json", "special_tokens_map.json"):

@@ -661,7 +661,7 @@ def test_earlier_stage_of_full_is_gone_and_said(tmp_path: Path) -> None:
 
 
 def model_of(family: str) -> schema.Model:
-    return schema.Model(name=family, arch={"model_type": family})
+    return schema.Model(name=family, arch={"model_type": family}, dtype="float32")
 
 
 # --- begin from an adapter ------------------------------------------------------------------------

@@ -14,11 +14,11 @@ if TYPE_CHECKING:
 known: Registry[Adapter] = Registry(
     "adapter",
     {
-        "gain": "gain_cl.adapters.gain:GainAdapter",
-        "multiplicative_lora": "gain_cl.adapters.gain:MultiplicativeLoraAdapter",
-        "full": "gain_cl.adapters.full:FullAdapter",
-        "peft": "gain_cl.adapters.peft:PeftAdapter",
-        "given": "gain_cl.adapters.checkpoints:GivenAdapter",
+        "gain": "adapters.gain:GainAdapter",
+        "multiplicative_lora": "adapters.gain:MultiplicativeLoraAdapter",
+        "full": "adapters.full:FullAdapter",
+        "peft": "adapters.peft:PeftAdapter",
+        "given": "adapters.checkpoints:GivenAdapter",
     },
     ADAPTERS,
 )

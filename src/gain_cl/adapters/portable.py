@@ -178,7 +178,19 @@ def _ia3_layers(shapes: dict[str, list[int]], folder: Path) -> dict[str, list[in
 
 
 ELSEWHERE = frozenset(
-    ["base_model_name_or_path", "revision", "inference_mode", "peft_version", "auto_mapping", "task_type", "runtime_config", "target_modules", "feedforward_modules", "exclude_modules", "fan_in_fan_out"]
+    [
+        "base_model_name_or_path",
+        "revision",
+        "inference_mode",
+        "peft_version",
+        "auto_mapping",
+        "task_type",
+        "runtime_config",
+        "target_modules",
+        "feedforward_modules",
+        "exclude_modules",
+        "fan_in_fan_out",
+    ]
 )
 """Keys that do not change what is computed, or whose effect is seen in the names and shapes of the
 tensors."""

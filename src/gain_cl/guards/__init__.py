@@ -14,14 +14,14 @@ if TYPE_CHECKING:
 known: Registry[Guard] = Registry(
     "guard",
     {
-        "none": "gain_cl.guards.base:Guard",
-        "ewc": "gain_cl.guards.ewc:EwcGuard",
-        "replay": "gain_cl.guards.replay:ReplayGuard",
-        "self_replay": "gain_cl.guards.replay:SelfReplayGuard",
-        "kl_base": "gain_cl.guards.near_base:KlBaseGuard",
-        "l2_base": "gain_cl.guards.near_base:L2BaseGuard",
-        "orthogonal": "gain_cl.guards.near_base:OrthogonalGuard",
-        "ema": "gain_cl.guards.near_base:EmaGuard",
+        "none": "guards.base:Guard",
+        "ewc": "guards.ewc:EwcGuard",
+        "replay": "guards.replay:ReplayGuard",
+        "self_replay": "guards.replay:SelfReplayGuard",
+        "kl_base": "guards.near_base:KlBaseGuard",
+        "l2_base": "guards.near_base:L2BaseGuard",
+        "orthogonal": "guards.near_base:OrthogonalGuard",
+        "ema": "guards.near_base:EmaGuard",
     },
     GUARDS,
 )

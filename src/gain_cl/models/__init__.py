@@ -1,9 +1,9 @@
 """Models by family: where they come from, how they are loaded, their forward pass and loss.
 
-``Loaded`` and ``targets`` are here for plugins (docs/extending.md).
+These names are here for plugins (docs/extending.md).
 """
 
-from gain_cl.models.families import targets
+from gain_cl.models.families import input_width, output_width, targets
 from gain_cl.models.load import Loaded
 
-__all__ = ["Loaded", "targets"]
+__all__ = ["Loaded", "input_width", "output_width", "targets"]

@@ -18,9 +18,9 @@ T = TypeVar("T")
 
 
 class Registry(Generic[T]):
-    """section: of the configuration, whose ``kind`` is the name; built_in: name -> "module:Class";
-    typed: the names whose settings the schema knows, so that none is checked against a
-    constructor."""
+    """section: of the configuration, whose ``kind`` is the name; built_in: name -> "module:Class",
+    the module within gain_cl; typed: the names whose settings the schema knows, so that none is
+    checked against a constructor."""
 
     def __init__(self, section: str, built_in: dict[str, str], typed: Collection[str]) -> None:
         self.section, self.built_in, self.typed = section, built_in, typed
@@ -43,7 +43,7 @@ class Registry(Generic[T]):
             what = f"unknown {self.section} {kind!r}"
             raise ConfigError(what, f"{self.section}.kind", f"use one of: {known}")
         module, _, name = self.built_in[kind].partition(":")
-        found: type[T] = getattr(importlib.import_module(module), name)
+        found: type[T] = getattr(importlib.import_module(f"gain_cl.{module}"), name)
         return found
 
     def check(self, settings: BaseModel, origin: Callable[[str], str] = str) -> None:
