@@ -600,7 +600,7 @@ def test_a_folder_that_opens_other_files_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="an adapter lies in the model's folder"):
         source.inspect_model(beside)
     other = save(tmp_path / "other", configuration_files=["config.4.0.0.json"])
-    with pytest.raises(DataError, match="another file in the place of config.json"):
+    with pytest.raises(DataError, match=r"another file in the place of config\.json"):
         source.inspect_model(other)
 
 
