@@ -219,6 +219,17 @@ def test_parameter_counts_of_the_output_side(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("name", ["gpt2", "smollm2"])
+def test_layers_that_are_alike_are_counted_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What two layers say of a whole model is what counting all of them gives."""
+    from gain_cl.tools import params
+
+    words = [f"model={name}", "method=gain_random_basis,full,ln_only,lora_same_modules,vera,ia3"]
+    short = params.count(words)
+    monkeypatch.setattr(params, "DEPTH", ())
+    assert params.count(words) == short
+
+
 def test_user_presets_of_every_kind(tmp_path: Path) -> None:
     """--config-dir: a model and a domain of the user's own, in a folder with a hard name."""
     folder = tmp_path / "it's a, [folder]"

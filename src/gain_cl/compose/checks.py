@@ -249,8 +249,8 @@ def _check_device(config: RunConfig, origin: Origin) -> None:
 
 
 def _compute_capabilities() -> list[float] | None:
-    """Return the compute capabilities of the NVIDIA GPUs of this machine, by its own tool. None if that is not known
-    without torch."""
+    """Return those of the NVIDIA GPUs of this machine, by their own tool. None if that is not
+    known without torch."""
     command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)

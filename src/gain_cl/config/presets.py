@@ -10,7 +10,7 @@ from gain_cl.errors import ConfigError
 
 
 def configs_dir() -> Path:
-    """Return the folder of the shipped presets: inside the installed package, else in the checkout."""
+    """Return the shipped presets: inside the installed package, else in the checkout."""
     package = Path(__file__).resolve().parents[1]
     for folder in (package / "configs", package.parents[1] / "configs"):
         if (folder / "run.yaml").is_file():
