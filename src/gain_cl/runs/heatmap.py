@@ -86,7 +86,7 @@ class _Sheet:
         self.stages = [f"{s.index}  {s.domain or 'pretrained'}" for s in r.stages]
         columns = np.arange(len(self.names))
         # left edge of each column, in entries
-        self.left = columns + GAP * (columns >= self.trained)
+        self.left: Any = columns + GAP * (columns >= self.trained)
         self.change = 100 * np.expm1(np.clip(self.losses - self.losses[0], None, 700.0))
 
     def width(self, *texts: str, size: float = 10) -> float:
@@ -154,8 +154,7 @@ class _Sheet:
         axes.tick_params(axis="y", pad=(before - 0.45 * k) * 72)
         axes.spines[:].set_visible(False)
         self.scale_bar(self.place(before + across + 0.32 * k, over, 0.17 * k, down), *colours)
-        soft = {"size": 9, "color": SOFT, "va": "bottom"}
-        self.write(before - label - 0.1 * k, over - 0.07 * k, "stage", **soft)
+        self.write(before - label - 0.1 * k, over - 0.07 * k, "stage", 9, SOFT, va="bottom")
         self.write(0.25 * k, 0.2 * k, title, sizes[0], INK, va="top", fontweight="bold")
         self.write(0.25 * k, 0.47 * k, legend, 10, SOFT, va="top")
         self.write(0.25 * k, size_high - 0.1 * k, about, sizes[1], SOFT, va="bottom")

@@ -1,8 +1,8 @@
-"""The run in wandb, on request: the only door to it. Torch-free, and wandb is imported only when a
-run asks for it.
+"""Show a run in wandb, on request: the only door to it. Torch-free, and wandb is imported only when
+a run asks for it.
 
-A mirror of what the files say: it may be absent, refuse or vanish at any moment, and neither a
-number nor the end of the run changes; one line tells. It is fed from metrics.jsonl, and only what a
+It mirrors what the files say. It may be absent, refuse or vanish at any moment: one line tells, and
+neither a number nor the end of the run changes. It is fed from metrics.jsonl, and only what a
 checkpoint covers, so each row is shown once however often the run was interrupted.
 """
 
@@ -35,24 +35,24 @@ FINISH_SECONDS = 15
 sync``."""
 
 SHOWN = ("step", "dev", "stage")
-"""Kinds of rows of metrics.jsonl that become a row here; a stage's takes in the eval and task lines
-before it."""
+"""Kinds of rows of metrics.jsonl that become a row here. A stage's row takes in the eval and task
+lines before it."""
 
 _LOGIN = re.compile(r"(?<=://)[^/@\s]+@")
 
 
 class Mirror:
-    """The run in wandb. Each call is guarded: the first exception is told in one line and ends the
-    mirror, not the run.
+    """Follow a run in wandb, where its configuration asks for it. Each call is guarded: the first
+    exception is told in one line and ends the mirror, not the run.
 
     wandb's step is the row's number in the whole run. Axes of its own besides: ``stage`` for ppl/*,
     change_pct/* and task/*, ``train/global_step`` for train/*.
 
-    What wandb has already, and is not sent again, when a run goes on: online the server says it.
-    Offline, wandb writes to its file with delay, so that a killed process leaves an unknown part:
-    only a folder that was closed in order counts. mirror.json names those and the rows up to which
-    they reach; any other offline folder of this run is removed, and its rows are sent again from
-    metrics.jsonl.
+    When a run goes on, what wandb has already is not sent again. Online the server says what that
+    is. Offline, wandb writes to its file with delay, so that a killed process leaves an unknown
+    part: only a folder that was closed in order counts. mirror.json names those and the rows up to
+    which they reach. Any other offline folder of this run is removed, and its rows are sent again
+    from metrics.jsonl.
     """
 
     def __init__(
@@ -93,6 +93,7 @@ class Mirror:
                 wandb.teardown()
 
     def start(self, resuming: bool) -> None:
+        """Begin to follow. resuming: metrics.jsonl holds rows of an earlier process."""
         mode = self._mode()
         if mode == "disabled":
             return
@@ -137,7 +138,7 @@ class Mirror:
         return self._folder / "mirror.json"
 
     def _settle(self, resuming: bool, mode: str) -> None:
-        """Find out what wandb has, and remove what does not count."""
+        """Find out what wandb has. Remove what does not count."""
         if mode == "online":
             self._sent = self._run.starting_step
         elif resuming and self._state.exists():
@@ -150,7 +151,7 @@ class Mirror:
 
     @property
     def _place(self) -> str:
-        """Name of wandb's folder for this process."""
+        """Return the name of wandb's folder for this process."""
         return Path(self._run.dir).parent.name
 
     def _remember(self) -> None:
@@ -229,50 +230,43 @@ class Mirror:
             for row in map(json.loads, lines):
                 values = self._shown(row)
                 if values and row["row"] >= self._sent:
-                    self._run.log(
-                        {k: v for k, v in format.finite(values)[0].items() if v is not None},
-                        step=row["row"],
-                        commit=True,
-                    )
+                    self._run.log(_known(values), step=row["row"], commit=True)
                     self._sent = row["row"] + 1
 
     def _shown(self, row: dict[str, Any]) -> dict[str, Any]:
-        """What wandb shows for a row of metrics.jsonl; nothing for most kinds."""
-        if row["kind"] == "step":
-            values = {
-                f"train/{k}": row[k]
-                for k in ("loss_nats", "lr", "grad_norm", "stage", "micro_batch")
-                if k in row
-            }
+        """Return what wandb shows for a row of metrics.jsonl: nothing for most kinds."""
+        kind, values = row["kind"], self._values
+        if kind in ("step", "dev"):
+            # A function of the position, so that a resumed run continues its curve.
+            done = (int(row["stage"]) - 1) * self._config.stage.stage_steps + int(row["step"])
+            values = {"train/global_step": done}
+            if kind == "dev":
+                return {**values, "train/dev_loss_nats": row.get("loss_nats")}
+            for key in ("loss_nats", "lr", "grad_norm", "stage", "micro_batch"):
+                if key in row:
+                    values[f"train/{key}"] = row[key]
             if row.get("tokens") and row.get("seconds"):
                 values["train/tokens_per_second"] = row["tokens"] / row["seconds"]
-            return {"train/global_step": self._global_step(row), **values}
-        if row["kind"] == "dev":
-            return {
-                "train/global_step": self._global_step(row),
-                "train/dev_loss_nats": row.get("loss_nats"),
-            }
-        if row["kind"] == "eval" and row["loss_nats"] is not None:
+            return values
+        if kind == "eval" and row["loss_nats"] is not None:
             domain, loss = row["domain"], row["loss_nats"]
             if row["stage"] == 0:
                 self._base[domain] = loss
-            self._values[f"ppl/{domain}"] = math.exp(loss) if loss < 700 else math.inf
+            values[f"ppl/{domain}"] = math.exp(loss) if loss < 700 else math.inf
             if domain in self._base:
-                self._values[f"change_pct/{domain}"] = format.change(loss - self._base[domain])
-        elif row["kind"] == "task" and row["items"]:
-            self._values[f"task/{row['task']}/accuracy"] = row["correct"] / row["items"]
-            self._values[f"task/{row['task']}/accuracy_norm"] = row["correct_norm"] / row["items"]
-        elif row["kind"] == "stage":
-            values, self._values = {"stage": row["stage"], **self._values}, {}
-            return values
+                values[f"change_pct/{domain}"] = format.change(loss - self._base[domain])
+        elif kind == "task" and row["items"]:
+            name = f"task/{row['task']}/accuracy"
+            values[name] = row["correct"] / row["items"]
+            values[f"{name}_norm"] = row["correct_norm"] / row["items"]
+        elif kind == "stage":
+            self._values = {}
+            return {"stage": row["stage"], **values}
         return {}
 
-    def _global_step(self, row: dict[str, Any]) -> int:
-        """Steps since the start of the run: a function of the position, so that a resumed run
-        continues its curve."""
-        return (int(row["stage"]) - 1) * self._config.stage.stage_steps + int(row["step"])
-
     def finish(self, run: Run, picture: Path) -> None:
+        """Send what is known at the end: the summary, the matrix, and its picture if there is
+        one."""
         if self._run is None:
             return
         with self._guarded("finish"):
@@ -282,8 +276,10 @@ class Mirror:
             summary: dict[str, Any] = {
                 "trainable_parameters": r.trainable_parameters,
                 "peak_memory_bytes": r.peak_memory_bytes,
+                "train_seconds": sum(s.train.seconds for s in r.stages if s.train is not None),
+                **({"tainted": "; ".join(r.tainted)} if r.tainted else {}),
+                **_tasks(run),
             }
-            summary |= {"tainted": "; ".join(r.tainted)} if r.tainted else {}
             losses = matrix.LossMatrix.from_documents(
                 run.documents, r.trained, r.controls, r.regime
             )
@@ -291,23 +287,20 @@ class Mirror:
                 pct = estimate.map(format.change)
                 summary |= {f"{name}_nats": estimate.value, f"{name}_pct": pct.value}
                 summary |= {f"{name}_pct_low": pct.low, f"{name}_pct_high": pct.high}
-            summary["train_seconds"] = sum(s.train.seconds for s in r.stages if s.train is not None)
-            summary |= _tasks(run)
-            clean, _ = format.finite(summary)
-            self._run.summary.update({k: v for k, v in clean.items() if v is not None})
-            last: dict[str, Any] = (
-                {"matrix_image": wandb.Image(str(picture))} if picture.exists() else {}
-            )
+            self._run.summary.update(_known(summary))
+            last: dict[str, Any] = {}
+            if picture.exists():
+                last["matrix_image"] = wandb.Image(str(picture))
             table = run.matrix
-            cells = table.to_numpy().tolist()
             rows: list[Any] = [
                 [s.index, s.domain or "", *format.finite(v)[0]]
-                for s, v in zip(r.stages, cells, strict=True)
+                for s, v in zip(r.stages, table.to_numpy().tolist(), strict=True)
             ]
             last["matrix"] = wandb.Table(columns=["stage", "trained", *table.columns], data=rows)
             self._run.log(last, step=self._sent, commit=True)
 
     def close(self, failed: bool) -> None:
+        """Wait for the upload, but not for ever."""
         if self._run is None:
             return
         with self._guarded("upload"):
@@ -319,35 +312,35 @@ class Mirror:
             self._remember()
 
 
+def _known(values: dict[str, Any]) -> dict[str, Any]:
+    """Return the values that are known and finite."""
+    return {k: v for k, v in format.finite(values)[0].items() if v is not None}
+
+
 def _tasks(run: Run) -> dict[str, float]:
-    """Each task's accuracy at the last stage that scored it, and what changed since the first, with
-    95% intervals over items."""
+    """Return each task's accuracy at the last stage that scored it, and what changed since the
+    first, with 95% intervals over items."""
     found: dict[str, float] = {}
     stages = run.record.stages
     for task in dict.fromkeys(t for s in stages for t in s.tasks):
-        scored = [s.index for s in stages if task in s.tasks]
+        scored = [s for s in stages if task in s.tasks]
         first, last = scored[0], scored[-1]
-        score = stages[last].tasks[task]
-        found[f"task/{task}/accuracy"] = score.correct / score.items
-        for name, e in (
-            answers.change(run.items, task, first, last) if last != first else {}
-        ).items():
-            found |= {f"task/{task}/{name}_change": e.value}
-            found |= {
-                f"task/{task}/{name}_change_low": e.low,
-                f"task/{task}/{name}_change_high": e.high,
-            }
+        found[f"task/{task}/accuracy"] = last.tasks[task].correct / last.tasks[task].items
+        if first is not last:
+            for name, e in answers.change(run.items, task, first.index, last.index).items():
+                key = f"task/{task}/{name}_change"
+                found |= {key: e.value, f"{key}_low": e.low, f"{key}_high": e.high}
     return found
 
 
 def _reason(error: Exception) -> str:
-    """The first line of an exception, without credentials."""
-    lines = str(error).strip().splitlines() or [""]
-    return str(_public(f"{type(error).__name__}: {lines[0]}" if lines[0] else type(error).__name__))
+    """Return the first line of an exception, without credentials."""
+    name, lines = type(error).__name__, str(error).strip().splitlines()
+    return str(_public(f"{name}: {lines[0]}" if lines else name))
 
 
 def _has_key(base_url: str) -> bool:
-    """Whether wandb would find credentials for this server without asking."""
+    """True if wandb would find credentials for this server without asking."""
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     for name in (os.environ.get("NETRC"), "~/.netrc", "~/_netrc"):
@@ -362,8 +355,8 @@ def _has_key(base_url: str) -> bool:
 
 
 def _public(value: Any) -> Any:
-    """The value with credentials blanked: logins in URLs, and values of environment variables that
-    are named like secrets."""
+    """Return the value with credentials blanked: logins in URLs, and values of environment
+    variables that are named like secrets."""
     if isinstance(value, dict):
         return {k: _public(v) for k, v in value.items()}
     if isinstance(value, list | tuple):

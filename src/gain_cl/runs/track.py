@@ -166,8 +166,8 @@ class Tracker:
             self._file.close()
 
     def resumed(self, stages: list[StageRecord], steps: int) -> None:
-        """The run goes on: ``stages`` are finished, and ``steps`` optimiser steps of the whole run
-        are done."""
+        """Tell that the run goes on: ``stages`` are finished, and ``steps`` optimiser steps of the
+        whole run are done."""
         pace, last = self._paces["steps"], len(self._trained)
         for row in stages:
             self._scored(row)
@@ -195,8 +195,8 @@ class Tracker:
         return dict(self._position)
 
     def commit(self) -> None:
-        """The checkpoint that holds the last ``position()`` is on disk: no row before it can be
-        taken back."""
+        """Take note that the checkpoint that holds the last ``position()`` is on disk: no row
+        before it can be taken back."""
         self._mirror.send(self._position["bytes"])
 
     def note(self, *texts: str) -> None:
@@ -217,9 +217,9 @@ class Tracker:
         self._line(f"{self._where}: {text}", rest=True)
 
     def progress(self, done: int, of: int, unit: str, what: str = "") -> None:
-        """``done`` of ``of`` units of the current phase are done; ``what`` is in hand. The unit is
-        "cells" (a domain scored after a stage) or "items" (of tasks), from which the time left is
-        estimated, or any other word, which is only shown."""
+        """Tell that ``done`` of ``of`` units of the current phase are done, and ``what`` is in
+        hand. The unit is "cells" (a domain scored after a stage) or "items" (of tasks), from which
+        the time left is estimated, or any other word, which is only shown."""
         now, pace = self._clock(), self._paces.get(unit)
         if pace is not None:
             if unit == "items":
@@ -230,8 +230,8 @@ class Tracker:
         self._line(f"{self._where}: {self._phase}, {unit} {done}/{of} {what}".rstrip(), rest=True)
 
     def step(self, row: dict[str, Any]) -> None:
-        """One optimiser step: stage, domain, step (from 1), steps, loss_nats, lr, grad_norm, tokens
-        and seconds of this step, and micro_batch where it is known."""
+        """Tell of one optimiser step: stage, domain, step (from 1), steps, loss_nats, lr,
+        grad_norm, tokens and seconds of this step, and micro_batch where it is known."""
         now, pace = self._clock(), self._paces["steps"]
         pace.done += 1
         pace.seconds += now - self._mark  # by this clock: reading data and logging included
@@ -246,16 +246,16 @@ class Tracker:
         self._line(f"{self._where}: step {row['step']}/{row['steps']}{self._numbers}", rest=True)
 
     def dev(self, row: dict[str, Any]) -> None:
-        """Dev loss of the current domain, and of the controls, within its stage: stage, domain,
-        step, loss_nats, controls_loss_nats. Its time counts as training."""
+        """Tell the dev loss of the current domain, and of the controls, within its stage: stage,
+        domain, step, loss_nats, controls_loss_nats. Its time counts as training."""
         self._write("dev", row)
         name, shown = "controls_loss_nats", _number(row.get("loss_nats"))
         controls = f", controls {_number(row[name])}" if name in row else ""
         self._line(f"{self._where}: step {row['step']}, dev loss {shown}{controls}")
 
     def spike(self, row: dict[str, Any]) -> None:
-        """A loss far above those before it: stage, domain, step, loss_nats, and mean, sd and number
-        (``steps``) of those."""
+        """Tell of a loss far above those before it: stage, domain, step, loss_nats, and mean, sd
+        and number (``steps``) of those."""
         self._write("spike", row)
         self._say(
             f"{self._where}: loss spike at step {row['step']}: {row['loss_nats']:.2f} against "
@@ -264,7 +264,7 @@ class Tracker:
         )
 
     def stage(self, row: StageRecord) -> None:
-        """A stage is learned and scored."""
+        """Tell that a stage is learned and scored."""
         for domain, score in row.domains.items():
             own = {"stage": row.index, "domain": domain, "loss_nats": score.loss_nats}
             self._write("eval", {**own, **score.model_dump()})
@@ -272,15 +272,14 @@ class Tracker:
             self._write("task", {"stage": row.index, "task": task, **result.model_dump()})
         rest = row.model_dump(mode="json", exclude={"domains", "tasks"})
         self._write("stage", {"stage": rest.pop("index"), **rest})
-        before = self._rows[:]
         self._scored(row)
-        self._say(self._stage_line(row, before))
+        self._say(self._stage_line(row, self._rows[:-1]))
         self._work, self._numbers = None, ""
         self._mark = self._clock()
 
     def finish(self, run: Run) -> None:
-        """The record is written, and matrix.png in the run's folder if there is to be a picture in
-        wandb."""
+        """Tell that the record is written, and matrix.png in the run's folder if there is to be a
+        picture in wandb."""
         self._write("finish", {"run_id": self._run_id, "seconds": self._clock() - self._begun})
         self.position()
         self.commit()

@@ -35,8 +35,8 @@ WINDOW, ENOUGH = 128, 32
 
 
 def rate(step: int, steps: int, lr: float, schedule: str, warmup: float, final_lr: float) -> float:
-    """Return the learning rate of step 0 .. steps-1 of a stage: linear warm-up over round(warmup * steps)
-    steps, then constant, or a cosine that ends at final_lr * lr on the last step."""
+    """Return the learning rate of step 0 .. steps-1 of a stage: linear warm-up over round(warmup *
+    steps) steps, then constant, or a cosine that ends at final_lr * lr on the last step."""
     rising = round(warmup * steps)
     if step < rising:
         return lr * (step + 1) / (rising + 1)
