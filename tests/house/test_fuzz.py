@@ -258,7 +258,7 @@ def consume(path: Path, picture: bool) -> bool:
         lambda: repr(run),
         lambda: _shown(run),
     ]
-    uses += [lambda: heatmap.png(run)] * picture
+    uses += [lambda: heatmap.matrix_png(run)] * picture
     for use in uses:
         with contextlib.suppress(GainError):
             use()

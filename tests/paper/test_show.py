@@ -524,7 +524,7 @@ def test_no_text_of_the_picture_is_cut_or_crosses_another(
 ) -> None:
     from matplotlib.text import Text
 
-    figure = heatmap.build(
+    figure = heatmap.draw_matrix(
         small(tmp_path, **SHAPES[shape]), None if width is None else "method lr=0.01", width
     )
     assert width is None or figure.get_figwidth() <= width + 1e-9
@@ -556,7 +556,7 @@ def test_no_text_of_the_picture_is_cut_or_crosses_another(
 def test_picture_shows_the_matrix(run: record.Run) -> None:
     from matplotlib.colors import to_rgb
 
-    figure = heatmap.build(run)
+    figure = heatmap.draw_matrix(run)
     axes = figure.axes[0]
     texts = [t.get_text() for t in axes.texts]
     for value in run.matrix.to_numpy().ravel():
@@ -584,20 +584,20 @@ def test_colour_scale_is_symmetric_and_says_when_it_is_cut() -> None:
 def test_unscored_cell_is_grey(tmp_path: Path) -> None:
     run = small(tmp_path)
     del run.record.stages[1].domains["x"]
-    axes = heatmap.build(run).axes[0]
+    axes = heatmap.draw_matrix(run).axes[0]
     assert "-" in [t.get_text() for t in axes.texts]
     assert len([p for p in axes.patches if p.get_fill()]) == 9
 
 
 def test_picture_bytes_depend_on_the_run_alone(tmp_path: Path) -> None:
     run = small(tmp_path)
-    first = heatmap.png(run)
+    first = heatmap.matrix_png(run)
     (tmp_path / "matplotlibrc").write_text(
         "figure.facecolor: black\nfont.size: 20\nsavefig.bbox: tight\naxes.facecolor: red\n"
     )
     code = (
         "import sys; from gain_cl.measure import record; from gain_cl.runs import heatmap; "
-        f"sys.stdout.buffer.write(heatmap.png(record.load({str(run.path)!r}))); assert "
+        f"sys.stdout.buffer.write(heatmap.matrix_png(record.load({str(run.path)!r}))); assert "
         "'matplotlib.pyplot' not in sys.modules"
     )
     second = subprocess.run(

@@ -407,6 +407,17 @@ def inside(node: Any, place: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
         yield from inside(value, (*place, key))
 
 
+def test_a_position_is_what_checkpoints_hold() -> None:
+    """The keys of state.json, in order; others in it are passed over, those it lacks are as at the
+    beginning."""
+    keys = ["run_id", "stage", "step", "fits", "events", "seconds", "track"]
+    attempt = resume.Attempt(resume.Position("x", events=["e"], seconds=5.0))
+    state = attempt.move(2, 3, {"bytes": 10, "rows": 1})
+    assert list(state) == keys and state["seconds"] >= 5.0
+    assert resume.Position.read({**state, "progress": {}, "cells": {}}) == attempt.position
+    assert resume.Position.read({"run_id": "x", "stage": 2}) == resume.Position("x", 2)
+
+
 def test_states_of_another_version_are_passed_over(tmp_path: Path) -> None:
     checkpoint.save(tmp_path / "ckpt/step-2", {"state.json": b"{}"})
     with pytest.raises(DataError, match=r"state\.json is not of this version"):

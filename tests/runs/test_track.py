@@ -1031,7 +1031,7 @@ folder, modes = Path(sys.argv[1]), sys.argv[2:]
 run = synthetic.run(folder / "r.json", bases=test_track.SMALL, controls=["x"], count=4)
 before = random.getstate(), np.random.get_state()[1].tolist()
 for mode in modes:
-    files.write_bytes(folder / mode / "matrix.png", heatmap.png(run))
+    files.write_bytes(folder / mode / "matrix.png", heatmap.matrix_png(run))
     out, clock, started = __import__("io").StringIO(), test_track.Clock(), time.monotonic()
     with test_track.tracking(folder / mode, clock, out, tasks=True, backend="wandb", mode=mode, init_timeout_seconds=3) as tracker:
         print("SECONDS", time.monotonic() - started)

@@ -85,7 +85,7 @@ def heat_maps(book: Book) -> Iterable[tuple[str, str, Figure]]:
     for study in book.studies.values():
         for s in study.chosen.values():
             for run in s.runs.values():
-                figure = heatmap.build(run, s.label, style.DOUBLE)
+                figure = heatmap.draw_matrix(run, s.label, style.DOUBLE)
                 name = f"matrix-{run.record.run_id}"
                 yield name, f"{s.label}: {caption}", _marked(figure, book)
 

@@ -96,7 +96,7 @@ def show_again(plan: Plan) -> record.Run:
 def write_views(run: record.Run, plan: Plan) -> None:
     """Write matrix and heat map. They are derived from the record and never read back."""
     write_bytes(plan.files["matrix (CSV)"], matrix_csv(run).encode())
-    write_bytes(plan.files["heat map (PNG)"], heatmap.png(run))
+    write_bytes(plan.files["heat map (PNG)"], heatmap.matrix_png(run))
 
 
 def matrix_csv(run: record.Run) -> str:

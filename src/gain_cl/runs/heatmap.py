@@ -31,7 +31,7 @@ GAP = 0.28  # between trained domains and controls, in entries
 INK, PALE_INK, SOFT, PAPER, UNSCORED = "#1a1a1a", "#ffffff", "#5f5f5f", "#ffffff", "#d9d9d9"
 
 
-def build(run: Run, setting: str | None = None, width: float | None = None) -> Figure:
+def draw_matrix(run: Run, setting: str | None = None, width: float | None = None) -> Figure:
     """Draw stages (0 = pretrained, at the top) by domains in training order, controls set apart on
     the right; the domain learned in a stage is outlined. Blue: perplexity fell since stage 0, red:
     it rose (a map that colour-blind readers can tell apart, white at no change); an entry that was
@@ -46,14 +46,14 @@ def build(run: Run, setting: str | None = None, width: float | None = None) -> F
         return _Sheet(run, width).draw(setting)
 
 
-def png(run: Run) -> bytes:
+def matrix_png(run: Run) -> bytes:
     """Return the picture as PNG. The same run gives the same bytes on one matplotlib (no date, no
     version inside)."""
     import matplotlib as mpl
 
     out = io.BytesIO()
     with mpl.rc_context(defaults()):
-        build(run).savefig(out, format="png", dpi=DPI, metadata={"Software": None})
+        draw_matrix(run).savefig(out, format="png", dpi=DPI, metadata={"Software": None})
     return out.getvalue()
 
 
@@ -213,35 +213,31 @@ class _Sheet:
 
 
 def shades(bound: float) -> Any:
-    """Colours of changes from -bound to bound, in %: a ScalarMappable."""
+    """Return the colours of changes from -bound to bound, in %: a ScalarMappable."""
     import matplotlib as mpl
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import LinearSegmentedColormap, Normalize
 
-    shown = mpl.colormaps["RdBu_r"](
-        np.linspace(0.08, 0.92, 255)
-    )  # without its darkest ends, which hide the outlines
+    # without its darkest ends, which hide the outlines
+    shown = mpl.colormaps["RdBu_r"](np.linspace(0.08, 0.92, 255))
     return ScalarMappable(
         Normalize(-bound, bound), LinearSegmentedColormap.from_list("change", list(shown))
     )
 
 
 def scale(change: np.ndarray) -> tuple[float, str]:
-    """End of the colour scale in %, and on which side cells go beyond it (a colour bar's
-    ``extend``)."""
-    known = change[~np.isnan(change)]
-    low, high = (float(known.min()), float(known.max())) if known.size else (0.0, 0.0)
+    """Return the end of the colour scale in %, and on which side entries go beyond it (a colour
+    bar's ``extend``)."""
+    known = np.append(change[~np.isnan(change)], 0.0)
+    low, high = float(known.min()), float(known.max())
     bound = next((b for b in BOUNDS if max(-low, high) <= b), BOUNDS[-1])
-    return float(bound), {
-        (False, False): "neither",
-        (True, False): "min",
-        (False, True): "max",
-    }.get((low < -bound, high > bound), "both")
+    cut = ("neither", "min", "max", "both")[(low < -bound) + 2 * (high > bound)]
+    return float(bound), cut
 
 
 def ink(fill: Any) -> str:
-    """Dark or white text, whichever is easier to read on the fill (by its relative luminance, WCAG
-    2)."""
+    """Return the colour of text, dark or white, that is easier to read on the fill (by its relative
+    luminance, WCAG 2)."""
     from matplotlib.colors import to_rgb
 
     linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(fill)]

@@ -18,8 +18,6 @@ from gain_cl.runs import same
 from gain_cl.system import signals
 
 if TYPE_CHECKING:
-    import torch
-
     from gain_cl.domains import Domain, Stream
     from gain_cl.measure.scoring import Teller
     from gain_cl.models.load import Loaded
@@ -35,7 +33,6 @@ class Inputs:
     domains: dict[str, Domain]  # trained ones in order, then the controls
     taskset: tasks.TaskSet | None
     notes: list[str]
-    device: torch.device
     facts: dict[str, Any]
     environment: dict[str, Any]
     identity: dict[str, Any]
@@ -45,8 +42,8 @@ class Inputs:
         """Return the most memory in use so far, in bytes: of the GPU, or of this process."""
         import torch
 
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device)
+        if self.loaded.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.loaded.device)
         return provenance.peak_memory()
 
 
@@ -91,7 +88,6 @@ def load_inputs(config: RunConfig, pins: dict[str, Any], tracker: Teller) -> Inp
         domains=domains,
         taskset=taskset,
         notes=notes,
-        device=device,
         facts={**facts, "tokenizer": loaded.tokenizer_hash, "device": device.type},
         environment={**machine, "micro_batch": config.compute.micro_batch},
         identity={

@@ -20,7 +20,7 @@ from gain_cl.config.schema import RunConfig
 from gain_cl.errors import ConfigError, DataError, GainError
 from gain_cl.guards.base import Guard
 from gain_cl.measure import perplexity, scoring
-from gain_cl.measure.record import DomainScore, TrainStats
+from gain_cl.measure.record import TrainStats
 from gain_cl.models import load
 from gain_cl.runs import inherit, train
 from gain_cl.runs.inputs import Inputs, training_streams
@@ -181,30 +181,24 @@ class Learner:
     def score_dev(self, row: dict[str, Any], progress: train.Progress) -> None:
         """Score the dev documents of what is being learned, and of the controls. row: of the step
         that was just done."""
-        learned, controls = [row["domain"]], self.config.sequence.controls
-        if self.config.regime == "joint":
-            learned = self.config.sequence.trained
-        with signals.held():  # the step is not saved yet
-            found = {"": self._dev_total(learned)}
-            if controls:
-                found["controls_"] = self._dev_total(controls)
-        sums = {"step": row["step"]}
+        config, inputs, sums = self.config, self.inputs, {"step": row["step"]}
         told = {k: row[k] for k in ("stage", "domain", "step")}
-        for prefix, total in found.items():
-            sums |= {f"{prefix}nll_nats": total.nll_nats, f"{prefix}tokens": total.tokens}
-            told[f"{prefix}loss_nats"] = total.loss_nats
+        settings = config.eval.model_copy(update={"split": "dev"})
+        learned = config.sequence.trained if config.regime == "joint" else [row["domain"]]
+        with signals.held():  # the step is not saved yet
+            for prefix, names in (("", learned), ("controls_", config.sequence.controls)):
+                parts = [
+                    scoring.score_domain(
+                        inputs.loaded, inputs.domains[name], settings, config.compute.eval_batch
+                    )
+                    for name in names
+                ]
+                if parts:
+                    total = perplexity.total(pd.concat(parts))
+                    sums |= {f"{prefix}nll_nats": total.nll_nats, f"{prefix}tokens": total.tokens}
+                    told[f"{prefix}loss_nats"] = total.loss_nats
         progress.dev.append(sums)
         self.tracker.dev(told)
-
-    def _dev_total(self, names: list[str]) -> DomainScore:
-        """Return the sums over the dev documents of several domains."""
-        settings = self.config.eval.model_copy(update={"split": "dev"})
-        loaded, batch = self.inputs.loaded, self.config.compute.eval_batch
-        parts = [
-            scoring.score_domain(loaded, self.inputs.domains[name], settings, batch)
-            for name in names
-        ]
-        return perplexity.total(pd.concat(parts))
 
     def take_over(self, stage: Stage) -> Learned:
         """Load a stage that another run has learned, and share what it has scored."""

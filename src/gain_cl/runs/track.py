@@ -28,13 +28,12 @@ from rich.table import Table
 from rich.text import Text
 
 from gain_cl.errors import StorageError, printable
+from gain_cl.measure import tasks
 from gain_cl.runs.mirror import SHOWN, Mirror
 from gain_cl.stats import format
 from gain_cl.stats.format import duration, percent, perplexity
 
 if TYPE_CHECKING:
-    from types import TracebackType
-
     from gain_cl.config.schema import RunConfig
     from gain_cl.measure.record import Run, StageRecord
 
@@ -152,12 +151,7 @@ class Tracker:
             self._live.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._live is not None:
             self._live.stop()
             self._live = None
@@ -172,10 +166,8 @@ class Tracker:
         for row in stages:
             self._scored(row)
             if row.train is not None:
-                pace.done, pace.seconds = (
-                    pace.done + row.train.steps,
-                    pace.seconds + row.train.seconds,
-                )
+                pace.done += row.train.steps
+                pace.seconds += row.train.seconds
         if pace.total is not None:
             pace.total -= steps - pace.done  # done as well, at a pace that nobody wrote down
         self._stage, size = min(len(stages), last), self._config.stage.stage_steps
@@ -311,10 +303,8 @@ class Tracker:
 
     def _task_stages(self) -> int:
         """Return the number of stages after which tasks are scored."""
-        when = self._config.tasks.stages
-        if isinstance(when, str):
-            return {"ends": 2, "all": len(self._trained) + 1}[when]
-        return len(when)
+        when, last = self._config.tasks.stages, len(self._trained)
+        return sum(tasks.due(when, index, last) for index in range(last + 1))
 
     def _write(self, kind: str, row: dict[str, Any]) -> None:
         clean, bad = format.finite(row)

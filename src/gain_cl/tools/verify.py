@@ -612,7 +612,7 @@ def heat_map(case: Case) -> str:
 
     path = case.beside("matrix.png")
     case.hashed.add(path)
-    if path.read_bytes() != heatmap.png(case.run):
+    if path.read_bytes() != heatmap.matrix_png(case.run):
         drew, own = case.record.provenance.get("packages", {}), provenance.environment()["packages"]
         if other := [name for name in ("matplotlib", "pillow") if drew.get(name) != own[name]]:
             versions = ", ".join(
