@@ -160,6 +160,16 @@ def test_bad_checkpoint_falls_back_or_stops(warm: Warm, undisturbed: Path, tmp_p
     assert evidence(tmp_path) == evidence(undisturbed)
 
 
+def test_stage_0_is_scored_again_without_learning_again(
+    warm: Warm, undisturbed: Path, tmp_path: Path
+) -> None:
+    run = killed(warm, tmp_path)
+    flip(run / "stages/00-pretrained/stage.json")
+    assert "resumed at stage 2 of 3 smoke_b, step 2 of 4" in fine(warm.run(tmp_path))
+    assert evidence(tmp_path) == evidence(undisturbed)
+    assert steps(tmp_path) == [(stage, step) for stage in (1, 2, 3) for step in (1, 2, 3, 4)]
+
+
 def fine_later(warm: Warm, folder: Path) -> str:
     """What a start says that is killed before it has saved anything: what it passed over is still
     there."""

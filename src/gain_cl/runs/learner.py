@@ -143,7 +143,7 @@ class Learner:
         blocks = self.streams[index - 1]
         tracker.phase(f"learn {blocks.name}", stage=index)
         progress, saved = train.Progress(), self.attempt.folder
-        if position.stage == index:
+        if self.attempt.inside == index:
             progress = train.Progress.read(self.attempt.progress, saved)
         else:
             self.begin_stage(index)

@@ -64,8 +64,8 @@ class Attempt:
     """An attempt at a run: what it found, and where it is now.
 
     stages: finished ones by index; folder: the verified checkpoint to go on from (None: the
-    pretrained model) and progress, what its state.json says of the stage inside; warnings: what was
-    passed over; behind: folders of later states, which go before anything new is saved: they would
+    pretrained model); inside: the stage that it was saved in the middle of (0: none), and progress,
+    what its state.json says of that stage; warnings: what was passed over; behind: folders of later states, which go before anything new is saved: they would
     push new checkpoints out, or, once good again, speak of a metrics.jsonl that is gone.
 
     inherited: stages that another run has learned, by index; notes: what a reader of the numbers
@@ -74,6 +74,7 @@ class Attempt:
     position: Position
     stages: dict[int, Stage] = field(default_factory=dict)
     folder: Path | None = None
+    inside: int = 0
     progress: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     behind: list[Path] = field(default_factory=list)
@@ -126,8 +127,11 @@ def begin_attempt(config: RunConfig, folder: Path, run_id: str) -> Attempt:
             warnings.append(f"{path} cannot be used: stage {missing[0]} before it is damaged")
             continue
         good = {i: stage for i, stage in stages.items() if i < reached}
-        behind, progress = _behind(folder, steps, reached), state.get("progress", {})
-        return Attempt(Position.read(state), good, path, progress, warnings, behind)
+        attempt = Attempt(Position.read(state), good, path, warnings=warnings)
+        attempt.behind = _behind(folder, steps, reached)
+        if not is_stage:
+            attempt.inside, attempt.progress = reached, state["progress"]
+        return attempt
     if found:
         do = f"restore {found[-1][2].name}, or {same.ANEW}"
         raise DataError(

@@ -170,7 +170,8 @@ class Tracker:
                 pace.seconds += row.train.seconds
         if pace.total is not None:
             pace.total -= steps - pace.done  # done as well, at a pace that nobody wrote down
-        self._stage, size = min(len(stages), last), self._config.stage.stage_steps
+        reached = stages[-1].index + 1 if stages else 0
+        self._stage, size = min(reached, last), self._config.stage.stage_steps
         at = f", step {steps - (self._stage - 1) * size} of {size}" if self._stage else ""
         self._say(f"resumed at {self._where}{at}")
 
