@@ -50,14 +50,14 @@ class Fake:
         self.baselines = 0
 
     def start(self, job: launchers.Job, claimed: lock.Claim, taken: list[dict[str, Any]]) -> Any:
-        self.log.append(job.cell.run_id)
+        self.log.append(job.run.run_id)
         self.taken.append(taken)
         self.alive += 1
         self.most = max(self.most, self.alive)
         claimed.write({"host": "here", "gpu": str(len(self.log))})
-        if not (job.cell.folder / "stages/00-pretrained").exists():
+        if not (job.run.folder / "stages/00-pretrained").exists():
             self.baselines += not any(
-                (f / "stages/00-pretrained").exists() for f in job.cell.folder.parent.glob("*")
+                (f / "stages/00-pretrained").exists() for f in job.run.folder.parent.glob("*")
             )
         return Ends(self, job)
 
@@ -73,7 +73,7 @@ class Ends:
 
     def poll(self) -> int | None:
         self.looks += 1
-        cell = self.job.cell
+        cell = self.job.run
         (cell.folder / "stages/00-pretrained").mkdir(parents=True, exist_ok=True)
         if self.looks < 3:
             return None
@@ -140,7 +140,7 @@ def test_other_ways_to_score_do_not_wait_for_each_other(grid: list[Planned]) -> 
 def test_a_failure_does_not_stop_the_rest(grid: list[Planned]) -> None:
     launcher = Fake(limit=1, codes={grid[1].run_id: [65], grid[2].run_id: [-9]})
     found, said = carried_out(grid, launcher)
-    assert [(f.cell.run_id, f.code) for f in found.failed] == [
+    assert [(f.run.run_id, f.code) for f in found.failed] == [
         (grid[1].run_id, 65),
         (grid[2].run_id, -9),
     ]
@@ -181,7 +181,7 @@ def test_what_failed_under_another_launcher_is_not_run_again(grid: list[Planned]
 
     launcher.start = first  # type: ignore[method-assign]
     found, _ = carried_out(grid, launcher)
-    assert [(f.cell.run_id, f.last_line) for f in found.failed] == [
+    assert [(f.run.run_id, f.last_line) for f in found.failed] == [
         (grid[2].run_id, "of another launcher")
     ]
     assert grid[2].run_id not in launcher.log and len(found.done) == 3
@@ -214,7 +214,7 @@ def test_a_refused_job_waits(grid: list[Planned], monkeypatch: pytest.MonkeyPatc
 
     def at_most_one(job: launchers.Job, claimed: lock.Claim, taken: list[dict[str, Any]]) -> Any:
         if launcher.alive:
-            refused.append(job.cell.run_id)
+            refused.append(job.run.run_id)
             raise StorageError("sbatch refuses: limit of jobs", "", "")
         return start(job, claimed, taken)
 
@@ -370,7 +370,7 @@ def test_the_time_left_falls_with_what_is_done(
     ) -> float:
         return (stages - max(saved, 1) + 1) * training + (stages + 1 - saved) * scoring
 
-    monkeypatch.setattr(verb.costs, "seconds", seconds)
+    monkeypatch.setattr(verb, "run_seconds", seconds)
     whole = stages * training + (stages + 1) * scoring
     assert verb._left(grid, grid, []) == [whole] + [whole - scoring] * 3
     for name in ("00-pretrained", "01-a"):

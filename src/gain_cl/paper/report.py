@@ -6,7 +6,6 @@ from __future__ import annotations
 import base64
 import math
 import shlex
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,7 @@ from gain_cl.measure.record import Run
 from gain_cl.paper import build, show, tables
 from gain_cl.paper.figures import style
 from gain_cl.paper.gather import Book
-from gain_cl.paper.table import html, of
+from gain_cl.paper.table import html, of, render
 from gain_cl.paper.tables.matrix import of_run
 from gain_cl.runs import heatmap
 from gain_cl.stats import format
@@ -31,17 +30,12 @@ MEANING = {
 
 def page(book: Book) -> bytes:
     """Return the page, UTF-8. The same records give the same bytes with the same matplotlib."""
-    from jinja2 import Environment, StrictUndefined
-
-    source = Path(__file__).with_name("report.html.j2").read_text(encoding="utf-8")
-    template = Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
-    ).from_string(source)
     runs = [run.record for run in book.runs.values()]
     shortest = min(
         runs, key=lambda r: min((s.train.tokens for s in r.stages if s.train), default=0)
     )
-    text = template.render(
+    text = render(
+        "report.html.j2",
         experiment=book.experiment,
         models=list(book.studies),
         facts=[_facts(study) for study in book.studies.values()],

@@ -77,11 +77,9 @@ class Value:
     @property
     def between(self) -> str:
         """Its interval; empty where there is none."""
-        return (
-            ""
-            if math.isnan(self.low) or math.isnan(self.high)
-            else f"{self.write(self.low)} to {self.write(self.high)}"
-        )
+        if math.isnan(self.low) or math.isnan(self.high):
+            return ""
+        return f"{self.write(self.low)} to {self.write(self.high)}"
 
     def text(self) -> str:
         return f"{self.shown} ({self.between})" if self.between else self.shown
@@ -147,7 +145,7 @@ def of(
 
 
 def percent(e: Estimate, bold: bool = False) -> Value:
-    """A difference of losses as a change of perplexity in %."""
+    """Return a difference of losses as a change of perplexity in %."""
     return Value(format.change(e.value), format.change(e.low), format.change(e.high), signed, bold)
 
 
@@ -269,40 +267,47 @@ def _widths(view: Sequence[View], room: int) -> list[int] | None:
 
 
 def markdown(t: Table) -> str:
-    cells = [[_md(c) for c in row] for row in t.read]
-    heads = [_md(c) for c in t.columns]
-    widths = [
-        max(len(heads[j]), 3, *(len(row[j]) for row in cells)) if cells else max(len(heads[j]), 3)
-        for j in range(len(heads))
+    """Return a heading, the table, its notes and its runs."""
+    lines = [[_md(c) for c in row] for row in (t.columns, *t.read)]
+    widths = [max(3, *map(len, column)) for column in zip(*lines, strict=True)]
+    left = [textual(t, j) for j in range(len(widths))]
+    sized = list(zip(widths, left, strict=True))
+    rules = ["-" * (w + 2) if a else "-" * (w + 1) + ":" for w, a in sized]
+    shown = [
+        " | ".join(x.ljust(w) if a else x.rjust(w) for x, (w, a) in zip(line, sized, strict=True))
+        for line in lines
     ]
-    left = [textual(t, j) for j in range(len(heads))]
-
-    def line(row: Sequence[str]) -> str:
-        return (
-            "| "
-            + " | ".join(
-                x.ljust(w) if a else x.rjust(w) for x, w, a in zip(row, widths, left, strict=True)
-            )
-            + " |"
-        )
-
-    rule = (
-        "|"
-        + "|".join(
-            "-" * (w + 2) if a else "-" * (w + 1) + ":" for w, a in zip(widths, left, strict=True)
-        )
-        + "|"
-    )
-    out = [f"**{t.title}**", "", line(heads), rule, *(line(row) for row in cells), ""]
-    out += [f"{note}  " for note in t.notes] + ([""] if t.notes else [])
+    head, *rows = (f"| {line} |" for line in shown)
+    out = [f"**{t.title}**", "", head, f"|{'|'.join(rules)}|", *rows, ""]
+    out += [f"{note}  " for note in t.notes] + [""] * bool(t.notes)
     if found := named(t):
         runs = [f"- {_escaped(name)}: {', '.join(f'`{r}`' for r in ids)}" for name, ids in found]
-        out += ["<details><summary>runs</summary>", "", *runs, "", "</details>", ""]
+        out += ["<details><summary>runs</summary>", "", *runs, "", "</details>"]
     return "\n".join(out).rstrip() + "\n"
 
 
+def html(t: Table) -> Markup:
+    """Return a heading, a table that the page's script sorts by a click on a head, and the notes
+    and runs below it."""
+    return render("table.html.j2", t=t, textual=textual, number=number, named=named)
+
+
+def render(name: str, **given: Any) -> Markup:
+    """Return a template of this folder, filled in; text is escaped."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
+        loader=PackageLoader("gain_cl.paper", ""),
+    )
+    return Markup(environment.get_template(name).render(**given))
+
+
 def latex(t: Table) -> str:
-    """A tabular with booktabs rules, to be \\input inside a table; the runs of each row as a
+    """Return a tabular with booktabs rules, to be \\input inside a table; the runs of each row as a
     comment behind it. So that more of it fits, heads are broken, intervals stand below their
     numbers, long text is set in a narrow column. A partial one says so at its foot."""
     sides = ["l" if textual(t, j) else "r" for j in range(len(t.columns))]
@@ -326,93 +331,36 @@ def latex(t: Table) -> str:
         r"\midrule",
     ]
     for i, (row, cells) in enumerate(zip(t.rows, t.read, strict=True)):
-        if row.rule and i:
-            out.append("\\midrule")
         runs = f" % {_comment(', '.join(row.runs))}" if row.runs else ""
         texts = [
             f"{{\\raggedright {_broken(c)}\\par}}" if long else _cell(c, len(sides) > MANY)
             for c, long in zip(cells, prose, strict=True)
         ]
+        out += [r"\midrule"] * (row.rule and i > 0)
         out.append(" & ".join(texts) + f" \\\\{runs}")
-    gaps = sum(note.startswith(GAP) for note in t.notes)
-    partial = (
-        [f"\\multicolumn{{{len(sides)}}}{{l}}{{\\textbf{{PARTIAL: {counted(gaps, 'gap')}}}}} \\\\"]
-        if gaps
-        else []
-    )
-    out += [
-        "\\bottomrule",
-        *partial,
-        "\\end{tabular}",
-        *(f"% {_comment(note)}" for note in t.notes),
-    ]
+    out.append(r"\bottomrule")
+    if gaps := sum(note.startswith(GAP) for note in t.notes):
+        partial = f"\\textbf{{PARTIAL: {counted(gaps, 'gap')}}}"
+        out.append(f"\\multicolumn{{{len(sides)}}}{{l}}{{{partial}}} \\\\")
+    out += [r"\end{tabular}", *(f"% {_comment(note)}" for note in t.notes)]
     return "\n".join(out) + "\n"
 
 
-def html(t: Table) -> Markup:
-    """Return a heading, a table that the page's script sorts by a click on a head, and the notes
-    and runs below it."""
-
-    def tag(words: str, *inner: str, **given: str) -> Markup:
-        name = words.split(" ")[0]
-        return Markup(f"<{words}>").format(**given) + Markup("").join(inner) + Markup(f"</{name}>")
-
-    heads = [
-        tag(
-            'th scope="col"' + ' class="text"' * textual(t, j),
-            tag('button type="button"', c),
-        )
-        for j, c in enumerate(t.columns)
-    ]
-    rows = Markup("")
-    for row in t.rows:
-        cells = []
-        for c in row.cells:
-            text = c.shown if isinstance(c, Value) else "–" if c is None else c
-            sort = number(c.value) if isinstance(c, Value) else c or ""
-            prose = f' class="text{" prose" * (len(text) > 40)}"' if isinstance(c, str) else ""
-            inner = [tag("b", text) if getattr(c, "bold", False) else text]
-            if isinstance(c, Value) and c.between:
-                inner.append(tag("small", c.between))
-            cells.append(tag(f'td data-sort="{{sort}}"{prose}', *inner, sort=sort))
-        title = 'tr title="{runs}"' if row.runs else "tr"
-        rows += tag(title, *cells, runs=" ".join(row.runs)) + "\n"
-    head, body = tag("thead", tag("tr", *heads)), tag("tbody", "\n", rows)
-    table = tag('table class="sortable"', "\n", head, "\n", body, "\n")
-    region = 'div class="scroll" tabindex="0" role="region" aria-label="{title}"'
-    heading = tag('h3 id="table-{name}"', t.title, name=t.name)
-    found = Markup("\n").join([heading, tag(region, "\n", table, "\n", title=t.title), ""])
-    if t.notes:
-        found += tag('ul class="notes"', *(tag("li", x) for x in t.notes))
-    if runs := named(t):
-        listed = [tag("li", f"{name}: {', '.join(ids)}") for name, ids in runs]
-        notes = tag('ul class="notes"', *listed)
-        found += tag('details class="of"', tag("summary", "runs"), notes)
-    return found
-
-
 def as_csv(t: Table) -> str:
-    """A column for each number, two more for its interval, the run ids last; six digits."""
-    columns = [[r.cells[j] for r in t.rows] for j in range(len(t.columns))]
+    """Return a column for each number, two more for its interval, the run ids last; six digits."""
+    columns = list(zip(*(r.cells for r in t.rows), strict=True)) or [()] * len(t.columns)
     wide = [any(isinstance(c, Value) and not math.isnan(c.low) for c in cs) for cs in columns]
-    heads = [
-        h
-        for column, w in zip(t.columns, wide, strict=True)
-        for h in ([column, f"{column} low", f"{column} high"] if w else [column])
-    ]
-    rows = []
-    for row in t.rows:
+    lines = []
+    for cells, runs in ((t.columns, "runs"), *((r.cells, " ".join(r.runs)) for r in t.rows)):
         out: list[str] = []
-        for c, w in zip(row.cells, wide, strict=True):
-            numbers = [c.value, c.low, c.high] if isinstance(c, Value) else [math.nan] * 3
-            texts = (
-                [number(x) for x in numbers]
-                if isinstance(c, Value)
-                else ["" if c is None else str(c), "", ""]
-            )
-            out += texts if w else texts[:1]
-        rows.append([*out, " ".join(row.runs)])
-    return written([[*heads, "runs"], *rows])
+        for c, head, three in zip(cells, t.columns, wide, strict=True):
+            more = [f"{head} low", f"{head} high"] if cells is t.columns else ["", ""]
+            parts = ["" if c is None else str(c), *more]
+            if isinstance(c, Value):
+                parts = [number(x) for x in (c.value, c.low, c.high)]
+            out += parts if three else parts[:1]
+        lines.append([*out, runs])
+    return written(lines)
 
 
 def written(rows: Sequence[Sequence[Any]]) -> str:
@@ -422,15 +370,11 @@ def written(rows: Sequence[Sequence[Any]]) -> str:
 
 
 def number(x: float) -> str:
-    """Six digits, so that the last bits of a sum, which differ between processors, do not show;
+    """Return six digits, so that the last bits of a sum, which differ between processors, do not show;
     whole numbers in full; empty for nan."""
-    return (
-        ""
-        if math.isnan(x)
-        else f"{x:.0f}"
-        if float(x).is_integer() and abs(x) < 1e15
-        else f"{x:.6g}"
-    )
+    if math.isnan(x):
+        return ""
+    return f"{x:.0f}" if float(x).is_integer() and abs(x) < 1e15 else f"{x:.6g}"
 
 
 def over_units(study: Study) -> str:
@@ -441,20 +385,18 @@ def over_units(study: Study) -> str:
 
 
 def textual(t: Table, j: int) -> bool:
-    """Whether a column holds text alone, which stands on the left."""
+    """True if a column holds text alone, which stands on the left."""
     return not any(isinstance(row.cells[j], Value) for row in t.rows)
 
 
 def named(t: Table) -> list[tuple[str, Sequence[str]]]:
-    """What a row is called, and its runs."""
-    rows = [row for row in t.rows if row.runs]
+    """Return what a row is called, and its runs."""
+    rows, texts = (
+        [row for row in t.rows if row.runs],
+        {j for j in range(len(t.columns)) if textual(t, j)},
+    )
     words = [
-        [
-            c
-            for j, c in enumerate(row.cells)
-            if isinstance(c, str) and c.strip("*") and textual(t, j)
-        ]
-        for row in rows
+        [str(c) for j, c in enumerate(row.cells) if c and j in texts and c != "*"] for row in rows
     ]
     enough = 1 if len({w[0] for w in words}) == len(words) else 2
     return [(", ".join(w[:enough]), row.runs) for w, row in zip(words, rows, strict=True)]
@@ -486,19 +428,19 @@ _TEX |= {c: f"\\{c}" for c in "&%$#_{}"}
 def _tex(c: Entry) -> str:
     if c is None:
         return "--"
-    if isinstance(c, Value):
-        text = re.sub(
-            r"[-+]?[<]?[\d,]*\.?\d+(?:e[-+]?\d+)?",
-            lambda m: f"${m.group().replace(',', '{,}')}$",
-            c.text(),
-        )
-        text = "--" if text == "-" else text
-        return re.sub(r"\$([^$]*)\$", r"$\\mathbf{\1}$", text) if c.bold else text
-    return "".join(_TEX.get(ch, ch) for ch in c)
+    if isinstance(c, str):
+        return "".join(_TEX.get(ch, ch) for ch in c)
+    if c.text() == "-":
+        return "--"
+    left, right = (r"$\mathbf{", "}$") if c.bold else ("$", "$")
+    return _NUMBER.sub(lambda m: left + m.group().replace(",", "{,}") + right, c.text())
+
+
+_NUMBER = re.compile(r"[-+]?[<]?[\d,]*\.?\d+(?:e[-+]?\d+)?")
 
 
 def _cell(c: Entry, narrow: bool) -> str:
-    """A number above its interval, narrow: above the interval's ends."""
+    """Return a number above its interval, narrow: above the interval's ends."""
     if not isinstance(c, Value) or not c.between:
         return _tex(c)
     between = _tex(replace(c, bold=False)).partition(" (")[2].removesuffix(")")
@@ -509,12 +451,12 @@ def _cell(c: Entry, narrow: bool) -> str:
 
 
 def _broken(c: Entry) -> str:
-    """Text that may be broken in a name, too."""
+    """Return text that may be broken in a name, too."""
     return _tex(c).replace(r"\_", r"\_\allowbreak{}")
 
 
 def _stacked(lines: Sequence[str], side: str, at: str) -> str:
-    """Lines below each other, beside the others' first (at t) or last (b) line."""
+    """Return lines below each other, beside the others' first (at t) or last (b) line."""
     if len(lines) < 2:
         return "".join(lines)
     return f"\\begin{{tabular}}[{at}]{{@{{}}{side}@{{}}}}" + r"\\".join(lines) + r"\end{tabular}"

@@ -29,7 +29,7 @@ class Job:
     """A run to be started. command: the words after ``python``; environment: what is added to this
     process's; log: gets all it says."""
 
-    cell: Planned
+    run: Planned
     command: list[str]
     environment: dict[str, str]
     log: Path
@@ -86,7 +86,7 @@ class Local:
                 pass_fds=(claimed.handle,),
                 start_new_session=True,
             )
-        return _Local(process)
+        return LocalProcess(process)
 
     def adopt(self, about: dict[str, Any]) -> Process | None:
         if "job" in about:
@@ -99,7 +99,7 @@ class Local:
 
 
 @dataclass
-class _Local:
+class LocalProcess:
     process: subprocess.Popen[bytes]
 
     def poll(self) -> int | None:
@@ -175,30 +175,30 @@ class Slurm:
 
     def start(self, job: Job, claimed: lock.Claim, taken: list[dict[str, Any]]) -> Process:
         words = Command(job.command, job.environment, str(Path.cwd()), str(job.log.resolve()))
-        self.executor.update_parameters(name=job.cell.run_id[:80])
+        self.executor.update_parameters(name=job.run.run_id[:80])
         try:
             submitted = self.executor.submit(words)
         except Exception as error:  # submitit's own, of sbatch
             first = (str(error).splitlines() or [type(error).__name__])[0]
             raise StorageError(
                 f"sbatch refuses: {first}",
-                job.cell.run_id,
+                job.run.run_id,
                 "see docs/slurm.md, or lower max_parallel",
             ) from None
         claimed.write({"job": submitted.job_id})
-        return _Slurm(submitted)
+        return SlurmProcess(submitted)
 
     def adopt(self, about: dict[str, Any]) -> Process | None:
         job_id = about.get("job")
         if not isinstance(job_id, str):
             return None
-        found = _Slurm(self.job(folder=self.folder, job_id=job_id))
+        found = SlurmProcess(self.job(folder=self.folder, job_id=job_id))
         gone = found.poll() is not None or found.job.state == "UNKNOWN"  # Slurm has forgotten it
         return None if gone else found
 
 
 @dataclass
-class _Slurm:
+class SlurmProcess:
     job: Any
 
     def poll(self) -> int | None:

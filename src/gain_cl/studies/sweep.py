@@ -7,6 +7,7 @@ twice, and a launcher that was killed is followed by another that finds the runs
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import shutil
@@ -15,6 +16,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -38,7 +40,7 @@ SAY_SECONDS = 60.0
 
 
 def checkout() -> Path | None:
-    """The git checkout that gain_cl is run from; None: it is installed."""
+    """Return the git checkout that gain_cl is run from; None: it is installed."""
     root = Path(gain_cl.__file__).resolve().parents[2]
     return (
         root
@@ -48,26 +50,24 @@ def checkout() -> Path | None:
 
 
 def worktree(root: Path, folder: Path) -> Path:
-    """A git worktree of root's HEAD below folder, made unless it is there. ConfigError: what would
-    run is not committed."""
-    changed = _git(
-        root, "status", "--porcelain", "--", "src", "configs", "experiments"
-    ).splitlines()
+    """Return a git worktree of root's HEAD below folder, made unless it is there. ConfigError: what
+    would run is not committed."""
+    inside = ("src", "configs", "experiments")
+    changed = _git(root, "status", "--porcelain", "--", *inside).splitlines()
     if changed:
-        what = f"{changed[0][3:]} is not committed" + (
-            f", nor are {len(changed) - 1} more files" if len(changed) > 1 else ""
-        )
+        more = f", nor are {len(changed) - 1} more files" if len(changed) > 1 else ""
         raise ConfigError(
-            f"a sweep runs from one commit, and {what}",
+            f"a sweep runs from one commit, and {changed[0][3:]} is not committed{more}",
             str(root),
             "commit, or give worktree=false to run the files as they are",
         )
     commit = _git(root, "rev-parse", "HEAD").strip()
     path = (folder / f"worktree-{commit[:12]}").resolve()
     if path.exists() and not _whole(path, commit):  # it was made in part, or touched
-        _git(root, "worktree", "remove", "--force", str(path)) if (
-            path / ".git"
-        ).exists() else shutil.rmtree(path)
+        if (path / ".git").exists():
+            _git(root, "worktree", "remove", "--force", str(path))
+        else:
+            shutil.rmtree(path)
     if not path.exists():
         _git(root, "worktree", "prune")
         _git(root, "worktree", "add", "--force", "--detach", str(path), commit)
@@ -76,12 +76,10 @@ def worktree(root: Path, folder: Path) -> Path:
 
 def _whole(tree: Path, commit: str) -> bool:
     try:
-        return (
-            _git(tree, "rev-parse", "HEAD").strip() == commit
-            and not _git(tree, "status", "--porcelain").strip()
-        )
+        head, touched = _git(tree, "rev-parse", "HEAD"), _git(tree, "status", "--porcelain")
     except StorageError:
         return False
+    return head.strip() == commit and not touched.strip()
 
 
 def _git(root: Path, *words: str) -> str:
@@ -89,7 +87,7 @@ def _git(root: Path, *words: str) -> str:
     if done.returncode:
         why = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
         raise StorageError(
-            f"git {words[0]} failed: {why}", str(root), "mend the checkout, or give worktree=false"
+            f"git {words[0]} failed: {why}", str(root), "fix the checkout, or give worktree=false"
         )
     return done.stdout
 
@@ -99,7 +97,7 @@ def _git(root: Path, *words: str) -> str:
 
 @dataclass
 class Failure:
-    cell: Planned
+    run: Planned
     code: int | None
     last_line: str
 
@@ -116,7 +114,7 @@ class Active:
 
 @dataclass
 class Outcome:
-    """What became of the cells that were asked for. left: asked to stop by somebody else, with what
+    """What became of the runs that were asked for. left: asked to stop by somebody else, with what
     is done saved; stopped: name of the signal that ended the launcher."""
 
     done: list[Planned] = field(default_factory=list)
@@ -134,21 +132,17 @@ def carry_out(
     ahead: Callable[[list[Planned]], list[float]],
 ) -> Outcome:
     """Start what can be started and watch it until every job has ended, whoever runs it. One
-    failure does not stop the rest; a signal asks the runs to save. folder: of the claims; ahead:
-    seconds that each cell will take from its last saved stage on (nan: not known)."""
-    waiting, outcome = list(jobs), Outcome()
+    failure does not stop the rest; a signal asks the runs to save.
+
+    folder: of the claims. ahead: seconds that each run will take from its last saved stage on (nan:
+    not known)."""
+    waiting, outcome, said = list(jobs), Outcome(), time.monotonic()
     active: list[Active] = []
-    again = {
-        job.cell.run_id for job in jobs if job.cell.state == "failed"
-    }  # their failure is of before
-    said = time.monotonic()
+    again = {job.run.run_id for job in jobs if job.run.state == "failed"}  # it failed before
     with signals.listening():
-        while waiting or active:
-            if signals.asked() is not None:
-                break
+        while (waiting or active) and signals.asked() is None:
             for a in list(active):
-                code = a.process.poll()
-                if code is not None:
+                if (code := a.process.poll()) is not None:
                     active.remove(a)
                     _ended(a, code, outcome, say, waiting)
             with lock.one_launcher(folder):
@@ -173,68 +167,61 @@ def _start(
     again: set[str],
     say: Callable[[str], None],
 ) -> list[Planned]:
-    """Take what may start off the waiting list, and what others ended. Returns the cells that
-    others run."""
-    mine = {a.job.cell.run_id for a in active}
-    others = {
-        run_id: about
-        for run_id, about in lock.claims_under_way(folder).items()
-        if run_id not in mine
-    }
+    """Take what may start off the waiting list, and what others ended. Return the runs that others
+    carry out."""
+    mine = {a.job.run.run_id for a in active}
+    claimed = lock.claims_under_way(folder)
+    others = {run_id: about for run_id, about in claimed.items() if run_id not in mine}
     elsewhere: list[Planned] = []
     for job in list(waiting):
-        cell, state = job.cell, job.cell.state
-        if cell.run_id in others or state == "running":
-            elsewhere.append(cell)
-            again.discard(cell.run_id)
+        run, state = job.run, job.run.state
+        if run.run_id in others or state == "running":
+            elsewhere.append(run)
+            again.discard(run.run_id)
         elif state == "done":
             waiting.remove(job)
-            outcome.done.append(cell)
-            say(f"done elsewhere: {title(cell)}")
-        elif state == "failed" and cell.run_id not in again:
+            outcome.done.append(run)
+            say(f"done elsewhere: {title(run)}")
+        elif state == "failed" and run.run_id not in again:
             waiting.remove(job)
-            outcome.failed.append(Failure(cell, None, reason(cell)))
-            say(f"FAILED elsewhere: {title(cell)}")
+            outcome.failed.append(Failure(run, None, reason(run)))
+            say(f"FAILED elsewhere: {title(run)}")
     here = [about for about in others.values() if about.get("host") == socket.gethostname()]
-    under_way = [*(a.job.cell for a in active), *elsewhere]
-    scoring = {baseline(c) for c in under_way}
-    known = {
-        baseline(c)
-        for c in (*under_way, *outcome.done, *(job.cell for job in waiting))
-        if scored(c)
-    }
+    under_way = [*(a.job.run for a in active), *elsewhere]
+    scoring = {baseline(run) for run in under_way}
+    every = [*under_way, *outcome.done, *(job.run for job in waiting)]
+    known = {baseline(run) for run in every if scored(run)}
     for job in list(waiting):
+        run, kind = job.run, baseline(job.run)
         if len(active) + len(here) >= launcher.limit or time.monotonic() < outcome.not_before:
             break
-        kind = baseline(job.cell)
-        if job.cell in elsewhere or (kind in scoring and kind not in known):
+        if run in elsewhere or (kind in scoring and kind not in known):
             continue  # the first of its kind scores the pretrained model, for all
-        claim = lock.claim_run(folder, job.cell.run_id)
+        claim = lock.claim_run(folder, run.run_id)
         if claim is None:
             continue
         try:
-            process = launcher.adopt(lock.read_claim(folder, job.cell.run_id))
-            found = process is not None
+            process, how = launcher.adopt(lock.read_claim(folder, run.run_id)), "found"
             if process is None:
                 job.log.parent.mkdir(parents=True, exist_ok=True)
                 taken = [*(lock.read_claim(folder, run_id) for run_id in mine), *here]
-                process = launcher.start(job, claim, taken)
+                process, how = launcher.start(job, claim, taken), "started"
         except ConfigError as error:
             claim.release()
             waiting.remove(job)
-            outcome.failed.append(Failure(job.cell, None, str(error)))
+            outcome.failed.append(Failure(run, None, str(error)))
             continue
         except StorageError as error:
             claim.release()
             if not active:
                 raise
-            say(f"later      {title(job.cell)}: {error.what}")  # such as a limit on jobs
+            say(f"later      {title(run)}: {error.what}")  # such as a limit on jobs
             outcome.not_before = time.monotonic() + REFUSED_SECONDS
             break
-        say(f"{'found' if found else 'started':<10} {title(job.cell)}")
+        say(f"{how:<10} {title(run)}")
         waiting.remove(job)
         active.append(Active(job, process, claim, time.monotonic()))
-        mine.add(job.cell.run_id)
+        mine.add(run.run_id)
         scoring.add(kind)
     return elsewhere
 
@@ -243,47 +230,39 @@ def _ended(
     a: Active, code: int, outcome: Outcome, say: Callable[[str], None], waiting: list[launchers.Job]
 ) -> None:
     """Sort a run that ended, and give its claim back; of a failure the claim keeps why."""
-    cell, line = a.job.cell, last_line(a.job.log)
+    run, line = a.job.run, last_line(a.job.log)
     if code == IN_USE:  # started by hand meanwhile: wait for it
         waiting.append(a.job)
-    elif code == 0 and cell.record.exists():
-        outcome.done.append(cell)
-        say(f"finished   {title(cell)} in {format.duration(time.monotonic() - a.since)}")
+    elif code == 0 and run.record.exists():
+        outcome.done.append(run)
+        say(f"finished   {title(run)} in {format.duration(time.monotonic() - a.since)}")
     elif code == PREEMPTED:
-        outcome.left.append(cell)
-        say(f"stopped    {title(cell)}: {line}")
+        outcome.left.append(run)
+        say(f"stopped    {title(run)}: {line}")
     else:
         if code == 0:
-            line = f"it ended well, but there is no {cell.record}"
+            line = f"it ended well, but there is no {run.record}"
         elif code < 0:
-            line = f"killed by {_signal(-code)}; {line}"
+            with suppress(ValueError):
+                line = f"killed by {signal.Signals(-code).name}; {line}"
         a.claim.write({"failed": line})
-        outcome.failed.append(Failure(cell, code, line))
-        say(f"FAILED     {title(cell)}: {line}")
+        outcome.failed.append(Failure(run, code, line))
+        say(f"FAILED     {title(run)}: {line}")
     a.claim.release()
-
-
-def _signal(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"
 
 
 def _stop(active: list[Active], outcome: Outcome, say: Callable[[str], None]) -> None:
     """Ask local runs to save, and wait for it."""
     if active:
-        say(
-            f"stopping by {outcome.stopped}: {format.counted(len(active), 'run')} to save "
-            "what is done"
-        )
+        runs = format.counted(len(active), "run")
+        say(f"stopping by {outcome.stopped}: {runs} to save what is done")
     for a in active:
         a.process.stop()
     for a in active:
-        while isinstance(a.process, launchers._Local) and a.process.poll() is None:
+        while isinstance(a.process, launchers.LocalProcess) and a.process.poll() is None:
             time.sleep(0.05)
-        if a.process.poll() == 0 and a.job.cell.record.exists():
-            outcome.done.append(a.job.cell)
+        if a.process.poll() == 0 and a.job.run.record.exists():
+            outcome.done.append(a.job.run)
         a.claim.release()
 
 
@@ -295,19 +274,19 @@ def _status(
     launcher: launchers.Launcher,
     ahead: Callable[[list[Planned]], list[float]],
 ) -> str:
-    """What is running, and the time left by what runs took."""
-    running = [*(a.job.cell for a in active), *elsewhere]
-    rest = [*running, *(job.cell for job in waiting if job.cell not in elsewhere)]
+    """Return what is running, and the time left by what runs took."""
+    gone = [min(_since_saved(a.job.run), time.monotonic() - a.since) for a in active]
+    gone += map(_since_saved, elsewhere)
+    running = [*(a.job.run for a in active), *elsewhere]
+    rest = [*running, *(job.run for job in waiting if job.run not in elsewhere)]
     total = len(outcome.done) + len(outcome.failed) + len(outcome.left) + len(rest)
-    here = [min(_since_saved(a.job.cell), time.monotonic() - a.since) for a in active]
-    gone = [*here, *map(_since_saved, elsewhere), *([0.0] * (len(rest) - len(running)))]
     each = [
         seconds if math.isnan(seconds) else max(0.0, seconds - past)
-        for seconds, past in zip(ahead(rest), gone, strict=True)
+        for seconds, past in itertools.zip_longest(ahead(rest), gone, fillvalue=0.0)
     ]
     seconds = sum(each) if math.isnan(sum(each)) else max(sum(each) / launcher.limit, *each)
-    left = "" if math.isnan(seconds) or seconds < 1 else f", about {format.duration(seconds)} left"
-    where = "; ".join(f"{title(c)} ({stage(c)})" for c in running)
+    left = f", about {format.duration(seconds)} left" if seconds >= 1 else ""
+    where = "; ".join(f"{title(run)} ({stage_of(run)})" for run in running)
     return (
         f"{len(outcome.done)} of {total} done, {len(outcome.failed)} failed{left}; running: {where}"
     )
@@ -316,68 +295,62 @@ def _status(
 # --- words ----------------------------------------------------------------------------------------
 
 
-def title(cell: Planned) -> str:
-    return f"{cell.model} {cell.label}, block {cell.block}"
+def title(run: Planned) -> str:
+    """Return what a planned run is called."""
+    return f"{run.model} {run.label}, block {run.block}"
 
 
-def stage(cell: Planned) -> str:
-    """How far a run is: stage 3 of 8."""
-    last = len(cell.config.stages)
-    return f"stage {min(saved(cell), last)} of {last}" if saved(cell) else "stage 0"
+def stage_of(run: Planned) -> str:
+    """Return how far a run is: stage 3 of 8."""
+    last = len(run.config.stages)
+    return f"stage {min(saved(run), last)} of {last}" if saved(run) else "stage 0"
 
 
-def saved(cell: Planned) -> int:
-    """How many stages of a run are saved, stage 0 included."""
-    return len(list((cell.folder / "stages").glob("[0-9]*")))
+def saved(run: Planned) -> int:
+    """Return how many stages of a run are saved, stage 0 included."""
+    return len(_stages(run))
 
 
-def _since_saved(cell: Planned) -> float:
-    """Seconds that a run under way has been at its stage: since the stage before was saved, or
-    since its process started."""
-    marks = [cell.folder / "attempts.jsonl", *(cell.folder / "stages").glob("[0-9]*")]
-    return max(
-        0.0, time.time() - max((p.stat().st_mtime for p in marks if p.exists()), default=math.inf)
-    )
+def _stages(run: Planned) -> list[Path]:
+    return list((run.folder / "stages").glob("[0-9]*"))
 
 
-def reason(cell: Planned) -> str:
-    """Why a run failed, by its folder or its claim."""
+def _since_saved(run: Planned) -> float:
+    """Return the seconds that a run under way has been at its stage: since the stage before was
+    saved, or since its process started."""
+    marks = [p for p in (run.folder / "attempts.jsonl", *_stages(run)) if p.exists()]
+    latest = max((p.stat().st_mtime for p in marks), default=math.inf)
+    return max(0.0, time.time() - latest)
+
+
+def reason(run: Planned) -> str:
+    """Return why a run failed, by its folder or its claim."""
     try:
-        told = json.loads((cell.folder / "failure.json").read_bytes())["error"]
+        told = json.loads((run.folder / "failure.json").read_bytes())["error"]
     except (OSError, ValueError, KeyError, TypeError):
-        told = lock.read_claim(cell.claims, cell.run_id).get("failed")
+        told = lock.read_claim(run.claims, run.run_id).get("failed")
     return str(told or "no reason is known")
 
 
 def last_line(log: Path) -> str:
-    """What a run said last: its error, where it ended with one."""
-    try:
-        lines = [
-            line
-            for line in log.read_text(encoding="utf-8", errors="replace").splitlines()
-            if line.strip()
-        ]
-    except OSError:
-        lines = []
+    """Return what a run said last: its error, where it ended with one."""
+    lines: list[str] = []
+    with suppress(OSError):
+        text = log.read_text(encoding="utf-8", errors="replace")
+        lines = [line for line in text.splitlines() if line.strip()]
     errors = [line for line in lines[-20:] if "error:" in line.lower()]
     return (errors or lines or ["it said nothing"])[-1].strip()[:500]
 
 
-def baseline(cell: Planned) -> str:
-    """What cells that share stage 0 have in common: the pretrained model, what it is scored on and
-    how."""
-    c = cell.config
+def baseline(run: Planned) -> str:
+    """Return a hash of what runs that share stage 0 have in common: the pretrained model, what it
+    is scored on and how."""
+    c = run.config
+    sections = [part.model_dump(mode="json") for part in (c.model, c.eval, c.tasks)]
     names = sorted([*c.sequence.trained, *c.sequence.controls])
-    parts = [
-        c.model.model_dump(mode="json"),
-        c.eval.model_dump(mode="json"),
-        c.tasks.model_dump(mode="json"),
-        names,
-        c.output_dir,
-    ]
-    return json_sha256(parts)
+    return json_sha256([*sections, names, c.output_dir])
 
 
-def scored(cell: Planned) -> bool:
-    """Whether stage 0 is known."""
-    return cell.state == "done" or (cell.folder / "stages" / "00-pretrained").exists()
+def scored(run: Planned) -> bool:
+    """True if stage 0 is known."""
+    return run.state == "done" or (run.folder / "stages" / "00-pretrained").exists()

@@ -3,11 +3,10 @@ experiment, from its records alone."""
 
 from __future__ import annotations
 
-from gain_cl.errors import ConfigError
 from gain_cl.paper import build, gather
 from gain_cl.paper.table import say
 from gain_cl.tools.command import Parser
-from gain_cl.tools.status import asked_experiment
+from gain_cl.tools.status import asked_experiment, flag
 
 ABOUT = {
     "tables": "Tables of an experiment as Markdown, LaTeX and CSV, every number as tidy.csv, "
@@ -42,15 +41,10 @@ def main(what: str, argv: list[str]) -> int:
     asked = parser.parse_intermixed_args(argv).words
     experiment, words = asked_experiment(asked, what)
     given = next(w.partition("=")[2] for w in asked if w.startswith("experiment="))
-    flags = {"partial": "false", "force": "false"}  # force=true is what is done anyway
-    for word in [w for w in words if w.partition("=")[0] in flags]:
-        key, _, flags[key] = word.partition("=")
-        if flags[key] not in ("true", "false"):
-            raise ConfigError(
-                f"{flags[key]!r} is neither true nor false", key, f"give {key}=true or {key}=false"
-            )
-        words.remove(word)
-    book = gather.gather(experiment, words, flags["partial"] == "true", given)
+    own = [w.partition("=") for w in words if w.startswith(("partial=", "force="))]
+    flags = {key: flag(key, value) for key, _, value in own}  # force=true is what is done anyway
+    words = [w for w in words if w.partition("=")[0] not in flags]
+    book = gather.gather(experiment, words, flags.get("partial", False), given)
     for gap in book.gaps:
         say(f"gap: {gap}")
     for kind in kinds:

@@ -78,6 +78,15 @@ def asked_experiment(words: list[str], verb: str) -> tuple[Experiment, list[str]
     return load_experiment(names[0]), [w for w in words if not w.startswith("experiment=")]
 
 
+def flag(key: str, text: str) -> bool:
+    """Return what KEY=true or KEY=false says."""
+    if text not in ("true", "false"):
+        raise ConfigError(
+            f"{text!r} is neither true nor false", key, f"give {key}=true or {key}=false"
+        )
+    return text == "true"
+
+
 def run_command(run: Planned, more: list[str]) -> str:
     """Return the command line that carries out a planned run."""
     return shlex.join(["python", "-m", "gain_cl", "run", *run.overrides, *more])

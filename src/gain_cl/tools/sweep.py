@@ -12,18 +12,20 @@ import subprocess
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from gain_cl.errors import PREEMPTED, ConfigError, GainError
 from gain_cl.measure import record
+from gain_cl.paper.table import say
 from gain_cl.stats import format
-from gain_cl.studies import costs, launchers, sweep
+from gain_cl.studies import launchers, sweep
+from gain_cl.studies.costs import run_seconds
 from gain_cl.studies.experiments import Experiment, Planned, planned_runs
 from gain_cl.system import lock
-from gain_cl.system.terminal import console, printable
 from gain_cl.tools.command import Parser
-from gain_cl.tools.status import asked_experiment, print_grid
+from gain_cl.tools.status import asked_experiment, flag, print_grid, run_command
 
 USAGE = """\
 python -m gain_cl sweep experiment=NAME [KEY=VALUE ...] [only=WORD,WORD] [max_parallel=N] [dry_run=true]
@@ -45,12 +47,10 @@ another launcher, it runs nothing twice.
 """
 
 
-OWN = ("only", "gpus", "max_parallel", "dry_run", "retry_failed", "worktree", "launcher")
-"""The sweep's own words; the rest are overrides."""
-
-
 @dataclass
 class Options:
+    """The sweep's own words."""
+
     only: list[str] = field(default_factory=list)
     max_parallel: int | None = None
     dry_run: bool = False
@@ -61,14 +61,14 @@ class Options:
     slurm: dict[str, str] = field(default_factory=dict)
 
 
+OWN = tuple(Options.__dataclass_fields__)[:-1]
+
+
 def main(argv: list[str]) -> int:
-    """Exit code: 0 every run asked for is done, 1 some failed, 75 stopped by a signal."""
-    parser = Parser(
-        "sweep",
-        usage=USAGE,
-        description=ABOUT,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    """Run what is missing. Exit code: 0 every run asked for is done, 1 some failed, 75 stopped by a
+    signal."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = Parser("sweep", usage=USAGE, description=ABOUT, formatter_class=raw)
     parser.add_argument(
         "words",
         nargs="+",
@@ -77,91 +77,53 @@ def main(argv: list[str]) -> int:
     )
     experiment, words = asked_experiment(parser.parse_intermixed_args(argv).words, "sweep")
     options, more = _options(words)
-    cells = _only(planned_runs(experiment, more), options.only)
-    out = console()
-
-    def say(text: str = "", style: str = "") -> None:
-        out.print(
-            printable(text), style=style or None, markup=False, highlight=False, soft_wrap=True
-        )
-
-    print_grid(experiment, cells)
-    records = _records(cells)
-
-    def ahead(some: Sequence[Planned]) -> list[float]:
-        return _left(some, cells, records)
-
-    failed = [c for c in cells if c.state == "failed"]
-    todo = [c for c in cells if c.state != "done" and (options.retry_failed or c.state != "failed")]
-    seconds = sum(ahead(todo))
-    cost = (
-        "cost not known before a run is done"
-        if math.isnan(seconds)
-        else f"{format.duration(seconds)} one after the other"
-    )
-    untimed = any(c.config.tasks.names for c in todo) and not any(
-        s.task_seconds for r in records for s in r.stages
-    )
-    cost += (
-        ", tasks not included: none was timed yet" if untimed and not math.isnan(seconds) else ""
-    )
-    say(f"{format.counted(len(todo), 'run')} ahead: {cost}" if todo else "nothing to run")
+    planned = _only(planned_runs(experiment, more), options.only)
+    print_grid(experiment, planned)
+    failed = [c for c in planned if c.state == "failed"]
+    again = [] if options.retry_failed else failed
+    todo = [c for c in planned if c.state != "done" and c not in again]
+    records = _records(planned)
+    timed = any(s.task_seconds for r in records for s in r.stages)
+    untimed = not timed and any(c.config.tasks.names for c in todo)
+    ahead = partial(_left, planned=planned, records=records)
+    say(_cost(todo, sum(ahead(todo)), untimed))
     for c in failed:
         say(f"failed before: {sweep.title(c)}: {sweep.reason(c)}")
-    if failed and not options.retry_failed:
+    if again:
         say("retry_failed=true runs what failed again")
-    output = Path(cells[0].config.output_dir)
+    output = Path(planned[0].config.output_dir)
     launcher = _launcher(options, output, len(todo))
     jobs = _jobs(experiment, todo, more, options, launcher, output)
     if options.dry_run or not jobs:
         for job in jobs:
             say(shlex.join(["python", *job.command]))
         return 1 if failed and not jobs else 0
-    left_of = (
-        (lambda some: [math.nan] * len(some)) if untimed else ahead
-    )  # better no time left than one without the tasks
-    outcome = sweep.carry_out(jobs, launcher, cells[0].claims, say, left_of)
+    if untimed:  # better no time left than one without the tasks
+        ahead = partial(_left, planned=planned, records=[])
+    outcome = sweep.carry_out(jobs, launcher, planned[0].claims, say, ahead)
     for failure in outcome.failed:
-        say(f"failed: {sweep.title(failure.cell)}: {failure.last_line}", style="bold")
-        say(f"  {shlex.join(['python', '-m', 'gain_cl', 'run', *failure.cell.overrides, *more])}")
+        say(f"failed: {sweep.title(failure.run)}: {failure.last_line}", "bold")
+        say(f"  {run_command(failure.run, more)}")
     left = len(jobs) - len(outcome.done) - len(outcome.failed)
-    say(
-        f"{len(outcome.done)} done, {len(outcome.failed)} failed"
-        + (f", {left} not finished: start it again to go on" if left else "")
-    )
+    unfinished = f", {left} not finished: start it again to go on" if left else ""
+    say(f"{len(outcome.done)} done, {len(outcome.failed)} failed{unfinished}")
     if outcome.stopped is not None:
         return PREEMPTED
-    return 1 if outcome.failed or left or (failed and not options.retry_failed) else 0
+    return int(bool(outcome.failed or left or again))
 
 
 # --- what was asked -------------------------------------------------------------------------------
 
 
 def _options(words: list[str]) -> tuple[Options, list[str]]:
-    """The sweep's own words, and the others: overrides."""
+    """Return the sweep's own words, and the others: overrides."""
     options, more = Options(), []
     for word in words:
         key, _, value = word.partition("=")
-        if key in ("only", "gpus"):
-            setattr(options, key, [v.strip() for v in value.split(",") if v.strip()])
-        elif key == "max_parallel":
-            if not value.isdigit() or int(value) < 1:
-                raise ConfigError(
-                    f"{value!r} is no number of runs", "max_parallel", "give 1 or more"
-                )
-            options.max_parallel = int(value)
-        elif key in ("dry_run", "retry_failed", "worktree"):
-            if value not in ("true", "false"):
-                raise ConfigError(
-                    f"{value!r} is neither true nor false", key, f"give {key}=true or {key}=false"
-                )
-            setattr(options, key, value == "true")
-        elif key == "launcher":
-            if value not in ("local", "slurm"):
-                raise ConfigError(f"no launcher {value!r}", "launcher", "there are local and slurm")
-            options.launcher = value
-        elif key.startswith("slurm."):
+        if key.startswith("slurm."):
             options.slurm[key.removeprefix("slurm.")] = value
+        elif key in OWN:
+            setattr(options, key, _value(key, value))
         elif close := difflib.get_close_matches(key, OWN, cutoff=0.8):
             raise ConfigError(f"unknown key {key}", "gain_cl sweep", f"did you mean {close[0]}?")
         else:
@@ -169,37 +131,65 @@ def _options(words: list[str]) -> tuple[Options, list[str]]:
     return options, more
 
 
-def _only(cells: list[Planned], words: list[str]) -> list[Planned]:
-    """Cells that match a word of each kind that was given: models, methods, blocks, beginnings of
-    run ids."""
-    kinds: list[set[str]] = [set(), set(), set(), set()]
+def _value(key: str, text: str) -> Any:
+    """Return what a word of the sweep says. ConfigError: it cannot."""
+    if key in ("only", "gpus"):
+        return _listed(text)
+    if key == "max_parallel":
+        if text.isdigit() and int(text):
+            return int(text)
+        raise ConfigError(f"{text!r} is no number of runs", key, "give 1 or more")
+    if key == "launcher":
+        if text in ("local", "slurm"):
+            return text
+        raise ConfigError(f"no launcher {text!r}", key, "available: local, slurm")
+    return flag(key, text)
+
+
+def _listed(text: str) -> list[str]:
+    return [v.strip() for v in text.split(",") if v.strip()]
+
+
+def _only(planned: list[Planned], words: list[str]) -> list[Planned]:
+    """Return the runs that match a word of each kind that was given: models, methods, blocks,
+    beginnings of run ids."""
+    kinds: dict[int, set[str]] = {}
     for word in words:
-        matches = (
-            {c.run_id for c in cells if c.model == word},
-            {c.run_id for c in cells if word in (c.method, c.label)},
-            {c.run_id for c in cells if word == f"block{c.block}"},
-            {c.run_id for c in cells if c.run_id.startswith(word)},
-        )
+        matches = [
+            {c.run_id for c in planned if c.model == word},
+            {c.run_id for c in planned if word in (c.method, c.label)},
+            {c.run_id for c in planned if word == f"block{c.block}"},
+            {c.run_id for c in planned if c.run_id.startswith(word)},
+        ]
         kind = next((i for i, found in enumerate(matches) if found), None)
         if kind is None:
-            names = sorted(
-                {c.method for c in cells}
-                | {f"block{c.block}" for c in cells}
-                | {c.model for c in cells}
-            )
-            raise ConfigError(
-                f"no run is {word!r}", "only", f"there are {', '.join(names)}, and run ids"
-            )
-        kinds[kind] |= matches[kind]
-    return [c for c in cells if all(c.run_id in kind for kind in kinds if kind)]
+            names = sorted({x for c in planned for x in (c.method, f"block{c.block}", c.model)})
+            do = f"available: {', '.join(names)}, and run ids"
+            raise ConfigError(f"no run is {word!r}", "only", do)
+        kinds.setdefault(kind, set()).update(matches[kind])
+    return [c for c in planned if all(c.run_id in kind for kind in kinds.values())]
 
 
-def _records(cells: list[Planned]) -> list[record.RunRecord]:
-    """Of the runs that are done; else of whatever runs of these models there are: what the cost is
-    told from."""
-    models, found = {c.model for c in cells}, []
-    done = [c.record for c in cells if c.state == "done"]
-    for path in done or sorted(cells[0].record.parent.glob("*.json")):
+# --- what it costs --------------------------------------------------------------------------------
+
+
+def _cost(todo: list[Planned], seconds: float, untimed: bool) -> str:
+    """Return how many runs are ahead, and how long they take."""
+    if not todo:
+        return "nothing to run"
+    cost = f"{format.counted(len(todo), 'run')} ahead: "
+    if math.isnan(seconds):
+        return f"{cost}cost not known before a run is done"
+    less = ", tasks not included: none was timed yet" if untimed else ""
+    return f"{cost}{format.duration(seconds)} one after the other{less}"
+
+
+def _records(planned: list[Planned]) -> list[record.RunRecord]:
+    """Return what the cost is told from: the runs that are done; else whatever runs of these models
+    there are."""
+    models, found = {c.model for c in planned}, []
+    done = [c.record for c in planned if c.state == "done"]
+    for path in done or sorted(planned[0].record.parent.glob("*.json")):
         with suppress(GainError):  # a damaged one is named where it is read for its numbers
             r = record.load(path).record
             if r.model in models and r.interpolated is None:
@@ -208,20 +198,15 @@ def _records(cells: list[Planned]) -> list[record.RunRecord]:
 
 
 def _left(
-    some: Sequence[Planned], cells: Sequence[Planned], records: list[record.RunRecord]
+    some: Sequence[Planned], planned: Sequence[Planned], records: list[record.RunRecord]
 ) -> list[float]:
-    """Seconds that each of some cells of a grid will take from its last saved stage on; of those
-    that share stage 0, one scores it."""
-    shared = {sweep.baseline(c) for c in cells if sweep.scored(c)}
-    found = []
+    """Return the seconds that each of some planned runs will take from its last saved stage on; of
+    those that share stage 0, one scores it."""
+    shared, found = {sweep.baseline(c) for c in planned if sweep.scored(c)}, []
     for c in some:
-        kind = sweep.baseline(c)
-        found.append(
-            costs.run_seconds(
-                c.config, c.method, records, saved=max(sweep.saved(c), int(kind in shared))
-            )
-        )
-        shared.add(kind)
+        saved = max(sweep.saved(c), int(sweep.baseline(c) in shared))
+        found.append(run_seconds(c.config, c.method, records, saved=saved))
+        shared.add(sweep.baseline(c))
     return found
 
 
@@ -245,7 +230,7 @@ def _launcher(options: Options, output: Path, ahead: int) -> launchers.Launcher:
 
 
 def _parameters(given: dict[str, str]) -> tuple[dict[str, Any], str]:
-    """submitit's parameters, and the cluster it sends to (slurm; slurm.cluster=local tries a sweep
+    """Return submitit's parameters, and the cluster it sends to (slurm; slurm.cluster=local tries a sweep
     out without one)."""
     cluster = given.get("cluster", "slurm")
     shared = (
@@ -267,7 +252,7 @@ def _parameters(given: dict[str, str]) -> tuple[dict[str, Any], str]:
 
 
 def _minutes(text: str) -> int:
-    """Slurm's own: minutes, M:S, H:M:S, D-H, D-H:M, D-H:M:S."""
+    """Return the minutes of Slurm's own way to write a time: minutes, M:S, H:M:S, D-H, D-H:M, D-H:M:S."""
     days, _, rest = text.rpartition("-")
     parts = rest.split(":")
     if not all(p.isdigit() for p in parts) or len(parts) > 3 or (days and not days.isdigit()):
@@ -283,7 +268,7 @@ def _minutes(text: str) -> int:
 
 
 def _typed(text: str) -> Any:
-    """A number, true or false, else the text."""
+    """Return a number, true or false, else the text."""
     for kind in (int, float):
         with suppress(ValueError):
             return kind(text)
@@ -291,14 +276,13 @@ def _typed(text: str) -> Any:
 
 
 def _gpus() -> list[str]:
-    """GPUs of this machine that a run may have, without torch."""
+    """Return the GPUs of this machine that a run may have, without torch."""
     if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
-        return [g.strip() for g in visible.split(",") if g.strip() and g.strip() != "-1"]
+        return [g for g in _listed(visible) if g != "-1"]
     if shutil.which("nvidia-smi") is None:
         return []
-    listed = subprocess.run(
-        ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"], capture_output=True, text=True
-    )
+    query = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
+    listed = subprocess.run(query, capture_output=True, text=True)
     return listed.stdout.split() if listed.returncode == 0 else []
 
 
@@ -310,28 +294,27 @@ def _jobs(
     launcher: launchers.Launcher,
     output: Path,
 ) -> list[launchers.Job]:
-    """A command each. They run here, so that relative paths mean the same, with the code of the
-    worktree."""
+    """Return a command each. They run here, so that relative paths mean the same, with the code of
+    the worktree."""
+    if not todo:
+        return []
     environment: dict[str, str] = {}
-    root = sweep.checkout() if options.worktree else None
-    if root is not None and todo and not options.dry_run:
+    root = sweep.checkout() if options.worktree and not options.dry_run else None
+    if root is not None:
         with lock.one_launcher(todo[0].claims):
             tree = sweep.worktree(root, output / "sweeps")
+        before = os.environ.get("PYTHONPATH")
         environment["PYTHONPATH"] = os.pathsep.join(
-            p for p in (str(tree / "src"), os.environ.get("PYTHONPATH", "")) if p
+            [str(tree / "src"), *([before] if before else [])]
         )
     words = list(more)
     given = {w.partition("=")[0] for c in todo for w in (*c.overrides, *more)}
-    if (
-        isinstance(launcher, launchers.Local)
-        and launcher.limit > 1
-        and "compute.threads" not in given
-        and not launcher.gpus
-    ):
+    shared = isinstance(launcher, launchers.Local) and launcher.limit > 1 and not launcher.gpus
+    if shared and "compute.threads" not in given:
         threads = max(1, (os.cpu_count() or 1) // launcher.limit)
         words.append(f"compute.threads={threads}")
         environment["OMP_NUM_THREADS"] = str(threads)
-    if todo and todo[0].config.track.backend == "wandb" and "track.group" not in given:
+    if todo[0].config.track.backend == "wandb" and "track.group" not in given:
         words.append(f"track.group={experiment.name}")
     logs = output / "sweeps" / experiment.name
     return [

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from gain_cl.paper.figures import style
 from gain_cl.stats import matrix
+from gain_cl.stats.format import change
 from gain_cl.stats.matrix import Estimate
 from gain_cl.studies.study import Setting, Study, compared
 
@@ -21,14 +22,6 @@ CAPTION = (
 )
 
 
-def build(study: Study) -> Figure | None:
-    """Forgetting by stages since learned (matrix.forgetting_by_age) of each method's chosen
-    setting, in % of perplexity, with 95% intervals as study.level has them. None where nothing
-    was learned after something else."""
-    with style.rules():
-        return _build(study)
-
-
 def by_age(setting: Setting) -> dict[int, Estimate]:
     """Age -> forgetting in nats per token."""
     of = [
@@ -42,7 +35,11 @@ def by_age(setting: Setting) -> dict[int, Estimate]:
     return {age: c.estimate for age, c in found.items() if c is not None}
 
 
-def _build(study: Study) -> Figure | None:
+@style.styled
+def build(study: Study) -> Figure | None:
+    """Forgetting by stages since learned (matrix.forgetting_by_age) of each method's chosen
+    setting, in % of perplexity, with 95% intervals as study.level has them. None where nothing
+    was learned after something else."""
     lines = {s.label: (s, found) for s in style.chosen(study) if (found := by_age(s))}
     if not lines:
         return None
@@ -54,11 +51,11 @@ def _build(study: Study) -> Figure | None:
         style.points(
             axes,
             list(at),
-            [style.percent(e) for e in found.values()],
+            [e.map(change) for e in found.values()],
             **style.look(study, s.method),
             label=s.label,
         )
-    axes.axhline(0, color=style.SOFT, linewidth=0.6, zorder=0)
+    style.zero(axes)
     axes.set_xlim(0.5, ages + 0.5)
     axes.set_xticks(range(1, ages + 1))
     style.percent_axis(axes, "y")

@@ -29,14 +29,6 @@ Curve = dict[int, float]
 """Position -> change of loss from the pretrained model, nats per token."""
 
 
-def build(study: Study) -> Figure | None:
-    """A panel for each trained domain and one for the mean over the controls, a line for each
-    method's chosen setting. Changes of perplexity in %, spaced as changes of loss, means of which
-    they are; no intervals. None without a chosen setting."""
-    with style.rules():
-        return _build(study)
-
-
 def of_domain(m: LossMatrix, domain: str) -> Curve:
     """By stages since the domain was learned: 0 just after, -1 just before. Of a domain learned
     alone or with all others only these."""
@@ -70,7 +62,11 @@ def means(curves: list[Curve]) -> list[Curve]:
     return [piece for _, piece in pieces]
 
 
-def _build(study: Study) -> Figure | None:
+@style.styled
+def build(study: Study) -> Figure | None:
+    """A panel for each trained domain and one for the mean over the controls, a line for each
+    method's chosen setting. Changes of perplexity in %, spaced as changes of loss, means of which
+    they are; no intervals. None without a chosen setting."""
     settings = style.chosen(study)
     if not settings:
         return None
@@ -86,30 +82,18 @@ def _build(study: Study) -> Figure | None:
     def draw(axes: Any, curves_of: Callable[[LossMatrix], Curve]) -> None:
         for s in settings:
             look = style.look(study, s.method)
+            pale = {"color": look["color"], "linewidth": 0.5, "alpha": 0.25, "zorder": 1}
+            bold = {**look, "markersize": 2.5, "label": s.label, "zorder": 3}
             curves = [c for m in s.matrices.values() if (c := curves_of(m))]
-            for c in curves if len(curves) > 1 else []:
-                axes.plot(
-                    list(c),
-                    [change(y) for y in c.values()],
-                    color=look["color"],
-                    linewidth=0.5,
-                    alpha=0.25,
-                    zorder=1,
-                )
-            for c in means(curves):
-                axes.plot(
-                    list(c),
-                    [change(y) for y in c.values()],
-                    **look,
-                    markersize=2.5,
-                    label=s.label,
-                    zorder=3,
-                )
-        axes.axhline(0, color=style.FAINT, linewidth=0.6, zorder=0)
+            single = curves if len(curves) > 1 else []
+            for some, how in ((single, pale), (means(curves), bold)):
+                for c in some:
+                    axes.plot(list(c), [change(y) for y in c.values()], **how)
+        style.zero(axes, color=style.FAINT)
 
     for axes, domain in zip(every, first.trained, strict=False):
         draw(axes, partial(of_domain, domain=domain))
-        axes.axvline(0, color=style.SOFT, linewidth=0.6, linestyle=(0, (3, 2)), zorder=0)
+        style.zero(axes, across=True, linestyle=(0, (3, 2)))
         style.title(axes, domain)
     bounds = [axes.get_xlim() for axes in every[: len(first.trained)]]
     for axes in every[: len(first.trained)]:

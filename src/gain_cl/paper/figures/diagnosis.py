@@ -3,132 +3,89 @@ attention heads."""
 
 from __future__ import annotations
 
-import io
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from gain_cl.errors import printable
-from gain_cl.runs.heatmap import DPI, INK, PAPER, SOFT, defaults
+from gain_cl.paper.figures import style
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from gain_cl.measure.diagnosis import Diagnostics, Layer, Stage
 
-WIDE, LEAST = 1.75, 8.0  # inches of a panel, of all panels
-CYCLE = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#000000")
-"""Okabe and Ito's colours, which colour-blind readers can tell apart."""
+WIDE, LEAST, HIGH, UNDER = 1.75, 8.0, 6.0, 2.6
+"""Inches of a panel, of all panels; of the three rows of panels, of what stands under them."""
+DASHED = (0, (4, 3))
+Number = Callable[["Layer"], "float | None"]
 
 
-def render(found: Diagnostics, kind: Literal["png", "pdf"] | str) -> bytes:
-    """The figure as PNG or PDF; the same numbers give the same bytes on one matplotlib (no date, no
-    version inside)."""
-    import matplotlib as mpl
-
-    out = io.BytesIO()
-    nothing = (
-        {"Software": None}
-        if kind == "png"
-        else {"CreationDate": None, "Producer": None, "Creator": None}
-    )
-    with mpl.rc_context(defaults()):
-        build(found).savefig(out, format=kind, dpi=DPI, metadata=nothing)
-    return out.getvalue()
+def render(found: Diagnostics, kind: str) -> bytes:
+    """Return the figure as png or pdf; the same numbers give the same bytes on one matplotlib."""
+    return style.written(build(found), kind, dpi=150)
 
 
+@style.styled
 def build(found: Diagnostics) -> Figure:
-    """A column for each role of linear layers, blocks from left to right in each panel: relative
-    norm of the change, a line a stage; after the last stage the column-span residual, a line for
-    each k (dashed: of a random change, dotted: of W); intruder dimensions, a line a stage. Beneath,
-    after the last stage: the attention heads that moved, and the gains of each role if any."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    """Return a column for each role of linear layers, blocks from left to right in each panel:
+    relative norm of the change, a line a stage; after the last stage the column-span residual, a
+    line for each k (dashed: of a random change, dotted: of W); intruder dimensions, a line a stage.
+    Beneath, after the last stage: the attention heads that moved, and the gains of each role if
+    any."""
+    import matplotlib as mpl
 
     end = found.stages[-1]
     roles = list(dict.fromkeys(x.role for s in found.stages for x in s.layers))
-    wide = max(WIDE * len(roles), LEAST)
-    whole = Figure(figsize=(1.3 + wide, 6.0 + 2.6), facecolor=PAPER, layout="constrained")
-    FigureCanvasAgg(whole)
+    whole = style.new(1.3 + max(WIDE * len(roles), LEAST), HIGH + UNDER)
     whole.suptitle(
         f"{found.model} · {found.method} · what changed in the weights",
         fontsize=12,
-        color=INK,
         fontweight="bold",
     )
     whole.supxlabel(
         f"{found.run_id}   dW: tuned minus pretrained weight, the adapter folded in",
-        fontsize=8,
-        color=SOFT,
+        color=style.SOFT,
     )
-    parts: Any = whole.subfigures(2, 1, height_ratios=(6.0, 2.6))
+    parts: Any = whole.subfigures(2, 1, height_ratios=(HIGH, UNDER))
     figure, under = parts
-    grid = figure.add_gridspec(3, max(len(roles), 1))
-    shades = _shades(len(found.stages))
-    top: list[list[Any]] = [[], [], []]
-    for j, role in enumerate(roles):
-        for row in range(3):
-            shared = top[row][0] if top[row] else None
-            axes = figure.add_subplot(grid[row, j], sharey=shared)
-            axes.tick_params(labelsize=7, labelleft=j == 0, color=SOFT)
-            axes.spines[["top", "right"]].set_visible(False)
-            axes.grid(axis="y", color="#e5e5e5", linewidth=0.6)
-            top[row].append(axes)
-        top[0][j].set_title(printable(role), fontsize=8, color=INK)
+    top = figure.subplots(3, max(len(roles), 1), sharey="row", squeeze=False)
+    # a colour a stage, from early (light) to late (dark), in even steps of lightness
+    lightness = np.linspace(0.25, 1.0, len(found.stages)) if len(found.stages) > 1 else [0.85]
+    shades = mpl.colormaps["viridis_r"](lightness)
+    for role, (size, span, intruders) in zip(roles, top.T, strict=False):
+        for axes in (size, span, intruders):
+            axes.grid(axis="y", color=style.FAINT, linewidth=0.6)
+        style.title(size, role)
+        intruders.set_xlabel("block")
         for s, colour in zip(found.stages, shades, strict=True):
             label = printable(f"{s.index} {s.domain}")
-            _line(
-                top[0][j],
-                _of(s, role),
-                lambda x: None if x.relative is None else 100 * x.relative,
-                color=colour,
-                label=label,
-            )
-            _line(top[2][j], _of(s, role), lambda x: x.intruders, color=colour)
-        for k, colour in zip(map(str, found.directions), CYCLE, strict=False):
+            _line(size, _of(s, role), _relative, color=colour, label=label)
+            _line(intruders, _of(s, role), lambda x: x.intruders, color=colour)
+        for k, colour in zip(map(str, found.directions), style.COLOURS, strict=False):
             layers = _of(end, role)
-            _line(
-                top[1][j],
-                layers,
-                lambda x, k=k: x.residual[k] if x.residual else None,
-                color=colour,
-                label=f"k = {k}",
-            )
-            _line(
-                top[1][j],
-                layers,
-                lambda x, k=k: x.own[k] if x.own else None,
-                color=colour,
-                linestyle=":",
-                marker="",
-            )
-            chance = [
-                np.sqrt(1 - int(k) / x.shape[0])
-                for x in layers
-                if x.residual and x.residual[k] is not None
-            ]
-            if chance:
-                top[1][j].axhline(chance[0], color=colour, linewidth=0.8, linestyle=(0, (4, 3)))
-        top[2][j].set_xlabel("block", fontsize=8, color=SOFT)
+            _line(span, layers, partial(_share, "residual", k), color=colour, label=f"k = {k}")
+            _line(span, layers, partial(_share, "own", k), color=colour, linestyle=":", marker="")
+            there = [x for x in layers if _share("residual", k, x) is not None]
+            if there:
+                chance = np.sqrt(1 - int(k) / there[0].shape[0])
+                span.axhline(chance, color=colour, linewidth=0.8, linestyle=DASHED)
     if roles:
-        for axes, text in zip(
-            (row[0] for row in top),
-            ("||dW|| / ||W||, %", "share outside the\ntop k directions of W", "intruders"),
-            strict=True,
-        ):
-            axes.set_ylabel(text, fontsize=8, color=INK)
-        top[0][0].set_ylim(bottom=0)
-        top[1][0].set_ylim(0, 1.03)
-        top[2][0].set_ylim(-0.3, found.top + 0.3)
-        top[1][-1].plot(
-            [], [], color=SOFT, linewidth=0.8, linestyle=(0, (4, 3)), label="in random\ndirections"
+        limits = (
+            ("||dW|| / ||W||, %", 0, None),
+            ("share outside the\ntop k directions of W", 0, 1.03),
+            ("intruders", -0.3, found.top + 0.3),
         )
-        top[1][-1].plot([], [], color=SOFT, linewidth=1, linestyle=":", label="W itself")
-        for axes in (top[0][-1], top[1][-1]):
-            if axes.get_legend_handles_labels()[0]:
-                axes.legend(
-                    fontsize=6.5, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5)
-                )
+        for axes, (text, low, high) in zip(top[:, 0], limits, strict=True):
+            axes.set_ylabel(text)
+            axes.set_ylim(low, high)
+        last = top[1, -1]
+        for line, text in ((DASHED, "in random\ndirections"), (":", "W itself")):
+            last.plot([], [], color=style.SOFT, linewidth=0.9, linestyle=line, label=text)
+        for axes in (top[0, -1], last):
+            axes.legend(fontsize=6.5, loc="center left", bbox_to_anchor=(1.0, 0.5))
     gains = any(x.gains for x in end.layers)
     below = under.subplots(1, 1 + gains, squeeze=False)[0]
     _heads(under, below[0], end)
@@ -141,87 +98,59 @@ def _of(stage: Stage, role: str) -> list[Layer]:
     return [x for x in stage.layers if x.role == role]
 
 
-def _line(axes: Any, layers: list[Layer], value: Any, **style: Any) -> None:
-    """A value of each layer by its block; a gap where there is none."""
-    points = [(x.block or 0, value(x)) for x in layers]
-    if any(y is not None for _, y in points):
-        y = [np.nan if y is None else y for _, y in points]
-        axes.plot(
-            [x for x, _ in points], y, **{"marker": "o", "markersize": 2, "linewidth": 1, **style}
-        )
+def _relative(x: Layer) -> float | None:
+    return None if x.relative is None else 100 * x.relative
 
 
-def _shades(n: int) -> list[Any]:
-    """A colour a stage, from early (light) to late (dark), in even steps of lightness."""
-    import matplotlib as mpl
+def _share(of: str, k: str, x: Layer) -> float | None:
+    """Return the share of a layer's change (residual) or of its weight (own) outside the top k
+    directions."""
+    shares: dict[str, float | None] | None = getattr(x, of)
+    return shares[k] if shares else None
 
-    return list(mpl.colormaps["viridis_r"](np.linspace(0.25, 1.0, n) if n > 1 else [0.85]))
+
+def _line(axes: Any, layers: list[Layer], value: Number, **look: Any) -> None:
+    """Draw a value of each layer by its block; a gap where there is none."""
+    y = [np.nan if (found := value(x)) is None else found for x in layers]
+    if not np.isnan(y).all():
+        at = [x.block or 0 for x in layers]
+        axes.plot(at, y, **{"marker": "o", "markersize": 2, **look})
 
 
 def _heads(figure: Any, axes: Any, end: Stage) -> None:
-    """Blocks from left to right, heads from top to bottom: drift of the gains, or else the relative
-    norm of a head's columns of dW."""
+    """Draw blocks from left to right, heads from top to bottom: drift of the gains, or else the
+    relative norm of a head's columns of dW."""
     layers = [x for x in end.layers if x.heads is not None]
     if not layers:
         axes.set_axis_off()
-        axes.text(
-            0.5,
-            0.5,
-            "no attention output projection changed",
-            ha="center",
-            va="center",
-            fontsize=8,
-            color=SOFT,
-        )
+        text = "no attention output projection changed"
+        axes.text(0.5, 0.5, text, ha="center", va="center", color=style.SOFT)
         return
     drift = all(x.gains is not None and x.gains.heads is not None for x in layers)
     cells = np.full((len(layers[0].heads or []), max((x.block or 0) for x in layers) + 1), np.nan)
     for x in layers:
         cells[:, x.block or 0] = x.gains.heads if drift and x.gains else x.heads
     shown = axes.imshow(100 * cells, cmap="cividis", aspect="auto", interpolation="nearest", vmin=0)
-    axes.set_title(
-        f"attention heads after stage {end.index} ({printable(layers[0].role)})",
-        fontsize=8,
-        color=INK,
-    )
-    axes.set_xlabel("block", fontsize=8, color=SOFT)
-    axes.set_ylabel("head", fontsize=8, color=SOFT)
-    axes.tick_params(labelsize=7, color=SOFT)
+    axes.set_title(f"attention heads after stage {end.index} ({printable(layers[0].role)})")
+    axes.set(xlabel="block", ylabel="head")
     axes.locator_params(integer=True)
     bar = figure.colorbar(shown, ax=axes, pad=0.02)
-    bar.set_label(
-        "mean |s - 1|, %" if drift else "||dW|| / ||W|| of its columns, %", fontsize=8, color=INK
-    )
-    bar.ax.tick_params(labelsize=7)
+    bar.set_label("mean |s - 1|, %" if drift else "||dW|| / ||W|| of its columns, %")
 
 
 def _histogram(axes: Any, found: Diagnostics, end: Stage, roles: list[str]) -> None:
-    """Share of the gains of each role in each bin, after the last stage; the bins are even steps on
-    the axis, not in s."""
-    sums = {
-        r: np.sum([x.gains.counts for x in _of(end, r) if x.gains], axis=0)
-        for r in roles
-        if any(x.gains for x in _of(end, r))
-    }
+    """Draw the share of the gains of each role in each bin, after the last stage; the bins are even
+    steps on the axis, not in s."""
     edges = found.edges
-    for (role, counts), colour in zip(sums.items(), CYCLE, strict=False):
-        axes.stairs(
-            100 * counts / counts.sum(),
-            np.arange(-0.5, len(edges) + 1),
-            label=printable(role),
-            color=colour,
-            linewidth=1.3,
-        )
-    axes.set_xticks(
-        np.arange(len(edges)) + 0.5,
-        [f"{x - 1:+g}" if x != 1 else "0" for x in edges],
-        fontsize=6,
-        rotation=90,
-    )
-    axes.set_title(f"gains s - 1 after stage {end.index}", fontsize=8, color=INK)
-    axes.set_ylabel("% of the gains", fontsize=8, color=INK)
-    axes.set_xlim(-0.5, len(edges) + 0.5)
-    axes.set_ylim(bottom=0)
-    axes.tick_params(axis="y", labelsize=7)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(fontsize=7, frameon=False)
+    places = np.arange(-0.5, len(edges) + 1)
+    of = {r: [x.gains.counts for x in _of(end, r) if x.gains] for r in roles}
+    gained = [(r, np.sum(counts, axis=0)) for r, counts in of.items() if counts]
+    for (role, counts), colour in zip(gained, style.COLOURS, strict=False):
+        look = {"label": printable(role), "color": colour, "linewidth": 1.3}
+        axes.stairs(100 * counts / counts.sum(), places, **look)
+    names = [f"{x - 1:+g}" if x != 1 else "0" for x in edges]
+    axes.set_xticks(places[1:-1], names, fontsize=6, rotation=90)
+    axes.set_title(f"gains s - 1 after stage {end.index}")
+    axes.set_ylabel("% of the gains")
+    axes.set(xlim=(-0.5, len(edges) + 0.5), ylim=(0, None))
+    axes.legend(fontsize=7)

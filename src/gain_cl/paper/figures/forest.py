@@ -6,6 +6,7 @@ import math
 from typing import TYPE_CHECKING, NamedTuple
 
 from gain_cl.paper.figures import style
+from gain_cl.stats.format import change
 from gain_cl.stats.inference import Parts
 from gain_cl.stats.matrix import Estimate, LossMatrix
 from gain_cl.studies.study import Setting, Study, compared, difference, paired
@@ -31,14 +32,6 @@ class Row(NamedTuple):
     name: str
     estimate: Estimate
     blocks: int
-
-
-def build(study: Study) -> Figure | None:
-    """A panel for each method other than the reference, a row for each trained domain and one for
-    their mean: chosen setting minus the reference's, backward change in % of perplexity, with 95%
-    intervals paired within blocks. None without a pair that has one."""
-    with style.rules():
-        return _build(study)
 
 
 def of_domain(m: LossMatrix, domain: str) -> Parts | None:
@@ -72,7 +65,11 @@ def _known(e: Estimate, blocks: int, study: Study) -> Estimate:
     return Estimate(e.value, math.nan, math.nan, e.n) if blocks == 1 < len(study.blocks) else e
 
 
-def _build(study: Study) -> Figure | None:
+@style.styled
+def build(study: Study) -> Figure | None:
+    """A panel for each method other than the reference, a row for each trained domain and one for
+    their mean: chosen setting minus the reference's, backward change in % of perplexity, with 95%
+    intervals paired within blocks. None without a pair that has one."""
     reference = study.chosen.get(study.reference)
     if reference is None:
         return None
@@ -99,12 +96,12 @@ def _build(study: Study) -> Figure | None:
             style.points(
                 axes,
                 [names.index(row.name)],
-                [style.percent(row.estimate)],
+                [row.estimate.map(change)],
                 across=True,
                 **look,
                 **fill,
             )
-        axes.axvline(0, color=style.SOFT, linewidth=0.6, zorder=0)
+        style.zero(axes, across=True)
         axes.axhline(len(names) - 1.5, color=style.FAINT, linewidth=0.6, zorder=0)
         style.title(axes, label, style.SMALL)
         axes.tick_params(axis="y", length=0)

@@ -25,15 +25,6 @@ CAPTION = (
 )
 
 
-def build(study: Study) -> Figure | None:
-    """A line for each method through its settings, by their own step; points have 95% intervals of
-    both (study.level). The chosen setting is filled, interpolated ones are dots. Dashed: the
-    declared skill; without one, a mark at the foot where each method is matched with the reference.
-    None where no setting has both an own step and a backward change."""
-    with style.rules():
-        return _build(study)
-
-
 def measured(study: Study, method: str) -> list[tuple[Setting, Estimate, Estimate]]:
     """A method's settings with own step and backward change in nats, those that learned most
     first."""
@@ -47,7 +38,12 @@ def skills(study: Study) -> dict[str, float]:
     return {m: f.skill for m, f in found.items() if not f.reason and math.isfinite(f.skill)}
 
 
-def _build(study: Study) -> Figure | None:
+@style.styled
+def build(study: Study) -> Figure | None:
+    """A line for each method through its settings, by their own step; points have 95% intervals of
+    both (study.level). The chosen setting is filled, interpolated ones are dots. Dashed: the
+    declared skill; without one, a mark at the foot where each method is matched with the reference.
+    None where no setting has both an own step and a backward change."""
     from matplotlib.lines import Line2D
 
     lines = {m: rows for m in study.methods if (rows := measured(study, m))}
@@ -57,108 +53,39 @@ def _build(study: Study) -> Figure | None:
     axes = figure.subplots()
     for method, rows in lines.items():
         look = style.look(study, method)
-        x, y = (
-            [style.percent(own) for _, own, _ in rows],
-            [style.percent(back) for _, _, back in rows],
-        )
-        axes.plot(
-            [e.value for e in x],
-            [e.value for e in y],
-            color=look["color"],
-            linestyle=look["linestyle"],
-            label=method,
-            zorder=2,
-        )
+        marker, line = look.pop("marker"), {"color": look["color"], "linestyle": ""}
+        x, y = [own.map(change) for _, own, _ in rows], [back.map(change) for _, _, back in rows]
+        axes.plot([e.value for e in x], [e.value for e in y], label=method, zorder=2, **look)
         for (s, _, _), a, b in zip(rows, x, y, strict=True):
-            fill = look["color"] if study.chosen.get(method) is s else style.PAPER
-            mark = {
-                "marker": look["marker"],
-                "markersize": 5.5,
-                "markerfacecolor": fill,
-                "markeredgewidth": 1.0,
-            }
             if not s.trained:
-                axes.plot(
-                    [a.value],
-                    [b.value],
-                    color=look["color"],
-                    marker=".",
-                    markersize=3,
-                    linestyle="",
-                    zorder=3,
-                )
+                axes.plot([a.value], [b.value], marker=".", markersize=3, zorder=3, **line)
                 continue
-            style.points(
-                axes,
-                [a.value],
-                [b],
-                color=look["color"],
-                linestyle="",
-                marker="",
-                alpha=0.6,
-                zorder=2,
-            )
-            style.points(
-                axes,
-                [b.value],
-                [a],
-                across=True,
-                color=look["color"],
-                linestyle="",
-                marker="",
-                alpha=0.6,
-                zorder=2,
-            )
-            axes.plot(
-                [a.value],
-                [b.value],
-                color=look["color"],
-                linestyle="",
-                zorder=3,
-                gid=s.label,
-                **mark,
-            )
-    axes.axhline(0, color=style.FAINT, linewidth=0.6, zorder=0)
-    more: list[Any] = []
-    dashed: dict[str, Any] = {"color": style.SOFT, "linewidth": 0.8, "linestyle": (0, (4, 2))}
+            for at, of, across in ((a, b, False), (b, a, True)):
+                bars = {"marker": "", "alpha": 0.6, "zorder": 2, **line}
+                style.points(axes, [at.value], [of], across=across, **bars)
+            mark = {"marker": marker, "markersize": 5.5, "markeredgewidth": 1.0}
+            fill = look["color"] if study.chosen.get(method) is s else style.PAPER
+            mark |= {"markerfacecolor": fill, "gid": s.label, "zorder": 3}
+            axes.plot([a.value], [b.value], **mark, **line)
+    style.zero(axes, color=style.FAINT)
+    soft: dict[str, Any] = {"color": style.SOFT}
+    more: dict[str, dict[str, Any]] = {}
     if study.skill is not None:
+        dashed = {**soft, "linewidth": 0.8, "linestyle": (0, (4, 2))}
         axes.axvline(change(study.skill), zorder=1, gid="skill", **dashed)
-        more = [
-            Line2D(
-                [],
-                [],
-                label=f"methods are matched at {style.signed(round(change(study.skill), 6))}%",
-                **dashed,
-            )
-        ]
-    elif at := skills(study):
-        for method, skill in at.items():
-            axes.axvline(
-                change(skill),
-                0,
-                0.035,
-                color=style.look(study, method)["color"],
-                linewidth=1.5,
-                zorder=1,
-                gid="skill",
-            )
-        foot: dict[str, Any] = {
-            "color": style.SOFT,
-            "marker": "|",
-            "markersize": 6,
-            "markeredgewidth": 1.5,
-            "linestyle": "",
-        }
-        more = [Line2D([], [], label=style.name(f"matched with {study.reference} at", 44), **foot)]
+        more[f"methods are matched at {style.signed(round(change(study.skill), 6))}%"] = dashed
+    elif places := skills(study):
+        for method, skill in places.items():
+            foot = {"color": style.look(study, method)["color"], "linewidth": 1.5}
+            axes.axvline(change(skill), 0, 0.035, zorder=1, gid="skill", **foot)
+        mark = {"marker": "|", "markersize": 6, "markeredgewidth": 1.5, "linestyle": ""}
+        more[style.name(f"matched with {study.reference} at", 44)] = soft | mark
     for which in ("x", "y"):
         style.percent_axis(axes, which, most=8)
     axes.set_xlabel("Own step: change of perplexity in a domain's own stage, %")
     axes.set_ylabel("Backward change of perplexity, to the end, %")
-    axes.set_title(
-        "↙ better: learned more (left), forgot less (low)",
-        loc="left",
-        fontsize=style.SMALL,
-        color=style.SOFT,
-    )
-    style.legend(figure, [*(style.handle(study, m, m) for m in lines), *more])
+    title = "↙ better: learned more (left), forgot less (low)"
+    axes.set_title(title, loc="left", fontsize=style.SMALL, **soft)
+    handles = [style.handle(study, m, m) for m in lines]
+    style.legend(figure, [*handles, *(Line2D([], [], label=k, **v) for k, v in more.items())])
     return style.finish(figure)

@@ -36,15 +36,6 @@ class Map(NamedTuple):
     share: np.ndarray
 
 
-def build(study: Study, results_dir: Path) -> Figure | None:
-    """For each chosen setting with gains and each role of its layers: mean |s - 1| in % by layer,
-    and beneath it a map of layers by bins of s - 1, coloured by the share of the layer's gains in
-    %. Means over blocks, no intervals. None where no run that was diagnosed
-    (results_dir/diagnostics) has gains."""
-    with style.rules():
-        return _build(study, results_dir)
-
-
 def maps(study: Study, results_dir: Path) -> list[Map]:
     """After the last stage, mean over the runs of a setting that were diagnosed."""
     found = []
@@ -65,7 +56,12 @@ def maps(study: Study, results_dir: Path) -> list[Map]:
     return found
 
 
-def _build(study: Study, results_dir: Path) -> Figure | None:
+@style.styled
+def build(study: Study, results_dir: Path) -> Figure | None:
+    """For each chosen setting with gains and each role of its layers: mean |s - 1| in % by layer,
+    and beneath it a map of layers by bins of s - 1, coloured by the share of the layer's gains in
+    %. Means over blocks, no intervals. None where no run that was diagnosed
+    (results_dir/diagnostics) has gains."""
     import matplotlib as mpl
     from matplotlib.colors import LinearSegmentedColormap
 
@@ -82,7 +78,7 @@ def _build(study: Study, results_dir: Path) -> Figure | None:
     most = max(float(m.share.max()) for m in found)
     used = np.flatnonzero(sum(m.share.sum(1) for m in found))
     top: Any = None
-    maps_: list[Any] = []
+    drawn: list[Any] = []
     for i, m in enumerate(found):
         group, column = divmod(i, columns)
         above = figure.add_subplot(grid[2 * group, column], sharey=top)
@@ -111,10 +107,10 @@ def _build(study: Study, results_dir: Path) -> Figure | None:
         if column == 0:
             above.set_ylabel("Mean |s − 1|, %")
             under.set_ylabel("s − 1, %")
-        maps_.append(under)
+        drawn.append(under)
     top.set_ylim(bottom=0)
     figure.align_ylabels([figure.axes[0], figure.axes[1]])
-    bar = figure.colorbar(shown, ax=maps_, pad=0.02, aspect=25)
+    bar = figure.colorbar(shown, ax=drawn, pad=0.02, aspect=25)
     bar.set_label("Share of the layer's gains, %")
     bar.outline.set_visible(False)
     return style.finish(figure)

@@ -38,14 +38,6 @@ class Scored(NamedTuple):
     items: int
 
 
-def build(study: Study) -> Figure | None:
-    """A panel for each task: mean margin in nats by stage, a line for each method's chosen setting,
-    with 95% intervals of the change from the pretrained model, paired over items. None when no run
-    was scored on a task before and after."""
-    with style.rules():
-        return _build(study)
-
-
 def tasks(study: Study) -> list[str]:
     return sorted(
         {task for s in style.chosen(study) for run in s.runs.values() for task in stages(run)}
@@ -88,7 +80,11 @@ def margins(setting: Setting, task: str) -> Scored | None:
     return Scored(found, len(runs), len(of[0][0]))
 
 
-def _build(study: Study) -> Figure | None:
+@style.styled
+def build(study: Study) -> Figure | None:
+    """A panel for each task: mean margin in nats by stage, a line for each method's chosen setting,
+    with 95% intervals of the change from the pretrained model, paired over items. None when no run
+    was scored on a task before and after."""
     names, settings = tasks(study), style.chosen(study)
     if not names:
         return None

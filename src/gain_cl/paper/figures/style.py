@@ -3,22 +3,25 @@ that depend on the figure alone."""
 
 from __future__ import annotations
 
+import functools
 import io
 import math
 import textwrap
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import numpy as np
 
 from gain_cl.errors import printable
-from gain_cl.stats.format import change
 from gain_cl.stats.matrix import Estimate
 from gain_cl.studies.study import Setting, Study
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+P = ParamSpec("P")
+R = TypeVar("R")
 SINGLE, DOUBLE = 3.4, 7.0
 """Width of a figure in inches: one column of text, or two."""
 TEXT, SMALL = 8, 7  # points
@@ -33,39 +36,22 @@ nine or fewer."""
 
 
 def rules() -> Any:
-    """A context in which figures are made and written: matplotlib's defaults, whatever the reader's
-    matplotlibrc says, and ours."""
+    """Return a context in which figures are made and written: matplotlib's defaults, whatever the
+    reader's matplotlibrc says, and paper.mplstyle."""
     import matplotlib as mpl
 
-    kept = (
-        "agg axes errorbar figure font grid image legend lines markers patch path pcolor "
-        "pcolormesh pdf savefig svg text xtick ytick"
-    )
-    theirs: Any = {k: v for k, v in mpl.rcParamsDefault.items() if k.split(".")[0] in kept.split()}
-    ours: dict[str, Any] = {
-        "axes.edgecolor": SOFT,
-        "axes.labelcolor": INK,
-        "axes.labelsize": TEXT,
-        "axes.linewidth": 0.6,
-        "axes.spines.right": False,
-        "axes.spines.top": False,
-        "axes.titlesize": TEXT,
-        "figure.labelsize": TEXT,
-        "font.size": TEXT,
-        "legend.fontsize": SMALL,
-        "legend.frameon": False,
-        "lines.linewidth": 1.0,
-        "lines.markersize": 3.5,
-        "pdf.fonttype": 42,  # TrueType, which journals ask for
-        "svg.fonttype": "path",  # looks the same where the font is missing
-        "svg.hashsalt": "gain_cl",
-        "text.color": INK,
-        "text.parse_math": False,  # a name with $ is a name
-    }
-    for side in ("xtick", "ytick"):
-        ours |= {f"{side}.color": SOFT, f"{side}.labelcolor": INK, f"{side}.labelsize": SMALL}
-        ours |= {f"{side}.major.size": 2.5, f"{side}.major.width": 0.6}
-    return mpl.rc_context(theirs | ours)
+    return mpl.rc_context(fname=Path(__file__).with_name("paper.mplstyle"))
+
+
+def styled(build: Callable[P, R]) -> Callable[P, R]:
+    """Return the function, which then makes its figure by the rules."""
+
+    @functools.wraps(build)
+    def ruled(*args: P.args, **given: P.kwargs) -> R:
+        with rules():
+            return build(*args, **given)
+
+    return ruled
 
 
 def new(width: float, height: float) -> Figure:
@@ -87,32 +73,28 @@ def finish(figure: Figure) -> Figure:
 
 
 def partial(figure: Figure, gaps: str) -> None:
-    """Says on a finished figure that it lacks cells."""
-    figure.text(
-        0.995,
-        0.005,
-        f"PARTIAL: {gaps}",
-        ha="right",
-        va="bottom",
-        fontsize=SMALL,
-        color="#b00020",
-        fontweight="bold",
-        gid="partial",
-    )
+    """Say on a finished figure that it lacks runs."""
+    look: dict[str, Any] = {"fontsize": SMALL, "color": "#b00020", "fontweight": "bold"}
+    figure.text(0.995, 0.005, f"PARTIAL: {gaps}", ha="right", va="bottom", gid="partial", **look)
+
+
+def zero(axes: Any, across: bool = False, **look: Any) -> None:
+    """Draw a line at no change."""
+    line = axes.axvline if across else axes.axhline
+    line(0, **{"color": SOFT, "linewidth": 0.6, "zorder": 0, **look})
 
 
 # --- methods and names ----------------------------------------------------------------------------
 
 
 def look(study: Study, method: str) -> dict[str, Any]:
-    """Colour, marker and line of a method, by its place in the study: the same in all figures of
-    the study."""
+    """Return colour, marker and line of a method, by its place in the study: the same in all
+    figures of the study."""
     place = study.methods.index(method)
-    line = "-" if place < len(COLOURS) else (0, (4, 1.5))
     return {
         "color": COLOURS[place % len(COLOURS)],
         "marker": MARKERS[place % len(MARKERS)],
-        "linestyle": line,
+        "linestyle": "-" if place < len(COLOURS) else (0, (4, 1.5)),
     }
 
 
@@ -122,12 +104,11 @@ def chosen(study: Study) -> list[Setting]:
 
 
 def name(text: str, width: int = 200) -> str:
-    """A name as it is drawn, in lines of so many characters at most: broken at spaces, else after
-    _, -, . or anywhere."""
+    """Return a name as it is drawn, in lines of so many characters at most: broken at spaces, else
+    after _, -, . or anywhere."""
     lines: list[str] = []
-    for line in textwrap.wrap(
-        printable(text).replace("\n", " "), width, break_long_words=False, break_on_hyphens=False
-    ):
+    words = printable(text).replace("\n", " ")
+    for line in textwrap.wrap(words, width, break_long_words=False, break_on_hyphens=False):
         while len(line) > width:
             at = max((line.rfind(c, 0, width) for c in "_-."), default=-1) + 1 or width
             lines, line = [*lines, line[:at]], line[at:]
@@ -136,17 +117,12 @@ def name(text: str, width: int = 200) -> str:
 
 
 def legend(figure: Figure, handles: Sequence[Any]) -> None:
-    """Beneath everything, in as few rows as the figure's width allows and with even columns; the
-    figure grows by its height."""
-    columns = len(handles)
+    """Draw the legend beneath everything, in as few rows as the figure's width allows and with even
+    columns; the figure grows by its height."""
+    columns, look = len(handles), {"columnspacing": 1.2, "handlelength": 2.2}
+    where: Any = {"handles": list(handles), "loc": "outside lower center", **look}
     while True:
-        made = figure.legend(
-            handles=list(handles),
-            loc="outside lower center",
-            ncols=columns,
-            columnspacing=1.2,
-            handlelength=2.2,
-        )
+        made = figure.legend(ncols=columns, **where)
         even = math.ceil(len(handles) / math.ceil(len(handles) / columns))
         box = made.get_window_extent()
         if columns == 1 or (box.width < 0.98 * figure.bbox.width and even == columns):
@@ -196,11 +172,6 @@ CUT = 4.0
 """Longest side of an interval that is drawn, as a factor of perplexity."""
 
 
-def percent(e: Estimate) -> Estimate:
-    """A difference of losses in nats as a change of perplexity in %; what is not known stays so."""
-    return e.map(change)
-
-
 def points(
     axes: Any,
     at: Sequence[float],
@@ -209,34 +180,22 @@ def points(
     across: bool = False,
     **style: Any,
 ) -> None:
-    """Values with their intervals, upright or (across) lying: at is the other coordinate. No
-    interval where it is not known; one that, in %, is wider than a factor CUT on a side is cut
+    """Draw values with their intervals, upright or (across) lying: at is the other coordinate.
+
+    No interval where it is not known; one that, in %, is wider than a factor CUT on a side is cut
     there, and has no caps (few blocks can be compatible with anything)."""
-    value, low, high = (
-        np.array([getattr(e, k) for e in estimates], dtype=np.float64)
-        for k in ("value", "low", "high")
-    )
+    value, low, high = np.array([(e.value, e.low, e.high) for e in estimates], dtype=np.float64).T
     ends = [100 * ((1 + value / 100) * factor - 1) for factor in (1 / CUT, CUT)]
     cut = (low < ends[0]) | (high > ends[1])
     bars = np.stack([value - np.fmax(low, ends[0]), np.fmin(high, ends[1]) - value])
     bars[:, np.isnan(low) | np.isnan(high)] = np.nan
-    x, y = (
-        (value, np.asarray(at, dtype=np.float64))
-        if across
-        else (np.asarray(at, dtype=np.float64), value)
-    )
-    axis, look = (
-        "xerr" if across else "yerr",
-        {"elinewidth": 0.8, "capsize": 1.5, "capthick": 0.8, **style},
-    )
-    axes.errorbar(x, y, **{axis: np.where(cut, np.nan, bars)}, **look)
+    sides = np.asarray(at, dtype=np.float64), value
+    x, y = sides[::-1] if across else sides
+    axis, thin = "xerr" if across else "yerr", {"elinewidth": 0.8}
+    caps = {"capsize": 1.5, "capthick": 0.8}
+    axes.errorbar(x, y, **{axis: np.where(cut, np.nan, bars)}, **{**thin, **caps, **style})
     if cut.any():
-        bare = {
-            "fmt": "none",
-            "ecolor": style.get("color"),
-            "elinewidth": look["elinewidth"],
-            "capsize": 0,
-        }
+        bare = {"fmt": "none", "ecolor": style.get("color"), "capsize": 0, **thin}
         axes.errorbar(x[cut], y[cut], **{axis: bars[:, cut]}, **bare)
 
 
@@ -247,16 +206,13 @@ def dodged(at: Sequence[float], place: int, of: int) -> np.ndarray:
 
 
 def percent_axis(axes: Any, which: str, most: int = 6) -> None:
-    """An axis in % of perplexity with even steps of log loss, as which the means are taken: a
-    factor is as long everywhere. Call it when everything is drawn."""
-    scale, bounds, limit = (
-        (axes.set_xscale, axes.get_xlim, axes.set_xlim)
-        if which == "x"
-        else (axes.set_yscale, axes.get_ylim, axes.set_ylim)
+    """Make an axis one in % of perplexity with even steps of log loss, as which the means are
+    taken: a factor is as long everywhere. Call it when everything is drawn."""
+    bounds, limit, scale, automatic = (
+        getattr(axes, name.format(which))
+        for name in ("get_{}lim", "set_{}lim", "set_{}scale", "get_autoscale{}_on")
     )
-    if (
-        axes.get_autoscalex_on() if which == "x" else axes.get_autoscaley_on()
-    ):  # the margins, in log loss: in % they may pass -100
+    if automatic():  # the margins, in log loss: in % they may pass -100
         margin = axes.margins()[which == "y"]
         low, high = bounds()
         span = (high - low) / (1 + 2 * margin)
@@ -273,7 +229,7 @@ def percent_axis(axes: Any, which: str, most: int = 6) -> None:
         ),
     )
     ticks = ticks_percent(bounds(), most)
-    axis = axes.xaxis if which == "x" else axes.yaxis
+    axis = getattr(axes, f"{which}axis")
     axis.set_ticks(ticks, [signed(t) for t in ticks])
     axis.set_ticks([], minor=True)
 
@@ -291,14 +247,8 @@ def ticks_percent(bounds: tuple[float, float], most: int = 6) -> list[float]:
             for t in MaxNLocator(most, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)
             if low <= t <= high
         ]
-    rough: list[float] = [
-        0.0,
-        *(100 * 10.0**k for k in range(0, 300, max(1, round(wide / 2.3 / most)))),
-        -90,
-        -99,
-        -99.9,
-        -50,
-    ]
+    powers = (100 * 10.0**k for k in range(0, 300, max(1, round(wide / 2.3 / most))))
+    rough: list[float] = [0.0, *powers, -90, -99, -99.9, -50]
     rough += [m * 10.0**k for k in range(2, 20) for m in (3, 2, 5)] + [50, -75, 25, -25]
     found: list[float] = []
     for t in (t for t in rough if low <= t <= high):
@@ -322,28 +272,21 @@ def signed(x: float) -> str:
 
 # --- bytes ----------------------------------------------------------------------------------------
 
-
-def vector(figure: Figure) -> bytes:
-    """PDF; the same figure gives the same bytes on one matplotlib (no date, no version inside)."""
-    return _written(
-        figure,
-        "pdf",
-        {"CreationDate": None, "ModDate": None, "Producer": "gain_cl", "Creator": "gain_cl"},
-    )
-
-
-def svg(figure: Figure) -> bytes:
-    """SVG, text as outlines; otherwise as ``vector``."""
-    return _written(figure, "svg", {"Date": None, "Creator": "gain_cl"})
+METADATA: dict[str, dict[str, str | None]] = {
+    "pdf": {"CreationDate": None, "ModDate": None, "Producer": "gain_cl", "Creator": "gain_cl"},
+    "svg": {"Date": None, "Creator": "gain_cl"},
+    "png": {"Software": None},
+}
+"""What a file says of itself: no date and no version, so that the same figure gives the same bytes
+on one matplotlib."""
 
 
-def png(figure: Figure) -> bytes:
-    """PNG, 200 dots an inch; otherwise as ``vector``."""
-    return _written(figure, "png", {"Software": None})
-
-
-def _written(figure: Figure, kind: str, metadata: dict[str, str | None]) -> bytes:
+@styled
+def written(figure: Figure, kind: str, dpi: int = 200) -> bytes:
+    """Return the figure as pdf, svg (text as outlines) or png."""
     out = io.BytesIO()
-    with rules():
-        figure.savefig(out, format=kind, dpi=200, metadata=metadata)
+    figure.savefig(out, format=kind, dpi=dpi, metadata=METADATA[kind])
     return out.getvalue()
+
+
+vector, svg, png = (functools.partial(written, kind=kind) for kind in ("pdf", "svg", "png"))
