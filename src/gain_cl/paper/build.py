@@ -135,72 +135,39 @@ LONG = [
 def long_rows(book: Book) -> list[list[object]]:
     """Return a row for every number: sums and losses of each domain, counts of each task, training,
     summaries of the run, its cost."""
-    return [
-        [
-            book.experiment.name,
-            c.model,
-            c.method,
-            c.label,
-            c.block,
-            book.runs[c.run_id].record.seed,
-            c.run_id,
-            *place,
-            metric,
-            _exact(value),
-        ]
-        for c in book.printed
-        for place, values in _numbers_of(book.runs[c.run_id])
-        for metric, value in values.items()
-    ]
+    rows: list[list[object]] = []
+    for c in book.printed:
+        run = book.runs[c.run_id]
+        about = [book.experiment.name, c.model, c.method, c.label, c.block]
+        about += [run.record.seed, c.run_id]
+        for place, values in _numbers_of(run):
+            rows += [[*about, *place, metric, _exact(value)] for metric, value in values.items()]
+    return rows
 
 
-Numbers = tuple[list[object], dict[str, float]]
-"""(stage, after, kind, name) and the numbers there."""
-
-
-def _numbers_of(run: Run) -> Iterable[Numbers]:
+def _numbers_of(run: Run) -> Iterable[tuple[list[object], dict[str, float]]]:
+    """Yield (stage, after, kind, name) and the numbers there."""
     r = run.record
     for s in r.stages:
-        after = s.domain or ""
+        here: list[object] = [s.index, s.domain or ""]
         for domain, d in s.domains.items():
-            yield (
-                [s.index, after, "control" if domain in r.controls else "domain", domain],
-                {
-                    "nll_nats": d.nll_nats,
-                    "tokens": d.tokens,
-                    "bytes": d.bytes,
-                    "documents": d.documents,
-                    "loss_nats": d.loss_nats,
-                    "perplexity": d.perplexity,
-                    "bits_per_byte": d.bits_per_byte,
-                },
-            )
+            kind = "control" if domain in r.controls else "domain"
+            sums = "nll_nats tokens bytes documents loss_nats perplexity bits_per_byte"
+            yield [*here, kind, domain], _facts(d, sums)
         for task, t in s.tasks.items():
-            yield (
-                [s.index, after, "task", task],
-                {"items": t.items, "correct": t.correct, "correct_norm": t.correct_norm},
-            )
-        if (x := s.train) is not None:
-            yield (
-                [s.index, after, "training", after],
-                {"steps": x.steps, "tokens": x.tokens, "seconds": x.seconds, "lr": x.lr},
-            )
+            yield [*here, "task", task], _facts(t, "items correct correct_norm")
+        if s.train is not None:
+            yield [*here, "training", here[1]], _facts(s.train, "steps tokens seconds lr")
     for metric, e in summary(loss_matrix(run)).items():
-        found = {
-            "nats": e.value,
-            "nats_low_t": e.low,
-            "nats_high_t": e.high,
-            "percent": change(e.value),
-        }
+        found = {"nats": e.value, "nats_low_t": e.low, "nats_high_t": e.high}
+        found["percent"] = change(e.value)
         yield ["", "", "summary", metric], {k: float(f"{x:.6g}") for k, x in found.items()}
-    yield (
-        ["", "", "cost", "run"],
-        {
-            "trains": r.trainable_parameters,
-            "parameters": r.total_parameters,
-            "peak_memory_bytes": r.peak_memory_bytes,
-        },
-    )
+    cost = {"trains": r.trainable_parameters, "parameters": r.total_parameters}
+    yield ["", "", "cost", "run"], cost | _facts(r, "peak_memory_bytes")
+
+
+def _facts(of: object, names: str) -> dict[str, float]:
+    return {name: getattr(of, name) for name in names.split()}
 
 
 def _exact(x: float) -> str:
@@ -265,7 +232,8 @@ def _quoted(name: str, metric: str, found: Compared | None, blocks: int = 0) -> 
 
 
 def _pairs(study: Study) -> list[tuple[Setting, Setting]]:
-    """Return every two chosen settings: the reference second, else the one that is named later first."""
+    """Return every two chosen settings: the reference second, else the one that is named later
+    first."""
     settings, reference = list(study.chosen.values()), study.chosen.get(study.reference)
     others = [s for s in settings if s is not reference]
     return [(s, reference) for s in others if reference is not None] + [

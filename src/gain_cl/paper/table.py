@@ -38,12 +38,12 @@ from gain_cl.studies.study import Compared, Study, lower_is_better
 from gain_cl.system.terminal import console, printable
 
 GAP = "GAP: "
-"""Begins a note on a cell that is not in the table."""
+"""Begins a note on a run that is not in the table."""
 
 HEAD, LONG, PROSE, MANY, NARROW = 11, 24, "p{2.6cm}", 8, 16
 """In LaTeX: characters in a line of a head; characters from which a column is set as prose, and
-that column; columns that fit a page with intervals in one line. In a terminal: characters to which a
-column of text is broken at the least."""
+that column; columns that fit a page with intervals in one line. In a terminal: characters to which
+a column of text is broken at the least."""
 
 
 class Styled(str):
@@ -71,12 +71,12 @@ class Value:
 
     @property
     def shown(self) -> str:
-        """The number alone."""
+        """Return the number alone."""
         return "-" if math.isnan(self.value) else self.write(self.value)
 
     @property
     def between(self) -> str:
-        """Its interval; empty where there is none."""
+        """Return its interval; empty where there is none."""
         if math.isnan(self.low) or math.isnan(self.high):
             return ""
         return f"{self.write(self.low)} to {self.write(self.high)}"
@@ -113,7 +113,7 @@ class Table:
 
     @property
     def read(self) -> list[list[Entry]]:
-        """The cells as people read them."""
+        """Return the cells as people read them."""
         cells = [list(row.cells) for row in self.rows]
         return [
             ["", *row[1:]] if self.grouped and i and row[0] == cells[i - 1][0] else row
@@ -370,8 +370,8 @@ def written(rows: Sequence[Sequence[Any]]) -> str:
 
 
 def number(x: float) -> str:
-    """Return six digits, so that the last bits of a sum, which differ between processors, do not show;
-    whole numbers in full; empty for nan."""
+    """Return six digits, so that the last bits of a sum, which differ between processors, do not
+    show; whole numbers in full; empty for nan."""
     if math.isnan(x):
         return ""
     return f"{x:.0f}" if float(x).is_integer() and abs(x) < 1e15 else f"{x:.6g}"

@@ -19,11 +19,13 @@ def run_seconds(
     speed: float | None = None,
     saved: int = 0,
 ) -> float:
-    """Of one run: training tokens at the method's speed, scored tokens at the records', its tasks
-    at the stages they are due (as far as any were timed), and what runs took beside these (loading,
-    checks, files); nan when nothing tells. records: of the model, of the method where there are
-    any, else all. speed: training tokens a second; scoring twice that. saved: stages that are done,
-    stage 0 included: the run goes on after them."""
+    """Return the seconds of one run: training tokens at the method's speed, scored tokens at the
+    records', its tasks at the stages they are due (as far as any were timed), and what runs took
+    beside these (loading, checks, files); nan when nothing tells.
+
+    records: what runs took; of the model those of the method are used, else all. speed: training
+    tokens a second; scoring twice that. saved: stages that are done, stage 0 included: the run goes
+    on after them."""
     stages, names = len(config.stages), len(config.sequence.trained) + len(config.sequence.controls)
     ahead = range(saved, stages + 1)
     train_tokens = (
@@ -61,9 +63,9 @@ def run_seconds(
 
 
 def _beside(r: RunRecord) -> float:
-    """Seconds of a run outside of training, scoring and tasks; nan where its whole time is not
-    known, and where scores that it shares with another run, which took that one's time, are more
-    than it."""
+    """Return the seconds of a run outside of training, scoring and tasks; nan where its whole time
+    is not known, and where scores that it shares with another run, which took that one's time, are
+    more than it."""
     named = sum(
         (s.train.seconds if s.train else 0.0) + s.eval_seconds + s.task_seconds for s in r.stages
     )
@@ -72,6 +74,6 @@ def _beside(r: RunRecord) -> float:
 
 
 def _task_items(config: RunConfig) -> int:
-    """Items of all tasks of one scored stage."""
+    """Return the items of all tasks of one scored stage."""
     counts = [tasks.parse(name) for name in config.tasks.names]
     return sum(tasks.STOCK[task].items if count is None else count for task, count in counts)

@@ -129,11 +129,11 @@ class Experiment(Section):
         return self
 
     def settings(self) -> list[tuple[str, Values]]:
-        """(method, values) of every setting, in the order of the file."""
+        """Return (method, values) of every setting, in the order of the file."""
         return [(method, values) for method, grid in self.methods.items() for values in _grid(grid)]
 
     def chosen_of(self, method: str) -> Values:
-        """The setting that stands for a method."""
+        """Return the setting that stands for a method."""
         return self.chosen.get(method, next(_grid(self.methods[method])))
 
 

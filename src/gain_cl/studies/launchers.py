@@ -39,7 +39,7 @@ class Process(Protocol):
     """A run that was started."""
 
     def poll(self) -> int | None:
-        """Its exit code; None: it runs."""
+        """Return its exit code; None: it runs."""
 
     def stop(self) -> None:
         """Ask it to save and end."""
@@ -51,11 +51,11 @@ class Launcher(Protocol):
     limit: int
 
     def start(self, job: Job, claimed: lock.Claim, taken: list[dict[str, Any]]) -> Process:
-        """taken: what was written into the claims of the runs under way."""
+        """Start a job. taken: what was written into the claims of the runs under way."""
 
     def adopt(self, about: dict[str, Any]) -> Process | None:
-        """The process that a free claim is still about, started by a launcher before; None: there
-        is none."""
+        """Return the process that a free claim is still about, started by a launcher before; None:
+        there is none."""
 
 
 @dataclass
@@ -210,4 +210,4 @@ class SlurmProcess:
             return 1
 
     def stop(self) -> None:
-        """It goes on: a job is Slurm's; ``scancel`` ends it."""
+        """Do nothing. It goes on: a job is Slurm's; ``scancel`` ends it."""

@@ -21,7 +21,7 @@ MEASURED: Facts = {
 }
 """What runs must share to be compared."""
 
-PACKAGES = (
+PACKAGES = [
     "torch",
     "transformers",
     "tokenizers",
@@ -30,7 +30,7 @@ PACKAGES = (
     "datasets",
     "numpy",
     "safetensors",
-)
+]
 """Packages that numbers come from."""
 
 COMPUTED: Facts = {
@@ -56,8 +56,8 @@ SCORED: Facts = {
 def unlike(
     records: Sequence[RunRecord], facts: Facts
 ) -> Iterator[tuple[str, RunRecord, RunRecord, Any]]:
-    """Yield each record that is unlike most of the others in a fact, once: (what differs, one of the
-    others, the record, its value)."""
+    """Yield each record that is unlike most of the others in a fact, once: (what differs, one of
+    the others, the record, its value)."""
     left = list(records)
     for what, of in facts.items():
         values = [of(r) for r in left]

@@ -1,7 +1,7 @@
 """Running what an experiment lacks: one fresh process a run, each claimed by one launcher
 (system/lock.py), stage 0 first. Torch-free.
 
-Two launchers on one grid, on one machine or on several that share a file system, never run a cell
+Two launchers on one grid, on one machine or on several that share a file system, never run anything
 twice, and a launcher that was killed is followed by another that finds the runs it left behind.
 """
 

@@ -28,22 +28,26 @@ from gain_cl.tools.command import Parser
 from gain_cl.tools.status import asked_experiment, flag, print_grid, run_command
 
 USAGE = """\
-python -m gain_cl sweep experiment=NAME [KEY=VALUE ...] [only=WORD,WORD] [max_parallel=N] [dry_run=true]
-       [retry_failed=true] [gpus=0,1] [launcher=local|slurm] [slurm.KEY=VALUE ...] [worktree=false]"""
+python -m gain_cl sweep experiment=NAME [KEY=VALUE ...] [only=WORD,WORD] [max_parallel=N]
+       [dry_run=true] [retry_failed=true] [gpus=0,1] [launcher=local|slurm] [slurm.KEY=VALUE ...]
+       [worktree=false]"""
 
 ABOUT = """\
 Run the runs of an experiment that are missing or were stopped, each in a process of its own.
 
-  only=          methods, models, blockK or beginnings of run ids: only=lora,block0 is LoRA in block 0
+  only=          methods, models, blockK or beginnings of run ids: only=lora,block0 is LoRA in
+                 block 0
   max_parallel=  runs at a time on this machine (default: one for each GPU, else one; on Slurm: all)
   dry_run=true   show the grid, the cost and the commands, start nothing
   retry_failed=true  runs that failed before, too
-  gpus=          GPUs to give out, one to a run (default: those of CUDA_VISIBLE_DEVICES, else all; none: gpus=)
-  launcher=      local, or slurm: a job each, through submitit; slurm.partition=gpu slurm.time=240 (minutes) ... are its parameters
+  gpus=          GPUs to give out, one to a run (default: those of CUDA_VISIBLE_DEVICES, else all;
+                 none: gpus=)
+  launcher=      local, or slurm: a job each, through submitit; slurm.partition=gpu slurm.time=240
+                 (minutes) ... are its parameters
   worktree=false run the files as they are, not HEAD's
 
-Other KEY=VALUE words are overrides of every run (output_dir=, results_dir=, compute.threads=, track=wandb). Started again, or beside
-another launcher, it runs nothing twice.
+Other KEY=VALUE words are overrides of every run (output_dir=, results_dir=, compute.threads=,
+track=wandb). Started again, or beside another launcher, it runs nothing twice.
 """
 
 
@@ -230,8 +234,8 @@ def _launcher(options: Options, output: Path, ahead: int) -> launchers.Launcher:
 
 
 def _parameters(given: dict[str, str]) -> tuple[dict[str, Any], str]:
-    """Return submitit's parameters, and the cluster it sends to (slurm; slurm.cluster=local tries a sweep
-    out without one)."""
+    """Return submitit's parameters, and the cluster it sends to (slurm; slurm.cluster=local tries a
+    sweep out without one)."""
     cluster = given.get("cluster", "slurm")
     shared = (
         "timeout_min",
@@ -252,7 +256,8 @@ def _parameters(given: dict[str, str]) -> tuple[dict[str, Any], str]:
 
 
 def _minutes(text: str) -> int:
-    """Return the minutes of Slurm's own way to write a time: minutes, M:S, H:M:S, D-H, D-H:M, D-H:M:S."""
+    """Return the minutes of Slurm's own way to write a time: minutes, M:S, H:M:S, D-H, D-H:M,
+    D-H:M:S."""
     days, _, rest = text.rpartition("-")
     parts = rest.split(":")
     if not all(p.isdigit() for p in parts) or len(parts) > 3 or (days and not days.isdigit()):

@@ -23,7 +23,7 @@ CAPTION = (
 
 
 def by_age(setting: Setting) -> dict[int, Estimate]:
-    """Age -> forgetting in nats per token."""
+    """Return age -> forgetting in nats per token."""
     of = [
         {age: m.contributions(c) for age, c in matrix.forgetting_by_age(m).items()}
         for m in setting.matrices.values()
@@ -37,7 +37,7 @@ def by_age(setting: Setting) -> dict[int, Estimate]:
 
 @style.styled
 def build(study: Study) -> Figure | None:
-    """Forgetting by stages since learned (matrix.forgetting_by_age) of each method's chosen
+    """Return forgetting by stages since learned (matrix.forgetting_by_age) of each method's chosen
     setting, in % of perplexity, with 95% intervals as study.level has them. None where nothing
     was learned after something else."""
     lines = {s.label: (s, found) for s in style.chosen(study) if (found := by_age(s))}

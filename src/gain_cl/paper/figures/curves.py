@@ -30,8 +30,8 @@ Curve = dict[int, float]
 
 
 def of_domain(m: LossMatrix, domain: str) -> Curve:
-    """By stages since the domain was learned: 0 just after, -1 just before. Of a domain learned
-    alone or with all others only these."""
+    """Return the course of a domain by stages since the domain was learned: 0 just after, -1 just
+    before. Of a domain learned alone or with all others only these."""
     j, k = m.domains.index(domain), 1 if m.regime == "joint" else m.trained.index(domain) + 1
     base = float(m.loss[0, j])
     if m.regime != "sequential":
@@ -40,8 +40,8 @@ def of_domain(m: LossMatrix, domain: str) -> Curve:
 
 
 def of_controls(m: LossMatrix) -> Curve:
-    """Mean over the controls, by stage; empty without controls, and where stages do not follow each
-    other."""
+    """Return the mean over the controls, by stage; empty without controls, and where stages do not
+    follow each other."""
     if not m.controls or m.regime == "individual":
         return {}
     mean = m.loss[:, len(m.trained) :].mean(1)
@@ -49,8 +49,9 @@ def of_controls(m: LossMatrix) -> Curve:
 
 
 def means(curves: list[Curve]) -> list[Curve]:
-    """Means at the positions that at least two curves have (all, of one curve), in pieces over the
-    same curves each: where one begins or ends, a mean would jump though none of them does."""
+    """Return means at the positions that at least two curves have (all, of one curve), in pieces
+    over the same curves each: where one begins or ends, a mean would jump though none of them
+    does."""
     pieces: list[tuple[list[int], Curve]] = []
     for x in sorted({x for c in curves for x in c}):
         there = [i for i, c in enumerate(curves) if x in c]
@@ -64,9 +65,9 @@ def means(curves: list[Curve]) -> list[Curve]:
 
 @style.styled
 def build(study: Study) -> Figure | None:
-    """A panel for each trained domain and one for the mean over the controls, a line for each
-    method's chosen setting. Changes of perplexity in %, spaced as changes of loss, means of which
-    they are; no intervals. None without a chosen setting."""
+    """Return a panel for each trained domain and one for the mean over the controls, a line for
+    each method's chosen setting. Changes of perplexity in %, spaced as changes of loss, means of
+    which they are; no intervals. None without a chosen setting."""
     settings = style.chosen(study)
     if not settings:
         return None

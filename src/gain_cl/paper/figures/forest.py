@@ -35,8 +35,8 @@ class Row(NamedTuple):
 
 
 def of_domain(m: LossMatrix, domain: str) -> Parts | None:
-    """Parts of the domain's backward change L[T, k] - L[k, k]; None for the last domain, and unless
-    stages follow each other."""
+    """Return the parts of the domain's backward change L[T, k] - L[k, k]; None for the last domain,
+    and unless stages follow each other."""
     k = m.trained.index(domain) + 1
     if m.regime != "sequential" or k == m.stages:
         return None
@@ -44,8 +44,8 @@ def of_domain(m: LossMatrix, domain: str) -> Parts | None:
 
 
 def rows(study: Study, a: Setting, b: Setting) -> list[Row]:
-    """a minus b for each domain, in the order of the study's first block, then for their mean
-    (study.difference)."""
+    """Return a minus b for each domain, in the order of the study's first block, then for their
+    mean (study.difference)."""
     blocks, found = [block for block in a.runs if block in b.runs], []
     for domain in next(iter(study.settings[0].matrices.values())).trained:
         pairs = [
@@ -61,15 +61,15 @@ def rows(study: Study, a: Setting, b: Setting) -> list[Row]:
 
 
 def _known(e: Estimate, blocks: int, study: Study) -> Estimate:
-    """One block of several says nothing of the others: no interval."""
+    """Return the estimate: one block of several says nothing of the others: no interval."""
     return Estimate(e.value, math.nan, math.nan, e.n) if blocks == 1 < len(study.blocks) else e
 
 
 @style.styled
 def build(study: Study) -> Figure | None:
-    """A panel for each method other than the reference, a row for each trained domain and one for
-    their mean: chosen setting minus the reference's, backward change in % of perplexity, with 95%
-    intervals paired within blocks. None without a pair that has one."""
+    """Return a panel for each method other than the reference, a row for each trained domain and
+    one for their mean: chosen setting minus the reference's, backward change in % of perplexity,
+    with 95% intervals paired within blocks. None without a pair that has one."""
     reference = study.chosen.get(study.reference)
     if reference is None:
         return None

@@ -26,24 +26,24 @@ CAPTION = (
 
 
 def measured(study: Study, method: str) -> list[tuple[Setting, Estimate, Estimate]]:
-    """A method's settings with own step and backward change in nats, those that learned most
+    """Return a method's settings with own step and backward change in nats, those that learned most
     first."""
     return sorted(plane(study.of(method)), key=lambda row: row[1].value)
 
 
 def skills(study: Study) -> dict[str, float]:
-    """Method -> own step in nats at which it is matched with the reference; only those that can
-    be."""
+    """Return method -> own step in nats at which it is matched with the reference; only those that
+    can be."""
     found = {m: equal.match_skill(study, m, study.reference) for m in study.others}
     return {m: f.skill for m, f in found.items() if not f.reason and math.isfinite(f.skill)}
 
 
 @style.styled
 def build(study: Study) -> Figure | None:
-    """A line for each method through its settings, by their own step; points have 95% intervals of
-    both (study.level). The chosen setting is filled, interpolated ones are dots. Dashed: the
-    declared skill; without one, a mark at the foot where each method is matched with the reference.
-    None where no setting has both an own step and a backward change."""
+    """Return a line for each method through its settings, by their own step; points have 95%
+    intervals of both (study.level). The chosen setting is filled, interpolated ones are dots.
+    Dashed: the declared skill; without one, a mark at the foot where each method is matched with
+    the reference. None where no setting has both an own step and a backward change."""
     from matplotlib.lines import Line2D
 
     lines = {m: rows for m in study.methods if (rows := measured(study, m))}

@@ -37,7 +37,8 @@ class Map(NamedTuple):
 
 
 def maps(study: Study, results_dir: Path) -> list[Map]:
-    """After the last stage, mean over the runs of a setting that were diagnosed."""
+    """Return the gains after the last stage, mean over the runs of a setting that were
+    diagnosed."""
     found = []
     for s in style.chosen(study):
         of = [diagnosis.load(results_dir, run.record.run_id) for run in s.runs.values()]
@@ -58,9 +59,9 @@ def maps(study: Study, results_dir: Path) -> list[Map]:
 
 @style.styled
 def build(study: Study, results_dir: Path) -> Figure | None:
-    """For each chosen setting with gains and each role of its layers: mean |s - 1| in % by layer,
-    and beneath it a map of layers by bins of s - 1, coloured by the share of the layer's gains in
-    %. Means over blocks, no intervals. None where no run that was diagnosed
+    """Return, for each chosen setting with gains and each role of its layers: mean |s - 1| in % by
+    layer, and beneath it a map of layers by bins of s - 1, coloured by the share of the layer's
+    gains in %. Means over blocks, no intervals. None where no run that was diagnosed
     (results_dir/diagnostics) has gains."""
     import matplotlib as mpl
     from matplotlib.colors import LinearSegmentedColormap

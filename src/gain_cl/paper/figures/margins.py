@@ -45,8 +45,8 @@ def tasks(study: Study) -> list[str]:
 
 
 def stages(run: Run) -> dict[str, list[int]]:
-    """Task -> the stages in which all of its items were scored, if the pretrained model and another
-    are among them."""
+    """Return task -> the stages in which all of its items were scored, if the pretrained model and
+    another are among them."""
     names = {task for s in run.record.stages for task in s.tasks}
     found = {
         n: [s.index for s in run.record.stages if n in s.tasks and not s.tasks[n].limited]
@@ -56,7 +56,7 @@ def stages(run: Run) -> dict[str, list[int]]:
 
 
 def margins(setting: Setting, task: str) -> Scored | None:
-    """None when no block has the task."""
+    """Return the mean margins of a setting, by stage. None: no block has the task."""
     runs = [run for run in setting.runs.values() if task in stages(run)]
     if not runs:
         return None
@@ -82,9 +82,9 @@ def margins(setting: Setting, task: str) -> Scored | None:
 
 @style.styled
 def build(study: Study) -> Figure | None:
-    """A panel for each task: mean margin in nats by stage, a line for each method's chosen setting,
-    with 95% intervals of the change from the pretrained model, paired over items. None when no run
-    was scored on a task before and after."""
+    """Return a panel for each task: mean margin in nats by stage, a line for each method's chosen
+    setting, with 95% intervals of the change from the pretrained model, paired over items. None
+    when no run was scored on a task before and after."""
     names, settings = tasks(study), style.chosen(study)
     if not names:
         return None

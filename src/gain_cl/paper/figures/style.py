@@ -55,7 +55,7 @@ def styled(build: Callable[P, R]) -> Callable[P, R]:
 
 
 def new(width: float, height: float) -> Figure:
-    """An empty figure, in inches, whose parts make room for each other."""
+    """Return an empty figure, in inches, whose parts make room for each other."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -66,7 +66,8 @@ def new(width: float, height: float) -> Figure:
 
 
 def finish(figure: Figure) -> Figure:
-    """The figure with its layout made once and for all, so that it is the same in every format."""
+    """Return the figure with its layout made once and for all, so that it is the same in every
+    format."""
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
     return figure
@@ -99,7 +100,7 @@ def look(study: Study, method: str) -> dict[str, Any]:
 
 
 def chosen(study: Study) -> list[Setting]:
-    """The setting that stands for each method, in the order of the study."""
+    """Return the setting that stands for each method, in the order of the study."""
     return [study.chosen[m] for m in study.methods if m in study.chosen]
 
 
@@ -133,15 +134,15 @@ def legend(figure: Figure, handles: Sequence[Any]) -> None:
 
 
 def handle(study: Study, method: str, label: str) -> Any:
-    """An entry of a legend."""
+    """Return an entry of a legend."""
     from matplotlib.lines import Line2D
 
     return Line2D([], [], label=name(label, 44), **look(study, method))
 
 
 def columns_of(panels: int) -> int:
-    """Of ``grid``: one row while it holds four, else whichever of four and three leaves fewer
-    gaps."""
+    """Return the columns of ``grid``: one row while it holds four, else whichever of four and three
+    leaves fewer gaps."""
     return panels if panels <= 4 else min((4, 3), key=lambda n: -panels % n)
 
 
@@ -150,7 +151,7 @@ def rows_of(panels: int) -> int:
 
 
 def grid(figure: Figure, panels: int, **shared: Any) -> list[Any]:
-    """So many axes of equal size, row by row."""
+    """Return so many axes of equal size, row by row."""
     every = figure.subplots(rows_of(panels), columns_of(panels), squeeze=False, **shared).ravel()
     for axes in every[panels:]:
         axes.remove()
@@ -158,7 +159,7 @@ def grid(figure: Figure, panels: int, **shared: Any) -> list[Any]:
 
 
 def title(axes: Any, text: str, size: float = TEXT) -> None:
-    """Over a panel, in lines that fit its width."""
+    """Write over a panel, in lines that fit its width."""
     room = axes.figure.get_figwidth() / axes.get_gridspec().ncols - 0.4  # inches
     axes.set_title(
         "\n".join(name(line, int(room / (0.6 * size / 72))) for line in text.split("\n")),
@@ -200,8 +201,8 @@ def points(
 
 
 def dodged(at: Sequence[float], place: int, of: int) -> np.ndarray:
-    """Positions beside whole numbers, one for each of several methods, so that their intervals do
-    not hide each other."""
+    """Return positions beside whole numbers, one for each of several methods, so that their
+    intervals do not hide each other."""
     return np.asarray(at, dtype=np.float64) + (place - (of - 1) / 2) * min(0.12, 0.72 / of)
 
 
@@ -235,8 +236,8 @@ def percent_axis(axes: Any, which: str, most: int = 6) -> None:
 
 
 def ticks_percent(bounds: tuple[float, float], most: int = 6) -> list[float]:
-    """Round changes of perplexity in % within the bounds: even steps where these look even, else
-    the roundest that are not too close in log loss."""
+    """Return round changes of perplexity in % within the bounds: even steps where these look even,
+    else the roundest that are not too close in log loss."""
     from matplotlib.ticker import MaxNLocator
 
     low, high = sorted(bounds)
@@ -258,7 +259,7 @@ def ticks_percent(bounds: tuple[float, float], most: int = 6) -> list[float]:
 
 
 def signed(x: float) -> str:
-    """A change in %: +5, −2.5, 0; +1e6 where it would be long."""
+    """Return a change in %: +5, −2.5, 0; +1e6 where it would be long."""
     x = 0.0 if abs(x) < 1e-12 else x
     text = (
         "0"
