@@ -58,7 +58,7 @@ def build(found: Diagnostics) -> Figure:
     for role, (size, span, intruders) in zip(roles, top.T, strict=False):
         for axes in (size, span, intruders):
             axes.grid(axis="y", color=style.FAINT, linewidth=0.6)
-        style.title(size, role)
+        size.set_title(printable(role))
         intruders.set_xlabel("block")
         for s, colour in zip(found.stages, shades, strict=True):
             label = printable(f"{s.index} {s.domain}")
