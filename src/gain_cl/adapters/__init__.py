@@ -22,5 +22,5 @@ known: Registry[Adapter] = Registry(
     },
     ADAPTERS,
 )
-register, registered = known.register, known.registered
+register = known.register
 pin_adapter, build_adapter = known.pin, known.build

@@ -25,5 +25,5 @@ known: Registry[Guard] = Registry(
     },
     GUARDS,
 )
-register, registered = known.register, known.registered
+register = known.register
 pin_guard, build_guard = known.pin, known.build

@@ -30,10 +30,6 @@ class Registry(Generic[T]):
         """Make a kind known, for plugin files and entry points of the group gain_cl.plugins."""
         self.plugins[kind] = made
 
-    def registered(self) -> dict[str, type[T]]:
-        """Return name -> class of what the schema does not know."""
-        return {k: self.find(k) for k in [*self.built_in, *self.plugins] if k not in self.typed}
-
     def find(self, kind: str) -> type[T]:
         """Return the class of a kind. ConfigError: there is none."""
         if kind in self.plugins:
@@ -49,13 +45,13 @@ class Registry(Generic[T]):
     def check(self, settings: BaseModel, origin: Callable[[str], str] = str) -> None:
         """Check the kind, and the keywords of a class that the schema does not know against its
         constructor. origin: dotted key -> where it was set. ConfigError."""
-        section, kind, known = self.section, settings.kind, self.registered()  # type: ignore[attr-defined]
+        section, kind = self.section, settings.kind  # type: ignore[attr-defined]
         if kind in self.typed:
             return
-        if kind not in known:
-            do = suggest(kind, [*self.typed, *known]) + "; --plugin FILE.py adds one"
+        if kind not in (known := [*self.built_in, *self.plugins]):
+            do = suggest(kind, known) + "; --plugin FILE.py adds one"
             raise ConfigError(f"unknown {section} {kind!r}", origin(f"{section}.kind"), do)
-        takes = inspect.signature(known[kind])
+        takes = inspect.signature(self.find(kind))
         try:
             takes.bind(**settings.model_extra or {})
         except TypeError as error:
