@@ -139,14 +139,14 @@ REAL = tuple(
 
 def log_work(path: str) -> None:
     """In the child: append each optimiser step and each cell that is computed to a file."""
-    from gain_cl.measure import cells
+    from gain_cl.measure import scoring
     from gain_cl.runs import train
 
     def note(text: str) -> None:
         with open(path, "a") as file:
             file.write(text + "\n")
 
-    stage, store = train.stage, cells.store
+    stage, store = train.stage, scoring.keep_score
 
     def logged(*arguments: Any, index: int, **keywords: Any) -> Iterator[dict[str, Any]]:
         for row in stage(*arguments, index=index, **keywords):
@@ -157,7 +157,7 @@ def log_work(path: str) -> None:
         note(f"cell {name}")
         store(folder, name, *arguments, **keywords)
 
-    train.stage, cells.store = logged, stored  # type: ignore[assignment]
+    train.stage, scoring.keep_score = logged, stored  # type: ignore[assignment]
 
 
 def work(folder: Path) -> list[str]:

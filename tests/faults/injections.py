@@ -372,11 +372,11 @@ def refused(name: str, at: str, code: str) -> None:
 
 def _reached(reach: Callable[[str], None]) -> None:
     """Put a function in the place of failpoints.reach wherever it was imported."""
-    from gain_cl.measure import cells, scoring
+    from gain_cl.measure import scoring
     from gain_cl.runs import finish, learner, run
     from gain_cl.system import checkpoint, files
 
-    for module in (cells, checkpoint, files, finish, learner, scoring, run):
+    for module in (checkpoint, files, finish, learner, scoring, run):
         module.reach = reach  # type: ignore[attr-defined]
 
 

@@ -133,17 +133,17 @@ def truncate_not() -> None:
 
 def cells_forgotten() -> None:
     """An interrupted evaluation begins anew."""
-    from gain_cl.measure import cells
+    from gain_cl.measure import scoring
 
-    load, stored = cells.load, set()
-    store = cells.store
+    load, stored = scoring.known_score, set()
+    store = scoring.keep_score
 
     def remembered(folder: Path, name: str, *arguments: Any, **keywords: Any) -> None:
         store(folder, name, *arguments, **keywords)
         stored.add(name)
 
-    cells.store = remembered
-    cells.load = lambda folder, name: load(folder, name) if name in stored else None
+    scoring.keep_score = remembered
+    scoring.known_score = lambda folder, name: load(folder, name) if name in stored else None
 
 
 def record_in_place() -> None:

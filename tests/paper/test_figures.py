@@ -67,7 +67,7 @@ def three(tmp_path_factory: pytest.TempPathFactory) -> Study:
         results / "runs", test_comparison.an_experiment(test_comparison.FOUR, blocks=3), tasks=True
     )
     for k, run in enumerate(study.chosen["gain"].runs.values()):
-        diagnosis.save(diagnosed(run, 0.01 * (k + 1)), results)
+        diagnosis.save_diagnosis(diagnosed(run, 0.01 * (k + 1)), results)
     return study
 
 

@@ -22,7 +22,7 @@ from campaign import SMOKE, Result, Warm, evidence, leftovers, steps
 from gain_cl.compose import composition
 from gain_cl.domains.text import text_hash
 from gain_cl.errors import DataError, InUseError, PreemptedError
-from gain_cl.measure import cells, record
+from gain_cl.measure import record, scoring
 from gain_cl.runs import inherit, resume, same
 from gain_cl.runs import plan as plan_
 from gain_cl.system import checkpoint, lock, signals
@@ -607,18 +607,18 @@ def test_a_cell_that_was_changed_is_no_cell(tmp_path: Path) -> None:
             "logprobs": [[0.1], [0.2, 0.3]],
         }
     )
-    name = cells.key({"x": 1})
-    cells.store(tmp_path, name, rows, seconds=1.5)
-    found = cells.load(tmp_path, name)
+    name = "1" * 32
+    scoring.keep_score(tmp_path, name, rows, seconds=1.5)
+    found = scoring.known_score(tmp_path, name)
     assert found is not None
     pd.testing.assert_frame_equal(found[0], rows, check_exact=True)
     assert found[1] == {"seconds": 1.5}
     for bit in range(0, 8 * (tmp_path / f"{name}.json").stat().st_size, 3):
         flip(tmp_path / f"{name}.json", bit)
-        again = cells.load(tmp_path, name)
+        again = scoring.known_score(tmp_path, name)
         assert again is None or again[0].equals(rows), bit
         flip(tmp_path / f"{name}.json", bit)
-    assert cells.load(tmp_path, cells.key({"x": 2})) is None
+    assert scoring.known_score(tmp_path, "2" * 32) is None
 
 
 def test_lock_is_held_and_released(tmp_path: Path) -> None:

@@ -326,7 +326,7 @@ def test_the_verb_on_runs_of_every_kind(
         assert gains == [None] * len(gains)
     else:
         assert all(gains) and len(gains)
-    read = diagnosis.load(folder / "results", made.record.run_id)
+    read = diagnosis.load_diagnosis(folder / "results", made.record.run_id)
     assert (
         read is not None
         and read.total_norm == end["total_norm"]
@@ -513,19 +513,19 @@ def test_a_diagnosis_of_another_record_is_noticed(
 ) -> None:
     made = run(folder, "method=gain_attn")
     results, name = folder / "results", made.record.run_id
-    assert diagnosis.load(results, name) is None
+    assert diagnosis.load_diagnosis(results, name) is None
     ask(capsys, str(made.path), "--no-kl")
-    assert diagnosis.load(results, name) is not None
+    assert diagnosis.load_diagnosis(results, name) is not None
     text = made.path.read_text()
     made.path.write_text(text + " ")
     with pytest.raises(DataError, match="of another record"):
-        diagnosis.load(results, name)
+        diagnosis.load_diagnosis(results, name)
     assert (
         ask(capsys, str(made.path), "--stage", "3", "--no-kl")["stages"][0]["index"] == 3
     )  # nothing of it is taken over
-    diagnosis.place(results, name).write_text("{}")
+    diagnosis.diagnosis_path(results, name).write_text("{}")
     with pytest.raises(DataError, match="no diagnosis: "):
-        diagnosis.load(results, name)
+        diagnosis.load_diagnosis(results, name)
     made.path.write_text(text)
 
 

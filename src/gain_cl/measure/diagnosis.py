@@ -1,9 +1,9 @@
-"""What ``python -m gain_cl diagnose`` leaves behind: results/diagnostics/<run_id>.json, a
+"""The file that ``python -m gain_cl diagnose`` leaves behind: results/diagnostics/<run_id>.json, a
 Diagnostics. Torch-free.
 
-dW = W_tuned - W_base is the effective change of a parameter: the adapter folded in, in fp32. What
-is not there is null: a residual of a layer that was not asked for, an interval that the documents
-cannot give.
+dW = W_tuned - W_base is the effective change of a parameter: the adapter folded in, in fp32. A
+value that does not exist is null, such as a residual of a layer that was not asked for, or an
+interval that the documents cannot give.
 """
 
 from __future__ import annotations
@@ -11,30 +11,27 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
 from gain_cl.errors import DataError, StorageError
+from gain_cl.measure.record import Part, first_line
 from gain_cl.system.files import sha256, write_bytes
 
 SCHEMA = 1
 
 DIRECTIONS = (8, 32, 128)
-"""k of the column-span residual."""
+"""The k of the column-span residual."""
 TOP, THRESHOLD = 10, 0.5
-"""Intruder dimensions: of the first TOP left singular vectors of W_tuned, those with no |cosine| of
-THRESHOLD with W's."""
+"""Intruder dimensions: those of the first TOP left singular vectors of W_tuned that have no
+|cosine| of THRESHOLD with W's."""
 _STEPS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 EDGES = tuple(round(1 + x, 6) for x in (*(-x for x in reversed(_STEPS)), 0.0, *_STEPS))
 """Bins of the gains' histogram: below the first, [edge, next edge), from the last on."""
 
 
-class Part(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-
 class Divergence(Part):
-    """KL(base || tuned) in nats per token over the whole vocabulary, with its 95% interval over
-    documents, cut at 0."""
+    """KL(base || tuned) in nats per token over the whole vocabulary. low, high: its 95% interval
+    over documents, cut at 0."""
 
     nats: float
     low: float | None
@@ -44,9 +41,9 @@ class Divergence(Part):
 
 
 class Gains(Part):
-    """Gains s of one layer whose change is a diagonal. drift: mean |s - 1|; rms: of s - 1; counts:
-    by EDGES; heads: drift of each head's inputs, of an attention output projection with gains on
-    its input."""
+    """The gains s of one layer whose change is a diagonal. drift: mean |s - 1|. rms: of s - 1.
+    counts: how many are in each bin of EDGES. heads: drift of each head's inputs, where it is an
+    attention output projection with gains on its input."""
 
     side: str
     drift: float
@@ -58,11 +55,11 @@ class Gains(Part):
 
 
 class Layer(Part):
-    """One linear layer that changed. role: its name within its block. norm: ||dW||_F; relative:
-    ||dW|| / ||W||. residual: k ->
-    ||(I - P_k) dW|| / ||dW||, of "all" with all min(out, in) directions, null for a k beyond them; own: the same of W. intruders: how many;
-    cosines: the largest |cosine| of each of the TOP. heads: relative norm of the columns of dW that
-    a head feeds, of an attention output projection."""
+    """One linear layer that changed. role: its name within its block. norm: ||dW||_F. relative:
+    ||dW|| / ||W||. residual: k -> ||(I - P_k) dW|| / ||dW||, "all" with all min(out, in)
+    directions, null for a k beyond them. own: the same of W. intruders: how many. cosines: the
+    largest |cosine| of each of the TOP. heads: relative norm of the columns of dW that a head
+    feeds, where it is an attention output projection."""
 
     name: str
     role: str
@@ -87,11 +84,11 @@ class Other(Part):
 
 
 class Stage(Part):
-    """A stage against the pretrained model. total_norm: Frobenius norm of the whole change;
-    total_relative: divided by that of all parameters. analysed: how many layers the next four speak
-    of. residual: mean over layers by k; chance: that of changes in random directions; own: that of
-    W; intruders: sum over layers. kl: by domain; kl_new: mean over the domains learned up to this
-    stage; kl_controls."""
+    """A stage against the pretrained model. total_norm: Frobenius norm of the whole change.
+    total_relative: the same divided by that of all parameters. analysed: how many layers the next
+    four speak of. residual: mean over layers by k. chance: that of changes in random directions.
+    own: that of W. intruders: sum over layers. kl: by domain. kl_new: mean over the domains learned
+    up to this stage. kl_controls: mean over the controls."""
 
     index: int
     domain: str
@@ -111,9 +108,10 @@ class Stage(Part):
 
 
 class Diagnostics(Part):
-    """record_sha256: of the record that was diagnosed. last: index of the run's last stage.
-    directions, top, threshold, edges: the settings of the module. estimate_seconds: as printed
-    before it began; peak_bytes: of the process (of the GPU where there is one)."""
+    """All that was found about a run. record_sha256: of the record that was diagnosed. last: index
+    of the run's last stage. directions, top, threshold, edges: the settings of the module.
+    estimate_seconds: as printed before it began. peak_bytes: of the process (of the GPU where there
+    is one)."""
 
     schema_version: int = SCHEMA
     run_id: str
@@ -151,51 +149,41 @@ class Diagnostics(Part):
         return self.end.kl if self.end else None
 
 
-def place(results_dir: Path, run_id: str) -> Path:
+def diagnosis_path(results_dir: Path, run_id: str) -> Path:
+    """Return where the diagnosis of a run is."""
     return results_dir / "diagnostics" / f"{run_id}.json"
 
 
-def save(found: Diagnostics, results_dir: Path) -> Path:
-    """Atomic. DataError when a number is not finite."""
-    path = place(results_dir, found.run_id)
+def save_diagnosis(found: Diagnostics, results_dir: Path) -> Path:
+    """Write a diagnosis, atomically, and return its path. DataError: a number is not finite."""
+    path = diagnosis_path(results_dir, found.run_id)
     try:
         text = json.dumps(found.model_dump(mode="json"), indent=1, allow_nan=False)
     except ValueError:
-        raise DataError(
-            "a number of the diagnosis is not finite",
-            found.run_id,
-            "nothing was saved; check the model",
-        ) from None
+        what, do = "a number of the diagnosis is not finite", "nothing was saved; check the model"
+        raise DataError(what, found.run_id, do) from None
     write_bytes(path, (text + "\n").encode())
     return path
 
 
-def load(results_dir: Path, run_id: str) -> Diagnostics | None:
-    """None when there are none. DataError when they are malformed, or of another record than
-    results_dir/runs/<run_id>.json."""
-    path = place(results_dir, run_id)
+def load_diagnosis(results_dir: Path, run_id: str) -> Diagnostics | None:
+    """Return the diagnosis of a run; None when there is none. DataError: it is malformed, or of
+    another record than results_dir/runs/<run_id>.json."""
+    path = diagnosis_path(results_dir, run_id)
     again = f"python -m gain_cl diagnose {run_id}"
     try:
         found = Diagnostics.model_validate_json(path.read_bytes(), strict=True)
         if sha256(results_dir / "runs" / f"{run_id}.json") != found.record_sha256:
-            raise DataError(
-                "the diagnosis is of another record than the one that is there", str(path), again
-            )
+            what = "the diagnosis is of another record than the one that is there"
+            raise DataError(what, str(path), again)
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise StorageError(
-            f"cannot read: {error.strerror or error}", str(path), "check the disk"
-        ) from None
+        what = f"cannot read: {error.strerror or error}"
+        raise StorageError(what, str(path), "check the disk") from None
     except ValidationError as error:
-        first = error.errors()[0]
-        raise DataError(
-            f"no diagnosis: {'.'.join(map(str, first['loc']))}: {first['msg']}", str(path), again
-        ) from None
+        raise DataError(f"no diagnosis: {first_line(error)}", str(path), again) from None
     if found.schema_version != SCHEMA:
-        raise DataError(
-            f"schema_version is {found.schema_version}, this program reads {SCHEMA}",
-            str(path),
-            again,
-        )
+        what = f"schema_version is {found.schema_version}, this program reads {SCHEMA}"
+        raise DataError(what, str(path), again)
     return found

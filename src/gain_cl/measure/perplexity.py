@@ -1,12 +1,13 @@
-"""Perplexity of a model on documents.
+"""Measure the perplexity of a model on documents.
 
-The protocol (its name is in every record): the first W tokens of each document, one prefix token
-before the first so that every token is scored, windows of at most ``context`` inputs; each window
-scores ``stride`` new tokens given up to ``context`` inputs before them, the last one fewer. With
-stride = context these are the windows of lm-eval's rolling log-likelihood. Of instruction data the
-W tokens are the completion's first, given the prompt, which is cut on the left where both exceed
-``context`` (a stride below it leaves room for the prompt of a long completion). Documents are never
-packed or joined. What is returned are sums per document; ratios come later.
+The protocol (its name is in every record) takes the first W tokens of each document, with one
+prefix token before the first so that every token is scored, in windows of at most ``context``
+inputs. Each window scores ``stride`` new tokens given up to ``context`` inputs before them, the
+last window fewer. With stride = context these are the windows of lm-eval's rolling log-likelihood.
+Of instruction data the W tokens are the completion's first, given the prompt, which is cut on the
+left where both exceed ``context`` (a stride below it leaves room for the prompt of a long
+completion). Documents are never packed or joined. Sums per document are returned. Ratios come
+later.
 """
 
 from __future__ import annotations
@@ -31,8 +32,12 @@ if TYPE_CHECKING:
     from gain_cl.models.load import Loaded
 
 
+DIVERGED = "check the weights; if they were trained here, lower train.lr"
+
+
 class Window(NamedTuple):
-    """inputs: token ids; the last next tokens, ``targets``, are scored for document ``owner``."""
+    """A forward pass. inputs: token ids. targets: the next tokens of the last inputs, which are
+    scored for document ``owner``."""
 
     owner: int
     inputs: np.ndarray
@@ -40,10 +45,12 @@ class Window(NamedTuple):
 
 
 def protocol(settings: Eval, prefix_id: int) -> str:
-    """Name of the measure: two numbers are comparable only if their protocols are equal."""
+    """Return the name of the measure. Two numbers are comparable only if their protocols are
+    equal."""
     window = f"first{settings.window}" if settings.window else "whole"
     stride = f"-stride{settings.stride}" if settings.stride else ""
-    return f"ppl-{settings.split}-{window}x{settings.documents}-prefix{prefix_id}-ctx{settings.context}{stride}"
+    what = f"ppl-{settings.split}-{window}x{settings.documents}"
+    return f"{what}-prefix{prefix_id}-ctx{settings.context}{stride}"
 
 
 def windows(
@@ -51,9 +58,7 @@ def windows(
 ) -> list[Window]:
     """Cut one document so that every token after the first ``prompt`` ones is scored exactly
     once."""
-    stream = np.concatenate([[prefix_id], tokens]).astype(
-        np.int64
-    )  # stream[i] predicts stream[i + 1]
+    stream = np.concatenate([[prefix_id], tokens]).astype(np.int64)  # [i] predicts [i + 1]
     cuts = []
     for start in range(prompt, len(tokens), stride):
         end = min(start + stride, len(tokens))
@@ -63,7 +68,7 @@ def windows(
 
 @contextmanager
 def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Eval mode without gradients; the mode of every module is restored, no random number is
+    """Hold eval mode without gradients. The mode of every module is restored. No random number is
     drawn."""
     with load.eval_mode(model), torch.no_grad():
         yield
@@ -77,8 +82,8 @@ def score(
     stride: int | None = None,
     batch: int = 16,
 ) -> pd.DataFrame:
-    """One row per document: document (id), nll_nats (float64), tokens, bytes (UTF-8), of the scored
-    text alone."""
+    """Score documents. Return one row per document: document (id), nll_nats (float64), tokens,
+    bytes (UTF-8), of the scored text alone. DataError: a loss is not finite."""
 
     def nll_N(part: list[Window]) -> torch.Tensor:
         targets_N = torch.from_numpy(np.concatenate([w.targets for w in part])).to(loaded.device)
@@ -86,16 +91,10 @@ def score(
 
     with evaluating(loaded.model):
         nll, scored = _sums(nll_N, loaded.prefix_id, documents, window, context, stride, batch)
-    if not np.isfinite(
-        nll
-    ).all():  # pandas' sums would skip it, and a NaN would become a good score
-        broken = documents[int(np.flatnonzero(~np.isfinite(nll))[0])].id
-        do = "check the weights; if they were trained here, lower train.lr"
-        raise DataError(
-            f"the loss of {(~np.isfinite(nll)).sum()} documents is not finite",
-            f"first document {broken}",
-            do,
-        )
+    broken = np.flatnonzero(~np.isfinite(nll))
+    if len(broken):  # pandas' sums would skip it, and a NaN would become a good score
+        what = f"the loss of {len(broken)} documents is not finite"
+        raise DataError(what, f"first document {documents[broken[0]].id}", DIVERGED)
     ends = [int(d.ends[d.prompt + n - 1]) for d, n in zip(documents, scored, strict=True)]
     return pd.DataFrame(
         {"document": [d.id for d in documents], "nll_nats": nll, "tokens": scored, "bytes": ends}
@@ -111,9 +110,9 @@ def divergence(
     stride: int | None = None,
     batch: int = 16,
 ) -> pd.DataFrame:
-    """KL(base || tuned) over the whole vocabulary at every token that ``score`` scores, each model
-    computing as it is. One row per document: document (id), kl_nats (float64 sum over its tokens),
-    tokens."""
+    """Measure KL(base || tuned) over the whole vocabulary at every token that ``score`` scores.
+    Each model computes as it is. Return one row per document: document (id), kl_nats (float64 sum
+    over its tokens), tokens. DataError: it is not finite."""
 
     def kl_N(part: list[Window]) -> torch.Tensor:
         return token_divergence(
@@ -123,11 +122,7 @@ def divergence(
     with evaluating(base.model), evaluating(tuned.model):
         kl, scored = _sums(kl_N, base.prefix_id, documents, window, context, stride, batch)
     if not np.isfinite(kl).all():
-        raise DataError(
-            "the divergence from the base is not finite",
-            "KL",
-            "check the weights; if they were trained here, lower train.lr",
-        )
+        raise DataError("the divergence from the base is not finite", "KL", DIVERGED)
     return pd.DataFrame({"document": [d.id for d in documents], "kl_nats": kl, "tokens": scored})
 
 
@@ -140,47 +135,40 @@ def _sums(
     stride: int | None,
     batch: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(sum of what is measured, float64; scored tokens) of each document. measure: windows -> a
-    number for each of their targets."""
-    texts = [d.tokens[: d.prompt + window if window else None] for d in documents]
-    cuts = [
-        w
-        for i, (d, tokens) in enumerate(zip(documents, texts, strict=True))
-        for w in windows(tokens, prefix_id, context, stride or context, i, d.prompt)
-    ]
-    cuts.sort(
-        key=lambda w: -len(w.inputs)
-    )  # longest first: little padding, and memory runs out at once if at all
-    sums = np.zeros(len(texts), dtype=np.float64)
-    scored = np.zeros(len(texts), dtype=np.int64)
+    """Return (sum of what is measured, float64; scored tokens) of each document. measure: windows
+    -> a number for each of their targets."""
+    cuts: list[Window] = []
+    scored = np.zeros(len(documents), dtype=np.int64)
+    for i, d in enumerate(documents):
+        tokens = d.tokens[: d.prompt + window if window else None]
+        own = windows(tokens, prefix_id, context, stride or context, i, d.prompt)
+        scored[i] = sum(len(w.targets) for w in own)
+        assert scored[i] == len(tokens) - d.prompt
+        cuts += own
+    cuts.sort(key=lambda w: -len(w.inputs))  # little padding; memory runs out at once if at all
+    sums = np.zeros(len(documents), dtype=np.float64)
     for start in range(0, len(cuts), batch):
         signals.poll()
         part = cuts[start : start + batch]
         owner = np.repeat([w.owner for w in part], [len(w.targets) for w in part])
         np.add.at(sums, owner, measure(part).double().cpu().numpy())
-        np.add.at(scored, owner, 1)
-    assert (scored == [len(t) - d.prompt for d, t in zip(documents, texts, strict=True)]).all()
     return sums, scored
 
 
 def _hidden(loaded: Loaded, part: list[Window]) -> torch.Tensor:
-    """(N, D) states that predict the targets of the windows, the first window the longest."""
+    """Return (N, D) states that predict the targets of the windows, the first window the
+    longest."""
     inputs = np.full((len(part), len(part[0].inputs)), loaded.prefix_id, dtype=np.int64)
     for row, w in zip(inputs, part, strict=True):
         row[: len(w.inputs)] = w.inputs  # padded on the right: causal attention never sees it
-    hidden_BTD = loaded.body(
-        input_ids=torch.from_numpy(inputs).to(loaded.device), use_cache=False
-    ).last_hidden_state
-    return torch.cat(
-        [
-            h[len(w.inputs) - len(w.targets) : len(w.inputs)]
-            for h, w in zip(hidden_BTD, part, strict=True)
-        ]
-    )
+    ids = torch.from_numpy(inputs).to(loaded.device)
+    hidden_BTD = loaded.body(input_ids=ids, use_cache=False).last_hidden_state
+    pairs = zip(hidden_BTD, part, strict=True)
+    return torch.cat([h[: len(w.inputs)][-len(w.targets) :] for h, w in pairs])
 
 
 def total(rows: pd.DataFrame) -> DomainScore:
-    """The sums over documents."""
+    """Return the sums over documents."""
     return DomainScore(
         nll_nats=float(rows.nll_nats.sum()),
         tokens=int(rows.tokens.sum()),

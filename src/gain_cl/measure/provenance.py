@@ -1,4 +1,4 @@
-"""Where a number comes from: the run id before a run, and what is recorded beside its results.
+"""Say where a number comes from: the run id before a run, and what is recorded beside its results.
 Torch-free."""
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ import functools
 import hashlib
 import os
 import platform
+import re
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -28,26 +29,24 @@ PACKAGES = (
 
 
 def run_id(config: RunConfig, pins: dict[str, Any]) -> str:
-    """model-method-sequence-sSEED-HASH; HASH over the scientific settings, the pins and NUMERICS
-    (40 bits)."""
+    """Return model-method-sequence-sSEED-HASH, where HASH (40 bits) is over the scientific
+    settings, the pins and NUMERICS."""
     names = "-".join([config.model.name, config.method, config.sequence.name])[:70]
     return f"{names}-s{config.seed}-{identity(config.scientific(), pins, NUMERICS)}"
 
 
 def identity(settings: dict[str, Any], pins: dict[str, Any], numerics: int) -> str:
-    """HASH of a run id. settings: ``RunConfig.scientific``."""
+    """Return the HASH of a run id. settings: ``RunConfig.scientific``."""
     settings = without_places(settings, pins)
     what = {"settings": settings, "pins": pins, "numerics": numerics}
     return json_sha256(what, compact=True)[:10]
 
 
 def without_places(settings: dict[str, Any], pins: dict[str, Any]) -> dict[str, Any]:
-    """Settings but for the paths of what the pins identify by its content: where it lies changes
-    nothing."""
+    """Return the settings without the paths of what the pins identify by its content: where it lies
+    and how its path is spelt change nothing."""
     settings = copy.deepcopy(settings)
-    if (
-        "folder" in pins["model"]
-    ):  # its content is pinned: where it lies and how the path is spelt change nothing
+    if "folder" in pins["model"]:
         del settings["model"]["path"]
     if "files" in pins.get("init_from", {}):
         del settings["adapter"]["init_from"]
@@ -60,8 +59,8 @@ def without_places(settings: dict[str, Any], pins: dict[str, Any]) -> dict[str, 
 
 
 def environment() -> dict[str, Any]:
-    """Commit, package versions and machine. No environment variable is recorded: secrets live
-    there."""
+    """Return commit, package versions and machine. No environment variable is recorded: secrets
+    live there."""
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "numerics": NUMERICS,
@@ -76,8 +75,8 @@ def environment() -> dict[str, Any]:
 
 
 def machine() -> dict[str, Any]:
-    """What the bits of a number may depend on besides settings and weights: the processor and the
-    libraries that compute."""
+    """Return what the bits of a number may depend on besides settings and weights: the processor
+    and the libraries that compute."""
     return {
         "processor": _processor(),
         "platform": platform.machine(),
@@ -86,44 +85,32 @@ def machine() -> dict[str, Any]:
 
 
 def version() -> str:
-    """The installed version of gain_cl."""
+    """Return the installed version of gain_cl."""
     return _installed("gain-cl") or "uninstalled"
 
 
 def commit() -> dict[str, Any]:
-    """Git commit of the source tree that runs, and whether files differ from it; None outside a
-    checkout."""
+    """Return the git commit of the source tree that runs, and True if files differ from it. Both
+    are None outside a checkout."""
     here = Path(__file__).resolve().parents[1]
-    try:
-        git = ["git", "-C", str(here)]
-        sha = subprocess.run(
-            [*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(here), *words]
+        return subprocess.run(
+            command, capture_output=True, text=True, timeout=10, check=True
         ).stdout.strip()
-        tracked = (
-            subprocess.run(
-                [*git, "ls-files", "--error-unmatch", __file__], capture_output=True, timeout=10
-            ).returncode
-            == 0
-        )
-        changes = subprocess.run(
-            [*git, "status", "--porcelain", str(here)],
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=True,
-        ).stdout
+
+    try:
+        git("ls-files", "--error-unmatch", __file__)  # fails where the source is not tracked
+        changed = bool(git("status", "--porcelain", str(here)))
+        return {"commit": git("rev-parse", "HEAD"), "dirty": changed}
     except (OSError, subprocess.SubprocessError):
         return {"commit": None, "dirty": None}
-    return (
-        {"commit": sha, "dirty": bool(changes.strip())}
-        if tracked
-        else {"commit": None, "dirty": None}
-    )
 
 
 @functools.cache
 def code() -> str:
-    """SHA-256 over the source files of gain_cl."""
+    """Return the SHA-256 over the source files of gain_cl."""
     root, digest = Path(__file__).parents[1], hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
         digest.update(f"{path.relative_to(root)}\n".encode() + path.read_bytes())
@@ -131,8 +118,8 @@ def code() -> str:
 
 
 def peak_memory() -> int:
-    """Largest resident set of this process so far, in bytes (GPU memory is counted by the
-    caller)."""
+    """Return the largest resident set of this process so far, in bytes. The caller counts GPU
+    memory."""
     if sys.platform == "win32":
         return 0
     import resource
@@ -142,6 +129,7 @@ def peak_memory() -> int:
 
 
 def _installed(name: str) -> str | None:
+    """Return the version of a package; None when it is not installed."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
@@ -149,10 +137,9 @@ def _installed(name: str) -> str | None:
 
 
 def _processor() -> str:
+    """Return the name of the processor."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(
-            line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")
-        )
-    except (OSError, StopIteration):
-        return platform.processor()
+        found = re.search(r"^model name.*?:(.*)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    return found[1].strip() if found else platform.processor()

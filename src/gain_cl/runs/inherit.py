@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from gain_cl.config.schema import Given, RunConfig
 from gain_cl.errors import DataError
-from gain_cl.measure import cells, provenance, record
+from gain_cl.measure import provenance, record, scoring
 from gain_cl.runs import resume, same
 
 if TYPE_CHECKING:
@@ -119,6 +119,6 @@ def share_scores(stage: resume.Stage, folder: Path) -> None:
             if c in rows and c not in left_out
         ]
         score = {} if document else {"score": stage.record.tasks[name].model_dump(mode="json")}
-        if cells.load(folder, known["key"]) is None:
+        if scoring.known_score(folder, known["key"]) is None:
             rows = rows[columns].reset_index(drop=True)
-            cells.store(folder, known["key"], rows, seconds=known["seconds"], **score)
+            scoring.keep_score(folder, known["key"], rows, seconds=known["seconds"], **score)

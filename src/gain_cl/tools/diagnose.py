@@ -81,7 +81,7 @@ def main(argv: list[str]) -> int:
     finally:
         bench.close()
     found = _with_earlier(found, results, args.no_kl)
-    path = diagnosis.save(found, results)
+    path = diagnosis.save_diagnosis(found, results)
 
     from gain_cl.paper.figures import diagnosis as figure
 
@@ -482,7 +482,7 @@ def _with_earlier(found: Diagnostics, results: Path, no_kl: bool) -> Diagnostics
     """With the stages, and where it was left out the KL, of an earlier diagnosis of the same
     record."""
     try:
-        earlier = diagnosis.load(results, found.run_id)
+        earlier = diagnosis.load_diagnosis(results, found.run_id)
     except DataError:  # of another record
         return found
     known = (

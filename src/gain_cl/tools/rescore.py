@@ -198,7 +198,7 @@ class Bench:
             "seed": self.config.seed,
         }
         cells, batch = self.folder.parent / "cells", self.config.compute.eval_batch
-        found = scoring.domains(
+        found = scoring.score_domains(
             self.loaded, self.inputs.domains, self.config.eval, batch, identity, cells, self
         )
         self._rows += 1

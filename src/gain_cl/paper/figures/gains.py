@@ -41,7 +41,7 @@ def maps(study: Study, results_dir: Path) -> list[Map]:
     diagnosed."""
     found = []
     for s in style.chosen(study):
-        of = [diagnosis.load(results_dir, run.record.run_id) for run in s.runs.values()]
+        of = [diagnosis.load_diagnosis(results_dir, run.record.run_id) for run in s.runs.values()]
         ends = [d.end for d in of if d is not None and d.end is not None]
         layers = [[x for x in end.layers if x.gains is not None] for end in ends]
         for role in dict.fromkeys(x.role for run in layers for x in run):
