@@ -181,7 +181,7 @@ def test_checks_need_neither_torch_nor_lm_eval() -> None:
     code = (
         "import sys; from gain_cl.measure import tasks; from gain_cl.stats import answers as "
         "items; from gain_cl.config.schema import Tasks; "
-        "tasks.pin(Tasks(names=['boolq@100', 'arc_challenge']));"
+        "tasks.pin_tasks(Tasks(names=['boolq@100', 'arc_challenge']));"
         "print([m for m in ('torch', 'transformers', 'datasets', 'lm_eval', "
         "'pyarrow.parquet') if m in sys.modules])"
     )
@@ -190,9 +190,9 @@ def test_checks_need_neither_torch_nor_lm_eval() -> None:
 
 
 def test_names() -> None:
-    assert tasks.parse("boolq") == ("boolq", None)
-    assert tasks.parse("boolq@100") == ("boolq", 100)
-    assert tasks.parse("openbookqa@500") == ("openbookqa", 500)
+    assert tasks.parse_task("boolq") == ("boolq", None)
+    assert tasks.parse_task("boolq@100") == ("boolq", 100)
+    assert tasks.parse_task("openbookqa@500") == ("openbookqa", 500)
 
 
 @pytest.mark.parametrize(
@@ -210,19 +210,19 @@ def test_names() -> None:
 )
 def test_wrong_names(name: str, says: str) -> None:
     with pytest.raises(ConfigError, match=says.replace("?", r"\?")):
-        tasks.check(Tasks(names=[name]))
+        tasks.check_tasks(Tasks(names=[name]))
 
 
 def test_wrong_settings() -> None:
     with pytest.raises(ConfigError, match="repeated task: boolq"):
-        tasks.check(Tasks(names=["boolq", "boolq"]))
+        tasks.check_tasks(Tasks(names=["boolq", "boolq"]))
     with pytest.raises(ConfigError, match=r"use tasks\.source=hub"):
-        tasks.check(Tasks(names=["boolq"], fewshot=5))
-    tasks.check(Tasks(names=["boolq"], fewshot=5, source="hub"))
+        tasks.check_tasks(Tasks(names=["boolq"], fewshot=5))
+    tasks.check_tasks(Tasks(names=["boolq"], fewshot=5, source="hub"))
     for stages in ([], [0, 0], [-1], [9]):
         with pytest.raises(ConfigError, match="from 0"):
-            tasks.check(Tasks(names=["boolq"], stages=stages), stages=8)
-    tasks.check(Tasks(names=["boolq"], stages=[0, 3, 8]), stages=8)
+            tasks.check_tasks(Tasks(names=["boolq"], stages=stages), stages=8)
+    tasks.check_tasks(Tasks(names=["boolq"], stages=[0, 3, 8]), stages=8)
 
 
 def test_due() -> None:
@@ -234,7 +234,7 @@ def test_due() -> None:
 def test_pins_tell_item_sets_apart() -> None:
     def pin(*names: str, **keys: Any) -> str:
         return json.dumps(
-            tasks.pin(Tasks(names=list(names), **keys)), sort_keys=True, allow_nan=False
+            tasks.pin_tasks(Tasks(names=list(names), **keys)), sort_keys=True, allow_nan=False
         )
 
     assert (
@@ -249,19 +249,19 @@ def test_pins_tell_item_sets_apart() -> None:
         )
         == 5
     )
-    assert tasks.pin(Tasks(names=["boolq@100"]))["boolq@100"]["task_version"] == "2.0"
+    assert tasks.pin_tasks(Tasks(names=["boolq@100"]))["boolq@100"]["task_version"] == "2.0"
     assert (
-        tasks.pin(Tasks(names=["arc_challenge"]))["arc_challenge"]["task_version"] == "1.0"
+        tasks.pin_tasks(Tasks(names=["arc_challenge"]))["arc_challenge"]["task_version"] == "1.0"
     )  # through an include
     assert all(len(s.revision) == 40 for s in tasks.STOCK.values())
     with pytest.raises(ConfigError):
-        tasks.pin(Tasks(names=["nope"]))
+        tasks.pin_tasks(Tasks(names=["nope"]))
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda p: p.stem)
 def test_presets(path: Path) -> None:
     settings = Tasks(**yaml.safe_load(path.read_text()))
-    tasks.check(settings, stages=1)
+    tasks.check_tasks(settings, stages=1)
     counts = {
         "none": 0,
         "boolq": 3270,
@@ -269,14 +269,9 @@ def test_presets(path: Path) -> None:
         "paper": sum(s.items for s in tasks.STOCK.values()),
     }
     if path.stem in counts:
-        assert sum(p["items"] for p in tasks.pin(settings).values()) == counts[path.stem]
+        assert sum(p["items"] for p in tasks.pin_tasks(settings).values()) == counts[path.stem]
     if path.stem == "paper":
         assert set(settings.names) == set(ALL)
-
-
-def test_headline_metrics() -> None:
-    assert tasks.metric("boolq@100") == tasks.metric("winogrande") == "acc"
-    assert all(tasks.metric(t) == "acc_norm" for t in ALL if t not in ("boolq", "winogrande"))
 
 
 # --- prompts --------------------------------------------------------------------------------------

@@ -53,7 +53,7 @@ def check(config: RunConfig, plain: Mapping[str, Any], origin: Origin) -> None:
     if config.tasks.names:
         from gain_cl.measure import tasks
 
-        tasks.check(config.tasks, len(config.sequence.domains))
+        tasks.check_tasks(config.tasks, len(config.sequence.domains))
 
 
 def limits(config: RunConfig, arch: Mapping[str, Any], origin: Origin = str) -> None:

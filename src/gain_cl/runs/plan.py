@@ -63,7 +63,7 @@ def prepare(config: RunConfig) -> Plan:
     pins: dict[str, Any] = {
         "model": source.pin_model(config.model),
         "domains": {name: domains.pin_domain(domain) for name, domain in config.domains.items()},
-        "tasks": tasks.pin(config.tasks),
+        "tasks": tasks.pin_tasks(config.tasks),
         "plugins": {
             "adapter": adapters.pin_adapter(config.adapter.kind),
             "guard": guards.pin_guard(config.guard.kind),

@@ -75,5 +75,5 @@ def _beside(r: RunRecord) -> float:
 
 def _task_items(config: RunConfig) -> int:
     """Return the items of all tasks of one scored stage."""
-    counts = [tasks.parse(name) for name in config.tasks.names]
+    counts = [tasks.parse_task(name) for name in config.tasks.names]
     return sum(tasks.STOCK[task].items if count is None else count for task, count in counts)

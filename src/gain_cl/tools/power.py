@@ -207,7 +207,7 @@ def _noise(e: Endpoint, study: Study | None, args: Any, config: RunConfig) -> No
 
 def _items(task: str, e: Endpoint, study: Study | None, alpha: float) -> dict[str, Any]:
     """Return what the items of a task can tell of a change of accuracy, in points (McNemar)."""
-    name, count = tasks.parse(task)
+    name, count = tasks.parse_task(task)
     n = tasks.STOCK[name].items if count is None else count
     a = study.chosen.get(e.of) if study is not None else None
     flips = [
