@@ -124,7 +124,6 @@ STOCK: dict[str, Stock] = {
     "boolq": Stock(
         "super_glue/boolq",
         "validation",
-        "acc",
         3270,
         f"{_PREPARED}/boolq/rc_0shot/requests.jsonl.gz",
         _boolq,
@@ -135,7 +134,6 @@ STOCK: dict[str, Stock] = {
     "hellaswag": Stock(
         "hellaswag",
         "validation",
-        "acc_norm",
         10042,
         f"{_SETS}/hellaswag/none/{_ROWS}",
         _arrow,
@@ -146,7 +144,6 @@ STOCK: dict[str, Stock] = {
     "winogrande": Stock(
         "winogrande",
         "validation",
-        "acc",
         1267,
         f"{_SETS}/winogrande/winogrande_xl/{_ROWS}",
         _arrow,
@@ -157,7 +154,6 @@ STOCK: dict[str, Stock] = {
     "piqa": Stock(
         "piqa",
         "validation",
-        "acc_norm",
         1838,
         f"{_SETS}/piqa/plain_text/{_ROWS}",
         _arrow,
@@ -168,7 +164,6 @@ STOCK: dict[str, Stock] = {
     "arc_easy": Stock(
         "arc",
         "test",
-        "acc_norm",
         2376,
         f"{_PREPARED}/arc_easy/test_rc_5shot/requests.jsonl.gz",
         functools.partial(_science_questions, "question"),
@@ -178,7 +173,6 @@ STOCK: dict[str, Stock] = {
     "arc_challenge": Stock(
         "arc",
         "test",
-        "acc_norm",
         1172,
         f"{_PREPARED}/arc_challenge/test_rc_5shot/requests.jsonl.gz",
         functools.partial(_science_questions, "question"),
@@ -188,7 +182,6 @@ STOCK: dict[str, Stock] = {
     "openbookqa": Stock(
         "openbookqa",
         "test",
-        "acc_norm",
         500,
         f"{_PREPARED}/openbookqa/test_rc_5shot/requests.jsonl.gz",
         functools.partial(_science_questions, "question_stem"),
@@ -510,17 +503,9 @@ class TaskSet:
                         (x.argmax() == i.gold, (x / i.chars).argmax() == i.gold) for i, x in pairs
                     ]
                     correct, correct_norm = np.sum(hits, axis=0).tolist()
-                    rows += [
-                        dict(
-                            task=name,
-                            item=i.id,
-                            gold=i.gold,
-                            logprobs=x.tolist(),
-                            choice_bytes=i.bytes,
-                            choice_chars=i.chars,
-                        )
-                        for i, x in pairs
-                    ]
+                    for i, x in pairs:
+                        row = {"task": name, "item": i.id, "gold": i.gold, "logprobs": x.tolist()}
+                        rows.append({**row, "choice_bytes": i.bytes, "choice_chars": i.chars})
                     scores[name] = TaskScore(
                         items=len(items),
                         correct=correct,
