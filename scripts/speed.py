@@ -36,7 +36,7 @@ def worker(method: str, overrides: list[str]) -> None:
     loaded = load.load_model(
         config.model, load.device_of(config.compute.device, config.model.dtype)
     )
-    domain = domains.prepare(
+    domain = domains.prepare_domain(
         config.domains[config.sequence.trained[0]], loaded.tokenizer, loaded.tokenizer_hash
     )
     blocks = domain.train_blocks(config.seed, config.train.block, loaded.separator_id)

@@ -152,12 +152,16 @@ def score(
     known = own if weights is not None or config.force else plan.folder.parent / "cells"
     batch = config.compute.eval_batch
     found = [
-        scoring.score_domains(inputs.loaded, inputs.domains, config.eval, batch, identity, known, tracker)
+        scoring.score_domains(
+            inputs.loaded, inputs.domains, config.eval, batch, identity, known, tracker
+        )
     ]
     if inputs.taskset is not None and tasks.due(config.tasks.stages, index, last):
         tracker.phase("run tasks", stage=index)
         pins = plan.pins["tasks"]
-        found.append(scoring.score_tasks(inputs.loaded, inputs.taskset, pins, identity, known, tracker))
+        found.append(
+            scoring.score_tasks(inputs.loaded, inputs.taskset, pins, identity, known, tracker)
+        )
     row = record.StageRecord(
         index=index,
         domain=domain,

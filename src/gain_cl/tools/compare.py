@@ -172,7 +172,9 @@ def _data(found: Compared | None) -> dict[str, Any] | None:
 def _diagnosed(study: Study, results_dir: Path) -> dict[str, diagnosis.Stage]:
     """Return run id -> what its last stage did to the weights, of the runs that were diagnosed."""
     found = {
-        run_id: diagnosis.load_diagnosis(results_dir, run_id) for s in study.settings for run_id in s.ids
+        run_id: diagnosis.load_diagnosis(results_dir, run_id)
+        for s in study.settings
+        for run_id in s.ids
     }
     return {run_id: d.end for run_id, d in found.items() if d is not None and d.end is not None}
 
