@@ -1,7 +1,6 @@
-"""Recipes: how the documents of a package domain are cut out of its archive, one function each; see
-RECIPES.
+"""Cut the documents of a package domain out of its archive: one function a recipe, see RECIPES.
 
-A recipe takes (name, content) pairs sorted by name and yields clean documents; those under
+A recipe takes (name, content) pairs sorted by name and yields clean documents. Those under
 MIN_CHARACTERS are dropped later. Its version is part of the run id: raise it when the text changes.
 A document is the natural unit: an article, a law, a chapter.
 """
@@ -15,13 +14,9 @@ import json
 import re
 import zipfile
 from bz2 import decompress as bunzip2
-from collections import defaultdict
 from collections.abc import Callable, Iterator
-from itertools import count
 from typing import Any
 from xml.etree import ElementTree
-
-import numpy as np
 
 from gain_cl.domains.text import clean_text, strip_html, strip_wikitext
 
@@ -30,15 +25,15 @@ MIN_CHARACTERS = 200
 
 
 def _request_docs(members: Members) -> Iterator[dict[str, Any]]:
-    """The ``doc`` of each line of gzipped JSON lines (several lines share one)."""
+    """Yield the ``doc`` of each line of gzipped JSON lines (several lines share one)."""
     for _, data in members:
         for line in gzip.decompress(data).splitlines():
             yield json.loads(line)["doc"]
 
 
 def medicine(members: Members) -> Iterator[str]:
-    """Contexts of biomedical yes/no questions. Snippets repeat within and across contexts: a line
-    counts once."""
+    """Yield contexts of biomedical yes/no questions. Snippets repeat within and across contexts: a
+    line counts once."""
     seen: set[str] = set()
     contexts = dict.fromkeys(doc["context"] for doc in _request_docs(members))
     for context in contexts:
@@ -53,9 +48,8 @@ def medicine(members: Members) -> Iterator[str]:
 
 
 def law(members: Members) -> Iterator[str]:
-    """Licences and contracts in English, 1.2-60 kB; a text of which 35% of the 12-word shingles
-    were seen is a variant."""
-    numbers: defaultdict[str, int] = defaultdict(count(1).__next__)
+    """Yield licences and contracts in English, 1.2-60 kB. A text of which 35% of the 12-word
+    shingles were seen is a variant and is left out."""
     seen: set[int] = set()
     for _, data in members:
         text = data.decode("utf-8", errors="replace").replace("\r\n", "\n")
@@ -75,30 +69,17 @@ def law(members: Members) -> Iterator[str]:
             text.encode("ascii", "ignore")
         ) < 0.97 * len(text):
             continue
-        shingles = _shingles(text, numbers)
+        words = re.findall(r"[a-z0-9]+", text.lower())
+        # Their hashes are enough, whatever the seed of hash: two would have to collide.
+        shingles = set(map(hash, zip(*(words[k:] for k in range(12)), strict=False)))
         if len(shingles & seen) > 0.35 * len(shingles):
             continue
         seen |= shingles
         yield text
 
 
-def _shingles(text: str, numbers: defaultdict[str, int]) -> set[int]:
-    """64-bit hashes of every 12 consecutive words; numbers gives each word its own."""
-    words = [numbers[word] for word in re.findall(r"[a-z0-9]+", text.lower())]
-    codes = np.array(words, dtype=np.uint64)
-    length = len(codes) - 11
-    if length < 1:
-        return set()
-    total = np.zeros(length, dtype=np.uint64)
-    for shift in range(12):
-        total = total * np.uint64(0x9E3779B97F4A7C15) + codes[shift : shift + length] * np.uint64(
-            0xD6E8FEB86659FD93
-        )  # wraps
-    return set(total.tolist())
-
-
 def code(members: Members) -> Iterator[str]:
-    """Python files of a library, without migrations, locale tables and one-line modules."""
+    """Yield Python files of a library, without migrations, locale tables and one-line modules."""
     for name, data in members:
         if re.search(r"/(locale|migrations)/", name):
             continue
@@ -106,7 +87,7 @@ def code(members: Members) -> Iterator[str]:
 
 
 def maths(members: Members) -> Iterator[str]:
-    """Competition problems with their solutions."""
+    """Yield competition problems with their solutions."""
     problems: dict[str, str] = {}
     for doc in _request_docs(members):
         problems.setdefault(doc["problem"].strip(), doc["solution"].strip())
@@ -119,7 +100,7 @@ def maths(members: Members) -> Iterator[str]:
 
 
 def news(members: Members) -> Iterator[str]:
-    """Articles: headline and paragraphs."""
+    """Yield articles: headline and paragraphs."""
     for _, data in members:
         try:
             text = data.decode("utf-8")
@@ -138,8 +119,8 @@ _REFERENCES = re.compile(
 
 
 def science(members: Members) -> Iterator[str]:
-    """Research papers: title, abstract, sections. Paragraphs with formula placeholders or author
-    addresses are left out."""
+    """Yield research papers: title, abstract, sections. Paragraphs with formula placeholders or
+    author addresses are left out."""
     papers = {doc["title"]: doc for doc in _request_docs(members)}
     for title, doc in papers.items():
         parts = [title, _paper_paragraph(doc["abstract"])]
@@ -159,7 +140,8 @@ def science(members: Members) -> Iterator[str]:
 
 
 def _paper_paragraph(text: str) -> str:
-    """Without the marks that stand for citations; references to numbered parts lose the number."""
+    """Return a paragraph without the marks that stand for citations. References to numbered parts
+    lose the number."""
     text = _CITATIONS.sub(
         lambda m: " " if m[0].endswith(" ") else "", re.sub(r"@!(START|END)@", "", text)
     )
@@ -168,14 +150,14 @@ def _paper_paragraph(text: str) -> str:
 
 
 def politics(members: Members) -> Iterator[str]:
-    """Speeches, without the note on the occasion that some begin with."""
+    """Yield speeches, without the note on the occasion that some begin with."""
     for _, data in members:
         yield clean_text(re.sub(r"^\s*\[[^\[\]]*\]\s*", "", data.decode("utf-8")))
 
 
 def scripture(members: Members) -> Iterator[str]:
-    """Chapters of the King James Bible: the first triple-quoted string of a module that is read,
-    not imported."""
+    """Yield chapters of the King James Bible: the first triple-quoted string of a module that is
+    read, not imported."""
     for _, data in members:
         text = data.decode("utf-8").split('"""')[1]
         verses: list[str] = []
@@ -193,7 +175,7 @@ def scripture(members: Members) -> Iterator[str]:
 
 
 def geography(members: Members) -> Iterator[str]:
-    """One country or territory: "Field: text" lines under the section names."""
+    """Yield a text for each country or territory: "Field: text" lines under the section names."""
     for _, data in members:
         country = json.loads(data)
         lines: list[str] = []
@@ -217,7 +199,7 @@ def geography(members: Members) -> Iterator[str]:
 
 
 def _field(value: Any) -> str:
-    """The text of a fact and of the facts within it."""
+    """Return the text of a fact and of the facts within it."""
     if isinstance(value, str):
         return strip_html(value)
     if not isinstance(value, dict):
@@ -231,8 +213,8 @@ def _field(value: Any) -> str:
 
 
 def neutral(members: Members) -> Iterator[str]:
-    """News of 2016-17 and speeches of the House of Commons, zipped CSV tables; rows in which lost
-    characters became "?" are left out."""
+    """Yield news of 2016-17 and speeches of the House of Commons from zipped CSV tables. Rows in
+    which lost characters became "?" are left out."""
     for name, data in members:
         if not re.search(r"/(NewsArticles|parlspeech[^/]*)\.zip$", name):
             continue
@@ -245,7 +227,7 @@ def neutral(members: Members) -> Iterator[str]:
 
 
 def encyclopedia(members: Members) -> Iterator[str]:
-    """Articles of a MediaWiki dump (bzip2 XML), without redirects."""
+    """Yield articles of a MediaWiki dump (bzip2 XML), without redirects."""
     for _, data in members:
         for page in ElementTree.fromstring(bunzip2(data)).iterfind("{*}page"):
             title, text = page.findtext("{*}title", ""), page.findtext("{*}revision/{*}text", "")

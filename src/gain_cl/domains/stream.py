@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -14,10 +14,10 @@ from gain_cl.errors import DataError
 
 @dataclass(frozen=True)
 class Doc:
-    """One document. id: first 16 hex digits of the hash of its text; tokens [n] uint32 ids; ends
-    [n] uint32: UTF-8 bytes of the text up to the end of each token, so that the first W tokens
+    """One document. id: first 16 hex digits of the hash of its text. tokens: [n] uint32 ids. ends:
+    [n] uint32, UTF-8 bytes of the text up to the end of each token, so that the first W tokens
     cover ends[W-1] bytes. prompt: how many tokens from the first on are a prompt, which is read and
-    not scored; ends are then 0 in it and count the completion's bytes."""
+    not scored. ends are then 0 in it and count the completion's bytes."""
 
     id: str
     tokens: np.ndarray
@@ -27,7 +27,7 @@ class Doc:
 
 class Block(NamedTuple):
     """A training sequence of T tokens, int64. documents_T: index of each token's document among
-    ``ids`` of its stream (a separator belongs to the document before it); scored_T: whether the
+    ``ids`` of its stream (a separator belongs to the document before it). scored_T: True where the
     token counts in the loss."""
 
     tokens_T: np.ndarray
@@ -48,7 +48,7 @@ class Stream(Protocol):
 
 
 class Mixture:
-    """Several streams in turn: block i belongs to round i // D; each round takes the next block of
+    """Several streams in turn. Block i belongs to round i // D. Each round takes the next block of
     each of the D streams, in an order drawn from (seed, round). After N rounds each stream has
     given its first N blocks, as training one by one does."""
 
@@ -59,11 +59,8 @@ class Mixture:
 
     def __getitem__(self, index: int) -> Block:
         turn, place = divmod(index, len(self.streams))
-        keys = [
-            hashlib.sha256(f"{self.seed}:{self.name}:{turn}:{s.name}".encode()).digest()
-            for s in self.streams
-        ]
-        chosen = sorted(range(len(keys)), key=keys.__getitem__)[place]
+        names = (f"{self.seed}:{self.name}:{turn}:{s.name}" for s in self.streams)
+        chosen = _shuffled(names)[place]
         block = self.streams[chosen][turn]
         return block._replace(documents_T=block.documents_T + self._first[chosen])
 
@@ -72,7 +69,7 @@ class Blocks:
     """An endless stream of training blocks with random access.
 
     The documents, each followed by the separator token, are joined and cut into blocks of ``block``
-    tokens; an epoch is a permutation of the blocks drawn from (seed, domain name, epoch) alone (the
+    tokens. An epoch is a permutation of the blocks drawn from (seed, domain name, epoch) alone (the
     last tokens, less than a block, are left out). Blocks, not documents, are shuffled, as is usual:
     a small budget then sees many documents even where each is long. Every token is scored but those
     of prompts. No global random state, no dependence on the model, the place in the sequence or
@@ -85,55 +82,42 @@ class Blocks:
         self.name, self.seed, self.block, self.separator_id = name, seed, block, separator_id
         self._documents = documents
         self.ids = [d.id for d in documents]
-        self._starts = np.cumsum(
-            [0, *(len(d.tokens) + 1 for d in documents)]
-        )  # separators included
+        self._starts = np.cumsum([0, *(len(d.tokens) + 1 for d in documents)])  # with separators
         self.epoch_blocks = int(self._starts[-1]) // block
         if not self.epoch_blocks:
-            raise DataError(
-                f"less than one block of {block} tokens to train on",
-                f"domain {name}",
-                "give more text, a smaller train.block or smaller shares for test and dev",
-            )
-        self._orders: dict[int, np.ndarray] = {}
+            what = f"less than one block of {block} tokens to train on"
+            do = "give more text, a smaller train.block or smaller shares for test and dev"
+            raise DataError(what, f"domain {name}", do)
+        self._orders: dict[int, list[int]] = {}
 
-    def _order(self, epoch: int) -> np.ndarray:
-        """The blocks in the epoch's order."""
+    def _order(self, epoch: int) -> list[int]:
+        """Return the blocks in the epoch's order."""
         if epoch not in self._orders:
-            # Sorting by a hash, not a generator's shuffle: the same on every numpy version, for
-            # good.
-            keys = [
-                hashlib.sha256(f"{self.seed}:{self.name}:{epoch}:{k}".encode()).digest()
-                for k in range(self.epoch_blocks)
-            ]
-            self._orders = {epoch: np.array(sorted(range(self.epoch_blocks), key=keys.__getitem__))}
+            names = (f"{self.seed}:{self.name}:{epoch}:{k}" for k in range(self.epoch_blocks))
+            self._orders = {epoch: _shuffled(names)}
         return self._orders[epoch]
 
     def __getitem__(self, index: int) -> Block:
-        """Block ``index`` >= 0; documents are in hash order."""
+        """Return block ``index`` >= 0. Documents are in hash order."""
         if index < 0:
             raise IndexError(index)
         epoch, place = divmod(index, self.epoch_blocks)
-        start = int(self._order(epoch)[place]) * self.block
-        tokens, owners, scored = (
-            np.empty(self.block, np.int64),
-            np.empty(self.block, np.int64),
-            np.ones(self.block, bool),
-        )
-        filled = 0
-        while filled < self.block:
-            owner = int(np.searchsorted(self._starts, start + filled, side="right")) - 1
-            skip = start + filled - int(self._starts[owner])
-            part = np.asarray(
-                self._documents[owner].tokens[skip : skip + self.block - filled], dtype=np.int64
-            )
-            stop = filled + len(part)
-            tokens[filled:stop], owners[filled:stop] = part, owner
-            scored[
-                filled : filled + max(0, min(len(part), self._documents[owner].prompt - skip))
-            ] = False
-            if stop < self.block:  # the document ended: its separator follows
-                tokens[stop], owners[stop] = self.separator_id, owner
-                stop += 1
-            filled = stop
+        start = self._order(epoch)[place] * self.block
+        at = np.arange(start, start + self.block)
+        owners = np.searchsorted(self._starts, at, side="right") - 1
+        tokens = np.full(self.block, self.separator_id, np.int64)
+        scored = np.ones(self.block, bool)
+        for owner in np.unique(owners):
+            document, here = self._documents[owner], np.flatnonzero(owners == owner)
+            place_in = at[here] - self._starts[owner]
+            part = document.tokens[place_in[0] : place_in[-1] + 1]
+            tokens[here[: len(part)]] = part  # where the document ends, its separator follows
+            scored[here] = place_in >= document.prompt
         return Block(tokens, owners, scored)
+
+
+def _shuffled(names: Iterable[str]) -> list[int]:
+    """Return the indices of names in the order of their hashes. Unlike a generator's shuffle it is
+    the same on every numpy version, for good."""
+    keys = [hashlib.sha256(name.encode()).digest() for name in names]
+    return sorted(range(len(keys)), key=keys.__getitem__)
