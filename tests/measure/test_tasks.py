@@ -802,7 +802,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
             pq.write_table(pa.Table.from_pylist(rows), path)
         return folder
 
-    monkeypatch.setattr(tasks.sources, "snapshot", snapshot)
+    monkeypatch.setattr(tasks.hub, "snapshot", snapshot)
     return asked
 
 
@@ -856,7 +856,7 @@ def test_hub_without_cache_and_network(
 
 
 def test_a_damaged_hub_file(hub: Any, loaded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = tasks.sources.snapshot
+    right = tasks.hub.snapshot
 
     def snapshot(*args: Any, **keys: Any) -> Path:
         folder = right(*args, **keys)
@@ -864,6 +864,6 @@ def test_a_damaged_hub_file(hub: Any, loaded: Any, monkeypatch: pytest.MonkeyPat
             path.write_bytes(path.read_bytes()[:40])
         return folder
 
-    monkeypatch.setattr(tasks.sources, "snapshot", snapshot)
+    monkeypatch.setattr(tasks.hub, "snapshot", snapshot)
     with pytest.raises(DataError, match="cannot read the items of boolq"):
         build(loaded, "boolq", source="hub")
