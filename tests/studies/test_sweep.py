@@ -640,7 +640,7 @@ def test_a_job_is_followed_if_slurm_says_that_it_lives(
 
 CHECKPOINT = """
 import os, signal, sys, threading, time
-from gain_cl.studies.sweep import Command
+from gain_cl.studies.launchers import Command
 saves = "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: (open('saved', 'w').close(), sys.exit(75))); "
 saves += "open('up', 'w').close(); time.sleep(600)"
 command = Command(["-c", saves], {}, ".", "log")

@@ -252,7 +252,8 @@ def _widths(view: Sequence[View], room: int) -> list[int] | None:
     for head, texts, left in view:
         natural = max(cell_len(x) for t in texts or [Text()] for x in t.plain.split("\n"))
         word = max(map(cell_len, head.split(" ")))
-        least.append(max(min(natural, NARROW) if left else natural, word))
+        most_of_text = NARROW if least else 2 * LONG  # the first column says what a row is
+        least.append(max(min(natural, most_of_text) if left else natural, word))
         most.append(max(natural, cell_len(head)))
     room -= 2 * (len(view) - 1)
     if sum(least) > room:
