@@ -3,14 +3,13 @@ same bytes anywhere.
 
 A verb makes a Table and prints it:
 
-    rows = [Row([f.check, Styled(f.state, "bold red"), f.finding]) for f in found]
-    print_table(Table("verify", "What was checked", ["check", "state", "finding"], rows))
+rows = [Row([f.check, Styled(f.state, "bold red"), f.finding]) for f in found]
+print_table(Table("verify", "What was checked", ["check", "state", "finding"], rows))
 
 A number is a Value with its own way of writing (plain(1), count, signed, ...). It stands on the
 right, is never broken, and takes its interval along. Text stands on the left and is broken where
-the table would be too wide. None is shown as a dash. No text is read as markup, and nothing in it
-commands the terminal. Lines around a table are printed by say().
-"""
+the table would be too wide, in the first column last. None is shown as a dash. No text is read as
+markup, and nothing in it commands the terminal. Lines around a table are printed by say(). """
 
 from __future__ import annotations
 
@@ -248,7 +247,8 @@ def _view(t: Table, j: int, apart: bool) -> list[View]:
 def _widths(view: Sequence[View], room: int) -> list[int] | None:
     """Return the characters of each column, two apart; None: they do not fit. Numbers are not
     broken, heads at spaces alone, text as far as it must."""
-    least, most = [], []
+    least: list[int] = []
+    most: list[int] = []
     for head, texts, left in view:
         natural = max(cell_len(x) for t in texts or [Text()] for x in t.plain.split("\n"))
         word = max(map(cell_len, head.split(" ")))
