@@ -3,13 +3,14 @@ same bytes anywhere.
 
 A verb makes a Table and prints it:
 
-rows = [Row([f.check, Styled(f.state, "bold red"), f.finding]) for f in found]
-print_table(Table("verify", "What was checked", ["check", "state", "finding"], rows))
+    rows = [Row([f.check, Styled(f.state, "bold red"), f.finding]) for f in found]
+    print_table(Table("verify", "What was checked", ["check", "state", "finding"], rows))
 
 A number is a Value with its own way of writing (plain(1), count, signed, ...). It stands on the
 right, is never broken, and takes its interval along. Text stands on the left and is broken where
 the table would be too wide, in the first column last. None is shown as a dash. No text is read as
-markup, and nothing in it commands the terminal. Lines around a table are printed by say(). """
+markup, and nothing in it commands the terminal. Lines around a table are printed by say().
+"""
 
 from __future__ import annotations
 
