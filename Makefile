@@ -7,7 +7,7 @@ TEST_ARGS ?=
 E ?= study
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run smoke sweep status tables figures report paper params test test-slow check format speed prepare doctor campaign wandb-sync clean distclean
+.PHONY: help setup run smoke sweep status tables figures report paper params test test-slow check format bench prepare doctor campaign wandb-sync clean distclean
 
 help: ## list these commands
 	@grep -hE '^[a-z -]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -58,8 +58,8 @@ check: setup ## lint, format and types
 format: setup ## apply the formatter and the linter's fixes
 	@$(BIN)/ruff check -q --fix . && $(BIN)/ruff format -q .
 
-speed: setup ## tokens per second and memory of each method against a bare forward pass
-	@$(BIN)/python scripts/speed.py $(ARGS)
+bench: setup ## speed and memory of a training step beside peers (6 minutes): make bench ARGS="device=cuda"
+	@$(BIN)/python scripts/bench/bench.py $(ARGS)
 
 prepare: setup ## fetch, tokenise and check the data of a run, before it starts
 	@$(BIN)/python -m gain_cl prepare $(ARGS)
