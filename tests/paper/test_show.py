@@ -522,13 +522,14 @@ SHAPES: dict[str, dict[str, object]] = {
 def test_no_text_of_the_picture_is_cut_or_crosses_another(
     tmp_path: Path, shape: str, width: float | None
 ) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.text import Text
 
     figure = heatmap.draw_matrix(
         small(tmp_path, **SHAPES[shape]), None if width is None else "method lr=0.01", width
     )
     assert width is None or figure.get_figwidth() <= width + 1e-9
-    renderer = figure.canvas.get_renderer()  # type: ignore[attr-defined]
+    renderer = FigureCanvasAgg(figure).get_renderer()
     figure.draw(renderer)
     boxes = {}
     for text in figure.findobj(Text):
