@@ -1025,8 +1025,8 @@ import random, sys, time
 from pathlib import Path
 import numpy as np
 import synthetic, test_track
-from gain_cl import files, record, track
-from gain_cl.figures import heatmap
+from gain_cl.runs import heatmap
+from gain_cl.system import files
 folder, modes = Path(sys.argv[1]), sys.argv[2:]
 run = synthetic.run(folder / "r.json", bases=test_track.SMALL, controls=["x"], count=4)
 before = random.getstate(), np.random.get_state()[1].tolist()

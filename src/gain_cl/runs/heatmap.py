@@ -77,9 +77,11 @@ class _Sheet:
     most: float | None
 
     def __post_init__(self) -> None:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
         self.figure = Figure(facecolor=PAPER)
+        FigureCanvasAgg(self.figure)  # the figure keeps it
         self.k = 1.0 if self.most is None else SMALLER
         r, self.losses = self.run.record, self.run.record.losses()
         self.names, self.trained = r.trained + r.controls, len(r.trained)
