@@ -8,6 +8,16 @@
 # stash  keeps pack2 for a later call
 # tests  pytest -m gpu                           runs   experiments/gpu.yaml, block by block, RUNS at once
 # BENCH_SECONDS, SMALL_SECONDS, LONG_SECONDS, TEST_SECONDS, RUN_SECONDS limit the parts; results go to $OUT. DEVICE=cpu rehearses.
+#
+# What a session with such a machine does (2026-11-27, one H100, 843 s of it in five calls; packs by scripts/gpu_pack.sh beforehand):
+#   1. carry pack1 pack2: tar xzf PACKS/pack1/code.tar.gz; SMALL_SECONDS=45 BENCH_SECONDS=165 bash code/scripts/gpu.sh PACKS setup stash small bench
+#      limit 300 s. Came out: 15 of 25 rows of Qwen2.5-7B's configuration, 4 of 11 of SmolLM2's. (A first call failed by one line of the benchmark,
+#      mended since.) SUBJECTS, SMALL_SUBJECTS name rows: begin with those that docs/speed.md lacks.
+#   2. carry pack3, at once, while the machine is still there: TEST_SECONDS=150 TEST_PROCESSES=10 bash code/scripts/gpu.sh PACKS tests
+#      limit 200 s. Came out: 86 of 93 passed, 2 skipped, 1 failed in 85 s, and which was not shown. It is now: TESTS="pattern" takes some.
+#   3. the same carry: BLOCKS="1 2" RUNS=8 RUN_SECONDS=560 bash code/scripts/gpu.sh PACKS runs
+#      limit 600 s. Came out: block 0, eight runs at once, 200 s with 131,072 tokens a domain.
+# Results: .txt and .json of $OUT; bench_page.py prints a record as docs/speed.md has it. RUN_WORDS cannot name a key that the experiment sets.
 set -uo pipefail
 packs=$(cd "$1" && pwd)
 shift

@@ -5,7 +5,7 @@
 #
 # pack1: the committed source, wheels for Python 3.12, tokenised domains, the converted model but for its weights. pack2, pack3: halves
 # of the model's archive, from which the weights are converted there. Every call of the
-# device carries the whole checkout too, hence three packs. PYTHON is an environment with gain_cl's dependencies.
+# machine carries the whole checkout too, hence three packs. PYTHON is an environment with gain_cl's dependencies.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 most=${1:-46}
