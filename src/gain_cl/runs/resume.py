@@ -65,8 +65,9 @@ class Attempt:
 
     stages: finished ones by index; folder: the verified checkpoint to go on from (None: the
     pretrained model); inside: the stage that it was saved in the middle of (0: none), and progress,
-    what its state.json says of that stage; warnings: what was passed over; behind: folders of later states, which go before anything new is saved: they would
-    push new checkpoints out, or, once good again, speak of a metrics.jsonl that is gone.
+    what its state.json says of that stage; warnings: what was passed over; behind: folders of later
+    states, which go before anything new is saved: they would push new checkpoints out, or, once
+    good again, speak of a metrics.jsonl that is gone.
 
     inherited: stages that another run has learned, by index; notes: what a reader of the numbers
     must know."""
