@@ -13,7 +13,6 @@ a process of its own: it never trains, so that forking it is safe.
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import json
 import os
@@ -27,6 +26,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from conftest import HELPERS
+from gain_cl.tools.verify_resume import EVIDENCE
 
 SMOKE = (
     "debug=smoke",
@@ -162,29 +162,6 @@ class Warm:
         line = self._process.stdout.readline()
         assert line, "the warm parent died"
         return json.loads(line)
-
-
-EVIDENCE = (
-    "results/runs/*.items.parquet",
-    "runs/*/matrix.csv",
-    "runs/*/stages/*/*.safetensors",
-    "runs/*/stages/*/scores.parquet",
-)
-
-
-def evidence(folder: Path) -> dict[str, str]:
-    """SHA-256 of everything that must not depend on interruptions: scores, per-item values, matrix,
-    trained weights, and the record but for times and places."""
-    from gain_cl.measure import record
-
-    found: dict[str, str] = {}
-    for pattern in EVIDENCE:
-        for path in sorted(folder.glob(pattern)):
-            found[str(path.relative_to(folder))] = hashlib.sha256(path.read_bytes()).hexdigest()
-    for path in sorted(folder.glob("results/runs/*.json")):
-        text = json.dumps(record.outcome(record.load(path).record), sort_keys=True)
-        found[str(path.relative_to(folder))] = hashlib.sha256(text.encode()).hexdigest()
-    return found
 
 
 def evidence_bytes(folder: Path) -> int:

@@ -32,7 +32,7 @@ from gain_cl.guards.replay import ReplayGuard, SelfReplayGuard, sample
 from gain_cl.models import forward, load, loss
 from gain_cl.runs import train
 from gain_cl.runs.inputs import training_streams
-from gain_cl.tools.rescore import Bench
+from gain_cl.tools.reopen import Reopened
 
 GAIN = schema.Gain(kind="gain", roles=["attn_out", "ffn_down"])
 FULL = schema.Full(kind="full")
@@ -288,7 +288,7 @@ def test_a_run_with_replay_trains_on_exactly_that_stream(
         f"output_dir={tmp_path}/runs",
         f"results_dir={tmp_path}/results",
     )
-    bench = Bench(made, None)
+    bench = Reopened(made, None)
     bench.open(rows=1)
     bench.close()
     streams = training_streams(bench.config, bench.inputs)

@@ -33,7 +33,7 @@ from gain_cl.models import load, source
 from gain_cl.paper import show
 from gain_cl.runs import finish
 from gain_cl.system import packages
-from gain_cl.tools import exported
+from gain_cl.tools import export
 
 ROOT = Path(__file__).parents[2]
 MODULES = sorted((ROOT / "src/gain_cl").rglob("*.py"))
@@ -619,7 +619,7 @@ def test_export_of_a_record_from_elsewhere(stage: int | None, tmp_path: Path) ->
     its own run id."""
     run = synthetic.run(tmp_path / "r.json", bases={"a": 20.0, "x": 30.0}, controls=["x"], count=4)
     with pytest.raises(GainError, match="the trained state of this stage is not there"):
-        exported.export(run.record, "merged", tmp_path / "out", stage, str(tmp_path))
+        export.export(run, "merged", tmp_path / "out", stage, str(tmp_path))
     assert not (tmp_path / "out").exists()
 
 

@@ -28,7 +28,8 @@ from gain_cl.measure import record, scoring
 from gain_cl.models import families, load
 from gain_cl.runs import plan as plan_
 from gain_cl.runs import run
-from gain_cl.tools import exported
+from gain_cl.tools import export
+from gain_cl.tools.reopen import Reopened
 
 SMALL = ["debug=smoke", "compute.threads=1", "train.steps=2", "eval.documents=2"]
 
@@ -372,6 +373,12 @@ def go(folder: Path, *overrides: str) -> record.Run:
     )
 
 
+def with_record(made: record.Run, **update: Any) -> record.Run:
+    """A run whose record says something else."""
+    told = made.record.model_copy(update=update)
+    return record.Run(told, made.documents, made.items, made.path)
+
+
 def write(made: record.Run, *words: object) -> int:
     return cli.main(
         [
@@ -582,13 +589,9 @@ def test_the_card_says_what_it_is(
 
 def test_text_of_a_record_commands_no_markdown(first: record.Run) -> None:
     hostile = "[x](http://evil) <script> | `a` \n# head **b**"
-    made = first.record.model_copy(
-        update={"tainted": [hostile], "provenance": {**first.record.provenance, "commit": hostile}}
-    )
-    settings = schema.RunConfig.model_validate(made.config)
-    card = exported.card(
-        made, settings, 1, "peft", "float32", exported.Exported(Path("x"), None, [], 0)
-    )
+    told = {"tainted": [hostile], "provenance": {**first.record.provenance, "commit": hostile}}
+    made = export.Exported(Path("x"), None, [])
+    card = export.card(Reopened(with_record(first, **told)), 1, "peft float32", made)
     assert "<script>" not in card and "](" not in card and "\n# head" not in card
     assert r"\[x\]\(http://evil\) \<script\> \|" in card
 
@@ -597,14 +600,13 @@ def test_refusals(first: record.Run, tmp_path: Path, capsys: pytest.CaptureFixtu
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken/file").write_text("")
     for words, code, said in (
-        (["to=merged", "stage=9"], 64, "stage 9 is not among 1..3"),
+        (["to=merged", "stage=9"], 64, "stage '9' is not among 1..3"),
         (["to=merged", f"dir={tmp_path / 'taken'}"], 64, "the folder is not empty"),
-        (["to=gguf"], 64, "to=gguf (gain_cl export); use one of: peft, merged"),
-        ([], 64, "to= is missing"),
-        (["to=peft", "dtyp=float16"], 64, "did you mean dtype"),
+        (["to=gguf"], 64, "argument --to: invalid choice: 'gguf'"),
+        ([], 64, "the following arguments are required: --to"),
+        (["to=peft", "dtyp=float16"], 64, "did you mean dtype?"),
         (["to=peft", "dtype=float16"], 64, "an adapter is fp32"),
-        (["to=peft", "stage=x"], 64, "stage is a number from 1"),
-        (["to=peft", "to=merged"], 64, "given twice"),
+        (["to=peft", "stage=x"], 64, "stage 'x' is not among 1..3"),
     ):
         assert write(first, *words) == code
         error = capsys.readouterr().err
@@ -647,17 +649,15 @@ def test_methods_without_a_peft_form(
     method: str, what: str, first: record.Run, tmp_path: Path
 ) -> None:
     adapter = {"adapter": settings(method).model_dump(mode="json")}
-    made = first.record.model_copy(update={"config": {**first.record.config, **adapter}})
+    made = with_record(first, config={**first.record.config, **adapter})
     with pytest.raises(ConfigError, match=rf"{what}.*to=merged works"):
-        exported.export(
-            made, "peft", tmp_path / "x", output_dir=str(first.path.parents[2] / "runs")
-        )
+        export.export(made, "peft", tmp_path / "x", output_dir=str(first.path.parents[2] / "runs"))
 
 
 def test_earlier_stage_of_full_is_gone_and_said(tmp_path: Path) -> None:
     made = go(tmp_path, "method=full")
-    with pytest.raises(DataError, match="not there"):
-        exported.export(made.record, "merged", tmp_path / "x", 1)
+    with pytest.raises(DataError, match="was not kept"):
+        export.export(made, "merged", tmp_path / "x", 1)
 
 
 def model_of(family: str) -> schema.Model:
@@ -823,7 +823,7 @@ def test_a_peft_config_that_differs_is_named(tmp_path: Path) -> None:
 def test_nothing_of_it_needs_torch(saved: Path, first: record.Run) -> None:
     script = (
         "import sys; from gain_cl.compose import composition; from gain_cl.runs import plan; from "
-        "gain_cl.tools import exported; from gain_cl.adapters import portable;"
+        "gain_cl.tools import export; from gain_cl.adapters import portable;"
     )
     script += (
         "plan.prepare(composition.compose(sys.argv[1:], [], [])); assert 'torch' not in sys.modules"
@@ -853,12 +853,12 @@ def test_load_in_is_refused_where_it_cannot_be(
 
 def test_nothing_is_merged_into_a_quantised_model(first: record.Run, tmp_path: Path) -> None:
     model = {**first.record.config["model"], "load_in": "4bit"}
-    made = first.record.model_copy(update={"config": {**first.record.config, "model": model}})
+    made = with_record(first, config={**first.record.config, "model": model})
     with pytest.raises(ConfigError, match="is not merged"):
-        exported.export(
+        export.export(
             made, "merged", tmp_path / "x", output_dir=str(first.path.parents[2] / "runs")
         )
-    done = exported.export(
+    done = export.export(
         made, "peft", tmp_path / "y", output_dir=str(first.path.parents[2] / "runs")
     )
     assert (

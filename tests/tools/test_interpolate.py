@@ -19,7 +19,7 @@ from gain_cl.measure import record
 from gain_cl.stats import matrix
 from gain_cl.studies.study import loss_matrix, study_of_runs
 from gain_cl.system import files
-from gain_cl.tools import rescore
+from gain_cl.tools import reopen
 
 SMOKE = ["debug=smoke", "compute.threads=1"]
 
@@ -124,7 +124,7 @@ def test_what_is_there_is_not_computed_again(
     made = run(folder, "method=lora", "seed=3")
     (half,) = interpolate(made, capsys, "0.5")
     before = half.path.stat().st_mtime_ns
-    monkeypatch.setattr(rescore.Bench, "open", lambda *_: pytest.fail("loads the model"))
+    monkeypatch.setattr(reopen.Reopened, "open", lambda *_: pytest.fail("loads the model"))
     assert interpolate(made, capsys, "0.5")[0].path.stat().st_mtime_ns == before
     synthetic.edit(made.path, lambda data: data.update(notes=["again"]))
     assert cli.main(["interpolate", str(made.path), "--alpha", "0.5", "--records"]) == 65
@@ -191,11 +191,11 @@ def shifted(data: dict[str, Any], table: pd.DataFrame, stage: int) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda data, table: shifted(data, table, 0), "its row 0 is not that of the run"),
+        (lambda data, table: shifted(data, table, 0), "its row 0 are not those"),
         (lambda data, table: table.__setitem__("nll_nats", table.nll_nats + 1), "sums: nll_nats"),
         (
             lambda data, table: data["stages"][1]["train"].update(seconds=1e6),
-            "its stages cost something else",
+            "its costs are not those",
         ),
         (
             lambda data, table: data.update(trainable_parameters=1),
@@ -227,7 +227,7 @@ def test_verify_without_its_run(
     assert cli.main(["verify", str(copied(half, tmp_path)), "--json"]) == 0
     states = {c["check"]: c["state"] for c in json.loads(capsys.readouterr().out)["checks"]}
     assert states["beginning"] == "not there" and {
-        states[c] for c in ("run id", "rows", "sums", "summaries", "training")
+        states[c] for c in ("run id", "sums", "same documents", "training")
     } == {"ok"}
 
 

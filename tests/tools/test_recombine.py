@@ -152,11 +152,11 @@ def test_half_of_the_change_of_gains_is_gains_of_half_the_size(
 ) -> None:
     """An independent way to the same model: W diag(1 + alpha delta)."""
     from gain_cl.measure import scoring
-    from gain_cl.tools.rescore import Bench
+    from gain_cl.tools.reopen import Reopened
 
     made = run(folder)
     found = ask(capsys, "interpolate", str(made.path), "--alpha", "0.5")
-    bench = Bench(made, None)
+    bench = Reopened(made, None)
     bench.open(rows=1)
     adapter = bench.attach(bench.loaded)
     adapter.load_state({name: 0.5 * t for name, t in bench.state(3).items()})

@@ -110,8 +110,8 @@ class Stage(Part):
 class Diagnostics(Part):
     """All that was found about a run. record_sha256: of the record that was diagnosed. last: index
     of the run's last stage. directions, top, threshold, edges: the settings of the module.
-    estimate_seconds: as printed before it began. peak_bytes: of the process (of the GPU where there
-    is one)."""
+    estimate_seconds: in old ones, as printed before it began. peak_bytes: of the process (of the
+    GPU where there is one)."""
 
     schema_version: int = SCHEMA
     run_id: str
@@ -122,12 +122,12 @@ class Diagnostics(Part):
     protocol: str
     last: int
     directions: list[int]
-    top: int
-    threshold: float
+    top: int = TOP
+    threshold: float = THRESHOLD
     edges: list[float]
     stages: list[Stage]
     not_kept: list[int]
-    estimate_seconds: float
+    estimate_seconds: float = 0.0
     seconds: float
     peak_bytes: int
     device: str

@@ -103,6 +103,13 @@ def snapshot_folder(repo: str, sha: str, repo_type: RepoType) -> Path:
     return Path(constants.HF_HUB_CACHE).expanduser() / name / "snapshots" / sha
 
 
+def hub_state() -> tuple[str, bool, bool]:
+    """Return (address of the hub, True if it may not be asked, True if there is a login)."""
+    from huggingface_hub import constants, get_token
+
+    return constants.ENDPOINT, _offline(), get_token() is not None
+
+
 def _offline() -> bool:
     from huggingface_hub import constants
 

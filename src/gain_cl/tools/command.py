@@ -1,52 +1,147 @@
-"""Commands around runs: one module each, with ``main(argv) -> exit code``; imported when called."""
+"""What verbs share: a parser with their common options, runs by name, and the settings of a record.
+
+Each verb is a module with ``main(argv) -> exit code``. It is imported when it is called.
+"""
 
 from __future__ import annotations
 
 import argparse
 import glob
+import json
+import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from gain_cl.errors import ConfigError
+from gain_cl.errors import ConfigError, DataError, suggest
+
+if TYPE_CHECKING:
+    from gain_cl.config.schema import RunConfig
+    from gain_cl.measure.record import Run, RunRecord
+
+SHARED: dict[str, dict[str, Any]] = {
+    "run": {"help": "path of a record, or a run id (its beginning is enough)"},
+    "overrides": {"nargs": "*", "metavar": "KEY=VALUE", "help": "as for run"},
+    "--results-dir": {
+        "default": "results",
+        "help": "where runs/RUN_ID.json are (default: %(default)s)",
+    },
+    "--output-dir": {"help": "where the folders of runs are (default: as recorded)"},
+    "--json": {"action": "store_true", "help": "print JSON"},
+    "--config-dir": {
+        "action": "append",
+        "default": [],
+        "help": "a folder with more presets (repeatable)",
+    },
+    "--plugin": {
+        "action": "append",
+        "default": [],
+        "help": "a file that registers adapters or guards (repeatable)",
+    },
+}
+"""Arguments that several verbs take."""
+
+RUN = ("run", "--results-dir", "--output-dir", "--json")
+"""Those of a verb that works on a finished run."""
+
+CONFIGURATION = ("overrides", "--config-dir", "--plugin")
+"""Those of a verb that takes the words of ``run``."""
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are ours: one line, exit 64."""
+    """argparse whose errors are ours: one line, exit 64.
 
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(
-            message, f"gain_cl {self.prog}", f"see python -m gain_cl {self.prog} --help"
-        )
+    verb: as it is called; shared: names in SHARED; settings: as for argparse.
+    """
+
+    def __init__(self, verb: str, *shared: str, **settings: Any) -> None:
+        self.verb, self.known, self.overridden = verb, list[str](), "overrides" in shared
+        prog = f"python -m gain_cl {verb}"
+        super().__init__(prog, **{"allow_abbrev": False, **settings})
+        for name in shared:
+            self.add_argument(name, **SHARED[name])
+
+    def add_argument(self, *names: Any, **settings: Any) -> Any:
+        """Add an argument, and note its names."""
+        self.known += names
+        return super().add_argument(*names, **settings)
 
     def add_presets(self) -> None:
-        """Add --config-dir and --plugin, each repeatable."""
-        for flag, what in (
-            ("--config-dir", "a folder with more presets (repeatable)"),
-            ("--plugin", "a file that registers adapters or guards (repeatable)"),
-        ):
-            self.add_argument(flag, action="append", default=[], help=what)
+        """Add --config-dir and --plugin."""
+        for name in CONFIGURATION[1:]:
+            self.add_argument(name, **SHARED[name])
+
+    def read(self, argv: list[str]) -> Any:
+        """Return the arguments, in any order. KEY=VALUE is --KEY VALUE, unless it overrides a
+        setting of a run."""
+        if not self.overridden:
+            argv = [self._option(word) for word in argv]
+        return self.parse_intermixed_args(argv)
+
+    def _option(self, word: str) -> str:
+        key, equals, value = word.partition("=")
+        option = "--" + key.replace("_", "-")
+        return f"{option}={value}" if equals and option in self.known else word
+
+    def error(self, message: str) -> NoReturn:
+        do = f"see python -m gain_cl {self.verb} --help"
+        if unknown := re.match(r"unrecognized arguments: -*([\w-]+)", message):
+            do = suggest(unknown[1], [name.lstrip("-") for name in self.known], False) or do
+        raise ConfigError(message, f"gain_cl {self.verb}", do)
 
 
-def find_record(name: str, results_dir: Path) -> Path:
-    """The record that a path, a run id or the beginning of one means."""
+def find_record(name: str, results_dir: Path | str) -> Path:
+    """Return the record that a path, a run id or the beginning of one means."""
     if Path(name).is_file() or name.endswith(".json") or "/" in name:
         return Path(name)
-    folder = results_dir / "runs"
-    found = sorted(folder.glob(f"{glob.escape(name)}*.json"))
-    runs = {p.stem for p in found}
-    found = [
-        p for p in found if p.stem.rpartition("-alpha")[0] not in runs
-    ]  # a run before what was interpolated from it
-    if (exact := folder / f"{name}.json").stem in runs:
-        return exact
-    if len(found) != 1:
-        from gain_cl.errors import suggest
+    folder = Path(results_dir) / "runs"
+    found = {path.stem: path for path in sorted(folder.glob(f"{glob.escape(name)}*.json"))}
+    if name in found:
+        return found[name]
+    # a run goes before what was interpolated from it
+    runs = [path for stem, path in found.items() if stem.rpartition("-alpha")[0] not in found]
+    if len(runs) != 1:
+        what = f"{len(runs)} runs begin with {name!r}" if runs else f"no run {name!r}"
+        options = list(found) or [path.stem for path in folder.glob("*.json")]
+        do = suggest(name, options) or "give the path of a record"
+        raise ConfigError(what, str(folder), do)
+    return runs[0]
 
-        options = [p.stem for p in folder.glob("*.json")]
-        what = f"{len(found)} runs begin with {name!r}" if found else f"no run {name!r}"
-        raise ConfigError(
-            what,
-            str(folder),
-            suggest(name, [p.stem for p in found] or options) or "give the path of a record",
-        )
-    return found[0]
+
+def load_run(args: Any) -> Run:
+    """Return the finished run that the arguments name."""
+    from gain_cl.measure import record
+
+    return record.load(find_record(args.run, args.results_dir))
+
+
+def recorded_config(told: RunRecord, **update: Any) -> RunConfig:
+    """Return the settings of a record, some of them replaced. DataError: they are not those of this
+    version."""
+    from pydantic import ValidationError
+
+    from gain_cl.config.schema import RunConfig
+
+    try:
+        return RunConfig.model_validate({**told.config, **update})
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        do = "use the gain_cl that wrote the record"
+        raise DataError(f"config.{where}: {first['msg']}", told.run_id, do) from None
+
+
+def print_report(report: Any, as_json: bool, show: Callable[[Any], object]) -> int:
+    """Print a report as JSON, or by its own function. Return the exit code."""
+    if as_json:
+        print(json.dumps(report, indent=1, allow_nan=False), flush=True)
+    else:
+        show(report)
+    return 0
+
+
+def new_folder(folder: Path) -> Path:
+    """Return a folder that is not there, or empty. ConfigError: it is neither."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError("the folder is not empty", str(folder), "name another one")
+    return folder

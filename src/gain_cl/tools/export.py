@@ -1,107 +1,347 @@
-"""``python -m gain_cl export``: what a run has learned, as files that others load without
-gain_cl."""
+"""``python -m gain_cl export``: what a run has learned, as files that others load without gain_cl.
+
+to=peft: the adapter alone, in PEFT's format. to=merged: an ordinary transformers checkpoint, base
+weights and the saved fp32 state multiplied in fp32, never weights already merged, and rounded once.
+Importing this module imports neither torch nor peft.
+"""
 
 from __future__ import annotations
 
+import os
+import re
+import shutil
+import tempfile
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from gain_cl.errors import ConfigError
-from gain_cl.system.terminal import printable
-from gain_cl.tools.command import Parser, find_record
+from gain_cl import domains
+from gain_cl.config.schema import Full, Gain, RunConfig
+from gain_cl.errors import ConfigError, GainError, StorageError
+from gain_cl.measure import scoring
+from gain_cl.paper.table import say
+from gain_cl.system.files import write_all
+from gain_cl.tools.command import Parser, load_run, new_folder
+from gain_cl.tools.reopen import Reopened, absorb, stage_of
 
-KEYS = ("stage", "to", "dir", "dtype")
+if TYPE_CHECKING:
+    from gain_cl.adapters.base import Adapter
+    from gain_cl.measure.record import DomainScore, Run
+    from gain_cl.models.load import Loaded
+
+DTYPES = ("float32", "bfloat16", "float16")
+DOCUMENTS = 4
+"""Scored documents of each trained domain on which the merge is measured."""
+GAP = 1e-2
+"""Difference of a logit, as a share of the largest, beyond which folding in fp32 is no rounding."""
+
+
+@dataclass(frozen=True)
+class MergeError:
+    """Loss on the same tokens, in nats per token: of the unmerged model computing in dtype, and of
+    the merged weights rounded to dtype. why: it was not measured."""
+
+    dtype: str
+    unmerged: float = 0.0
+    merged: float = 0.0
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """folder: what was written. gap: by how much folding in fp32 moves the logits, as a share of
+    the largest (None: nothing can be merged). tokens: on which ``merge`` was measured."""
+
+    folder: Path
+    gap: float | None
+    merge: list[MergeError]
+    tokens: int = 0
 
 
 def main(argv: list[str]) -> int:
-    parser = Parser(
-        "export",
-        usage="python -m gain_cl export RUN to=peft|merged [stage=K] [dir=DIR] "
-        "[dtype=float32|bfloat16|float16]"
-        " [--results-dir DIR] [--output-dir DIR]",
-        description="Write the model after a stage: to=peft, the adapter in PEFT's format; "
-        "to=merged, an ordinary transformers checkpoint"
-        " (base weights times trained state in fp32, rounded once to dtype). With a model "
-        "card and the measured merge error.",
-    )
-    parser.add_argument("run", help="path of a record, or a run id (its beginning is enough)")
-    parser.add_argument(
-        "settings",
-        nargs="*",
-        metavar="KEY=VALUE",
-        help="stage (default: the last), to, dir (default: exports/...), dtype",
-    )
-    parser.add_argument(
-        "--results-dir", default="results", help="where runs/RUN_ID.json are (default: %(default)s)"
-    )
-    parser.add_argument("--output-dir", help="output_dir of the run (default: as recorded)")
-    args = parser.parse_intermixed_args(argv)
-    given = _settings(args.settings)
-    from gain_cl.compose import composition
-    from gain_cl.measure import record
-    from gain_cl.tools import exported
-
-    made = record.load(find_record(args.run, Path(args.results_dir))).record
-    composition.load_plugins(made.config["plugins"])
-    done = exported.export(
-        made, given["to"], given["dir"], given["stage"], args.output_dir, given["dtype"]
-    )
+    """Write the model after a stage, and print what was measured."""
+    about = "Write the model after a stage: to=peft, the adapter in PEFT's format; to=merged, an "
+    about += "ordinary transformers checkpoint. With a model card and the measured merge error."
+    parser = Parser("export", "run", "--results-dir", "--output-dir", description=about)
+    parser.add_argument("--to", choices=["peft", "merged"], required=True, help="to=peft|merged")
+    parser.add_argument("--stage", help="stage=K (default: the last)")
+    parser.add_argument("--dir", type=Path, help="dir=DIR, a new folder (default: exports/...)")
+    parser.add_argument("--dtype", choices=DTYPES, help="of to=merged (default: float32)")
+    args = parser.read(argv)
+    if args.to == "peft" and args.dtype:
+        raise ConfigError("dtype= with to=peft: an adapter is fp32", "export", "leave it out")
+    dtype = args.dtype or DTYPES[0]
+    done = export(load_run(args), args.to, args.dir, args.stage, args.output_dir, dtype)
     if done.gap is not None:
-        print(
-            f"folded against unfolded, fp32: {done.gap:.1e}, the largest relative difference "
-            "of a logit"
-        )
+        say(f"folded against unfolded, fp32: {done.gap:.1e} of the largest logit")
     for m in done.merge:
-        if m.difference is None:
-            print(f"merge error in {m.dtype}: not measured ({printable(m.why)})")
-        else:
-            print(
-                f"merge error in {m.dtype}: {m.difference:+.1e} nats per token, on "
-                f"{done.tokens:,} tokens"
-            )
-    print(f"{'adapter' if given['to'] == 'peft' else 'checkpoint'}: {done.folder}")
+        found = f"{m.merged - m.unmerged:+.1e} nats per token, on {done.tokens:,} tokens"
+        say(f"merge error in {m.dtype}: " + (f"not measured ({m.why})" if m.why else found))
+    say(f"{'adapter' if args.to == 'peft' else 'checkpoint'}: {done.folder}")
     return 0
 
 
-def _settings(words: list[str]) -> dict[str, Any]:
-    """stage=K to=... dir=... dtype=..., checked. ConfigError names the word that is wrong."""
-    from gain_cl.errors import suggest
+def export(
+    run: Run,
+    to: str,
+    folder: Path | None = None,
+    stage: int | None = None,
+    output_dir: str | None = None,
+    dtype: str = DTYPES[0],
+) -> Exported:
+    """Write the model after a stage (default: the last) into a new folder (default:
+    exports/RUN_ID-stageK-TO), with a model card that states the measured merge error.
 
-    given: dict[str, str] = {}
-    for word in words:
-        key, equals, value = word.partition("=")
-        if not equals or key not in KEYS:
-            raise ConfigError(
-                f"unknown setting {word!r}", "gain_cl export", suggest(key, list(KEYS))
-            )
-        if key in given:
-            raise ConfigError(f"{key}= is given twice", "gain_cl export", "give it once")
-        given[key] = value
-    for key, allowed in {
-        "to": ("peft", "merged"),
-        "dtype": ("float32", "bfloat16", "float16"),
-    }.items():
-        if key in given and given[key] not in allowed:
-            raise ConfigError(
-                f"{key}={given[key]}", "gain_cl export", f"use one of: {', '.join(allowed)}"
-            )
-    if "to" not in given:
-        raise ConfigError(
-            "to= is missing", "gain_cl export", "to=peft (the adapter) or to=merged (a whole model)"
-        )
-    if given["to"] == "peft" and "dtype" in given:
-        raise ConfigError(
-            "dtype= with to=peft: an adapter is fp32", "gain_cl export", "leave it out"
-        )
-    if not given.get("stage", "1").isdecimal() or not given.get("dir", "x"):
-        raise ConfigError(
-            f"stage={given.get('stage')} dir={given.get('dir')}",
-            "gain_cl export",
-            "stage is a number from 1, dir a folder",
-        )
-    return {
-        "to": given["to"],
-        "dir": Path(given["dir"]) if "dir" in given else None,
-        "stage": int(given["stage"][:9]) if "stage" in given else None,
-        "dtype": given.get("dtype", "float32"),
+    ConfigError: a stage that is not in the run, a folder that is not empty, a method that has no
+    such form. DataError: the state is gone or is not what was saved.
+    """
+    opened = Reopened(run, output_dir)
+    stage = stage_of(stage, opened.last)
+    folder = new_folder(folder or Path("exports") / f"{run.record.run_id}-stage{stage}-{to}")
+    possible(opened.config, to)
+    opened.saved(stage)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".tmp-{folder.name}-"))
+    try:
+        if to == "peft":
+            loaded, adapter = opened.tuned(opened.fp32, stage)
+            write_adapter(adapter, loaded, opened.config, work)
+            del loaded, adapter
+        done = _measured(opened, stage, folder, work, dtype if to == "merged" else "")
+        text = card(opened, stage, f"{to} {dtype}", done)
+        write_all({work / "README.md": text.encode()})
+        _publish(work, folder)
+    except OSError as error:
+        do = "free space or name another folder"
+        raise StorageError(f"cannot write: {error.strerror}", str(folder), do) from error
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return done
+
+
+def write_adapter(adapter: Adapter, loaded: Loaded, config: RunConfig, folder: Path) -> None:
+    """Write an attached adapter in PEFT's format into a new folder, without a card. ConfigError as
+    for ``export``."""
+    from gain_cl.adapters import portable
+
+    found = portable.adapter_files(adapter, loaded, *_base(config))
+    write_all({new_folder(folder) / name: data for name, data in found.items()})
+
+
+def possible(config: RunConfig, to: str) -> None:
+    """Raise ConfigError for what is known without torch to have no such form."""
+    adapter, packed = config.adapter, config.model.load_in
+    told = f"model.load_in={packed}: "
+    if packed and to == "merged":
+        what = "what was trained beside quantised weights is not merged into others"
+        raise ConfigError(told + what, "to=merged", "to=peft works, but for multiplicative_lora")
+    if packed and adapter.kind == "multiplicative_lora":
+        what = "W B of a LoRA would be of other weights than those it was trained with"
+        raise ConfigError(told + what, "to=peft", "train without model.load_in")
+    if to == "peft" and isinstance(adapter, Full):
+        what = f"adapter full (select={adapter.select})"
+    elif to == "peft" and isinstance(adapter, Gain) and adapter.basis == "random":
+        what = "gains in a random basis"
+    else:
+        return
+    raise ConfigError(f"{what} has no form in PEFT's format", "to=peft", "to=merged works")
+
+
+def _base(config: RunConfig) -> tuple[str, str | None]:
+    """Return (name, revision) of the base model: its hub id and commit where it has one, never a
+    folder of this machine."""
+    model = config.model
+    if model.path is None or model.revision is None or Path(model.path).expanduser().is_dir():
+        return model.name, None
+    return model.path, model.revision
+
+
+def _measured(run: Reopened, stage: int, folder: Path, work: Path, wanted: str) -> Exported:
+    """Measure the merge in every dtype, and write the merged model of the wanted one (empty: none)
+    into ``work``."""
+    import torch
+
+    if run.config.model.load_in is not None:
+        why = "nothing is merged into quantised weights"
+        return Exported(folder, None, [MergeError(dtype, why=why) for dtype in DTYPES])
+    gap, tokens, merge, weights = 0.0, 0, list[MergeError](), dict[str, Any]()
+    for dtype in DTYPES:
+        try:
+            loaded, adapter = run.tuned(run.fp32.model_copy(update={"dtype": dtype}), stage)
+            texts, why = _texts(run, loaded)
+            above = _score(run.config, loaded, texts)
+            if weights:
+                adapter.absorb()  # gives the parameters their names back
+                with torch.no_grad():
+                    for name, weight in loaded.model.named_parameters():
+                        weight.copy_(weights[name])
+            elif (gap := absorb(loaded, adapter)) <= GAP:
+                weights = dict(loaded.model.named_parameters())
+                tokens = above.tokens if above else 0
+            else:
+                what = f"folding the adapter moves the logits by {gap:.0e} of the largest"
+                raise ConfigError(
+                    f"{what}: it would be another model", "export", "its absorb is wrong"
+                )
+            if wanted == dtype:
+                _save(loaded, work)
+            below = _score(run.config, loaded, texts)
+        except (GainError, RuntimeError) as error:
+            # not every device computes in every dtype, and float16 overflows
+            if dtype in (DTYPES[0], wanted):
+                raise
+            above, below, why = None, None, str(error).split("\n")[0]
+        nats = (above.loss_nats, below.loss_nats) if above and below else (0.0, 0.0)
+        merge.append(MergeError(dtype, *nats, why))
+    return Exported(folder, gap, merge, tokens)
+
+
+def _texts(run: Reopened, loaded: Loaded) -> tuple[list[Any], str]:
+    """Return the trained domains, or why there are none: a record can be exported where its data is
+    not."""
+    pins, found = run.record.pins["domains"], []
+    try:
+        for name in run.record.trained:
+            text, reader = run.config.domains[name], (loaded.tokenizer, loaded.tokenizer_hash)
+            found.append(domains.prepare_domain(text, *reader, pins[name], loaded.prefix_id))
+    except GainError as error:
+        return [], error.what
+    return found, ""
+
+
+def _score(config: RunConfig, loaded: Loaded, texts: list[Any]) -> DomainScore | None:
+    """Return the sums over the first scored documents by the run's protocol, cut at eval.context
+    tokens."""
+    import pandas as pd
+
+    from gain_cl.measure import perplexity
+
+    if not texts:
+        return None
+    most, batch = config.eval, config.compute.eval_batch
+    window = min(most.window or most.context, most.context)
+    few = {"documents": min(DOCUMENTS, most.documents), "window": window}
+    few_of = most.model_copy(update=few)
+    rows = [scoring.score_domain(loaded, text, few_of, batch) for text in texts]
+    return perplexity.total(pd.concat(rows))
+
+
+def _save(loaded: Loaded, folder: Path) -> None:
+    """Write an ordinary transformers checkpoint. ConfigError: the folded model has parameters that
+    transformers, which builds it from its configuration, would not read."""
+    import torch
+    from safetensors import SafetensorError
+
+    net = loaded.model
+    with torch.device("meta"):
+        plain = {name for name, _ in type(net)(net.config).named_parameters()}
+    if other := sorted(plain ^ {name for name, _ in net.named_parameters()}):
+        kind = type(net).__name__
+        what = f"{other[0]} is not a parameter of both the folded model and a {kind} of its "
+        do = "an ordinary checkpoint cannot hold what this adapter learns"
+        raise ConfigError(f"{what}configuration", "to=merged", do)
+    net.config.use_cache = True
+    try:
+        net.save_pretrained(folder)
+        loaded.tokenizer.save_pretrained(folder)
+    except SafetensorError as error:
+        do = "free space or name another folder"
+        raise StorageError(f"cannot write: {error}", str(folder), do) from error
+
+
+def _publish(work: Path, folder: Path) -> None:
+    """Give the finished folder its name, readable as a new file of this user's is: mkdtemp and
+    safetensors make private ones."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in (work, *work.rglob("*")):
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
+    if folder.exists():
+        folder.rmdir()
+    work.rename(folder)
+
+
+# --- the model card -------------------------------------------------------------------------------
+
+
+def card(run: Reopened, stage: int, form: str, made: Exported) -> str:
+    """Return README.md of an export: what it is, how it was made, what was measured.
+
+    form: peft or merged, and the dtype.
+    """
+    r, c, (base, revision) = run.record, run.config, _base(run.config)
+    learned = {"joint": r.trained, "individual": r.trained[stage - 1 : stage]}.get(
+        r.regime, r.trained[:stage]
+    )
+    about, train = r.provenance, c.train
+    size = f"{train.tokens:,} tokens" if train.tokens else f"{train.steps:,} steps"
+    guard = c.guard.model_dump(mode="json") if c.guard.kind != "none" else {}
+    changed = " with changes" if about.get("dirty") else ""
+    facts = {
+        "form": form,
+        "run": f"{r.run_id}, stage {stage} of {run.last}",
+        "base model": f"{c.model.name}: {_words(r.pins['model'])}",
+        "its converted files": _words(r.pins.get("model_files") or {}),
+        "method": f"{r.method}: {_words(c.adapter.model_dump(mode='json'))}",
+        "begun from": _words(r.pins.get("init_from", {})),
+        "guard": _words(guard),
+        "learned, in order": f"{', '.join(learned)} ({r.regime}, handover={c.handover})",
+        "each stage": f"{size}, blocks of {train.block}, learning rate {train.lr:g}",
+        "trainable parameters": f"{r.trainable_parameters:,} of {r.total_parameters:,}",
+        "seed": str(r.seed),
+        "code": f"gain_cl {about.get('gain_cl')}, commit {about.get('commit')}{changed}",
+        "tainted": ", ".join(r.tainted),
     }
+    scores = []
+    for name in run.names:
+        found = [r.stages[k].domains.get(name) for k in (0, stage)]
+        scores.append([name, *(f"{x.perplexity:.4g}" if x else "not scored" for x in found)])
+    merge = []
+    for m in made.merge:
+        numbers = [f"{m.unmerged:.6f}", f"{m.merged:.6f}", f"{m.merged - m.unmerged:+.1e}"]
+        merge.append([m.dtype, *(["", "", f"not measured: {m.why}"] if m.why else numbers)])
+    head = {"library_name": "peft" if form.startswith("peft") else "transformers"}
+    if revision and re.fullmatch(r"[\w./-]+", base):
+        head["base_model"] = base
+    load = ['AutoModelForCausalLM.from_pretrained("THIS_FOLDER", dtype="auto")  # transformers']
+    if form.startswith("peft"):
+        at = f'"{base}", revision="{revision}"' if revision else '"BASE"'
+        load = [f"base = AutoModelForCausalLM.from_pretrained({at})  # transformers"]
+        load += ['PeftModel.from_pretrained(base, "THIS_FOLDER")  # peft']
+    lines = ["---", *(f"{key}: {value}" for key, value in head.items())]
+    lines += ["pipeline_tag: text-generation", "tags: [gain_cl, continual-learning]", "---", ""]
+    lines += [f"# {md(r.model)} after {md(', '.join(learned))}", ""]
+    lines += _table(["", ""], [[key, fact] for key, fact in facts.items() if fact])
+    lines += ["", "## Perplexity", "", f"Protocol {md(r.protocol)}, as the run recorded it.", ""]
+    lines += _table(["domain", "base", "after this stage"], scores)
+    lines += [
+        "",
+        "## Merge error",
+        "",
+        f"Mean loss in nats per token on {made.tokens:,} tokens: of",
+    ]
+    lines += [
+        "the unmerged model computing in a dtype, and of weights merged in float32 and rounded"
+    ]
+    lines += ["once to it.", "", *_table(["dtype", "unmerged", "merged", "difference"], merge), ""]
+    lines += ["## How to load it", "", *(f"    {line}" for line in load), ""]
+    if form.startswith("peft") and not revision:
+        lines += ["BASE is a folder with the base model: `python -m gain_cl prepare` fetches it."]
+    return "\n".join(lines) + "\n"
+
+
+def _table(heads: list[str], rows: list[list[str]]) -> list[str]:
+    """Return the lines of a Markdown table."""
+    cells = [heads, ["---"] * len(heads), *([md(cell) for cell in row] for row in rows)]
+    return [f"| {' | '.join(row)} |" for row in cells]
+
+
+def md(text: object) -> str:
+    """Return text from elsewhere on one line of Markdown, every character that means something
+    there escaped."""
+    line = "".join(c if c.isprintable() else " " for c in " ".join(str(text).split()))
+    return re.sub(r"([\\`*_{}\[\]<>()#+!|~&$])", r"\\\1", line)
+
+
+def _words(settings: dict[str, Any]) -> str:
+    return ", ".join(f"{k}={v}" for k, v in settings.items() if v is not None)

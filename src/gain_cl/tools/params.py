@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import json
 import re
 import warnings
 from collections.abc import Iterable
@@ -18,7 +17,7 @@ from gain_cl.compose import composition
 from gain_cl.config import presets
 from gain_cl.config.schema import ADAPTERS, Adapter, Given, Model, Peft
 from gain_cl.errors import ConfigError, GainError, suggest
-from gain_cl.tools.command import Parser
+from gain_cl.tools.command import Parser, print_report
 
 if TYPE_CHECKING:
     from gain_cl.models.load import Loaded
@@ -30,23 +29,12 @@ none}}"""
 
 def main(argv: list[str]) -> int:
     """Print the table, or JSON."""
-    parser = Parser(
-        "params",
-        usage="python -m gain_cl params [model=A,B] [method=A,B] [--json] [--config-dir DIR] "
-        "[--plugin FILE.py]",
-        description="Trainable parameters of models and methods, counted on the meta device from "
-        "the presets.",
-    )
+    about = "Trainable parameters of models and methods, counted without weights from the presets."
+    parser = Parser("params", "--json", "--config-dir", "--plugin", description=about)
     parser.add_argument("filters", nargs="*", metavar="model=A,B method=A,B", help="only these")
-    parser.add_argument("--json", action="store_true", help="print JSON: model -> {total, methods}")
-    parser.add_presets()
-    args = parser.parse_intermixed_args(argv)
+    args = parser.read(argv)
     table = count(args.filters, args.config_dir, args.plugin)
-    if args.json:
-        print(json.dumps(table, indent=1, allow_nan=False))
-    else:
-        print_counts(table)
-    return 0
+    return print_report(table, args.json, print_counts)
 
 
 def count(

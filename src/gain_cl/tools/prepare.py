@@ -7,105 +7,76 @@ tokenizers do.
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import asdict
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
-from rich.text import Text
-
-from gain_cl import domains as domains_
+from gain_cl import domains as texts
 from gain_cl.compose import checks, composition
 from gain_cl.config.schema import RunConfig
 from gain_cl.domains import Domain, overlap
 from gain_cl.domains.domain import SplitName
+from gain_cl.errors import printable
 from gain_cl.measure import tasks
 from gain_cl.models import load, source
-from gain_cl.runs import plan as plan_
+from gain_cl.paper.table import Row, Table, print_table, say
+from gain_cl.runs import plan as runs
 from gain_cl.system import hashes, signals
-from gain_cl.system.terminal import console, printable
-from gain_cl.tools.command import Parser
+from gain_cl.tools.command import CONFIGURATION, Parser, print_report
 
 SPLITS: tuple[SplitName, ...] = ("train", "dev", "test")
 WORST = 5
-"""Near duplicates and shared items that are printed one by one; --json lists all."""
+"""Near duplicates and shared items that are printed; --json lists all."""
 
 Report = dict[str, Any]
 
 
 def main(argv: list[str]) -> int:
-    """Print the report; DataError (exit 65) when a run could not use the data."""
-    parser = Parser(
-        "prepare",
-        usage="python -m gain_cl prepare [GROUP=NAME] [KEY=VALUE] [--config-dir DIR] [--plugin "
-        "FILE.py] [--json]",
-        description="Fetch, tokenise and check the model, domains and tasks of a run (same "
-        "overrides as run), and report what they share.",
-    )
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as for run")
-    parser.add_presets()
-    parser.add_argument(
-        "--json",
-        action="store_true",
-        help="print the report as JSON, with every pair that was found",
-    )
-    args = parser.parse_intermixed_args(argv)
+    """Print the report. DataError (exit 65): a run could not use the data."""
+    about = "Fetch, tokenise and check the model, domains and tasks of a run (same overrides as "
+    about += "run), and report what they share."
+    parser = Parser("prepare", *CONFIGURATION, "--json", description=about)
+    args = parser.read(argv)
     config = composition.compose(args.overrides, args.config_dir, args.plugin)
     with signals.listening():
         report = examine(config)
-    if args.json:
-        print(json.dumps(report, indent=1, allow_nan=False))
-    else:
-        render(report)
-    return 0
+    return print_report(report, args.json, render)
 
 
 def examine(config: RunConfig) -> Report:
-    """The report, as plain values; its steps are told on stderr as they begin."""
-    plan = plan_.prepare(config)
-    checks.inputs(
-        config
-    )  # what is wrong with local text or a model's files shows before torch is imported
+    """Return the report as plain values. Its steps are told on stderr as they begin."""
+    plan = runs.prepare(config)
+    # what is wrong with local text or a model's files shows before torch is imported
+    checks.inputs(config)
     names, trained = [*config.sequence.trained, *config.sequence.controls], config.sequence.trained
-    _say(f"{config.model.name}: files and tokenizer")
+    _tell(f"{config.model.name}: files and tokenizer")
     folder = source.locate_model(config.model)
-    checks.limits(
-        config, source.read_config(folder) if folder is not None else config.model.arch or {}
-    )
+    arch = config.model.arch or {} if folder is None else source.read_config(folder)
+    checks.limits(config, arch)
     tokenizer, tokenizer_hash = load.load_tokenizer(config.model)
     rows = load.vocabulary(config.model)
     prefix_id, _ = load.special_tokens(config.model, tokenizer, rows)
     domains: dict[str, Domain] = {}
     for number, name in enumerate(names, start=1):
         signals.poll()
-        _say(f"{name}: text and tokens ({number} of {len(names)})")
-        domains[name] = domains_.prepare_domain(
-            config.domains[name], tokenizer, tokenizer_hash, plan.pins["domains"][name], prefix_id
-        )
-    warnings = domains_.check_domains(domains, config.train, config.eval, rows, config.only_scored)
-    _say("near duplicates of scored documents in training text")
+        _tell(f"{name}: text and tokens ({number} of {len(names)})")
+        given, pin = config.domains[name], plan.pins["domains"][name]
+        domains[name] = texts.prepare_domain(given, tokenizer, tokenizer_hash, pin, prefix_id)
+    warnings = texts.check_domains(domains, config.train, config.eval, rows, config.only_scored)
+    _tell("near duplicates of scored documents in training text")
     near = overlap.near_duplicates(domains, trained)
     shared: list[overlap.Shared] = []
     if config.tasks.names:
-        _say(f"{', '.join(config.tasks.names)}: items, and what they share with training text")
-        shared = overlap.benchmark(
-            domains, trained, tasks.texts(tasks.TaskSet(config.tasks, tokenizer))
-        )
+        _tell(f"{', '.join(config.tasks.names)}: items, and what they share with training text")
+        items = tasks.texts(tasks.TaskSet(config.tasks, tokenizer))
+        shared = overlap.benchmark(domains, trained, items)
     signals.poll()
+    model = {"name": config.model.name, **plan.pins["model"], "tokenizer": tokenizer_hash}
     return {
         "run": {"id": plan.run_id, "finished": plan.finished, "record": str(plan.record_path)},
         "uses": _uses(config),
-        "model": {
-            "name": config.model.name,
-            **plan.pins["model"],
-            "tokenizer": tokenizer_hash,
-            "embedding_rows": rows,
-        },
-        "domains": {
-            name: _domain(config, domains[name], plan.pins["domains"][name]) for name in names
-        },
+        "model": {**model, "embedding_rows": rows},
+        "domains": {n: _domain(config, domains[n], plan.pins["domains"][n]) for n in names},
         "tasks": plan.pins["tasks"],
         "eval": {"split": config.eval.split, "documents": config.eval.documents},
         "near_duplicates": [asdict(n) for n in near],
@@ -116,7 +87,8 @@ def examine(config: RunConfig) -> Report:
 
 
 def _domain(config: RunConfig, domain: Domain, pin: dict[str, Any]) -> Report:
-    trained = domain.name in config.sequence.trained
+    trained, train = domain.name in config.sequence.trained, config.train
+    share = train.stage_steps * train.batch_tokens / domain.n_tokens("train")
     return {
         "trained": trained,
         "documents": {split: domain.n_documents(split) for split in SPLITS},
@@ -124,11 +96,7 @@ def _domain(config: RunConfig, domain: Domain, pin: dict[str, Any]) -> Report:
         "prompt_tokens": {split: domain.n_prompt_tokens(split) for split in SPLITS},
         "bytes": {split: domain.n_bytes(split) for split in SPLITS},
         "split_sha256": {split: domain.split_hash(split) for split in SPLITS},
-        "learned_share": config.train.stage_steps
-        * config.train.batch_tokens
-        / domain.n_tokens("train")
-        if trained
-        else 0.0,
+        "learned_share": share if trained else 0.0,
         "hash": domain.hash,
         "pin": pin,
         "licence": config.domains[domain.name].licence,
@@ -136,26 +104,23 @@ def _domain(config: RunConfig, domain: Domain, pin: dict[str, Any]) -> Report:
 
 
 def _uses(config: RunConfig) -> list[str]:
-    """What a run of this configuration does, in words."""
-    stages, train, evaluation = len(config.sequence.trained), config.train, config.eval
-    tokens = train.stage_steps * train.batch_tokens
-    window = f"the first {evaluation.window} tokens" if evaluation.window else "all tokens"
-    documents = (
-        f"{evaluation.documents} {evaluation.split} documents of "
-        f"{stages + len(config.sequence.controls)} domains"
-    )
+    """Say what a run of this configuration does."""
+    train, asked, stages = config.train, config.eval, len(config.sequence.trained)
+    window = f"the first {asked.window} tokens" if asked.window else "all tokens"
+    every = stages + len(config.sequence.controls)
     lines = [
-        f"learns {stages} domains, {tokens:,} tokens each: {train.stage_steps} steps of "
-        f"{train.batch_tokens} tokens",
-        f"scores {window} of {documents}, {stages + 1} times",
+        f"learns {stages} domains, {train.stage_steps * train.batch_tokens:,} tokens each: "
+        f"{train.stage_steps} steps of {train.batch_tokens} tokens",
+        f"scores {window} of {asked.documents} {asked.split} documents of {every} domains, "
+        f"{stages + 1} times",
     ]
-    if config.tasks.names:
+    if names := ", ".join(config.tasks.names):
         times = sum(tasks.due(config.tasks.stages, index, stages) for index in range(stages + 1))
-        lines.append(f"scores {', '.join(config.tasks.names)}, {times} times")
+        lines.append(f"scores {names}, {times} times")
     return lines
 
 
-def _say(text: str) -> None:
+def _tell(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
@@ -163,158 +128,50 @@ def _say(text: str) -> None:
 
 
 def render(report: Report) -> None:
-    """Print the report; the last line sums it up."""
-    out = console()
-
-    def say(text: str = "", style: str = "") -> None:
-        out.print(Text(printable(text)), style=style)
-
-    def table(head: list[str], rows: list[list[str]], left: int = 1) -> None:
-        """left: how many columns are words, which come first."""
-        view = Table(box=SIMPLE_HEAD, pad_edge=False)
-        for i, name in enumerate(head):
-            view.add_column(name, justify="left" if i < left else "right", overflow="fold")
-        for row in rows:
-            view.add_row(*(Text(printable(cell)) for cell in row))
-        out.print(view)
-
-    domains = report["domains"]
-    say("Domains (train / dev / test)", "bold")
-    table(
-        ["domain", "documents", "tokens", "MB", "learned"],
-        [
-            [
-                name if d["trained"] else f"{name} (control)",
-                " / ".join(f"{d['documents'][s]:,}" for s in SPLITS),
-                " / ".join(f"{d['tokens'][s]:,}" for s in SPLITS),
-                " / ".join(f"{d['bytes'][s] / 1e6:.1f}" for s in SPLITS),
-                f"{d['learned_share']:.1%}" if d["trained"] else "-",
-            ]
-            for name, d in domains.items()
-        ],
-    )
+    """Print the report. The last line sums it up."""
+    domains, run = report["domains"], report["run"]
+    rows, sources, notes = [], [], []
     for name, d in domains.items():
-        if of := sum(d["prompt_tokens"].values()):
-            share = of / sum(d["tokens"].values())
-            say(
-                f"  {name}: instruction data, {share:.0%} of the tokens are prompts, read and not "
-                "scored; MB are completions"
-            )
-    say("Sources", "bold")
-    table(
-        ["domain", "tokens' hash", "source as pinned", "licence"],
-        [[name, d["hash"][:12], _source(d["pin"]), d["licence"]] for name, d in domains.items()],
-        left=4,
-    )
-    _near(report, say, table)
-    _benchmark(report, say, table)
+        documents, tokens = (
+            " / ".join(f"{d[of][s]:,}" for s in SPLITS) for of in ("documents", "tokens")
+        )
+        size = " / ".join(f"{d['bytes'][s] / 1e6:.1f}" for s in SPLITS)
+        label, share = (
+            (name, f"{d['learned_share']:.1%}") if d["trained"] else (f"{name} (control)", None)
+        )
+        rows.append(Row([label, documents, tokens, size, share]))
+        sources.append(Row([name, d["hash"][:12], _source(d["pin"]), d["licence"]]))
+        if prompts := sum(d["prompt_tokens"].values()):
+            of = f"{prompts / sum(d['tokens'].values()):.0%} of the tokens are prompts"
+            notes.append(f"{name}: instruction data, {of}, read and not scored; MB are completions")
+    heads = ["domain", "documents", "tokens", "MB", "learned"]
+    print_table(Table("domains", "Domains (train / dev / test)", heads, rows, notes))
+    heads = ["domain", "tokens' hash", "source as pinned", "licence"]
+    print_table(Table("sources", "Sources", heads, sources))
     for note in report["notes"]:
-        say(f"note: {note}")
-    if report["notes"]:
-        say()
-    state = (
-        f"finished: {report['run']['record']}" if report["run"]["finished"] else "not finished yet"
-    )
-    say(f"Run {report['run']['id']} ({state})", "bold")
+        say(f"note: {printable(note)}")
+    pairs = [
+        f"{p['share']:.2f}  {p['domain']} {p['split']} {p['document']}: {p['in_domain']} train "
+        f"{p['in_document']}"
+        for p in report["near_duplicates"]
+    ]
+    for shared in report["benchmark_overlap"]:
+        where = f"{shared['domain']} train"
+        pairs += [f"{shared['task']} {i}: {where} {d}" for i, d in shared["found"].items()]
+    for pair in pairs[:WORST]:
+        say(f"  {printable(pair)}")
+    if len(pairs) > WORST:
+        say(f"  and others: {len(pairs):,} in all; --json lists them")
+    state = f"finished: {run['record']}" if run["finished"] else "not finished yet"
+    say(f"Run {run['id']} ({state})", "bold")
     for line in report["uses"]:
         say(f"  {line}")
-    say()
-    tokens = sum(sum(d["tokens"].values()) for d in domains.values())
-    print(
-        f"prepared: {len(domains)} domains, {tokens:,} tokens, cache {printable(report['cache'])}",
-        flush=True,
-    )
+    count = sum(sum(d["tokens"].values()) for d in domains.values())
+    say(f"prepared: {len(domains)} domains, {count:,} tokens, cache {report['cache']}")
 
 
 def _source(pin: dict[str, Any]) -> str:
-    if pin["kind"] == "package":
-        kind, sha = (
-            ("sha256", pin["sha256"])
-            if "sha256" in pin
-            else ("sha256 of its member", pin["members_sha256"])
-        )
-        return f"{pin['package']}, {kind} {sha[:12]}"
-    if pin["kind"] == "hub":
-        return f"{pin['path']} at {pin['revision'][:12]}"
-    return (
-        f"files, sha256 {pin['sha256'][:12]}"
-        if pin["kind"] == "files"
-        else f"generated, seed {pin['seed']}"
-    )
-
-
-def _near(report: Report, say: Any, table: Any) -> None:
-    pairs, split, count = (
-        report["near_duplicates"],
-        report["eval"]["split"],
-        report["eval"]["documents"],
-    )
-    say(
-        f"Near duplicates: {overlap.NEAR_SHARE:.0%} or more of the {overlap.NEAR_WORDS}-grams "
-        "of a document are in one training document",
-        "bold",
-    )
-    rows = []
-    for name in dict.fromkeys(p["domain"] for p in pairs):
-        own = [p for p in pairs if p["domain"] == name]
-        scored = {p["document"] for p in own if p["split"] == split and p["place"] < count}
-        held_out = sum(report["domains"][name]["documents"][s] for s in ("dev", "test"))
-        found = len({p["document"] for p in own})
-        where = ", ".join(dict.fromkeys(p["in_domain"] for p in own))
-        rows.append(
-            [
-                name,
-                where,
-                f"{len(scored)} of {count}",
-                f"{found} of {held_out:,}",
-                f"{own[0]['share']:.2f}",
-            ]
-        )
-    if not rows:
-        say("  none")
-        say()
-        return
-    table(
-        ["domain", "in training text of", "scored documents", "test and dev documents", "worst"],
-        rows,
-        left=2,
-    )
-    for p in pairs[:WORST]:
-        say(
-            f"  {p['share']:.2f}  {p['domain']} {p['split']} {p['document']}: {p['in_domain']} "
-            f"train {p['in_document']}"
-        )
-    if len(pairs) > WORST:
-        say(f"  ... {len(pairs):,} pairs in all; --json lists them")
-    say()
-
-
-def _benchmark(report: Report, say: Any, table: Any) -> None:
-    shared = report["benchmark_overlap"]
-    if not shared:
-        return
-    say(f"Task items that share a {overlap.BENCHMARK_WORDS}-gram with a training document", "bold")
-    rows = []
-    for task in dict.fromkeys(s["task"] for s in shared):
-        own = [s for s in shared if s["task"] == task]
-        hits = {s["domain"]: len(s["found"]) for s in own if s["found"]}
-        count = len({item for s in own for item in s["found"]})
-        where = ", ".join(f"{domain} {n}" for domain, n in hits.items()) or "-"
-        rows.append(
-            [task, where, f"{count:,}", f"{own[0]['long_enough']:,}", f"{own[0]['items']:,}"]
-        )
-    table(
-        ["task", "by domain", "share one", f"have {overlap.BENCHMARK_WORDS} words", "items"],
-        rows,
-        left=2,
-    )
-    examples = [
-        (s["task"], item, s["domain"], document)
-        for s in shared
-        for item, document in s["found"].items()
-    ]
-    for task, item, domain, document in examples[:WORST]:
-        say(f"  {task} {item}: {domain} train {document}")
-    if len(examples) > WORST:
-        say(f"  ... {len(examples):,} in all; --json lists them")
-    say()
+    """Say in a few words what identifies a text."""
+    name = pin.get("package") or pin.get("path") or pin["kind"]
+    keys = ("sha256", "members_sha256", "revision", "seed")
+    return ", ".join([name, *(f"{key} {str(pin[key])[:12]}" for key in keys if key in pin)])

@@ -9,7 +9,7 @@ gives the same model, which the verb says instead of computing it.
 
 from __future__ import annotations
 
-import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,10 @@ import numpy as np
 
 from gain_cl.config.schema import Gain
 from gain_cl.errors import ConfigError, DataError, suggest
-from gain_cl.tools import rescore
+from gain_cl.paper.table import say
+from gain_cl.stats import format
+from gain_cl.tools import reopen
+from gain_cl.tools.command import RUN, Parser, load_run, new_folder, print_report
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,67 +29,49 @@ if TYPE_CHECKING:
 def main(argv: list[str]) -> int:
     """Print perplexity of the recombined model beside the run's, and what each stage contributes to
     each domain."""
-    parser = rescore.arguments(
-        "recombine",
-        "[--drop A,B] [--scale A=0.5,B=2] [--order A,B,C] [--no-contributions] [--to DIR]",
-        "Multiply the gains of a run's stages anew, with stages left out, weighted or "
-        "reordered; no training.",
+    about = (
+        "Multiply the gains of a run's stages anew, with stages left out, weighted or reordered."
     )
-    parser.add_argument("--drop", default="", help="stages to leave out, by domain")
-    parser.add_argument(
-        "--scale", default="", help="powers of stages: medicine=0.5 (1 keeps, 0 drops, -1 undoes)"
-    )
-    parser.add_argument(
-        "--order",
-        default="",
-        help="the stages in another order (which changes nothing, as is told)",
-    )
-    parser.add_argument(
-        "--no-contributions",
-        action="store_true",
-        help="skip what each stage contributes (one scoring a stage)",
-    )
-    parser.add_argument(
-        "--to", help="write the recombined gains as a PEFT adapter into this new folder"
-    )
-    args = parser.parse_args(argv)
-    bench = rescore.bench(args)
-    weights = _weights(args, bench)
+    parser = Parser("recombine", *RUN, description=about)
+    parser.add_argument("--drop", default="", help="stages to leave out, by domain: law,medicine")
+    scale = "powers of stages: medicine=0.5 (1 keeps, 0 drops, -1 undoes)"
+    parser.add_argument("--scale", default="", help=scale)
+    order = "the stages in another order (which changes nothing, as is told)"
+    parser.add_argument("--order", default="", help=order)
+    skip = "skip what each stage contributes (one scoring a stage)"
+    parser.add_argument("--no-contributions", action="store_true", help=skip)
+    to = "write the recombined gains as a PEFT adapter into this new folder"
+    parser.add_argument("--to", help=to)
+    args = parser.read(argv)
+    run = reopen.Reopened(load_run(args), args.output_dir)
+    weights = _weights(args, run)
     kept = [name for name, w in weights.items() if w]
-    contributions = not args.no_contributions and len(kept) > 1
+    contributors = [] if args.no_contributions or len(kept) < 2 else kept
     try:
-        report = _recombine(bench, weights, kept if contributions else [], args.to)
+        report = _recombine(run, weights, contributors, args.to)
     finally:
-        bench.close()
-    if args.json:
-        print(json.dumps(report, indent=1, allow_nan=False))
-    else:
-        _show(report, bench, weights, args.order)
-    return 0
+        run.close()
+    return print_report(report, args.json, lambda told: _show(told, args.order))
 
 
-def _weights(args: Any, bench: rescore.Bench) -> dict[str, float]:
-    """Domain -> power of its stage. ConfigError for runs without gains and names that are no
+def _weights(args: Any, run: reopen.Reopened) -> dict[str, float]:
+    """Return domain -> power of its stage. ConfigError: a run without gains, a name that is no
     stage."""
-    config, stages = bench.config, bench.record.trained
+    config, stages, run_id = run.config, run.record.trained, run.record.run_id
     if not isinstance(config.adapter, Gain):
-        raise ConfigError(
-            f"method {config.method} has no gains, which alone multiply",
-            bench.record.run_id,
-            "use it on a gain_... run",
-        )
-    if bench.record.config["adapter"].get("init_from"):
+        what = f"method {config.method} has no gains, which alone multiply"
+        raise ConfigError(what, run_id, "use it on a gain_... run")
+    if run.record.config["adapter"].get("init_from"):
         what = "the run began from another adapter, which would count as part of its first stage"
-        raise ConfigError(what, bench.record.run_id, "recombine a run without adapter.init_from")
+        raise ConfigError(what, run_id, "recombine a run without adapter.init_from")
+    if run.record.regime != "sequential":
+        what = f"the run is {run.record.regime}: it has no stages one after the other"
+        raise ConfigError(what, run_id, "use it on a sequential run")
     if args.to is not None:
-        from gain_cl.tools import exported
+        from gain_cl.tools import export
 
-        exported.possible(config, "peft")
-        if (folder := Path(args.to)).exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise ConfigError("the folder is not empty", str(folder), "name another one with --to")
-    if bench.record.regime != "sequential":
-        what = f"the run is {bench.record.regime}: it has no stages one after the other"
-        raise ConfigError(what, bench.record.run_id, "use it on a sequential run")
+        export.possible(config, "peft")
+        new_folder(Path(args.to))
     weights = dict.fromkeys(stages, 1.0)
     for name in filter(None, args.drop.split(",")):
         weights[_known(name, stages, "--drop")] = 0.0
@@ -96,15 +81,15 @@ def _weights(args: Any, bench: rescore.Bench) -> dict[str, float]:
             raise ConfigError(f"{part!r} has no value", "--scale", "write --scale DOMAIN=0.5")
         if weights[_known(name, stages, "--scale")] == 0:
             raise ConfigError(f"{name} is dropped and scaled", "--scale", "name it once")
-        weights[name] = rescore.number(value, "--scale")
+        weights[name] = reopen.number(value, "--scale")
     if args.order:
         order = [_known(name, stages, "--order") for name in args.order.split(",")]
         if sorted(order) != sorted(name for name, w in weights.items() if w):
-            raise ConfigError(
+            what, do = (
                 "the order is not one of the stages that are kept",
-                "--order",
                 "name each once, and none that is dropped",
             )
+            raise ConfigError(what, "--order", do)
     return weights
 
 
@@ -115,117 +100,83 @@ def _known(name: str, stages: list[str], where: str) -> str:
 
 
 def factors(states: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
-    """f_k = S_k / S_{k-1} of every stage, float64, by layer. states: trained states after stages 1
-    .. T, each {layer: delta} and, after handover=restart, {layer.past: what was frozen}: S = past *
-    (1 + delta), or 1 + delta."""
-    import torch
+    """Return f_k = S_k / S_{k-1} of every stage, float64, by layer.
 
+    states: trained states after stages 1 .. T, each {layer: delta} and, after handover=restart,
+    {layer.past: what was frozen}: S = past * (1 + delta), or 1 + delta. DataError: a gain is 0.
+    """
     found: list[dict[str, Tensor]] = []
     before: dict[str, Tensor] = {}
     for state in states:
-        deltas = {name: t for name, t in state.items() if not name.endswith(".past")}
-        in_fp32 = {
-            name: 1 + d if f"{name}.past" not in state else state[f"{name}.past"] * (1 + d)
-            for name, d in deltas.items()
-        }
-        s = {
-            name: t.double() for name, t in in_fp32.items()
-        }  # multiplied in fp32, as the run did: bit for bit its gains
-        if any((t == 0).any() for t in s.values()):
-            raise DataError(
-                "a gain is exactly 0: what came before it cannot be told",
-                "stages",
-                "lower train.lr",
-            )
-        found.append({name: t / before.get(name, torch.ones_like(t)) for name, t in s.items()})
+        s = {}
+        for name in [name for name in state if not name.endswith(".past")]:
+            past = state.get(f"{name}.past", 1)
+            s[name] = (past * (1 + state[name])).double()  # in fp32, as the run did: bit for bit
+            if (s[name] == 0).any():
+                what = "a gain is exactly 0: what came before it cannot be told"
+                raise DataError(what, name, "lower train.lr")
+        found.append({name: t / before.get(name, 1) for name, t in s.items()})
         before = s
     return found
 
 
-def product(parts: list[dict[str, Tensor]], powers: list[float]) -> dict[str, Tensor]:
-    """delta = prod f_k^w_k - 1 by layer, fp32. DataError: a broken power of a negative factor is no
-    number."""
-    import torch
-
-    total = {name: torch.ones_like(t) for name, t in parts[0].items()}
+def product(parts: list[dict[str, Tensor]], powers: Iterable[float]) -> dict[str, Tensor]:
+    """Return delta = prod f_k^w_k - 1 by layer, fp32. DataError: a broken power of a negative
+    factor is no number."""
+    total: dict[str, Any] = dict.fromkeys(parts[0], 1)
     for part, power in zip(parts, powers, strict=True):
         for name, f in part.items():
             if power != int(power) and (f < 0).any():
-                raise DataError(
-                    f"a stage turned the sign of a gain of {name}", "--scale", "use whole powers"
-                )
+                what = f"a stage turned the sign of a gain of {name}"
+                raise DataError(what, "--scale", "use whole powers")
             total[name] = total[name] * f**power
     return {name: (t - 1).float() for name, t in total.items()}
 
 
 def _recombine(
-    bench: rescore.Bench, weights: dict[str, float], contributors: list[str], to: str | None
+    run: reopen.Reopened, weights: dict[str, float], contributors: list[str], to: str | None
 ) -> dict[str, Any]:
-    parts = factors([bench.state(k) for k in range(1, len(weights) + 1)])
-    bench.open(rows=1 + len(contributors))
-    adapter = bench.attach(bench.loaded)
+    parts = factors([run.state(k) for k in range(1, run.last + 1)])
+    run.open(rows=1 + len(contributors))
+    adapter = run.attach(run.loaded)
 
     def score_D(powers: dict[str, float]) -> np.ndarray:
-        delta = product(parts, list(powers.values()))
+        delta = product(parts, powers.values())
         adapter.load_state(delta)
-        return bench.score_D(delta)
+        return run.score_D(delta)
 
-    losses_D = score_D(weights)
     left_out = {name: score_D({**weights, name: 0.0}) for name in contributors}
+    losses_D = score_D(weights)
     if to is not None:
-        from gain_cl.tools import exported
+        from gain_cl.tools import export
 
-        adapter.load_state(product(parts, list(weights.values())))
-        exported.adapter_alone(adapter, bench.loaded, bench.config, Path(to))
-    recorded = bench.record.losses()
+        export.write_adapter(adapter, run.loaded, run.config, Path(to))
+    recorded = run.record.losses()
+    loss = {"pretrained": recorded[0], "run": recorded[-1], "recombined": losses_D}
     return {
-        "run_id": bench.record.run_id,
-        "protocol": bench.record.protocol,
+        "run_id": run.record.run_id,
+        "protocol": run.record.protocol,
         "weights": weights,
-        "domains": bench.names,
-        "loss_nats": {
-            "pretrained": recorded[0].tolist(),
-            "run": recorded[-1].tolist(),
-            "recombined": losses_D.tolist(),
-        },
+        "domains": run.names,
+        "loss_nats": {name: row.tolist() for name, row in loss.items()},
         "contribution_nats": {name: (x - losses_D).tolist() for name, x in left_out.items()},
         "adapter": to,
     }
 
 
-def _show(
-    report: dict[str, Any], bench: rescore.Bench, weights: dict[str, float], order: str
-) -> None:
-    loss = {key: np.array(values) for key, values in report["loss_nats"].items()}
-    chosen = (
-        " ".join(f"{name}^{w:g}" if w != 1 else name for name, w in weights.items() if w)
-        or "nothing"
-    )
-    rows = [
-        ("pretrained", loss["pretrained"]),
-        ("the run", loss["run"]),
-        ("recombined", loss["recombined"]),
-    ]
-    rescore.show(f"Perplexity of {chosen}", bench.names, rows, rescore.perplexity, [])
-    change = [
-        ("% against pretrained", loss["recombined"] - loss["pretrained"]),
-        ("% against the run", loss["recombined"] - loss["run"]),
-    ]
-    rescore.show("Change of perplexity (below 0: better)", bench.names, change, rescore.percent, [])
-    if report["contribution_nats"]:
-        rows = [(f"without {name}", np.array(x)) for name, x in report["contribution_nats"].items()]
-        notes = ["above 0: the stage helps the domain; below 0: it hurts it"]
-        rescore.show(
-            "Change of perplexity when a stage is left out, %",
-            bench.names,
-            rows,
-            rescore.percent,
-            notes,
-        )
+def _show(report: dict[str, Any], order: str) -> None:
+    powers = {name: "" if w == 1 else f"^{w:g}" for name, w in report["weights"].items() if w}
+    chosen = " ".join(f"{name}{power}" for name, power in powers.items()) or "nothing"
+    loss, names = report["loss_nats"], report["domains"]
+    reopen.show(f"Perplexity of {chosen}", names, loss, write=format.perplexity)
+    against = ("pretrained", "run")
+    change = {f"against {of}": np.subtract(loss["recombined"], loss[of]) for of in against}
+    reopen.show("Change of perplexity, % (below 0: better)", names, change)
+    if left_out := report["contribution_nats"]:
+        rows = {f"without {name}": row for name, row in left_out.items()}
+        note = "above 0: the stage helps the domain; below 0: it hurts it"
+        reopen.show("Change of perplexity when a stage is left out, %", names, rows, note)
     if order:
-        print(
-            f"order {order}: products of diagonal gains commute, so every order of these stages "
-            "is the same model"
-        )
+        say(f"order {order}: gains commute, so every order of these stages is the same model")
     if report["adapter"]:
-        print(f"PEFT adapter: {report['adapter']}")
+        say(f"PEFT adapter: {report['adapter']}")
