@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from conftest import HELPERS
-from gain_cl.tools.verify_resume import EVIDENCE
+from gain_cl.tools.verify_resume import EVIDENCE, evidence  # noqa: F401 (for the fault tests)
 
 SMOKE = (
     "debug=smoke",
