@@ -241,3 +241,33 @@ def test_the_rates_in_the_lab_book_are_their_records() -> None:
             f"| {cell.method} | {rate} | {' | '.join(words)} | {loss[2, 0] - loss[1, 0]:+.3f} |"
             in log
         )
+
+
+def test_the_guard_of_extending_keeps_its_past(documented: Path) -> None:
+    """What it remembers is in its state, as a resumed run gives it back."""
+    import importlib.util
+
+    import torch
+
+    from conftest import tiny
+    from gain_cl import adapters
+    from gain_cl.config import schema
+
+    spec = importlib.util.spec_from_file_location("pull_back", documented / "pull_back.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    loaded = tiny("llama")
+    adapter = adapters.build_adapter(schema.Gain(kind="gain", roles=["attn_out"], side="input"))
+    adapter.attach(loaded)
+    guards = [module.PullBack(), module.PullBack()]
+    for guard in guards:
+        guard.attach(loaded, adapter, 0)
+    assert guards[0].state() == {} and guards[1].penalty() is None
+    guards[0].after_stage(1, "a", None)
+    guards[1].load_state(guards[0].state())
+    with torch.no_grad():
+        for p in adapter.parameters().values():
+            p.add_(1)
+    one, two = (guard.penalty() for guard in guards)
+    assert one is not None and two is not None and one > 0 and torch.equal(one, two)

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 from campaign import SMOKE, Result, Warm, evidence, leftovers, steps
 
+from gain_cl import cli
 from gain_cl.compose import composition
 from gain_cl.domains.text import text_hash
 from gain_cl.errors import DataError, InUseError, PreemptedError
@@ -490,6 +491,22 @@ def test_one_more_domain(warm: Warm, tmp_path: Path, extra: list[str]) -> None:
         if row["kind"] == "step"
     ]
     assert trained == [3] * 4
+
+
+def test_an_interrupted_run_still_names_whose_stages_it_has(warm: Warm, tmp_path: Path) -> None:
+    """A run that took over two stages, is killed in its third and goes on, records where they are
+    from, and `verify` asks for no steps of theirs."""
+    fine(warm.run(tmp_path, TWO))
+    (other,) = tmp_path.glob("results/runs/*.json")
+    killed = warm.run(tmp_path, THREE, env={"GAIN_CL_FAILPOINT": "commit@2"})
+    assert killed.code == -9, killed.out
+    fine(warm.run(tmp_path, THREE))
+    (path,) = (p for p in tmp_path.glob("results/runs/*.json") if p != other)
+    made = record.load(path).record
+    assert made.provenance["inherited"] == {"1": other.stem, "2": other.stem}
+    assert len(made.provenance["attempts"]) == 2
+    words = [str(path), "--output-dir", str(tmp_path / "runs")]
+    assert cli.main(["verify", *words]) == 0
 
 
 def test_how_the_beginning_was_made_otherwise_is_told(warm: Warm, tmp_path: Path) -> None:

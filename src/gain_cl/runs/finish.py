@@ -62,7 +62,11 @@ def write_record(
             **inputs.environment,
             "seconds": attempt.seconds,
             "attempts": attempts,
-            "inherited": {str(i): stage.facts["run_id"] for i, stage in attempt.inherited.items()},
+            "inherited": {
+                str(stage.facts["stage"]): stage.facts["inherited"]
+                for stage in stages
+                if "inherited" in stage.facts
+            },
         },
         trainable_parameters=sum(p.numel() for p in learner.adapter.parameters().values()),
         total_parameters=inputs.total_parameters,

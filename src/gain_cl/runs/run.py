@@ -68,7 +68,8 @@ def carry_out(config: RunConfig, plan: Plan) -> record.Run:
     if config.resume == "never" or (config.force and not plan.interrupted):
         resume.clear_folder(plan.folder)
     attempt = resume.begin_attempt(config, plan.folder, plan.run_id)
-    stages, last = attempt.stages, len(config.stages)
+    last = len(config.stages)
+    stages = attempt.stages  # by index: those of earlier attempts, then what this one finishes
     with Tracker(
         config,
         plan.run_id,
@@ -116,7 +117,7 @@ def settle(
     tracker.note(*attempt.notes)
     if attempt.folder is None:
         attempt.inherited, told = inherit.common_stages(config, plan, inputs)
-        attempt.notes += told
+        attempt.position.events += told  # a later attempt reads them from its checkpoint
         tracker.note(*told)
     else:
         here = attempt.position
@@ -175,6 +176,8 @@ def score(
     rows = pd.concat([part.rows for part in found], ignore_index=True).assign(stage=index)
     about = attempt.move(index, config.stage.stage_steps if index else 0, tracker.position())
     about["cells"] = {k: v for part in found for k, v in part.cells.items()}
+    if index in attempt.inherited:
+        about["inherited"] = attempt.inherited[index].facts["run_id"]
     extra = [resume.GUARD, *[resume.OPTIMIZER] * (config.train.optimizer == "carried")]
     reach("stage.before")
     finished = resume.write_stage(plan.folder, row, rows, weights, about, extra)
