@@ -357,7 +357,7 @@ PLACES = ("train", "score", "tokenise", "load")
 def signal_in(place: str, name: str, number: str) -> None:
     """In the child: it gets the signal ``name`` when ``place`` (of PLACES) is reached for the
     ``number``-th time, from 1."""
-    from gain_cl.domains import domain
+    from gain_cl.domains import tokens
     from gain_cl.measure import perplexity
     from gain_cl.models import load
     from gain_cl.runs import train
@@ -365,8 +365,8 @@ def signal_in(place: str, name: str, number: str) -> None:
     module, function = {
         "train": (train, "_gradient"),
         "score": (perplexity, "score"),
-        "tokenise": (domain, "tokenize"),
-        "load": (load, "load"),
+        "tokenise": (tokens, "tokenize"),
+        "load": (load, "load_model"),
     }[place]
     original, reached = getattr(module, function), 0
 
