@@ -232,7 +232,7 @@ class Model(Section):
     separator_token_id: int | None = None  # between packed training documents; None: eos
     note: str = ""  # what a reader of its numbers must know
     roles: dict[str, str] | None = (
-        None  # role -> suffix of module names, for a family that models.ROLES does not know
+        None  # role -> suffix of module names, for a family that families.ROLES does not know
     )
 
     @model_validator(mode="after")

@@ -41,9 +41,9 @@ GAP = "GAP: "
 """Begins a note on a run that is not in the table."""
 
 HEAD, LONG, PROSE, MANY, NARROW = 11, 24, "p{2.6cm}", 8, 16
-"""In LaTeX: characters in a line of a head; characters from which a column is set as prose, and
-that column; columns that fit a page with intervals in one line. In a terminal: characters to which
-a column of text is broken at the least."""
+"""Widths. HEAD: characters in a line of a head, in LaTeX. LONG: a column of text with more
+characters than this is set as PROSE in LaTeX. MANY: with more columns than this, LaTeX puts
+intervals below their numbers. NARROW: a terminal breaks a column of text no narrower than this."""
 
 
 class Styled(str):
@@ -130,8 +130,8 @@ def of(
     """Return a summary or difference in the unit its metric is shown in: % of perplexity; of a
     task's margin nats, of its accuracy points (100 times the share).
 
-    blocks: of which it is said to be. A task that fewer have scored has an interval over items
-    alone, which is left out."""
+    blocks: how many blocks the table speaks of. A task that fewer blocks have scored has an
+    interval over items alone, which is left out."""
     if found is None or math.isnan(found.estimate.value):
         return None
     e = found.estimate

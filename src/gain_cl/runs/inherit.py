@@ -24,8 +24,8 @@ def common_stages(
     order up to there.
 
     Return them by index, from 1 (the longest such beginning), and what to tell. What was scored is
-    no condition: it is scored again where it differs. Of a run in which something changed on the
-    way no stage is known to be of these data."""
+    no condition: it is scored again where it differs. A run in which something changed between
+    attempts is not used: nobody knows which of its stages saw which data."""
     best: dict[int, resume.Stage] = {}
     notes: list[str] = []
     told: list[str] = []

@@ -65,9 +65,11 @@ class Attempt:
 
     stages: finished ones by index; folder: the verified checkpoint to go on from (None: the
     pretrained model); inside: the stage that it was saved in the middle of (0: none), and progress,
-    what its state.json says of that stage; warnings: what was passed over; behind: folders of later
-    states, which go before anything new is saved: they would push new checkpoints out, or, once
-    good again, speak of a metrics.jsonl that is gone.
+    what its state.json says of that stage; warnings: what was passed over.
+
+    behind: folders of later states that are damaged. They are removed before anything new is saved.
+    If they stayed, they would push new checkpoints out. If somebody restored them, their position
+    in metrics.jsonl would be wrong.
 
     inherited: stages that another run has learned, by index; notes: what a reader of the numbers
     must know."""

@@ -149,7 +149,7 @@ def score(
     elif index:
         identity["weights"] = plan.pins["checkpoints"][index - 1]
     own = plan.folder / "cells"
-    # Other runs may score the same weights, but for what this run learned.
+    # Scores of weights that no training changed are kept where other runs find them.
     known = own if weights is not None or config.force else plan.folder.parent / "cells"
     batch = config.compute.eval_batch
     found = [

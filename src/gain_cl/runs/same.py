@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 ANEW = "resume=never starts anew and removes what is there"
 
 OTHER_SHAPE = (KeyError, TypeError, AttributeError, ValueError, IndexError)
-"""Errors of code that reads JSON of another version of gain_cl, or of another hand: it is no such
-file then."""
+"""What reading raises when JSON has another shape: another version of gain_cl wrote it, or a hand.
+The file then counts as damaged."""
 
 
 def json_bytes(data: Any) -> bytes:
@@ -165,7 +165,7 @@ def comparable(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_run(path: Path) -> dict[str, Any] | None:
-    """Read run.json. Return None when there is none, or it is none."""
+    """Read run.json. Return None when it is missing or has another shape."""
     try:
         run: dict[str, Any] = json.loads(path.read_bytes())
         parts = [run[k] for k in ("settings", "pins", "facts", "environment")]

@@ -150,8 +150,9 @@ def stage(
 ) -> Iterator[dict[str, Any]]:
     """Train on one domain from step ``start`` on. Yield one row per optimiser step: stage, domain,
     step (from 1), loss_nats (per token), grad_norm (before clipping), lr, tokens, seconds,
-    micro_batch (sequences of a forward pass). place: the stage's number for what is drawn at
-    random, where it is not its index.
+    micro_batch (sequences of a forward pass).
+
+    place: the number from which the seed of dropout and the guard's batches follow. None: index.
 
     Raises DataError before the update when the loss or the gradient is not finite. When memory runs
     out, the step is repeated with half the micro-batch, which then stays. StorageError when one

@@ -32,9 +32,10 @@ ROUNDING = 1e-12
 
 
 class Error(NamedTuple):
-    """A standard error with its degrees of freedom. least: of documents that blocks share, the
-    whole error over documents of the blocks' mean, which blocks that happen to agree do not
-    lessen."""
+    """A standard error with its degrees of freedom.
+
+    least: a floor under the standard error. It is the error that the shared documents alone give
+    the mean over blocks. Blocks that agree by chance cannot make an interval narrower than that."""
 
     standard_error: float
     df: float

@@ -303,25 +303,23 @@ def published(m: LossMatrix) -> dict[str, float]:
     were learned one after the other. Of a single stage TRACE alone says something. Not all are
     linear in L, so there are no intervals. docs/metrics.md works one matrix through.
 
-    forward_transfer: this project's (see forward_transfer); positive is good. gem_bwt, gem_fwt
-    (Lopez-Paz and Ranzato 2017, 1706.08840, eqs. 3, 4): mean over k < T of R[T, k] - R[k, k]; mean
-    over k >= 2
-        of R[k-1, k] - b[k]. Their b is the model before any training, here the pretrained one, R[0,
-        k]. Positive is good. (Their metrics.py divides both sums by T; this follows the paper.)
+    forward_transfer: this project's own (see the function of that name). Positive is good.
+    gem_bwt (Lopez-Paz and Ranzato 2017, 1706.08840, eq. 3): mean over k < T of R[T, k] - R[k, k].
+        Positive is good. Their code divides by T; this follows the paper.
+    gem_fwt (the same, eq. 4): mean over k >= 2 of R[k-1, k] - b[k]. Their b is the model before any
+        training. Here it is the pretrained model, R[0, k]. Positive is good.
     chaudhry_forgetting (Chaudhry et al. 2018, 1801.10112; compute_fgt in facebookresearch/agem):
-    mean over k < T of max over l in
-        1 .. T-1 of R[l, k], minus R[T, k]: against the best after any earlier stage, also one
-        before the domain's own. Row 0 is not included. Positive is worse; never below -gem_bwt.
-    trace_op, trace_bwt (Wang et al. 2023, 2310.06762), at T: mean over k <= T of R[T, k], a level
-    and not a change; mean over
-        k <= T of R[T, k] - R[k, k], the last domain's 0 included: (T - 1) / T of gem_bwt. Positive
-        is good.
-    avalanche_forgetting, avalanche_bwt, avalanche_forward_transfer (Avalanche's stream metrics,
-    ContinualAI/avalanche,
-        evaluation/metrics/forgetting_bwt.py and forward_transfer.py, with the loss for its
-        accuracy): after the last stage, mean over earlier experiences of the value just after their
-        own training minus the last value (positive is worse); its negative; mean over experiences
-        from the second of the value just before their training minus the one before any training.
+        mean over k < T of max over l in 1 .. T-1 of R[l, k], minus R[T, k]. The best may be of a
+        stage before the domain's own. Row 0 is left out. Positive is worse; never below -gem_bwt.
+    trace_op (Wang et al. 2023, 2310.06762), at T: mean over k <= T of R[T, k]: a level, no change.
+    trace_bwt (the same): mean over k <= T of R[T, k] - R[k, k], with the 0 of the last domain:
+        (T - 1) / T of gem_bwt. Positive is good.
+    avalanche_forgetting (ContinualAI/avalanche, evaluation/metrics/forgetting_bwt.py, with the loss
+        for its accuracy): after the last stage, mean over earlier experiences of the value just
+        after their own training minus the last value. Positive is worse.
+    avalanche_bwt: its negative.
+    avalanche_forward_transfer (forward_transfer.py there): mean over experiences from the second of
+        the value just before their training minus the value before any training.
     """
     if m.regime != "sequential":
         return {}

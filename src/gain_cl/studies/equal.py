@@ -46,8 +46,10 @@ def front_of(settings: list[Setting], block: Block) -> fronts.Front:
 
 def match_skill(study: Study, a: str, b: str, skill: float | None = None) -> fronts.Matched:
     """Return the backward change of two methods at equal own step, a minus b, in the blocks that
-    have both. In each, both must have settings that learn more and less: one that learns more than
-    asked would be said to forget as much at less.
+    have both.
+
+    In each block both methods must have settings on both sides of the skill. A method whose
+    settings all learn more would be given the forgetting of a setting that learns more.
 
     skill: own step in nats per token; None: the study's. reason says why there is no number."""
     shared = [k for k in study.blocks if all(_runs(study, m, k) for m in (a, b))]

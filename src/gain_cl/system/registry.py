@@ -18,9 +18,11 @@ T = TypeVar("T")
 
 
 class Registry(Generic[T]):
-    """section: of the configuration, whose ``kind`` is the name; built_in: name -> "module:Class",
-    the module within gain_cl; typed: the names whose settings the schema knows, so that none is
-    checked against a constructor."""
+    """Classes by the name that ``section.kind`` of a configuration gives.
+
+    section: of the configuration; built_in: name -> "module:Class", the module within gain_cl;
+    typed: names whose settings the schema checks. Settings of other names are checked against the
+    constructor of their class."""
 
     def __init__(self, section: str, built_in: dict[str, str], typed: Collection[str]) -> None:
         self.section, self.built_in, self.typed = section, built_in, typed
