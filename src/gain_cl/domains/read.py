@@ -318,13 +318,14 @@ def _rows(file: Path, columns: list[str], do: str) -> Iterator[tuple[str, dict[s
     try:
         if name.endswith(".parquet"):
             readable = "parquet"
-            with pq.ParquetFile(file) as table:
+            # Python opens the file: pyarrow cannot spell a name that is not UTF-8.
+            with file.open("rb") as raw, pq.ParquetFile(raw) as table:
                 require(table.schema_arrow.names, str(file))
                 batches = table.iter_batches(batch_size=256, columns=columns)
                 for number, row in enumerate(chain.from_iterable(b.to_pylist() for b in batches)):
                     yield f"{file} row {number}", row
         elif re.search(r"\.jsonl?(\.(gz|zst|bz2))?$", name):
-            with pa.input_stream(str(file), compression=packed) as stream:
+            with file.open("rb") as raw, pa.input_stream(raw, compression=packed) as stream:
                 for where, row in _json_rows(io.BufferedReader(stream), str(file)):
                     require(list(row), where)
                     yield where, row
