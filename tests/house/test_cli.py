@@ -520,9 +520,11 @@ def test_params_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert "115,072" in capsys.readouterr().out
 
 
-def test_params_table(capsys: pytest.CaptureFixture[str]) -> None:
+def test_params_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Methods as rows, whole lines in a pipe: no number is cut, no model left out."""
     from gain_cl.tools import params
+
+    monkeypatch.delenv("COLUMNS", raising=False)  # pytest-xdist sets it
 
     numbers = {"full": 124_439_808, "gain_ffn": 46_080, "oft": "PEFT refuses: no Conv1D"}
     params.print_counts(
