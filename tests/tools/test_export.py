@@ -168,7 +168,7 @@ METHODS = [
 VANILLA = """
 import importlib.util, json, sys
 where = importlib.util.find_spec("gain_cl")  # its presets lie among the packages, a folder without code
-assert where is None or importlib.util.find_spec("gain_cl.runs.run") is None, "not a clean environment"
+assert where is None or importlib.util.find_spec("gain_cl.api") is None, "not a clean environment"
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
@@ -302,7 +302,7 @@ LM_EVALS = [("llama", "gain_ffn"), ("gpt2", "gain_ffn_output")]
 LM_EVAL = """
 import importlib.util, json, sys
 where = importlib.util.find_spec("gain_cl")
-assert where is None or importlib.util.find_spec("gain_cl.runs.run") is None, "not a clean environment"
+assert where is None or importlib.util.find_spec("gain_cl.api") is None, "not a clean environment"
 import torch
 torch.set_num_threads(1)
 from lm_eval.__main__ import cli_evaluate
