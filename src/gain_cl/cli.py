@@ -23,7 +23,7 @@ from gain_cl.verbs import Parser, find_record
 INTERRUPTED = 130
 VERBS = (
     "sweep", "status", "compare", "power", "diagnose",
-    "export", "recombine", "interpolate", "prepare", "verify", "verify-resume", "doctor", "clean",
+    "export", "recombine", "interpolate", "prepare", "verify", "verify-resume", "doctor", "clean", "bench",
 )  # fmt: skip
 """Those with a module of their own in verbs/."""
 
@@ -57,6 +57,7 @@ usage: python -m gain_cl VERB ... (also: gain-cl VERB ...)
   verify         recompute every number of a finished run from its raw values and hash its files again
   verify-resume  kill a short run at random moments, resume it and compare with the undisturbed one
   doctor         what this machine has, what it lacks and what to do
+  bench          speed and memory of a training step, ours beside its peers, with random weights
   clean          remove caches and abandoned runs, after showing them
 
   --version, --help
