@@ -93,7 +93,7 @@ runs() {
     python3 -m gain_cl sweep experiment=gpu dry_run=true worktree=false only=block$block ${RUN_WORDS:-} 2>&1 |
       grep -o -E 'gain_cl run .*' | sed 's/^gain_cl run //' >"logs/block$block.txt"
     say "block $block: $(wc -l <"logs/block$block.txt") runs, $left s left"
-    nl -w1 -s' ' "logs/block$block.txt" | OMP_NUM_THREADS=${RUN_THREADS:-2} xargs -P "${RUNS:-8}" -L1 bash -c \
+    nl -w1 -s' ' "logs/block$block.txt" | OMP_NUM_THREADS=${RUN_THREADS:-2} xargs -r -P "${RUNS:-8}" -L1 bash -c \
       'n=$1; shift; timeout -s TERM -k 15 '"$left"' python3 -m gain_cl run "$@" >"logs/block'"$block"'-$n.log" 2>&1; echo "run $n ended with $?: $(tail -1 "logs/block'"$block"'-$n.log" | cut -c1-110)"' _ &
     while kill -0 $! 2>/dev/null; do sleep "${COLLECT_SECONDS:-10}"; collect; done
     wait $!

@@ -130,7 +130,8 @@ class Starter:
     def row(self, task: dict[str, Any], seconds: float) -> Row:
         """What the subject left behind within the time."""
         found = self._once(task, seconds)
-        if self.forks and "forked subprocess" in str(found.get("error")) + str(found.get("trace")):
+        said = str(found.get("error")) + str(found.get("trace"))
+        if self.forks and any(words in said for words in ("forked subprocess", "initialization error", "device-side assert")):
             self.forks = False
             found = self._once(task, seconds)
         return found
