@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # What there is to do on a GPU machine without network, from the packs of scripts/gpu_pack.sh. Each part ends by itself in its time.
 #
-#   bash gpu.sh PACKS PART...     PACKS: the folder with pack1 ...; parts: setup bench small long tests runs
+#   bash gpu.sh PACKS PART...     PACKS: the folder with pack1 ...; parts: setup bench small long stash tests runs
 #
 # setup  wheels and tokenised domains into $WORK (default: gain_cl_gpu of the temporary folder); done once
 # bench  Qwen2.5-7B's configuration, T 2048      small  SmolLM2-135M at study settings      long  Qwen2.5-7B's, 2 x 4096
+# stash  keeps pack2 for a later call
 # tests  pytest -m gpu                           runs   experiments/gpu.yaml, block by block, RUNS at once
 # BENCH_SECONDS, SMALL_SECONDS, LONG_SECONDS, TEST_SECONDS, RUN_SECONDS limit the parts; results go to $OUT. DEVICE=cpu rehearses.
 set -uo pipefail
@@ -30,6 +31,10 @@ setup() {
   touch "$WORK/ready"
   nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.sm,temperature.gpu --format=csv,noheader 2>/dev/null
   git -C "$code" log -1 --format='commit %H' 2>/dev/null || sed 's/^/commit (no git here) /' "$code/COMMIT"
+}
+
+stash() { # pack2's half of the model's archive, for a later call
+  cp "$packs/pack2/model.0" "$WORK/model.0"
 }
 
 measure() { # NAME SECONDS WORDS...

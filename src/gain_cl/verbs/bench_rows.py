@@ -38,8 +38,9 @@ def load_libraries() -> None:
     for name in ("torch", "transformers", "peft", "gain_cl.build", "gain_cl.train", "gain_cl.evaluate", "gain_cl.adapters.peft"):
         with contextlib.suppress(ImportError):
             library(name)
-    for name in ("transformers.models.qwen2.modeling_qwen2", "transformers.models.llama.modeling_llama"):
-        with contextlib.suppress(ImportError):
+    models = ("transformers.models.qwen2.modeling_qwen2", "transformers.models.llama.modeling_llama")
+    for name in (*models, "datasets", "trl.trainer.sft_trainer"):
+        with contextlib.suppress(Exception):  # of another version than they expect: their own row tells
             library(name)
 
 
