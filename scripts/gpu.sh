@@ -27,7 +27,7 @@ setup() {
   [ -e "$WORK/ready" ] && return 0
   python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target "$WORK/site" "$packs"/pack1/wheels/*.whl || return
   python3 "$code/scripts/gpu_tokens.py" unpack "$packs/pack1/tokens.xz" "$WORK/bundle/tokens" || return
-  cp "$packs/pack1/env.sh" "$WORK/bundle/"
+  cp -r "$packs/pack1/env.sh" "$packs/pack1/models" "$WORK/"
   touch "$WORK/ready"
   nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.sm,temperature.gpu --format=csv,noheader 2>/dev/null
   git -C "$code" log -1 --format='commit %H' 2>/dev/null || sed 's/^/commit (no git here) /' "$code/COMMIT"
@@ -79,7 +79,7 @@ collect() { # what the runs have left so far, without trained states
 }
 
 runs() {
-  local name archive limit=$((${RUN_SECONDS:-380} + $(date +%s))) left block
+  local name archive convert limit=$((${RUN_SECONDS:-380} + $(date +%s))) left block
   name=$(cat "$packs"/pack3/model.name)
   archive=$WORK/bundle/$name
   if [ ! -e "$archive" ]; then
@@ -89,7 +89,12 @@ runs() {
     [ "$(sha256sum <"$archive" | cut -d' ' -f1)" = "$(cat "$packs"/pack3/model.sha256)" ] || { rm "$archive"; echo "the model's archive is broken"; return 1; }
   fi
   mkdir -p "$WORK/runs/logs" && cd "$WORK/runs" || return
-  python3 -c 'from gain_cl import build, models; print("model:", models.locate(build.compose(["tasks=none"], [], []).model).name)' 2>&1 | tail -1
+  # weights from the archive; config and tokenizer as they were converted here: the manifest holds the hashes of all of them
+  convert='from gain_cl import build, models; print("model:", models.locate(build.compose(["tasks=none"], [], []).model))'
+  python3 -c "$convert" 2>&1 | tail -1
+  cp -r "$WORK/models" "$WORK/bundle/"
+  python3 -c "$convert" 2>&1 | tail -1
+  cmp "$WORK"/models/*/CONVERTED.json "$WORK"/bundle/models/*/CONVERTED.json || { echo "the model's weights are others than here"; return 1; }
   say "the model is converted"
   # shellcheck disable=SC2086
   for block in ${BLOCKS:-0 1 2}; do

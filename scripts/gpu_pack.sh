@@ -3,7 +3,8 @@
 #
 #   bash scripts/gpu_pack.sh [MEBIBYTES]     # the most that a pack may hold (default 46)
 #
-# pack1: the committed source, wheels for Python 3.12, tokenised domains. pack2, pack3: halves of the model's archive. Every call of the
+# pack1: the committed source, wheels for Python 3.12, tokenised domains, the converted model but for its weights. pack2, pack3: halves
+# of the model's archive, from which the weights are converted there. Every call of the
 # device carries the whole checkout too, hence three packs. PYTHON is an environment with gain_cl's dependencies.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -50,12 +51,15 @@ $pip wheel -q --no-deps -w .gpu/pack1/wheels "$(pinned antlr4-python3-runtime)"
 [ -e .gpu/tokens.xz ] || $python scripts/gpu_tokens.py pack .gpu/bundle/tokens .gpu/tokens.xz # rm -r .gpu makes both anew
 cp .gpu/tokens.xz .gpu/pack1/
 cp .gpu/bundle/env.sh .gpu/pack1/
-archive=$(echo .gpu/bundle/packages/*/*.whl)
+converted=$(echo .gpu/bundle/models/*)
+mkdir -p ".gpu/pack1/models/$(basename "$converted")"
+find "$converted" -type f ! -name '*.safetensors' -exec cp {} ".gpu/pack1/models/$(basename "$converted")/" ';'
+archive=$($python -c 'from gain_cl import build, sources; print(sources.archive(build.compose(["tasks=none"], [], []).model.package))')
 split -n 2 -d "$archive" .gpu/half.
 mv .gpu/half.00 .gpu/pack2/model.0
 mv .gpu/half.01 .gpu/pack3/model.1
 for pack in .gpu/pack2 .gpu/pack3; do # where the archive lies in the bundle, and what it must be
-  echo "${archive#.gpu/bundle/}" >$pack/model.name
+  echo "packages/$(basename "$(dirname "$archive")")/$(basename "$archive")" >$pack/model.name
   sha256sum <"$archive" | cut -d' ' -f1 >$pack/model.sha256
 done
 

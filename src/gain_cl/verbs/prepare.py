@@ -103,9 +103,9 @@ export GAIN_CL_CACHE HF_HUB_CACHE="$GAIN_CL_CACHE/hub" HF_HUB_OFFLINE=1
 def bundle(config: RunConfig, folder: Path) -> Report:
     """Make a cache folder that holds what a run of this configuration reads and nothing else; the report.
 
-    A machine without network runs from it after ``. DIR/env.sh``: the cache must be writable there, for a packaged model is
-    converted at the first start. What the caches of this machine have is copied, the rest fetched; archives whose text is
-    tokenised stay behind.
+    A machine without network runs from it after ``. DIR/env.sh``. What the caches of this machine have is copied, the rest fetched;
+    archives stay behind where their text is tokenised or their model converted (other versions of transformers convert its tokenizer
+    otherwise, so that it is not left to the other machine).
     """
     if folder.exists() and any(folder.iterdir()) and not (folder / "env.sh").exists():
         raise ConfigError("the folder is not empty and no bundle", f"bundle={folder}", "name a new folder")
@@ -118,6 +118,9 @@ def bundle(config: RunConfig, folder: Path) -> Report:
     for meta in (here / "tokens").glob("*/meta.json"):
         if json.loads(meta.read_bytes()).get("identity", {}).get("pin") in pins.values():
             _copy(meta.parent, folder / "tokens" / meta.parent.name)
+    for converted in (here / "models").glob("*/CONVERTED.json"):
+        if own and json.loads(converted.read_bytes())["source"] == models.pin(config.model):
+            _copy(converted.parent, folder / "models" / converted.parent.name)
     if config.model.path is not None:
         name = "models--" + config.model.path.replace("/", "--")
         _copy(hub / name, folder / "hub" / name)
@@ -125,13 +128,12 @@ def bundle(config: RunConfig, folder: Path) -> Report:
     (folder / "env.sh").parent.mkdir(parents=True, exist_ok=True)
     (folder / "env.sh").write_text(ENVIRONMENT)
     report = examine(config)
-    for name in texts - own:
+    for name in texts | own:
         shutil.rmtree(folder / "packages" / name, ignore_errors=True)
     for meta in (folder / "tokens").glob("*/meta.json"):
         if json.loads(meta.read_bytes())["identity"]["tokenizer"] != report["model"]["tokenizer"]:
             shutil.rmtree(meta.parent)
-    for name in ("hashes", "models"):  # by path, and made anew from the package
-        shutil.rmtree(folder / name, ignore_errors=True)
+    shutil.rmtree(folder / "hashes", ignore_errors=True)  # by path
     return report
 
 
