@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 from gain_cl.config import presets, schema
 from gain_cl.errors import DataError
 from gain_cl.models import families
-from gain_cl.system import hashes as hashes_
-from gain_cl.system import packages
+from gain_cl.system import hashes, packages
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -47,9 +46,9 @@ def from_gguf(model: schema.Model) -> Path:
         done = Path(temporary) / "model"
         net.save_pretrained(done)
         tokenizer.save_pretrained(done)
-        hashes = {p.name: hashes_.file_sha256(p) for p in sorted(done.iterdir())}
+        digests = {p.name: hashes.file_sha256(p) for p in sorted(done.iterdir())}
         (done / MANIFEST).write_text(
-            json.dumps({"source": gguf_source(model), "files": hashes}, indent=1, allow_nan=False)
+            json.dumps({"source": gguf_source(model), "files": digests}, indent=1, allow_nan=False)
         )
         if converted_files(folder) is None:  # nobody was faster
             shutil.rmtree(folder, ignore_errors=True)
@@ -69,7 +68,7 @@ def delta_file(model: schema.Model) -> Path | None:
             f"model.delta.file={model.delta.file}",
             "give a path, or a file beside the shipped model presets",
         )
-    if hashes_.file_sha256(file) != model.delta.sha256:
+    if hashes.file_sha256(file) != model.delta.sha256:
         raise DataError(
             "the delta is not the one that is pinned",
             str(file),
@@ -112,9 +111,9 @@ def gguf_source(model: schema.Model) -> dict[str, Any]:
 def gguf_folder(model: schema.Model) -> Path:
     assert model.package is not None
     name = (
-        f"{model.package.package.replace('==', '-')}-{hashes_.json_sha256(gguf_source(model))[:8]}"
+        f"{model.package.package.replace('==', '-')}-{hashes.json_sha256(gguf_source(model))[:8]}"
     )
-    return hashes_.cache_dir() / "models" / name
+    return hashes.cache_dir() / "models" / name
 
 
 MANIFEST = "CONVERTED.json"
@@ -124,13 +123,13 @@ def converted_files(folder: Path) -> dict[str, str] | None:
     """Return the SHA-256 of each file of a converted model, or None when it is not there or not
     what was written."""
     try:
-        hashes: dict[str, str] = json.loads((folder / MANIFEST).read_text())["files"]
+        digests: dict[str, str] = json.loads((folder / MANIFEST).read_text())["files"]
         whole = all(
-            hashes_.file_sha256(folder / name, remember=True) == sha for name, sha in hashes.items()
+            hashes.file_sha256(folder / name, remember=True) == sha for name, sha in digests.items()
         )
     except (OSError, ValueError, KeyError, DataError):
         return None
-    return hashes if whole else None
+    return digests if whole else None
 
 
 def model_files(model: schema.Model) -> dict[str, str]:

@@ -12,8 +12,7 @@ from gain_cl.compose import checks
 from gain_cl.config.schema import JOINT, RunConfig
 from gain_cl.domains import overlap
 from gain_cl.measure import provenance, tasks
-from gain_cl.models import convert
-from gain_cl.models import load as models
+from gain_cl.models import convert, load
 from gain_cl.runs import same
 from gain_cl.system import signals
 
@@ -55,12 +54,12 @@ def load_inputs(config: RunConfig, pins: dict[str, Any], tracker: Teller) -> Inp
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     import torch
 
-    device = models.device_of(config.compute.device, config.model.dtype)
+    device = load.device_of(config.compute.device, config.model.dtype)
     torch.set_num_threads(config.compute.threads or _cores())
     torch.use_deterministic_algorithms(config.compute.deterministic)
     signals.poll()
     tracker.phase(f"load {config.model.name}")
-    loaded = models.load_model(config.model, device)
+    loaded = load.load_model(config.model, device)
     checks.limits(config, loaded.model.config.to_dict())
     tracker.phase("prepare domains")
     domains = _load_domains(config, loaded, pins["domains"], tracker)
