@@ -3,7 +3,8 @@
     python scripts/gpu_bundle.py DIR [GROUP=NAME] [KEY=VALUE] ...     # same overrides as run
 
 A machine without network runs from it after ``. DIR/env.sh``. What the caches of this machine have
-is copied, the rest fetched. Archives stay behind where their text is tokenised or their model is
+is copied, the rest fetched; texts are tokenised anew, for the cache here may hold them as an older
+gain_cl stored them. Archives stay behind where their text is tokenised or their model is
 converted: other versions of transformers convert its tokenizer otherwise.
 """
 
@@ -20,7 +21,6 @@ from gain_cl.compose import composition
 from gain_cl.config.schema import PackageSource, RunConfig
 from gain_cl.errors import ConfigError, GainError
 from gain_cl.models import source
-from gain_cl.runs import plan
 from gain_cl.system import hashes
 from gain_cl.tools import prepare
 
@@ -38,16 +38,12 @@ def bundle(config: RunConfig, folder: Path) -> dict[str, Any]:
         raise ConfigError("the folder is not empty and no bundle", str(folder), "name a new folder")
     here = hashes.cache_dir()
     hub = Path(os.environ.get("HF_HUB_CACHE") or Path.home() / ".cache/huggingface/hub")
-    pins = plan.prepare(config).pins
     sources = [domain.source for domain in config.domains.values()]
     packages = {s.files.package for s in sources if isinstance(s, PackageSource)}
     if config.model.package is not None:
         packages.add(config.model.package.package)
     for name in sorted(packages):
         _copy(here / "packages" / name, folder / "packages" / name)
-    for meta in (here / "tokens").glob("*/meta.json"):
-        if _json(meta).get("identity", {}).get("pin") in pins["domains"].values():
-            _copy(meta.parent, folder / "tokens" / meta.parent.name)
     for converted in (here / "models").glob("*/CONVERTED.json"):
         if _json(converted)["source"] == source.pin_model(config.model):
             _copy(converted.parent, folder / "models" / converted.parent.name)
