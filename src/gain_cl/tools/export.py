@@ -270,13 +270,9 @@ def card(run: Reopened, stage: int, form: str, made: Exported) -> str:
     form: peft or merged, and the dtype.
     """
     r, c, (base, revision) = run.record, run.config, _base(run.config)
-    learned = {"joint": r.trained, "individual": r.trained[stage - 1 : stage]}.get(
-        r.regime, r.trained[:stage]
-    )
+    of = {"joint": r.trained, "individual": r.trained[stage - 1 : stage]}
+    learned = ", ".join(of.get(r.regime, r.trained[:stage]))
     about, train = r.provenance, c.train
-    size = f"{train.tokens:,} tokens" if train.tokens else f"{train.steps:,} steps"
-    guard = c.guard.model_dump(mode="json") if c.guard.kind != "none" else {}
-    changed = " with changes" if about.get("dirty") else ""
     facts = {
         "form": form,
         "run": f"{r.run_id}, stage {stage} of {run.last}",
@@ -284,12 +280,14 @@ def card(run: Reopened, stage: int, form: str, made: Exported) -> str:
         "its converted files": _words(r.pins.get("model_files") or {}),
         "method": f"{r.method}: {_words(c.adapter.model_dump(mode='json'))}",
         "begun from": _words(r.pins.get("init_from", {})),
-        "guard": _words(guard),
-        "learned, in order": f"{', '.join(learned)} ({r.regime}, handover={c.handover})",
-        "each stage": f"{size}, blocks of {train.block}, learning rate {train.lr:g}",
+        "guard": _words(c.guard.model_dump(mode="json")),
+        "learned, in order": f"{learned} ({r.regime}, handover={c.handover})",
+        "each stage": f"{c.stage.stage_steps:,} steps of {train.batch_tokens:,} tokens, blocks of "
+        f"{train.block}, learning rate {train.lr:g}",
         "trainable parameters": f"{r.trainable_parameters:,} of {r.total_parameters:,}",
         "seed": str(r.seed),
-        "code": f"gain_cl {about.get('gain_cl')}, commit {about.get('commit')}{changed}",
+        "code": f"gain_cl {about.get('gain_cl')}, commit {about.get('commit')}"
+        f"{' with changes' if about.get('dirty') else ''}",
         "tainted": ", ".join(r.tainted),
     }
     scores = []
@@ -300,40 +298,45 @@ def card(run: Reopened, stage: int, form: str, made: Exported) -> str:
     for m in made.merge:
         numbers = [f"{m.unmerged:.6f}", f"{m.merged:.6f}", f"{m.merged - m.unmerged:+.1e}"]
         merge.append([m.dtype, *(["", "", f"not measured: {m.why}"] if m.why else numbers)])
-    head = {"library_name": "peft" if form.startswith("peft") else "transformers"}
-    if revision and re.fullmatch(r"[\w./-]+", base):
-        head["base_model"] = base
-    load = ['AutoModelForCausalLM.from_pretrained("THIS_FOLDER", dtype="auto")  # transformers']
-    if form.startswith("peft"):
-        at = f'"{base}", revision="{revision}"' if revision else '"BASE"'
-        load = [f"base = AutoModelForCausalLM.from_pretrained({at})  # transformers"]
-        load += ['PeftModel.from_pretrained(base, "THIS_FOLDER")  # peft']
-    lines = ["---", *(f"{key}: {value}" for key, value in head.items())]
-    lines += ["pipeline_tag: text-generation", "tags: [gain_cl, continual-learning]", "---", ""]
-    lines += [f"# {md(r.model)} after {md(', '.join(learned))}", ""]
-    lines += _table(["", ""], [[key, fact] for key, fact in facts.items() if fact])
-    lines += ["", "## Perplexity", "", f"Protocol {md(r.protocol)}, as the run recorded it.", ""]
-    lines += _table(["domain", "base", "after this stage"], scores)
-    lines += [
-        "",
-        "## Merge error",
-        "",
-        f"Mean loss in nats per token on {made.tokens:,} tokens: of",
-    ]
-    lines += [
-        "the unmerged model computing in a dtype, and of weights merged in float32 and rounded"
-    ]
-    lines += ["once to it.", "", *_table(["dtype", "unmerged", "merged", "difference"], merge), ""]
-    lines += ["## How to load it", "", *(f"    {line}" for line in load), ""]
-    if form.startswith("peft") and not revision:
-        lines += ["BASE is a folder with the base model: `python -m gain_cl prepare` fetches it."]
-    return "\n".join(lines) + "\n"
+    named = f"base_model: {base}\n" if revision and re.fullmatch(r"[\w./-]+", base) else ""
+    load = 'AutoModelForCausalLM.from_pretrained("THIS_FOLDER", dtype="auto")  # transformers'
+    if peft := form.startswith("peft"):
+        at = f'"{base}", revision="{revision}"' if revision else '"FOLDER OF THE BASE MODEL"'
+        load = f"""base = AutoModelForCausalLM.from_pretrained({at})  # transformers
+    PeftModel.from_pretrained(base, "THIS_FOLDER")  # peft"""
+    return f"""---
+library_name: {"peft" if peft else "transformers"}
+{named}pipeline_tag: text-generation
+tags: [gain_cl, continual-learning]
+---
+
+# {md(r.model)} after {md(learned)}
+
+{_table(["", ""], [[key, fact] for key, fact in facts.items() if fact])}
+
+## Perplexity
+
+Protocol {md(r.protocol)}, as the run recorded it.
+
+{_table(["domain", "base", "after this stage"], scores)}
+
+## Merge error
+
+Mean loss in nats per token on {made.tokens:,} tokens: of the unmerged model computing in a dtype,
+and of weights merged in float32 and rounded once to it.
+
+{_table(["dtype", "unmerged", "merged", "difference"], merge)}
+
+## How to load it
+
+    {load}
+"""
 
 
-def _table(heads: list[str], rows: list[list[str]]) -> list[str]:
-    """Return the lines of a Markdown table."""
+def _table(heads: list[str], rows: list[list[str]]) -> str:
+    """Return a Markdown table."""
     cells = [heads, ["---"] * len(heads), *([md(cell) for cell in row] for row in rows)]
-    return [f"| {' | '.join(row)} |" for row in cells]
+    return "\n".join(f"| {' | '.join(row)} |" for row in cells)
 
 
 def md(text: object) -> str:
