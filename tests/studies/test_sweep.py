@@ -248,11 +248,12 @@ def test_a_job_of_slurm_is_not_started_here(grid: list[Planned]) -> None:
 
 
 def test_times_and_values_of_slurm() -> None:
-    times = {"90": 90, "4:00:00": 240, "1-12": 2160, "0:30": 1, "2-00:00:01": 2881}
+    times = {"90": 90, "4:00:00": 240, "1-12": 2160, "0:00:30": 1, "2-00:00:01": 2881}
     assert {text: verb._minutes(text) for text in times} == times
     assert [verb._typed(x) for x in ("2", "1.5", "true", "gpu")] == [2, 1.5, True, "gpu"]
-    with pytest.raises(ConfigError, match="no time"):
-        verb._minutes("soon")
+    for text in ("soon", "0:30", "1-2-3"):
+        with pytest.raises(ConfigError, match="no time"):
+            verb._minutes(text)
 
 
 def test_a_claim_is_one_launchers(tmp_path: Path) -> None:
@@ -308,8 +309,9 @@ def test_gpus_are_given_out_one_to_a_run(grid: list[Planned]) -> None:
 
 
 def test_words(grid: list[Planned]) -> None:
-    options, more = verb._options(
+    options = verb.read_options(
         [
+            "experiment=e",
             "only=lora,block1",
             "max_parallel=2",
             "dry_run=true",
@@ -321,18 +323,16 @@ def test_words(grid: list[Planned]) -> None:
     assert (options.only, options.max_parallel, options.dry_run, options.gpus) == (
         ["lora", "block1"],
         2,
-        True,
+        "true",
         [],
     )
-    assert options.slurm == {"partition": "gpu"} and more == ["seed=1"]
+    assert options.slurm == {"partition": "gpu"} and options.words == ["experiment=e", "seed=1"]
     assert [(c.method, c.block) for c in verb._only(grid, options.only)] == [("lora", 1)]
     assert [c.run_id for c in verb._only(grid, [grid[2].run_id[:-3]])] == [grid[2].run_id]
     assert len(verb._only(grid, ["tiny"])) == 4 and len(verb._only(grid, ["lora", "gain_ffn"])) == 4
-    with pytest.raises(ConfigError, match="unknown key max_paralel"):
-        verb._options(["max_paralel=2"])
     for bad in ("max_parallel=0", "dry_run=yes", "launcher=pbs"):
         with pytest.raises(ConfigError):
-            verb._options([bad])
+            verb.read_options(["experiment=e", bad])
     with pytest.raises(ConfigError, match="no run is 'lore'"):
         verb._only(grid, ["lore"])
 
@@ -341,7 +341,7 @@ def test_runs_share_cores_and_a_group(grid: list[Planned]) -> None:
     """compute.threads where several run at a time on a CPU, track.group where wandb is on, unless
     they are given."""
     e = load_experiment("e.yaml")
-    options = verb.Options(worktree=False)
+    options = verb.read_options(["experiment=e", "worktree=false"])
 
     def words(more: list[str], launcher: Any) -> list[str]:
         cells = planned_runs(e, ["output_dir=runs", "results_dir=results", *more])

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from gain_cl.errors import ConfigError, DataError, suggest
+from gain_cl.stats import format
 
 if TYPE_CHECKING:
     from gain_cl.config.schema import RunConfig
@@ -22,6 +23,11 @@ if TYPE_CHECKING:
 SHARED: dict[str, dict[str, Any]] = {
     "run": {"help": "path of a record, or a run id (its beginning is enough)"},
     "overrides": {"nargs": "*", "metavar": "KEY=VALUE", "help": "as for run"},
+    "words": {
+        "nargs": "+",
+        "metavar": "KEY=VALUE",
+        "help": "experiment=NAME, the options below as KEY=VALUE, and overrides of every run",
+    },
     "--results-dir": {
         "default": "results",
         "help": "where runs/RUN_ID.json are (default: %(default)s)",
@@ -46,6 +52,9 @@ RUN = ("run", "--results-dir", "--output-dir", "--json")
 
 CONFIGURATION = ("overrides", "--config-dir", "--plugin")
 """Those of a verb that takes the words of ``run``."""
+
+FLAG: dict[str, Any] = {"choices": ["true", "false"], "default": "false"}
+"""Settings of an option that is on or off: dry_run=true."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -132,9 +141,10 @@ def recorded_config(told: RunRecord, **update: Any) -> RunConfig:
 
 
 def print_report(report: Any, as_json: bool, show: Callable[[Any], object]) -> int:
-    """Print a report as JSON, or by its own function. Return the exit code."""
+    """Print a report as JSON (null: a number that is not finite), or by its own function. Return
+    the exit code."""
     if as_json:
-        print(json.dumps(report, indent=1, allow_nan=False), flush=True)
+        print(json.dumps(format.finite(report)[0], indent=1, allow_nan=False), flush=True)
     else:
         show(report)
     return 0

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from gain_cl.paper import build, gather
 from gain_cl.paper.table import say
-from gain_cl.tools.command import Parser
-from gain_cl.tools.status import asked_experiment, flag
+from gain_cl.tools.command import FLAG, Parser
+from gain_cl.tools.status import asked_experiment
 
 ABOUT = {
     "tables": "Tables of an experiment as Markdown, LaTeX and CSV, every number as tidy.csv, "
@@ -27,24 +27,14 @@ def main(what: str, argv: list[str]) -> int:
     """Make one kind, or all three. DataError names the runs that may not be printed."""
     kinds = list(MADE) if what == "paper" else [what]
     places = ", ".join(MADE[kind][0] for kind in kinds)
-    parser = Parser(
-        what,
-        usage=f"python -m gain_cl {what} experiment=NAME [partial=true] [KEY=VALUE ...]",
-        description=f"{ABOUT[what]} They go to RESULTS_DIR/{places}.",
-    )
-    parser.add_argument(
-        "words",
-        nargs="+",
-        metavar="experiment=NAME | KEY=VALUE",
-        help="the experiment; results_dir= and other overrides",
-    )
-    asked = parser.parse_intermixed_args(argv).words
-    experiment, words = asked_experiment(asked, what)
-    given = next(w.partition("=")[2] for w in asked if w.startswith("experiment="))
-    own = [w.partition("=") for w in words if w.startswith(("partial=", "force="))]
-    flags = {key: flag(key, value) for key, _, value in own}  # force=true is what is done anyway
-    words = [w for w in words if w.partition("=")[0] not in flags]
-    book = gather.gather(experiment, words, flags.get("partial", False), given)
+    about = f"{ABOUT[what]} They go to RESULTS_DIR/{places}."
+    parser = Parser(what, "words", description=about)
+    parser.add_argument("--partial", help="true: leave out runs that may not be printed", **FLAG)
+    parser.add_argument("--force", help="true or not, everything is made again", **FLAG)
+    args = parser.read(argv)
+    experiment, words = asked_experiment(args.words, what)
+    given = next(w.partition("=")[2] for w in args.words if w.startswith("experiment="))
+    book = gather.gather(experiment, words, args.partial == "true", given)
     for gap in book.gaps:
         say(f"gap: {gap}")
     for kind in kinds:

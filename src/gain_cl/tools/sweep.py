@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import math
 import os
+import re
 import shlex
 import shutil
 import subprocess
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,67 +23,64 @@ from gain_cl.studies import launchers, sweep
 from gain_cl.studies.costs import run_seconds
 from gain_cl.studies.experiments import Experiment, Planned, planned_runs
 from gain_cl.system import lock
-from gain_cl.tools.command import Parser
-from gain_cl.tools.status import asked_experiment, flag, print_grid, run_command
-
-USAGE = """\
-python -m gain_cl sweep experiment=NAME [KEY=VALUE ...] [only=WORD,WORD] [max_parallel=N]
-       [dry_run=true] [retry_failed=true] [gpus=0,1] [launcher=local|slurm] [slurm.KEY=VALUE ...]
-       [worktree=false]"""
+from gain_cl.tools.command import FLAG, Parser
+from gain_cl.tools.status import asked_experiment, print_grid, run_command
 
 ABOUT = """\
 Run the runs of an experiment that are missing or were stopped, each in a process of its own.
 
-  only=          methods, models, blockK or beginnings of run ids: only=lora,block0 is LoRA in
-                 block 0
-  max_parallel=  runs at a time on this machine (default: one for each GPU, else one; on Slurm: all)
-  dry_run=true   show the grid, the cost and the commands, start nothing
-  retry_failed=true  runs that failed before, too
-  gpus=          GPUs to give out, one to a run (default: those of CUDA_VISIBLE_DEVICES, else all;
-                 none: gpus=)
-  launcher=      local, or slurm: a job each, through submitit; slurm.partition=gpu slurm.time=240
-                 (minutes) ... are its parameters
-  worktree=false run the files as they are, not HEAD's
-
+slurm.KEY=VALUE are parameters of submitit: slurm.partition=gpu slurm.time=240 (minutes).
 Other KEY=VALUE words are overrides of every run (output_dir=, results_dir=, compute.threads=,
 track=wandb). Started again, or beside another launcher, it runs nothing twice.
 """
 
 
-@dataclass
-class Options:
-    """The sweep's own words."""
-
-    only: list[str] = field(default_factory=list)
-    max_parallel: int | None = None
-    dry_run: bool = False
-    retry_failed: bool = False
-    launcher: str = "local"
-    gpus: list[str] | None = None
-    worktree: bool = True
-    slurm: dict[str, str] = field(default_factory=dict)
+def _listed(text: str) -> list[str]:
+    return [v.strip() for v in text.split(",") if v.strip()]
 
 
-OWN = tuple(Options.__dataclass_fields__)[:-1]
+def _at_least_one(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise ValueError(text)
+    return number
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "--only": {
+        "type": _listed,
+        "default": [],
+        "help": "methods, models, blockK or beginnings of run ids: only=lora,block0 is LoRA in "
+        "block 0",
+    },
+    "--max-parallel": {
+        "type": _at_least_one,
+        "help": "runs at a time on this machine (default: one for each GPU, else one; Slurm: all)",
+    },
+    "--dry-run": FLAG | {"help": "true: show the grid, the cost and the commands, start nothing"},
+    "--retry-failed": FLAG | {"help": "true: runs that failed before, too"},
+    "--gpus": {
+        "type": _listed,
+        "help": "GPUs to give out, one to a run (default: those of CUDA_VISIBLE_DEVICES, else all; "
+        "none: gpus=)",
+    },
+    "--launcher": {
+        "choices": ["local", "slurm"],
+        "default": "local",
+        "help": "slurm: a job for each run, through submitit",
+    },
+    "--worktree": FLAG | {"default": "true", "help": "false: run the files as they are, not HEAD"},
+}
 
 
 def main(argv: list[str]) -> int:
     """Run what is missing. Exit code: 0 every run asked for is done, 1 some failed, 75 stopped by a
     signal."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = Parser("sweep", usage=USAGE, description=ABOUT, formatter_class=raw)
-    parser.add_argument(
-        "words",
-        nargs="+",
-        metavar="experiment=NAME | KEY=VALUE",
-        help="the experiment, the sweep's words, overrides",
-    )
-    experiment, words = asked_experiment(parser.parse_intermixed_args(argv).words, "sweep")
-    options, more = _options(words)
+    options = read_options(argv)
+    experiment, more = asked_experiment(options.words, "sweep")
     planned = _only(planned_runs(experiment, more), options.only)
     print_grid(experiment, planned)
     failed = [c for c in planned if c.state == "failed"]
-    again = [] if options.retry_failed else failed
+    again = [] if options.retry_failed == "true" else failed
     todo = [c for c in planned if c.state != "done" and c not in again]
     records = _records(planned)
     timed = any(s.task_seconds for r in records for s in r.stages)
@@ -98,7 +94,7 @@ def main(argv: list[str]) -> int:
     output = Path(planned[0].config.output_dir)
     launcher = _launcher(options, output, len(todo))
     jobs = _jobs(experiment, todo, more, options, launcher, output)
-    if options.dry_run or not jobs:
+    if options.dry_run == "true" or not jobs:
         for job in jobs:
             say(shlex.join(["python", *job.command]))
         return 1 if failed and not jobs else 0
@@ -119,39 +115,17 @@ def main(argv: list[str]) -> int:
 # --- what was asked -------------------------------------------------------------------------------
 
 
-def _options(words: list[str]) -> tuple[Options, list[str]]:
-    """Return the sweep's own words, and the others: overrides."""
-    options, more = Options(), []
-    for word in words:
-        key, _, value = word.partition("=")
-        if key.startswith("slurm."):
-            options.slurm[key.removeprefix("slurm.")] = value
-        elif key in OWN:
-            setattr(options, key, _value(key, value))
-        elif close := difflib.get_close_matches(key, OWN, cutoff=0.8):
-            raise ConfigError(f"unknown key {key}", "gain_cl sweep", f"did you mean {close[0]}?")
-        else:
-            more.append(word)
-    return options, more
-
-
-def _value(key: str, text: str) -> Any:
-    """Return what a word of the sweep says. ConfigError: it cannot."""
-    if key in ("only", "gpus"):
-        return _listed(text)
-    if key == "max_parallel":
-        if text.isdigit() and int(text):
-            return int(text)
-        raise ConfigError(f"{text!r} is no number of runs", key, "give 1 or more")
-    if key == "launcher":
-        if text in ("local", "slurm"):
-            return text
-        raise ConfigError(f"no launcher {text!r}", key, "available: local, slurm")
-    return flag(key, text)
-
-
-def _listed(text: str) -> list[str]:
-    return [v.strip() for v in text.split(",") if v.strip()]
+def read_options(argv: list[str]) -> Any:
+    """Return the options of the sweep, slurm.* among them as a dict, and the other words."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = Parser("sweep", "words", description=ABOUT, formatter_class=raw)
+    for name, settings in OPTIONS.items():
+        parser.add_argument(name, **settings)
+    options = parser.read(argv)
+    slurm = [w for w in options.words if w.startswith("slurm.")]
+    options.words = [w for w in options.words if w not in slurm]
+    options.slurm = dict(w.removeprefix("slurm.").split("=", 1) for w in slurm)
+    return options
 
 
 def _only(planned: list[Planned], words: list[str]) -> list[Planned]:
@@ -217,59 +191,47 @@ def _left(
 # --- how it is run --------------------------------------------------------------------------------
 
 
-def _launcher(options: Options, output: Path, ahead: int) -> launchers.Launcher:
+def _launcher(options: Any, output: Path, ahead: int) -> launchers.Launcher:
     if options.launcher == "slurm":
         if options.gpus is not None:
             raise ConfigError("gpus= is for launcher=local", "gpus", "give slurm.gpus_per_node=1")
         parameters, cluster = _parameters(options.slurm)
-        return launchers.Slurm(
-            output / "slurm", options.max_parallel or max(1, ahead), parameters, cluster
-        )
+        most = options.max_parallel or max(1, ahead)
+        return launchers.Slurm(output / "slurm", most, parameters, cluster)
     if options.slurm:
-        raise ConfigError(
-            "slurm.* goes with launcher=slurm", "gain_cl sweep", "give launcher=slurm"
-        )
+        what, do = "slurm.* goes with launcher=slurm", "give launcher=slurm"
+        raise ConfigError(what, "gain_cl sweep", do)
     gpus = _gpus() if options.gpus is None else options.gpus
     return launchers.Local(options.max_parallel or max(1, len(gpus)), gpus)
+
+
+SHARED = (
+    "timeout_min", "mem_gb", "nodes", "cpus_per_task", "gpus_per_node", "tasks_per_node",
+    "stderr_to_stdout",
+)  # fmt: skip
+"""Parameters of submitit that are not Slurm's alone."""
 
 
 def _parameters(given: dict[str, str]) -> tuple[dict[str, Any], str]:
     """Return submitit's parameters, and the cluster it sends to (slurm; slurm.cluster=local tries a
     sweep out without one)."""
-    cluster = given.get("cluster", "slurm")
-    shared = (
-        "timeout_min",
-        "mem_gb",
-        "nodes",
-        "cpus_per_task",
-        "gpus_per_node",
-        "tasks_per_node",
-        "stderr_to_stdout",
-    )
     found: dict[str, Any] = {"timeout_min": 24 * 60, "slurm_signal_delay_s": 300}
     for key, value in given.items():
         if key == "time":
             found["timeout_min"] = _minutes(value)
         elif key != "cluster":
-            found[key if key in shared else f"slurm_{key}"] = _typed(value)
-    return found, cluster
+            found[key if key in SHARED else f"slurm_{key}"] = _typed(value)
+    return found, given.get("cluster", "slurm")
 
 
 def _minutes(text: str) -> int:
-    """Return the minutes of Slurm's own way to write a time: minutes, M:S, H:M:S, D-H, D-H:M,
-    D-H:M:S."""
-    days, _, rest = text.rpartition("-")
-    parts = rest.split(":")
-    if not all(p.isdigit() for p in parts) or len(parts) > 3 or (days and not days.isdigit()):
-        raise ConfigError(
-            f"{text!r} is no time", "slurm.time", "give minutes, H:MM:SS or D-HH:MM:SS"
-        )
-    numbers = [int(p) for p in parts]
-    if days:
-        hours, minutes, seconds = (*numbers, 0, 0)[:3]
-    else:
-        hours, minutes, seconds = ((0, *numbers, 0) if len(numbers) < 3 else (*numbers,))[:3]
-    return max(1, int(days or 0) * 1440 + hours * 60 + minutes + (seconds > 0))
+    """Return the minutes of a time of Slurm's: minutes, H:MM:SS, D-H, D-HH:MM:SS."""
+    told = re.fullmatch(r"(\d+)|(?:(\d+)-)?(\d+)(?::(\d+):(\d+))?", text)
+    if told is None:
+        do = "give minutes, H:MM:SS or D-HH:MM:SS"
+        raise ConfigError(f"{text!r} is no time", "slurm.time", do)
+    plain, days, hours, minutes, seconds = (int(x or 0) for x in told.groups())
+    return max(1, plain + 1440 * days + 60 * hours + minutes + (seconds > 0))
 
 
 def _typed(text: str) -> Any:
@@ -295,7 +257,7 @@ def _jobs(
     experiment: Experiment,
     todo: list[Planned],
     more: list[str],
-    options: Options,
+    options: Any,
     launcher: launchers.Launcher,
     output: Path,
 ) -> list[launchers.Job]:
@@ -304,14 +266,13 @@ def _jobs(
     if not todo:
         return []
     environment: dict[str, str] = {}
-    root = sweep.checkout() if options.worktree and not options.dry_run else None
+    committed = options.worktree == "true" and options.dry_run == "false"
+    root = sweep.checkout() if committed else None
     if root is not None:
         with lock.one_launcher(todo[0].claims):
             tree = sweep.worktree(root, output / "sweeps")
-        before = os.environ.get("PYTHONPATH")
-        environment["PYTHONPATH"] = os.pathsep.join(
-            [str(tree / "src"), *([before] if before else [])]
-        )
+        before = filter(None, [os.environ.get("PYTHONPATH")])
+        environment["PYTHONPATH"] = os.pathsep.join([str(tree / "src"), *before])
     words = list(more)
     given = {w.partition("=")[0] for c in todo for w in (*c.overrides, *more)}
     shared = isinstance(launcher, launchers.Local) and launcher.limit > 1 and not launcher.gpus
@@ -321,10 +282,9 @@ def _jobs(
         environment["OMP_NUM_THREADS"] = str(threads)
     if todo[0].config.track.backend == "wandb" and "track.group" not in given:
         words.append(f"track.group={experiment.name}")
-    logs = output / "sweeps" / experiment.name
-    return [
-        launchers.Job(
-            c, ["-m", "gain_cl", "run", *c.overrides, *words], environment, logs / f"{c.run_id}.log"
-        )
-        for c in todo
-    ]
+    jobs = []
+    for c in todo:
+        log = output / "sweeps" / experiment.name / f"{c.run_id}.log"
+        command = ["-m", "gain_cl", "run", *c.overrides, *words]
+        jobs.append(launchers.Job(c, command, environment, log))
+    return jobs
