@@ -199,8 +199,8 @@ def test_names() -> None:
     ("name", "says"),
     [
         ("bolq", "did you mean boolq?"),
-        ("mmlu", "there are: boolq, hellaswag"),
-        ("", "there are"),
+        ("mmlu", "there is: arc_challenge, arc_easy, boolq"),
+        ("", "there is"),
         ("boolq@", "from 1 to 3270"),
         ("boolq@0", "from 1 to 3270"),
         ("boolq@-3", "from 1 to 3270"),

