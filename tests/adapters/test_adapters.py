@@ -18,6 +18,7 @@ from torch import nn
 from conftest import FAMILIES, ListBlocks, tiny
 from gain_cl import adapters
 from gain_cl.adapters.gain import DiagonalGain, Gains, attach_gains
+from gain_cl.adapters.peft import multiply_as_input
 from gain_cl.config import presets, schema
 from gain_cl.errors import ConfigError, DataError
 from gain_cl.guards.base import Guard
@@ -510,3 +511,29 @@ def test_gains_can_be_taken_off() -> None:
     gains.remove()
     assert torch.equal(logits(loaded), before)
     assert copy.deepcopy(loaded.model) is not None
+
+
+def test_lora_multiplies_as_its_input_with_fp32_masters() -> None:
+    """What a GPU does for a bf16 model. In fp32 nothing changes."""
+    for dtype, close in (("float32", 0.0), ("bfloat16", 0.05)):
+        found = []
+        for own in (False, True):
+            loaded = tiny("llama", dtype)
+            torch.manual_seed(0)
+            adapter: Any = adapters.build_adapter(ADAPTERS["lora"])
+            adapter.attach(loaded)
+            for name, p in adapter.parameters().items():
+                p.data.normal_(0, 0.1, generator=torch.Generator().manual_seed(len(name)))
+            if own:
+                multiply_as_input(adapter._layers())
+            nats = forward.loss_sum(loaded, np.arange(1, 25).reshape(2, 12))
+            nats.backward()
+            grads = [p.grad for p in adapter.parameters().values()]
+            assert all(g is not None and g.dtype == torch.float32 for g in grads)
+            found.append(torch.cat([nats.detach()[None], *map(torch.flatten, grads)]))
+        far = (found[0] - found[1]).abs()
+        assert far[0] <= close * found[0][0]
+        assert far[1:].max() <= close * found[0][1:].abs().max()
+        state = adapter.state()
+        adapter.absorb()
+        assert all(t.dtype == torch.float32 for t in state.values())

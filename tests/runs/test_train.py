@@ -3,6 +3,8 @@ numbers."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -239,3 +241,35 @@ def test_learning_lowers_the_loss() -> None:
     tokens = np.tile(np.arange(1, 17), (8, 1))
     _, log = fit(setup=settings(steps=40, lr=0.3), blocks=ListBlocks(tokens))
     assert log[-1]["loss_nats"] < log[0]["loss_nats"] - 0.1
+
+
+def test_a_kernel_that_decides_leaves_everything_where_a_gradient_is_not_finite() -> None:
+    """As on a GPU, where nobody waits for the gradient: AdamW in one kernel."""
+    p = torch.nn.Parameter(torch.ones(4))
+    optimizer = torch.optim.AdamW([p], lr=0.1, fused=True)
+    for finite, value in ((True, 2.0), (False, float("nan")), (True, 1.0)):
+        before, p.grad = p.detach().clone(), torch.full((4,), value)
+        state = {k: v.clone() for k, v in optimizer.state[p].items()}
+        train._update(optimizer, torch.tensor(finite))
+        assert torch.equal(p, before) is not finite
+        assert finite or all(torch.equal(v, state[k]) for k, v in optimizer.state[p].items())
+
+
+def test_the_next_batch_is_made_before_the_row_and_only_where_there_is_one() -> None:
+    made: list[int] = []
+
+    class Counting(Guard):
+        def mix(self, batch: Any, stage: int, step: int) -> Any:
+            made.append(step)
+            return batch
+
+    loaded = tiny("llama")
+    adapter = adapters.build_adapter(schema.Gain(kind="gain", roles=["attn_out"]))
+    adapter.attach(loaded)
+    setup = schema.Train(steps=3, block=16, batch_tokens=32, lr=1e-2)
+    blocks: Any = ListBlocks(np.arange(64).reshape(4, 16) + 1)
+    optimizer = train.optimizer(adapter, setup)
+    rows = train.stage(loaded, adapter, Counting(), blocks, setup, optimizer, index=1, seed=0)
+    assert [(next(rows)["step"], list(made)) for _ in range(3)] == [
+        (1, [0, 1]), (2, [0, 1, 2]), (3, [0, 1, 2]),
+    ]  # fmt: skip

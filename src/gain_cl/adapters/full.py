@@ -90,8 +90,10 @@ def _collector(master: nn.Parameter):  # type: ignore[no-untyped-def]
 
     def collect(weight: torch.Tensor) -> None:
         assert weight.grad is not None
-        grad = weight.grad.float()
-        master.grad = grad if master.grad is None else master.grad + grad
+        if master.grad is None:
+            master.grad = weight.grad.float()
+        else:
+            master.grad += weight.grad  # in fp32, without a copy
         weight.grad = None
 
     return collect

@@ -85,6 +85,9 @@ class PeftAdapter(Adapter):
         self.model.train(self.model.training)  # new modules, dropout included, are in training mode
         for p in self.parameters().values():
             p.data = p.data.float()
+        first = next(self.model.parameters())
+        if first.is_cuda and self.model.dtype == torch.bfloat16 and self.peft_type == "LORA":
+            multiply_as_input(self._layers())
 
     def _check_fold(self, loaded: Loaded) -> None:
         """Check that what trains has a place among the model's own weights: ``absorb`` comes after
@@ -350,6 +353,25 @@ def _probe(loaded: Loaded) -> Tensor | None:
     ids = torch.arange(4, device=loaded.device)[None]
     with torch.no_grad():
         return loaded.head(loaded.body(ids).last_hidden_state).float()
+
+
+class InputDtypeLinear(nn.Linear):
+    """A linear layer that multiplies in the dtype of its input; its weight stays fp32, as does the
+    gradient."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return nn.functional.linear(x, self.weight.to(x.dtype), bias)
+
+
+def multiply_as_input(layers: list[Any]) -> None:
+    """Make LoRA layers multiply in the dtype of the model, as under the autocast of PEFT's and
+    TRL's users: in fp32 they would take most of a GPU's time."""
+    for layer in layers:
+        layer.cast_input_dtype_enabled = False
+        for module in (*layer.lora_A.values(), *layer.lora_B.values()):
+            if type(module) is nn.Linear:
+                module.__class__ = InputDtypeLinear
 
 
 def _layers(model: nn.Module) -> list[Any]:

@@ -43,7 +43,7 @@ EXECUTION = (
     "lr_tuned_on",
 )
 """Sections that say how a run is carried out, not what it computes: recorded, but not part of the
-run id."""
+run id. ``compute.compile`` is, where it compiles."""
 
 
 def _name(value: Any) -> Any:
@@ -478,7 +478,8 @@ class Eval(Section):
 
 
 class Compute(Section):
-    """Execution only: recorded, not in the run id."""
+    """Execution only: recorded, not in the run id, but for ``compile``, whose numbers differ by
+    rounding and, with dropout, by what is drawn."""
 
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     threads: PositiveInt | None = None  # CPU threads; None: all cores
@@ -487,6 +488,8 @@ class Compute(Section):
     eval_batch: PositiveInt = 16  # documents per forward pass of evaluation
     gradient_checkpointing: bool = False
     deterministic: bool = False
+    # layers: each layer and the loss are compiled, in training
+    compile: Literal["none", "layers"] = "none"
 
 
 class Track(Section):
@@ -591,6 +594,8 @@ class RunConfig(Section):
         settings = self.model_dump(mode="json", exclude=set(EXECUTION))
         if isinstance(self.adapter, Given):
             del settings["train"]  # nothing is trained here
+        elif self.compute.compile != "none":
+            settings["compile"] = self.compute.compile
         for about in (settings["model"], *settings["domains"].values()):
             for words in ("licence", "note"):  # about the model or data, not the thing itself
                 about.pop(words, None)

@@ -32,18 +32,25 @@ def loss_sum(
     token, as in evaluation; its gradient is also that of a guard's token penalty. documents_BT: see
     ``inputs_of``."""
     inputs = inputs_of(loaded, tokens_BT, documents_BT)
+    rows = np.arange(tokens_BT.size) if scored_BT is None else np.flatnonzero(scored_BT)
+    rows_N, targets_N = on_device(rows, loaded), on_device(tokens_BT.reshape(-1)[rows], loaded)
     hidden = loaded.body(**inputs).last_hidden_state.flatten(0, 1)
-    rows_N = (
-        torch.arange(tokens_BT.size)
-        if scored_BT is None
-        else torch.from_numpy(np.flatnonzero(scored_BT))
+    if len(rows) < len(hidden):
+        hidden = hidden[rows_N]
+    total = sum_cross_entropy(
+        hidden, *loaded.output, targets_N, loaded.softcap, loaded.compiled_loss
     )
-    if len(rows_N) < len(hidden):
-        hidden = hidden[rows_N.to(loaded.device)]
-    targets_N = torch.from_numpy(tokens_BT.reshape(-1)[rows_N.numpy()]).to(loaded.device)
-    total = sum_cross_entropy(hidden, *loaded.output, targets_N, loaded.softcap)
     extra = token_penalty(inputs, rows_N, hidden) if token_penalty is not None else None
     return total if extra is None else total + (extra - extra.detach())
+
+
+def on_device(array: np.ndarray, loaded: Loaded) -> torch.Tensor:
+    """Return an array on the model's device. The copy to a GPU waits for nothing: not for the work
+    that the GPU still has to do."""
+    tensor = torch.from_numpy(array)
+    if loaded.device.type != "cuda":
+        return tensor.to(loaded.device)
+    return tensor.pin_memory().to(loaded.device, non_blocking=True)
 
 
 def inputs_of(
@@ -59,17 +66,17 @@ def inputs_of(
         [np.full((len(tokens_BT), 1), loaded.prefix_id), tokens_BT[:, :-1]], axis=1
     )
     inputs: dict[str, Any] = {
-        "input_ids": torch.from_numpy(inputs_BT).to(loaded.device),
+        "input_ids": on_device(inputs_BT, loaded),
         "use_cache": False,
     }
     if documents_BT is not None:
         same_BTT = documents_BT[:, :, None] == documents_BT[:, None, :]
-        seen_BTT = torch.from_numpy(np.tril(same_BTT)).to(loaded.device)
+        seen_BTT = on_device(np.tril(same_BTT), loaded)
         mask_BTT = torch.zeros(seen_BTT.shape, dtype=loaded.model.dtype, device=loaded.device)
         inputs["attention_mask"] = mask_BTT.masked_fill(
             ~seen_BTT, torch.finfo(loaded.model.dtype).min
         )[:, None]
-        inputs["position_ids"] = torch.from_numpy(_positions(documents_BT)).to(loaded.device)
+        inputs["position_ids"] = on_device(_positions(documents_BT), loaded)
     return inputs
 
 

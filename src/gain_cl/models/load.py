@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from gain_cl.models.loss import InPlace
+
 
 # --- with torch -----------------------------------------------------------------------------------
 
@@ -46,6 +48,7 @@ class Loaded:
     context: int
     tokenizer_hash: str
     roles: dict[str, str] | None
+    compiled_loss: InPlace | None = None  # models/compiled.py puts it here
 
     @property
     def body(self) -> nn.Module:

@@ -7,6 +7,7 @@ softmax is taken in fp32.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,13 +15,21 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+InPlace = Callable[[Tensor, Tensor, float | None, bool], Tensor]
+"""The form of ``cross_entropy_in_place``."""
+
 CHUNK_LOGITS = {"cpu": 2**23, "cuda": 2**27}
 """Logits held at a time, by device: 32 MiB in fp32 stay in a CPU's cache (a fifth faster than 128
 MiB), a GPU wants more."""
 
 
-def _chunk(weight_VD: Tensor) -> int:
-    return max(1, CHUNK_LOGITS.get(weight_VD.device.type, 2**25) // weight_VD.shape[0])
+def _chunk(weight_VD: Tensor, rows: int) -> int:
+    """Return the rows of a chunk. On a GPU all are shared out evenly, in multiples of 128, which
+    its matrix units like."""
+    most = max(1, CHUNK_LOGITS.get(weight_VD.device.type, 2**25) // weight_VD.shape[0])
+    if weight_VD.device.type != "cuda" or rows <= most:
+        return most
+    return 128 * math.ceil(rows / math.ceil(rows / most) / 128)
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None) -> Tensor:
@@ -37,7 +46,7 @@ def token_nll(
     softcap: float | None = None,
 ) -> Tensor:
     """Return -ln p of each target, (N,) fp32."""
-    step = _chunk(weight_VD)
+    step = _chunk(weight_VD, len(hidden_ND))
     parts = [
         F.cross_entropy(_logits(h, weight_VD, bias_V, softcap), t, reduction="none")
         for h, t in zip(hidden_ND.split(step), targets_N.split(step), strict=True)
@@ -61,7 +70,7 @@ def token_divergence(
     to a row, then enters by its square (measured in fp32 on 49,152 tokens: 1e-8 nats off, not
     1e-7).
     """
-    step = _chunk(weight_VD)
+    step = _chunk(weight_VD, len(hidden_ND))
     parts = []
     for h, h_base in zip(hidden_ND.split(step), base[0].split(step), strict=True):
         log_p_NV = F.log_softmax(_logits(h_base, base[1], base[2], softcap), dim=-1)
@@ -78,10 +87,12 @@ def _sum_chunks(
     bias: Tensor | None,
     softcap: float | None,
     part: Callable[[slice, Tensor], tuple[Tensor, Tensor]],
+    compiled: Callable[[slice, Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Sum over chunks of rows of a function of the logits. part: rows, their logits -> the
     function's sum over these rows, and its gradient in the logits (which may take their place in
-    memory).
+    memory). compiled: takes the place of part and of the cap, rows, what the head gives -> the sum;
+    the gradient takes the place of what the head gave.
 
     The gradients of hidden, weight and bias are taken chunk by chunk in the forward pass and kept
     in ctx, so that logits are made once and never kept.
@@ -98,16 +109,20 @@ def _sum_chunks(
         if bias is not None and ctx.needs_input_grad[2]
         else None
     )
-    step = _chunk(weight)
+    step = _chunk(weight, len(hidden))
     for start in range(0, len(hidden), step):
         rows = slice(start, start + step)
         h = hidden[rows]
-        logits = _logits(h, weight, bias, softcap)
-        slope = 1 - (logits / softcap).square() if softcap else None
-        value, g = part(rows, logits)
+        if compiled is not None:
+            g = F.linear(h, weight, bias)
+            value = compiled(rows, g)
+        else:
+            logits = _logits(h, weight, bias, softcap)
+            slope = 1 - (logits / softcap).square() if softcap else None
+            value, g = part(rows, logits)
+            if slope is not None:
+                g *= slope
         total += value
-        if slope is not None:
-            g *= slope
         if grad_bias is not None:
             grad_bias += g.sum(0)
         g = g.to(h.dtype)
@@ -128,8 +143,7 @@ def _scaled(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         hidden * scale.to(hidden.dtype) if hidden is not None else None,
         (weight * scale).to(ctx.dtypes[0]) if weight is not None else None,
         (bias * scale).to(ctx.dtypes[1]) if bias is not None else None,
-        None,
-        None,
+        *[None] * (len(ctx.needs_input_grad) - 3),
     )
 
 
@@ -142,18 +156,25 @@ class _SumCrossEntropy(torch.autograd.Function):
         bias: Tensor | None,
         targets: Tensor,
         softcap: float | None,
+        compiled: InPlace | None,
     ) -> Tensor:
+        wanted = any(ctx.needs_input_grad)
+
         def part(rows: slice, logits: Tensor) -> tuple[Tensor, Tensor]:
             t = targets[rows]
             lse = torch.logsumexp(logits, dim=-1, keepdim=True)
             value = (lse.squeeze(-1) - logits.gather(1, t[:, None]).squeeze(1)).sum()
-            if not any(ctx.needs_input_grad):
+            if not wanted:
                 return value, logits
             g = logits.sub_(lse).exp_()
             g[torch.arange(len(t), device=t.device), t] -= 1
             return value, g
 
-        return _sum_chunks(ctx, hidden, weight, bias, softcap, part)
+        def whole(rows: slice, logits: Tensor) -> Tensor:
+            assert compiled is not None
+            return compiled(logits, targets[rows], softcap, wanted)
+
+        return _sum_chunks(ctx, hidden, weight, bias, softcap, part, compiled and whole)
 
     backward = staticmethod(_scaled)
 
@@ -179,16 +200,39 @@ class _SumDivergence(torch.autograd.Function):
     backward = staticmethod(_scaled)
 
 
+def cross_entropy_in_place(
+    logits_NV: Tensor, targets_N: Tensor, softcap: float | None, wanted: bool
+) -> Tensor:
+    """Return the sum of -ln p of the targets, fp32. wanted: its gradient takes the logits' place.
+
+    Compiled (models/compiled.py), it reads the logits three times and writes them once, in their
+    own dtype. Line by line it would pass over them in fp32 at each."""
+    x, slope = logits_NV.float(), None
+    if softcap:
+        squashed = torch.tanh(x / softcap)
+        x, slope = softcap * squashed, 1 - squashed.square()
+    lse_N1 = torch.logsumexp(x, dim=-1, keepdim=True)
+    value = (lse_N1 - x.gather(1, targets_N[:, None])).sum()
+    if wanted:
+        hit_NV = torch.arange(x.shape[1], device=x.device) == targets_N[:, None]
+        g = (x - lse_N1).exp() - hit_NV.float()
+        logits_NV.copy_(g if slope is None else g * slope)
+    return value
+
+
 def sum_cross_entropy(
     hidden_ND: Tensor,
     weight_VD: Tensor,
     bias_V: Tensor | None,
     targets_N: Tensor,
     softcap: float | None = None,
+    compiled: InPlace | None = None,
 ) -> Tensor:
     """Sum over tokens of -ln p, a scalar with gradients to hidden, and to weight and bias when they
-    require them."""
-    total: Tensor = _SumCrossEntropy.apply(hidden_ND, weight_VD, bias_V, targets_N, softcap)
+    require them. compiled: ``cross_entropy_in_place`` as compiled."""
+    total: Tensor = _SumCrossEntropy.apply(
+        hidden_ND, weight_VD, bias_V, targets_N, softcap, compiled
+    )
     return total
 
 

@@ -87,7 +87,7 @@ def _learning(settings: dict[str, Any], pins: dict[str, Any], trained: list[str]
     settings = provenance.without_places(settings, pins)
     kept = {
         k: settings.get(k)
-        for k in ("model", "adapter", "guard", "train", "seed", "handover", "regime")
+        for k in ("model", "adapter", "guard", "train", "seed", "handover", "regime", "compile")
     }
     kept["domains"] = [
         [name, settings["domains"].get(name), pins["domains"].get(name)] for name in trained

@@ -21,7 +21,7 @@ from gain_cl.errors import ConfigError, DataError, GainError
 from gain_cl.guards.base import Guard
 from gain_cl.measure import perplexity, scoring
 from gain_cl.measure.record import TrainStats
-from gain_cl.models import load
+from gain_cl.models import compiled, load
 from gain_cl.runs import inherit, train
 from gain_cl.runs.inputs import Inputs, training_streams
 from gain_cl.runs.resume import ADAPTER, GUARD, OPTIMIZER, Attempt, Stage
@@ -53,8 +53,10 @@ def attach(config: RunConfig, loaded: load.Loaded, seed: int) -> tuple[Adapter, 
 
 def rehearse(config: RunConfig) -> None:
     """Attach to the model without its weights: what does not fit it is refused in a second, not
-    once stage 0 is scored. What needs weights is left to the real model: PEFT's RuntimeError, and
-    whatever else a plugin does with them."""
+    once stage 0 is scored. So is a machine that cannot compile. What needs weights is left to the
+    real model: PEFT's RuntimeError, and whatever else a plugin does with them."""
+    if config.compute.compile == "layers":
+        compiled.try_compiler(load.device_of(config.compute.device, config.model.dtype))
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # they come when it counts
         try:
@@ -86,6 +88,8 @@ class Learner:
         self.adapter, self.guard = attach(config, loaded, train.seed_of("guard", config.seed))
         if config.compute.gradient_checkpointing:
             load.checkpoint_activations(loaded.model)
+        if config.compute.compile == "layers" and self.adapter.trains:
+            compiled.compile_training(loaded)
         if self.adapter.trains:
             self.renew_optimizer()
             self.streams = training_streams(config, self.inputs)

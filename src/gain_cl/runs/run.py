@@ -87,7 +87,8 @@ def carry_out(config: RunConfig, plan: Plan) -> record.Run:
         settle(config, plan, inputs, attempt, tracker)
         if 0 not in stages:  # before anything is attached: the same for every method of this model
             stages[0] = score(0, None, None, config, plan, inputs, attempt, tracker)
-        with torch.random.fork_rng():
+        device = inputs.loaded.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
             learner = Learner(config, plan.folder, inputs, attempt, tracker)
             for index in range(1, last + 1):
                 if index not in stages:

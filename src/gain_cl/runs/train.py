@@ -20,6 +20,7 @@ import torch
 from gain_cl.errors import DataError, StorageError
 from gain_cl.guards.base import Batch
 from gain_cl.measure.record import TrainStats
+from gain_cl.models.compiled import compiling
 from gain_cl.models.forward import loss_sum
 
 if TYPE_CHECKING:
@@ -47,9 +48,11 @@ def rate(step: int, steps: int, lr: float, schedule: str, warmup: float, final_l
 
 
 def optimizer(adapter: Adapter, settings: Train) -> torch.optim.AdamW:
-    """Return AdamW over the adapter's fp32 parameters."""
+    """Return AdamW over the adapter's fp32 parameters: one kernel on a GPU."""
     chosen = settings.model_dump(include={"lr", "betas", "eps", "weight_decay"})
-    return torch.optim.AdamW(adapter.parameters().values(), **chosen)
+    parameters = list(adapter.parameters().values())
+    fused = bool(parameters) and parameters[0].is_cuda
+    return torch.optim.AdamW(parameters, fused=fused or None, **chosen)
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer, adapter: Adapter) -> dict[str, torch.Tensor]:
@@ -70,7 +73,8 @@ def load_optimizer_state(
     for full, value in state.items():
         key, name = full.split("/", 1)
         p = parameters[name]
-        optimizer.state[p][key] = value if value.ndim == 0 else value.to(p.device)
+        moves = value.ndim > 0 or optimizer.defaults["fused"]  # else the count of steps stays here
+        optimizer.state[p][key] = value.to(p.device) if moves else value
 
 
 def batch_at(blocks: Stream, step: int, sequences: int) -> Batch:
@@ -160,13 +164,18 @@ def stage(
     """
     parameters, model = list(adapter.parameters().values()), loaded.model
     size, place = micro_batch or settings.sequences, place or index
+
+    def prepared(step: int) -> Batch:
+        return guard.mix(batch_at(blocks, step, settings.sequences), place, step)
+
     model.train()
     try:
+        started = time.perf_counter()
+        following = prepared(start)
         for step in range(start, settings.stage_steps):
-            started = time.perf_counter()
-            batch = guard.mix(batch_at(blocks, step, settings.sequences), place, step)
+            batch = following
             drawn = seed_of("dropout", seed, place, step)
-            while (loss := _gradient(loaded, guard, batch, settings, size, drawn)) is None:
+            while (losses := _gradient(loaded, guard, batch, settings, size, drawn)) is None:
                 optimizer.zero_grad()
                 _free(loaded.device)
                 if size == 1:
@@ -178,10 +187,6 @@ def stage(
                 size = (size + 1) // 2
             gradients = [p.grad for p in parameters if p.grad is not None]
             total = torch.nn.utils.get_total_norm(gradients)
-            norm = total.item()
-            if not math.isfinite(loss) or not math.isfinite(norm):
-                optimizer.zero_grad()
-                raise _not_finite(loss, norm, batch, index, step, blocks)
             if settings.clip is not None:
                 torch.nn.utils.clip_grads_with_norm_(parameters, settings.clip, total)
             lr = rate(
@@ -190,10 +195,16 @@ def stage(
             )  # fmt: skip
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            optimizer.step()
+            told = torch.stack([*losses, total])
+            _update(optimizer, told.isfinite().all())
             optimizer.zero_grad()
             adapter.after_step()
             guard.after_step()
+            if step + 1 < settings.stage_steps:
+                following = prepared(step + 1)
+            loss, norm = _read(told)  # a GPU is waited for here alone, once its step is queued
+            if not math.isfinite(loss) or not math.isfinite(norm):
+                raise _not_finite(loss, norm, batch, index, step, blocks)
             yield {
                 "stage": index,
                 "domain": blocks.name,
@@ -205,8 +216,28 @@ def stage(
                 "seconds": time.perf_counter() - started,
                 "micro_batch": size,
             }
+            started = time.perf_counter()
     finally:
         model.eval()
+
+
+def _update(optimizer: torch.optim.Optimizer, finite: torch.Tensor) -> None:
+    """Take the optimiser's step where loss and gradient are finite. A GPU decides that by itself:
+    its kernel leaves parameters and moments as they are where ``found_inf`` is 1."""
+    if optimizer.defaults["fused"]:
+        optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
+        optimizer.step()
+    elif finite:
+        optimizer.step()
+
+
+def _read(told: torch.Tensor) -> tuple[float, float]:
+    """Return loss and norm of the gradient. told: a loss of each micro-batch, then the norm."""
+    *losses, norm = told.tolist()
+    loss = 0.0
+    for part in losses:  # not sum(), which rounds otherwise in newer Pythons
+        loss += part
+    return loss, norm
 
 
 def _not_finite(
@@ -231,29 +262,30 @@ def _not_finite(
 
 def _gradient(
     loaded: Loaded, guard: Guard, batch: Batch, settings: Train, size: int, seed: int
-) -> float | None:
-    """Add the gradient of a step up in the parameters. Return its nats per token, or None when
-    memory ran out."""
+) -> list[torch.Tensor] | None:
+    """Add the gradient of a step up in the parameters. Return what each micro-batch adds to its
+    nats per token, or None when memory ran out. ConfigError when layers cannot be compiled."""
     torch.manual_seed(seed)  # dropout is a function of the step: resume needs no random state
-    count, loss = max(1, int(batch.scored_ST.sum())), 0.0
+    count, losses = max(1, int(batch.scored_ST.sum())), []
     try:
-        for start in range(0, len(batch.tokens_ST), size):
-            tokens, documents, scored = (part[start : start + size] for part in batch)
-            owners = documents if settings.pack == "mask" else None
-            nats = loss_sum(loaded, tokens, owners, scored, guard.token_penalty)
-            # Divided by the tokens of the whole step: micro-batches of any size add up to its
-            # gradient.
-            part = nats / count
-            part.backward()
-            loss += part.item()
-        penalty = guard.penalty()
-        if penalty is not None:
-            penalty.backward()
+        with compiling():
+            for start in range(0, len(batch.tokens_ST), size):
+                tokens, documents, scored = (part[start : start + size] for part in batch)
+                owners = documents if settings.pack == "mask" else None
+                nats = loss_sum(loaded, tokens, owners, scored, guard.token_penalty)
+                # Divided by the tokens of the whole step: micro-batches of any size add up to its
+                # gradient.
+                part = nats / count
+                part.backward()
+                losses.append(part.detach())
+            penalty = guard.penalty()
+            if penalty is not None:
+                penalty.backward()
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
         return None
-    return loss
+    return losses
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -118,7 +118,7 @@ class Reopened:
         from gain_cl.runs import train
 
         adapter = adapters.build_adapter(self.config.adapter)
-        with torch.random.fork_rng():
+        with torch.random.fork_rng([loaded.device] if loaded.device.type == "cuda" else []):
             torch.manual_seed(train.seed_of("init", self.config.seed))
             adapter.attach(loaded)
         return adapter
