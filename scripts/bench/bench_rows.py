@@ -3,7 +3,7 @@
 A subject is BASE or BASE+FLAG+FLAG. Bases: forward (a bare forward pass with its loss), limit (frozen forward and backward to the
 inputs: what no adapter can beat), probe (a matrix product and a copy), methods of configs/method through our own training loop,
 and peers: peft_ia3, peft_lora, peft_lora_hfloss (a plain loop), trainer_lora, trl_lora (as shipped), trl_lora_plain (without
-gradient checkpointing), trl_liger. Flags: compile (each layer by itself), graphs (the same with CUDA graphs), cudnn (its attention
+gradient checkpointing), trl_liger. Flags: compile (compute.compile=layers), graphs (each layer by CUDA graphs), cudnn (its attention
 first), triton (the gain's product in one kernel), swiglu (SiLU, product and gain in one kernel), liger (its norm, rotary embedding
 and SwiGLU), ckpt (activations computed again).
 """
@@ -263,25 +263,33 @@ class Bench:
         from gain_cl.measure.perplexity import evaluating
         from gain_cl.models import forward
 
+        import torch
+
+        made = "compile" in self.flags  # training mode, for only that is compiled
         for tokens in self._batches():
-            with evaluating(self.model):
+            with torch.no_grad() if made else evaluating(self.model):
+                self.model.train(made)
                 yield forward.loss_sum(self.loaded, tokens).item()
 
     def _limit(self) -> Iterator[Any]:
         import torch
 
+        from gain_cl.models import forward
         from gain_cl.models.loss import sum_cross_entropy
 
         embed = self.model.get_input_embeddings()
         self.model.train()
         for tokens in self._batches():
-            ids = torch.from_numpy(tokens).to(self.device)
+            ids = forward.on_device(tokens, self.loaded)
             inputs = embed(ids).detach().requires_grad_()
             hidden = self.loaded.body(
                 inputs_embeds=inputs, use_cache=False
             ).last_hidden_state.flatten(0, 1)
             loss = (
-                sum_cross_entropy(hidden, *self.loaded.output, ids.flatten(), self.loaded.softcap)
+                sum_cross_entropy(
+                    hidden, *self.loaded.output, ids.flatten(), self.loaded.softcap,
+                    self.loaded.compiled_loss,
+                )
                 / ids.numel()
             )
             loss.backward()
@@ -457,14 +465,14 @@ class Bench:
     def _compile(self) -> None:
         import torch
 
-        for key in ("recompile_limit", "cache_size_limit"):
-            if hasattr(torch._dynamo.config, key):
-                setattr(torch._dynamo.config, key, 64)
-                break
+        from gain_cl.models import compiled
+
+        if "graphs" not in self.flags:
+            compiled.compile_training(self.loaded)
+            return
+        torch._dynamo.config.recompile_limit = compiled.MOST_VERSIONS
         for layer in self._layers():
-            layer.compile(
-                fullgraph=True, **({"mode": "reduce-overhead"} if "graphs" in self.flags else {})
-            )
+            layer.compile(fullgraph=True, mode="reduce-overhead")
 
     def _attention(self) -> contextlib.AbstractContextManager[Any]:
         """Return the context that orders attention kernels."""
