@@ -260,10 +260,10 @@ class Bench:
             yield from self.batches_NST
 
     def _forward(self) -> Iterator[Any]:
+        import torch
+
         from gain_cl.measure.perplexity import evaluating
         from gain_cl.models import forward
-
-        import torch
 
         made = "compile" in self.flags  # training mode, for only that is compiled
         for tokens in self._batches():
@@ -272,7 +272,6 @@ class Bench:
                 yield forward.loss_sum(self.loaded, tokens).item()
 
     def _limit(self) -> Iterator[Any]:
-        import torch
 
         from gain_cl.models import forward
         from gain_cl.models.loss import sum_cross_entropy
@@ -287,7 +286,10 @@ class Bench:
             ).last_hidden_state.flatten(0, 1)
             loss = (
                 sum_cross_entropy(
-                    hidden, *self.loaded.output, ids.flatten(), self.loaded.softcap,
+                    hidden,
+                    *self.loaded.output,
+                    ids.flatten(),
+                    self.loaded.softcap,
                     self.loaded.compiled_loss,
                 )
                 / ids.numel()
