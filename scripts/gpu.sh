@@ -9,14 +9,17 @@
 # tests  pytest -m gpu                           runs   experiments/gpu.yaml, block by block, RUNS at once
 # BENCH_SECONDS, SMALL_SECONDS, LONG_SECONDS, TEST_SECONDS, RUN_SECONDS limit the parts; results go to $OUT. DEVICE=cpu rehearses.
 #
-# What a session with such a machine does (2026-11-27, one H100, 843 s of it in five calls; packs by scripts/gpu_pack.sh beforehand):
-#   1. carry pack1 pack2: tar xzf PACKS/pack1/code.tar.gz; SMALL_SECONDS=45 BENCH_SECONDS=165 bash code/scripts/gpu.sh PACKS setup stash small bench
-#      limit 300 s. Came out: 15 of 25 rows of Qwen2.5-7B's configuration, 4 of 11 of SmolLM2's. (A first call failed by one line of the benchmark,
-#      mended since.) SUBJECTS, SMALL_SUBJECTS name rows: begin with those that docs/speed.md lacks.
-#   2. carry pack3, at once, while the machine is still there: TEST_SECONDS=150 TEST_PROCESSES=10 bash code/scripts/gpu.sh PACKS tests
-#      limit 200 s. Came out: 86 of 93 passed, 2 skipped, 1 failed in 85 s, and which was not shown. It is now: TESTS="pattern" takes some.
-#   3. the same carry: BLOCKS="1 2" RUNS=8 RUN_SECONDS=560 bash code/scripts/gpu.sh PACKS runs
-#      limit 600 s. Came out: block 0, eight runs at once, 200 s with 131,072 tokens a domain.
+# What a session with such a machine does: three calls at once, from a checkout whose .gpu scripts/gpu_pack.sh has filled. Each carries one pack.
+# What lies in /tmp there stays between calls less than 30 s apart. A lease has 15 minutes, its start and the transfers (2 to 3) included.
+#   1. carry .gpu/pack1, limit 340 s:
+#        mkdir -p /tmp/g && tar xzf .gpu/pack1/code.tar.gz -C /tmp/g && bash /tmp/g/code/scripts/gpu.sh .gpu setup bench long small
+#      SUBJECTS, LONG_SUBJECTS, SMALL_SUBJECTS name other rows. Each list begins with what is wanted most: time may end before the last.
+#   2. carry .gpu/pack2, limit 150 s:
+#        TEST_SECONDS=110 TEST_PROCESSES=14 bash /tmp/g/code/scripts/gpu.sh .gpu stash tests
+#      TESTS="pattern" takes some. Each failure is shown with its traceback, in tests.txt too.
+#   3. carry .gpu/pack3, limit 330 s:
+#        BLOCKS=1 RUNS=8 RUN_SECONDS=290 bash /tmp/g/code/scripts/gpu.sh .gpu runs
+#      Block 0 took 200 s on 2026-11-27, eight runs at once. The runs compile nothing (compute.compile=none), so that blocks are comparable.
 # Results: .txt and .json of $OUT; bench_page.py prints a record as docs/speed.md has it. RUN_WORDS cannot name a key that the experiment sets.
 set -uo pipefail
 packs=$(cd "$1" && pwd)
@@ -57,19 +60,19 @@ measure() { # NAME SECONDS WORDS...
 }
 
 bench() {
-  measure qwen7b "${BENCH_SECONDS:-215}" model="${BENCH_MODEL:-qwen2.5_7b}" block="${BENCH_BLOCK:-2048}" sequences="${BENCH_SEQUENCES:-2}" \
-    seconds=45 rounds="${ROUNDS:-9}" profile=gain_ffn,gain_ffn+compile,gain_ffn+swiglu+liger+cudnn \
-    subjects="${SUBJECTS:-forward,limit,gain_ffn,gain_ffn+triton,gain_ffn+cudnn,gain_ffn+compile,gain_ffn+swiglu+liger+cudnn,peft_ia3,peft_lora,trl_lora,trl_lora_plain,lora,trl_liger,trl_liger_plain,trainer_lora,peft_lora_hfloss,limit+compile,gain_ffn+compile+cudnn,gain_ffn+liger,gain_attn,forward+compile,lora+compile,gain_ffn+ckpt,limit+liger+cudnn,gain_ffn+swiglu+liger+cudnn+ckpt}"
+  measure qwen7b "${BENCH_SECONDS:-180}" model="${BENCH_MODEL:-qwen2.5_7b}" block="${BENCH_BLOCK:-2048}" sequences="${BENCH_SEQUENCES:-2}" \
+    seconds=45 rounds="${ROUNDS:-7}" profile=gain_ffn+compile \
+    subjects="${SUBJECTS:-gain_ffn+compile,peft_ia3,limit+compile,gain_ffn+compile+ckpt,lora,lora+compile,trl_liger_plain,trl_liger,forward,gain_ffn,forward+compile,limit,trl_lora,gain_attn+compile,peft_lora,trl_lora_plain,trainer_lora}"
 }
 
 small() {
-  measure smollm2 "${SMALL_SECONDS:-60}" model="${SMALL_MODEL:-smollm2}" block=256 sequences=8 seconds=25 rounds="${ROUNDS:-9}" profile=gain_ffn \
-    subjects="${SMALL_SUBJECTS:-forward,limit,gain_ffn,lora,gain_ffn+compile,peft_ia3,peft_lora,trl_lora_plain,full,gain_ffn+triton,gain_ffn+graphs}"
+  measure smollm2 "${SMALL_SECONDS:-65}" model="${SMALL_MODEL:-smollm2}" block="${SMALL_BLOCK:-256}" sequences=8 seconds=30 rounds="${ROUNDS:-9}" profile=none \
+    subjects="${SMALL_SUBJECTS:-gain_ffn+compile,gain_ffn,peft_ia3,lora,lora+compile,forward,gain_ffn+graphs,full}"
 }
 
 long() {
-  measure qwen7b-4096 "${LONG_SECONDS:-60}" model="${BENCH_MODEL:-qwen2.5_7b}" block="${LONG_BLOCK:-4096}" sequences=2 seconds=40 \
-    rounds="${LONG_ROUNDS:-5}" profile=none subjects="${LONG_SUBJECTS:-gain_ffn+swiglu+liger+cudnn,gain_ffn+compile,trl_liger,gain_ffn}"
+  measure qwen7b-4096 "${LONG_SECONDS:-50}" model="${BENCH_MODEL:-qwen2.5_7b}" block="${LONG_BLOCK:-4096}" sequences=2 seconds=40 \
+    rounds="${LONG_ROUNDS:-5}" profile=none subjects="${LONG_SUBJECTS:-gain_ffn+compile,trl_liger,peft_ia3}"
 }
 
 tests() {

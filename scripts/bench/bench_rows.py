@@ -290,7 +290,7 @@ class Bench:
                     *self.loaded.output,
                     ids.flatten(),
                     self.loaded.softcap,
-                    self.loaded.compiled_loss,
+                    self.loaded.compiled and self.loaded.compiled.loss,
                 )
                 / ids.numel()
             )
@@ -470,9 +470,9 @@ class Bench:
         from gain_cl.models import compiled
 
         if "graphs" not in self.flags:
-            compiled.compile_training(self.loaded)
+            self.loaded.compiled = compiled.Compiled(self.model)
             return
-        torch._dynamo.config.recompile_limit = compiled.MOST_VERSIONS
+        torch._dynamo.config.recompile_limit = 64
         for layer in self._layers():
             layer.compile(fullgraph=True, mode="reduce-overhead")
 

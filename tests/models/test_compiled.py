@@ -36,7 +36,7 @@ def learned(
     if checkpointing:
         load.checkpoint_activations(loaded.model)
     if backend:
-        compiled.compile_training(loaded, backend)
+        loaded.compiled = compiled.Compiled(loaded.model, backend)
     setup = schema.Train(steps=2, block=16, batch_tokens=64, lr=1e-2)
     blocks: Any = ListBlocks(TOKENS)
     found: list[Any] = []
@@ -44,6 +44,8 @@ def learned(
         if again and adapter.restarts():
             torch.manual_seed(1)
             adapter.restart()
+            if loaded.compiled is not None:
+                loaded.compiled.anew()
         optimizer = train.optimizer(adapter, setup)
         rows = train.stage(
             loaded, adapter, Guard(), blocks, setup, optimizer, index=1, seed=0, micro_batch=3
@@ -84,7 +86,7 @@ def test_evaluation_compiles_nothing() -> None:
         calls.append(graph)
         return graph
 
-    compiled.compile_training(loaded, backend)  # type: ignore[arg-type]
+    loaded.compiled = compiled.Compiled(loaded.model, backend)  # type: ignore[arg-type]
     with torch.no_grad():
         loaded.model(torch.from_numpy(TOKENS))
     assert not calls

@@ -8,9 +8,9 @@ that compile nothing are computed in the same way. So its batches, of any shape,
 from __future__ import annotations
 
 import contextlib
-import sys
+import time
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,55 +18,62 @@ from torch import nn
 from gain_cl.errors import ConfigError
 from gain_cl.models.loss import InPlace, cross_entropy_in_place
 
-if TYPE_CHECKING:
-    from gain_cl.models.load import Loaded
 
-MOST_VERSIONS = 64
-"""Versions of a layer that are compiled: for the first layer, whose input has no gradient, and the
-others, for each number of sequences, and twice at each handover=restart."""
+class Compiled:
+    """The compiled layers of a model, as the adapter has left them, in training mode alone, and its
+    loss. The first step settles what is compiled: once for the first layer, whose input has no
+    gradient, and once for all others.
 
+    The layers are those that gradient checkpointing knows. ConfigError when there is none.
 
-def compile_training(loaded: Loaded, backend: str = "inductor") -> None:
-    """Compile every layer, as the adapter has left it, and the loss, for training mode alone. What
-    is compiled is settled by the first step.
+    seconds: what the first calls took."""
 
-    The layers are those that gradient checkpointing knows. ConfigError when there is none."""
-    from transformers.modeling_layers import GradientCheckpointingLayer
+    loss: InPlace
 
-    torch._dynamo.config.recompile_limit = MOST_VERSIONS
-    layers = [m for m in loaded.model.modules() if isinstance(m, GradientCheckpointingLayer)]
-    if not layers:
-        family = loaded.model.config.model_type
-        what = f"{family} has no layers that transformers calls by that name"
-        raise ConfigError(what, "compute.compile", "use compute.compile=none")
-    for layer in layers:
-        made = torch.compile(layer.forward, fullgraph=True, backend=backend)
-        layer.forward = _in_training(layer, layer.forward, made)
-    loaded.compiled_loss = _compiled_loss(backend)
+    def __init__(self, model: nn.Module, backend: str = "inductor") -> None:
+        from transformers.modeling_layers import GradientCheckpointingLayer
 
+        layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+        if not layers:
+            what = "transformers names no layers of this family"
+            raise ConfigError(what, "compute.compile", "use compute.compile=none")
+        self.seconds, self.backend = 0.0, backend
+        self.called: set[Callable[..., Any]] = set()
+        for layer in layers:
+            plain: Any = layer.forward
+            layer.forward = self._in_training(layer, plain, self._compile(plain))
+        self.loss = self._compile(cross_entropy_in_place)
 
-def _in_training(
-    layer: nn.Module, plain: Callable[..., Any], made: Callable[..., Any]
-) -> Callable[..., Any]:
-    """Return a forward pass: the compiled one in training mode."""
+    def anew(self) -> None:
+        """Forget what is compiled: the adapter has changed."""
+        torch.compiler.reset()
+        self.called.clear()
 
-    def forward(*args: Any, **keywords: Any) -> Any:
-        return (made if layer.training else plain)(*args, **keywords)
+    def _compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a function compiled; its first call is timed."""
+        made = torch.compile(function, fullgraph=True, backend=self.backend)
 
-    return forward
+        def call(*args: Any, **keywords: Any) -> Any:
+            if call in self.called:
+                return made(*args, **keywords)
+            begun = time.perf_counter()
+            found = made(*args, **keywords)
+            self.seconds += time.perf_counter() - begun
+            self.called.add(call)
+            return found
 
+        return call
 
-def _compiled_loss(backend: str) -> InPlace:
-    made = torch.compile(cross_entropy_in_place, fullgraph=True, backend=backend)
+    @staticmethod
+    def _in_training(
+        layer: nn.Module, plain: Callable[..., Any], made: Callable[..., Any]
+    ) -> Callable[..., Any]:
+        """Return a forward pass: the compiled one in training mode."""
 
-    def loss(
-        logits: torch.Tensor, targets: torch.Tensor, softcap: float | None, wanted: bool
-    ) -> torch.Tensor:
-        for tensor in (logits, targets):  # one version for any number of rows
-            torch._dynamo.maybe_mark_dynamic(tensor, 0)
-        return made(logits, targets, softcap, wanted)
+        def forward(*args: Any, **keywords: Any) -> Any:
+            return (made if layer.training else plain)(*args, **keywords)
 
-    return loss
+        return forward
 
 
 def try_compiler(device: torch.device) -> None:
@@ -87,10 +94,3 @@ def compiling() -> Iterator[None]:
         what = f"torch cannot compile here: {type(error).__name__}: {' '.join(lines)[:300]}"
         do = "install what it names (a C++ compiler; triton on a GPU), or use compute.compile=none"
         raise ConfigError(what, "compute.compile", do) from error
-
-
-def seconds() -> float:
-    """Return how long this process has compiled so far."""
-    if "torch._dynamo" not in sys.modules:
-        return 0.0
-    return torch._dynamo.utils.calculate_time_spent()["total_wall_time"]

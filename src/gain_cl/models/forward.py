@@ -37,9 +37,8 @@ def loss_sum(
     hidden = loaded.body(**inputs).last_hidden_state.flatten(0, 1)
     if len(rows) < len(hidden):
         hidden = hidden[rows_N]
-    total = sum_cross_entropy(
-        hidden, *loaded.output, targets_N, loaded.softcap, loaded.compiled_loss
-    )
+    compiled = loaded.compiled.loss if loaded.compiled is not None else None
+    total = sum_cross_entropy(hidden, *loaded.output, targets_N, loaded.softcap, compiled)
     extra = token_penalty(inputs, rows_N, hidden) if token_penalty is not None else None
     return total if extra is None else total + (extra - extra.detach())
 

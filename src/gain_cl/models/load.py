@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from gain_cl.models.loss import InPlace
+    from gain_cl.models.compiled import Compiled
 
 
 # --- with torch -----------------------------------------------------------------------------------
@@ -48,7 +48,7 @@ class Loaded:
     context: int
     tokenizer_hash: str
     roles: dict[str, str] | None
-    compiled_loss: InPlace | None = None  # models/compiled.py puts it here
+    compiled: Compiled | None = None  # what is compiled of it, for training (compute.compile)
 
     @property
     def body(self) -> nn.Module:
@@ -202,7 +202,7 @@ def load_model(model: schema.Model, device: torch.device) -> Loaded:
     keys = {"dtype": getattr(torch, model.dtype), "attn_implementation": model.attention}
     with _refusals(model.path or model.name, model.attention):
         if folder is not None:
-            net = _pretrained(folder, **keys, **_quantised(model, device))
+            net = _pretrained(folder, **keys, **_placed(model, device))
         else:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(model.init_seed)
@@ -235,12 +235,13 @@ def _from_config(config: Any, **keys: Any) -> PreTrainedModel:
     return net
 
 
-def _quantised(model: schema.Model, device: torch.device) -> dict[str, Any]:
-    """Return what from_pretrained is told for model.load_in (bitsandbytes): 4bit is QLoRA's NF4
+def _placed(model: schema.Model, device: torch.device) -> dict[str, Any]:
+    """Return what from_pretrained is told of the device, so that weights go to a GPU one by one,
+    and for model.load_in (bitsandbytes): 4bit is QLoRA's NF4
     with double quantisation (arXiv 2305.14314), computing in model.dtype; 8bit is LLM.int8 (arXiv
     2208.07339)."""
     if model.load_in is None:
-        return {}
+        return {"device_map": {"": device}} if device.type == "cuda" else {}
     keys: dict[str, Any] = {"load_in_8bit": True}
     if model.load_in == "4bit":
         keys = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}

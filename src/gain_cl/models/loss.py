@@ -7,7 +7,6 @@ softmax is taken in fp32.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -23,13 +22,15 @@ CHUNK_LOGITS = {"cpu": 2**23, "cuda": 2**27}
 MiB), a GPU wants more."""
 
 
-def _chunk(weight_VD: Tensor, rows: int) -> int:
-    """Return the rows of a chunk. On a GPU all are shared out evenly, in multiples of 128, which
-    its matrix units like."""
+def _chunk(weight_VD: Tensor, rows: int, compiled: bool = False) -> int:
+    """Return the rows of a chunk. On a GPU all rows are halved until they fit, so that the chunks
+    are alike; twice as many fit where no fp32 copy of their logits is made."""
     most = max(1, CHUNK_LOGITS.get(weight_VD.device.type, 2**25) // weight_VD.shape[0])
-    if weight_VD.device.type != "cuda" or rows <= most:
+    if weight_VD.device.type != "cuda":
         return most
-    return 128 * math.ceil(rows / math.ceil(rows / most) / 128)
+    while rows > most * (1 + compiled):
+        rows = (rows + 1) // 2
+    return rows
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None) -> Tensor:
@@ -109,7 +110,7 @@ def _sum_chunks(
         if bias is not None and ctx.needs_input_grad[2]
         else None
     )
-    step = _chunk(weight, len(hidden))
+    step = _chunk(weight, len(hidden), compiled is not None)
     for start in range(0, len(hidden), step):
         rows = slice(start, start + step)
         h = hidden[rows]

@@ -36,7 +36,6 @@ def write_record(
     """Write the record of a run from its stages, and the views of it. Return it as read from
     disk."""
     from gain_cl.measure import perplexity
-    from gain_cl.models import compiled
 
     stages = [attempt.stages[index] for index in range(len(config.stages) + 1)]
     attempts, facts, model = same.read_attempts(plan.folder), inputs.facts, inputs.loaded
@@ -62,7 +61,7 @@ def write_record(
             **provenance.environment(),
             **inputs.environment,
             "seconds": attempt.seconds,
-            **({"compile_seconds": compiled.seconds()} if config.compute.compile != "none" else {}),
+            **({"compile_seconds": model.compiled.seconds} if model.compiled is not None else {}),
             "attempts": attempts,
             "inherited": {
                 str(stage.facts["stage"]): stage.facts["inherited"]

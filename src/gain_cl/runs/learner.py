@@ -89,7 +89,7 @@ class Learner:
         if config.compute.gradient_checkpointing:
             load.checkpoint_activations(loaded.model)
         if config.compute.compile == "layers" and self.adapter.trains:
-            compiled.compile_training(loaded)
+            loaded.compiled = compiled.Compiled(loaded.model)
         if self.adapter.trains:
             self.renew_optimizer()
             self.streams = training_streams(config, self.inputs)
@@ -137,6 +137,8 @@ class Learner:
         if self.config.handover == "restart" and index > 1:
             torch.manual_seed(train.seed_of("init", self.config.seed, index))
             self.adapter.restart()
+            if self.inputs.loaded.compiled is not None:
+                self.inputs.loaded.compiled.anew()
         if self.config.train.optimizer == "fresh":
             self.renew_optimizer()
 
