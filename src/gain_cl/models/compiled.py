@@ -18,6 +18,9 @@ from torch import nn
 from gain_cl.errors import ConfigError
 from gain_cl.models.loss import InPlace, cross_entropy_in_place
 
+VERSIONS = 64
+"""How often torch may compile a layer's code: some of its versions compile each layer by itself."""
+
 
 class Compiled:
     """The compiled layers of a model, as the adapter has left them, in training mode alone, and its
@@ -39,13 +42,15 @@ class Compiled:
             raise ConfigError(what, "compute.compile", "use compute.compile=none")
         self.seconds, self.backend = 0.0, backend
         self.called: set[Callable[..., Any]] = set()
+        self.anew()  # what other models left counts among the versions of a layer's code
+        torch.compiler.config.recompile_limit = VERSIONS
         for layer in layers:
             plain: Any = layer.forward
             layer.forward = self._in_training(layer, plain, self._compile(plain))
         self.loss = self._compile(cross_entropy_in_place)
 
     def anew(self) -> None:
-        """Forget what is compiled: the adapter has changed."""
+        """Forget what is compiled, as when the adapter has changed."""
         torch.compiler.reset()
         self.called.clear()
 
