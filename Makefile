@@ -74,7 +74,7 @@ OUT ?= runs
 wandb-sync: setup ## upload runs that were recorded offline, each once (OUT=runs)
 	@set --; for d in "$(OUT)"/*/wandb/offline-run-*; do \
 	  if [ ! -d "$$d" ] || ls "$$d"/*.synced >/dev/null 2>&1; then continue; fi; \
-	  if grep -qs "\"$${d##*/}\"" "$${d%/wandb/*}/mirror.json"; then set -- "$$@" "$$d"; \
+	  if [ ! -e "$${d%/wandb/*}/LOCK" ]; then set -- "$$@" "$$d"; \
 	  else echo "left out, for it is being written or its process was killed: $$d"; fi; done; \
 	if [ $$# = 0 ]; then echo "no offline run to upload in $(OUT)"; else "$(BIN)/wandb" sync "$$@"; fi
 

@@ -195,13 +195,7 @@ def test_offline_runs_are_uploaded_once(tmp_path: Path) -> None:
     ]
     for folder in folders:
         folder.mkdir(parents=True)
-    for run, closed in {
-        "a": folders[:2],
-        "b": folders[2:3],
-    }.items():  # c is being written, or its process was killed
-        (tmp_path / "my runs" / run / "mirror.json").write_text(
-            json.dumps({"rows": 1, "folders": [f.name for f in closed]})
-        )
+    (tmp_path / "my runs/c/LOCK").touch()  # it is being written, or its process was killed
     (folders[2] / "run-x.wandb.synced").touch()
     left = f"left out, for it is being written or its process was killed: {folders[3]}\n"
     assert sync() == f"{left}sync {folders[0]} {folders[1]}\n"

@@ -342,7 +342,6 @@ def test_without_a_positive_control_nothing_is_decided(tmp_path: Path) -> None:
     assert {j.verdict for j in judged} == {
         "inconclusive"
     } and "no setting forgets by 10%" in judged[0].why
-    assert any("higher learning rate" in text for text in verdicts.advice(study))
 
 
 def test_one_block_decides_nothing(tmp_path: Path) -> None:
@@ -364,16 +363,11 @@ def test_two_blocks_decide_nothing(tmp_path: Path) -> None:
         "lora": {1e-3: (0.1, 0.2), 3e-3: (0.3, 0.3)},
     }
     backward = [{"name": "forgets", "metric": "backward", "of": "gain", "minus": "lora"}]
-    (two,) = verdicts.judge(
-        study := a_study(tmp_path / "two", an_experiment(backward, blocks=2), line)
-    )
+    (two,) = verdicts.judge(a_study(tmp_path / "two", an_experiment(backward, blocks=2), line))
     assert (two.verdict, two.why) == (
         "inconclusive",
         "two blocks: a verdict takes 3",
     ) and two.tests.difference < 0.05
-    assert any(
-        text.startswith("two blocks: set blocks: 3 or more") for text in verdicts.advice(study)
-    )
     (three,) = verdicts.judge(a_study(tmp_path / "three", an_experiment(backward, blocks=3), line))
     assert three.verdict == "better"
 
@@ -655,7 +649,7 @@ BAD = {
     "gain_ffn}]\n": "'forgeting' is unknown",
     "question: q\nmethods: {gain_ffn: {}}\nendpoints: [{name: e, metric: own_step, of: "
     "gain_ffn, kind: equivalence}]\n": "needs margin",
-    "question: q\nmethods: {gain_ffn: {train.lr: []}}\n": "has no value",
+    "question: q\nmethods: {gain_ffn: {train.lr: []}}\n": "methods.gain_ffn.train.lr: List should have at least 1 item",
     BOTH: "declare skill",
     f"skill: -10\n{BOTH}": "give both as many",
     "question: q\nmethods: {lora: {}}\nendpoints: [{name: e, metric: 'accuracy:boolq', "

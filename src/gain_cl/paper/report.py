@@ -8,8 +8,6 @@ import math
 import shlex
 from typing import Any
 
-import numpy as np
-
 from gain_cl.measure.record import Run, RunRecord
 from gain_cl.paper import build, show, tables
 from gain_cl.paper.figures import style
@@ -88,7 +86,7 @@ def _matrix(run: Run, setting: str) -> dict[str, Any]:
     from matplotlib.colors import to_hex
 
     r, losses = run.record, run.record.losses()
-    change = 100 * np.expm1(np.clip(losses - losses[0], None, 700.0))
+    change = heatmap.changes(losses)
     bound, _ = heatmap.scale(change)
     colours = heatmap.shades(bound)
     names = [*r.trained, *r.controls]

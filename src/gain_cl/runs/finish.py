@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import math
 import shutil
 import sys
 from collections.abc import Iterator
@@ -16,7 +13,6 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from gain_cl import errors
-from gain_cl.config.schema import RunConfig
 from gain_cl.measure import provenance, record
 from gain_cl.runs import heatmap, same
 from gain_cl.runs.plan import Plan
@@ -30,13 +26,12 @@ if TYPE_CHECKING:
     from gain_cl.runs.resume import Attempt
 
 
-def write_record(
-    config: RunConfig, plan: Plan, inputs: Inputs, attempt: Attempt, learner: Learner
-) -> record.Run:
+def write_record(inputs: Inputs, attempt: Attempt, learner: Learner) -> record.Run:
     """Write the record of a run from its stages, and the views of it. Return it as read from
     disk."""
     from gain_cl.measure import perplexity
 
+    config, plan = inputs.config, inputs.plan
     stages = [attempt.stages[index] for index in range(len(config.stages) + 1)]
     attempts, facts, model = same.read_attempts(plan.folder), inputs.facts, inputs.loaded
     rows = pd.concat([stage.rows for stage in stages], ignore_index=True)
@@ -111,14 +106,13 @@ def matrix_csv(run: record.Run) -> str:
 
     Numbers have full precision (the shortest text that reads back as the same float64). A domain
     that was not scored is empty. A tainted run has one more column, which says why."""
-    out, table = io.StringIO(), run.matrix
-    writer = csv.writer(out, lineterminator="\n")
-    tainted = ["; ".join(run.record.tainted)] if run.record.tainted else []
-    writer.writerow(["stage", "trained", *table.columns, *["tainted"] * len(tainted)])
-    for stage, values in zip(run.record.stages, table.to_numpy().tolist(), strict=True):
-        shown = ["" if math.isnan(v) else repr(v) for v in values]
-        writer.writerow([stage.index, stage.domain or "", *shown, *tainted])
-    return out.getvalue()
+    r, table = run.record, run.matrix
+    stages = r.stages  # a domain may be called as a column is
+    table.insert(0, "stage", [stage.index for stage in stages], allow_duplicates=True)
+    table.insert(1, "trained", [stage.domain for stage in stages], allow_duplicates=True)
+    if r.tainted:
+        table.insert(len(table.columns), "tainted", "; ".join(r.tainted), allow_duplicates=True)
+    return table.to_csv(index=False, lineterminator="\n")
 
 
 def sweep(plan: Plan) -> None:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from gain_cl.domains import Domain, Stream
     from gain_cl.measure.scoring import Teller
     from gain_cl.models.load import Loaded
+    from gain_cl.runs.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,8 @@ class Inputs:
     differ between attempts; environment: of this attempt, what may differ from another; identity:
     all that a score depends on besides weights and what is scored."""
 
+    config: RunConfig
+    plan: Plan
     loaded: Loaded
     domains: dict[str, Domain]  # trained ones in order, then the controls
     taskset: tasks.TaskSet | None
@@ -46,8 +49,8 @@ class Inputs:
         return provenance.peak_memory()
 
 
-def load_inputs(config: RunConfig, pins: dict[str, Any], tracker: Teller) -> Inputs:
-    """Load model, domains and tasks, and check them against each other. pins: of the plan."""
+def load_inputs(config: RunConfig, plan: Plan, tracker: Teller) -> Inputs:
+    """Load model, domains and tasks, and check them against each other."""
     tracker.phase("import torch and transformers")
     if config.compute.deterministic:
         # cuBLAS reads it once, when torch starts it.
@@ -62,7 +65,17 @@ def load_inputs(config: RunConfig, pins: dict[str, Any], tracker: Teller) -> Inp
     loaded = load.load_model(config.model, device)
     checks.limits(config, loaded.model.config.to_dict())
     tracker.phase("prepare domains")
-    domains = _load_domains(config, loaded, pins["domains"], tracker)
+    names, domains = [*config.sequence.trained, *config.sequence.controls], {}
+    for i, name in enumerate(names):
+        signals.poll()
+        tracker.progress(i, len(names), "domains", name)
+        domains[name] = corpora.prepare_domain(
+            config.domains[name],
+            loaded.tokenizer,
+            loaded.tokenizer_hash,
+            plan.pins["domains"][name],
+            loaded.prefix_id,
+        )
     notes = corpora.check_domains(
         domains, config.train, config.eval, loaded.vocabulary, config.only_scored
     )
@@ -72,7 +85,7 @@ def load_inputs(config: RunConfig, pins: dict[str, Any], tracker: Teller) -> Inp
     near = overlap.near_duplicates(domains, trained, config.eval)
     shared = overlap.benchmark(domains, trained, tasks.texts(taskset)) if taskset else []
     notes += overlap.notes(near, shared, config.eval) + _advice(config, loaded)
-    files, facts = convert.model_files(config.model), same.fixed_facts(config, pins)
+    files, facts = convert.model_files(config.model), same.fixed_facts(config, plan.pins)
     facts["model"]["files"] = files
     facts["data"]["tokens"] = {name: domain.hash for name, domain in domains.items()}
     facts["data"]["validation"] = {
@@ -83,6 +96,8 @@ def load_inputs(config: RunConfig, pins: dict[str, Any], tracker: Teller) -> Inp
         "threads": torch.get_num_threads(),
     }
     return Inputs(
+        config=config,
+        plan=plan,
         loaded=loaded,
         domains=domains,
         taskset=taskset,
@@ -91,7 +106,7 @@ def load_inputs(config: RunConfig, pins: dict[str, Any], tracker: Teller) -> Inp
         environment={**machine, "micro_batch": config.compute.micro_batch},
         identity={
             "model": config.scientific()["model"],
-            "pin": pins["model"],
+            "pin": plan.pins["model"],
             "files": files,
             **machine,
             "deterministic": config.compute.deterministic,
@@ -100,24 +115,6 @@ def load_inputs(config: RunConfig, pins: dict[str, Any], tracker: Teller) -> Inp
         },
         total_parameters=sum(p.numel() for p in loaded.model.parameters()),
     )
-
-
-def _load_domains(
-    config: RunConfig, loaded: Loaded, pins: dict[str, Any], tracker: Teller
-) -> dict[str, Domain]:
-    """Tokenise the trained domains and the controls, or read them where that was done before."""
-    names, domains = [*config.sequence.trained, *config.sequence.controls], {}
-    for i, name in enumerate(names):
-        signals.poll()
-        tracker.progress(i, len(names), "domains", name)
-        domains[name] = corpora.prepare_domain(
-            config.domains[name],
-            loaded.tokenizer,
-            loaded.tokenizer_hash,
-            pins[name],
-            loaded.prefix_id,
-        )
-    return domains
 
 
 def training_streams(config: RunConfig, inputs: Inputs) -> list[Stream]:
@@ -135,13 +132,11 @@ def _advice(config: RunConfig, loaded: Loaded) -> list[str]:
     notes = [config.model.note] if config.model.note else []
     own = loaded.model.config.to_dict()
     for key, stated in (config.model.arch or {}).items():
-        close = isinstance(stated, float) and math.isclose(
-            own.get(key, stated), stated, rel_tol=1e-6
-        )
-        if own.get(key, stated) != stated and not close:
+        found = own.get(key, stated)
+        close = isinstance(stated, float) and math.isclose(found, stated, rel_tol=1e-6)
+        if found != stated and not close:
             notes.append(
-                f"model.arch.{key}={stated} is not what the weights say, {own[key]}: the "
-                "weights count"
+                f"model.arch.{key}={stated} is not what the weights say, {found}: the weights count"
             )
     if config.lr_tuned_on and config.lr_tuned_on != config.model.name:
         notes.append(

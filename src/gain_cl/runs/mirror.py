@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import netrc
 import os
 import re
 import shutil
@@ -19,12 +18,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
-from urllib.parse import urlsplit
 
 from gain_cl.config.schema import SECRET_NAME
 from gain_cl.stats import answers, format, matrix
 from gain_cl.system.failpoints import reach
-from gain_cl.system.files import write_bytes
 
 if TYPE_CHECKING:
     from gain_cl.config.schema import RunConfig
@@ -50,9 +47,8 @@ class Mirror:
 
     When a run goes on, what wandb has already is not sent again. Online the server says what that
     is. Offline, wandb writes to its file with delay, so that a killed process leaves an unknown
-    part: only a folder that was closed in order counts. mirror.json names those and the rows up to
-    which they reach. Any other offline folder of this run is removed, and its rows are sent again
-    from metrics.jsonl.
+    part: earlier offline folders of the run are removed, and all rows are written again from
+    metrics.jsonl. So a run has one offline folder at most, and it holds the whole run.
     """
 
     def __init__(
@@ -61,9 +57,6 @@ class Mirror:
         self._config, self._run_id, self._folder, self._tell = config, run_id, folder, tell
         self._run: Any = None
         self._sent = 0  # rows that wandb has been given
-        self._closed: list[
-            str
-        ] = []  # its offline folders that hold rows before those of this process
         self._read = 0  # bytes of metrics.jsonl that have been looked at
         self._base: dict[str, float] = {}  # loss of each domain before anything was learned
         self._values: dict[str, Any] = {}  # of the stage whose eval and task lines are being read
@@ -104,65 +97,39 @@ class Mirror:
             import wandb
 
             wandb.setup(wandb.Settings(silent=True))  # before anything that could print
-            if mode != "offline" and not _has_key(wandb.setup().settings.base_url):
-                self._tell(
-                    "wandb: no API key (wandb login, or WANDB_API_KEY); tracking offline, "
-                    f"{self._later}"
-                )
-                mode = "offline"
-            if mode != "offline":
+            from requests.utils import get_netrc_auth
+
+            names, server = ("API_KEY", "IDENTITY_TOKEN_FILE"), wandb.setup().settings.base_url
+            key = any(os.environ.get(f"WANDB_{name}") for name in names) or get_netrc_auth(server)
+            problem = ""
+            if mode != "offline" and not key:
+                problem = "no API key (wandb login, or WANDB_API_KEY)"
+            elif mode != "offline":
                 try:
-                    self._run = self._init("online", resuming)
+                    self._run = self._init("online", "allow" if resuming else None)
                 except Exception as error:
                     if wandb.run is not None:
                         # somebody else's run is active: the service cannot be restarted under it
                         raise
                     wandb.teardown()  # the service still holds the run id of the failed attempt
                     wandb.setup(wandb.Settings(silent=True))
-                    mode = "offline"
-                    self._tell(
-                        f"wandb: not reached ({_reason(error)}); tracking offline, {self._later}"
-                    )
-            if self._run is None:
-                self._run = self._init("offline", resuming)
+                    problem = f"not reached ({_reason(error)})"
+            if problem:
+                later = f"wandb sync {self._folder / 'wandb' / 'offline-run-*'}"
+                self._tell(f"wandb: {problem}; tracking offline, upload later with: {later}")
+            online = self._run is not None
+            if not online:
+                self._run = self._init("offline", None)
             reach("dashboard.opened")
-            self._settle(resuming, mode)
+            self._sent = self._run.starting_step if online else 0
+            for folder in (self._folder / "wandb").glob(f"offline-run-*-{self._run_id}"):
+                if folder.name != Path(self._run.dir).parent.name:
+                    shutil.rmtree(folder)
             self._run.define_metric("stage", hidden=True)
             for metrics in ("ppl/*", "change_pct/*", "task/*"):
                 self._run.define_metric(metrics, step_metric="stage")
             self._run.define_metric("train/global_step", hidden=True)
             self._run.define_metric("train/*", step_metric="train/global_step")
-
-    @property
-    def _state(self) -> Path:
-        return self._folder / "mirror.json"
-
-    def _settle(self, resuming: bool, mode: str) -> None:
-        """Find out what wandb has. Remove what does not count."""
-        if mode == "online":
-            self._sent = self._run.starting_step
-        elif resuming and self._state.exists():
-            state = json.loads(self._state.read_bytes())
-            self._sent, self._closed = int(state["rows"]), list(state["folders"])
-        for folder in (self._folder / "wandb").glob(f"offline-run-*-{self._run_id}"):
-            if folder.name not in (*self._closed, self._place):
-                shutil.rmtree(folder)
-        self._remember()
-
-    @property
-    def _place(self) -> str:
-        """Return the name of wandb's folder for this process."""
-        return Path(self._run.dir).parent.name
-
-    def _remember(self) -> None:
-        write_bytes(
-            self._state,
-            json.dumps({"rows": self._sent, "folders": self._closed}, allow_nan=False).encode(),
-        )
-
-    @property
-    def _later(self) -> str:
-        return f"upload later with: wandb sync {self._folder / 'wandb' / 'offline-run-*'}"
 
     def _mode(self) -> str:
         """Return the mode: disabled without backend=wandb. auto is as WANDB_MODE says, else online
@@ -176,7 +143,9 @@ class Mirror:
             else track.mode
         )
 
-    def _init(self, mode: Literal["online", "offline"], resuming: bool) -> Any:
+    def _init(self, mode: Literal["online", "offline"], resume: Literal["allow"] | None) -> Any:
+        """Begin a run of wandb. resume: "allow" goes on with what the server has of this id; None
+        replaces it."""
         import wandb
 
         track, config = self._config.track, self._config
@@ -197,7 +166,7 @@ class Mirror:
             project=track.project,
             entity=track.entity,
             id=self._run_id,
-            resume="allow" if resuming else None,  # None: a run of this id is replaced
+            resume=resume,
             name=track.name or self._run_id,
             group=track.group or f"{config.sequence.name}/{config.model.name}/{config.method}",
             job_type=track.job_type,
@@ -241,13 +210,10 @@ class Mirror:
             done = (int(row["stage"]) - 1) * self._config.stage.stage_steps + int(row["step"])
             values = {"train/global_step": done}
             if kind == "dev":
-                return {**values, "train/dev_loss_nats": row.get("loss_nats")}
+                return {**values, "train/dev_loss_nats": row["loss_nats"]}
             for key in ("loss_nats", "lr", "grad_norm", "stage", "micro_batch"):
-                if key in row:
-                    values[f"train/{key}"] = row[key]
-            if row.get("tokens") and row.get("seconds"):
-                values["train/tokens_per_second"] = row["tokens"] / row["seconds"]
-            return values
+                values[f"train/{key}"] = row[key]
+            return {**values, "train/tokens_per_second": row["tokens"] / row["seconds"]}
         if kind == "eval" and row["loss_nats"] is not None:
             domain, loss = row["domain"], row["loss_nats"]
             if row["stage"] == 0:
@@ -304,12 +270,9 @@ class Mirror:
         if self._run is None:
             return
         with self._guarded("upload"):
-            if self._place.startswith("offline-"):
-                self._closed.append(self._place)
             run, self._run = self._run, None
             run.finish(exit_code=1 if failed else 0)
             reach("dashboard.closed")
-            self._remember()
 
 
 def _known(values: dict[str, Any]) -> dict[str, Any]:
@@ -337,21 +300,6 @@ def _reason(error: Exception) -> str:
     """Return the first line of an exception, without credentials."""
     name, lines = type(error).__name__, str(error).strip().splitlines()
     return str(_public(f"{name}: {lines[0]}" if lines else name))
-
-
-def _has_key(base_url: str) -> bool:
-    """True if wandb would find credentials for this server without asking."""
-    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
-        return True
-    for name in (os.environ.get("NETRC"), "~/.netrc", "~/_netrc"):
-        try:
-            if name and netrc.netrc(os.path.expanduser(name)).authenticators(
-                urlsplit(base_url).netloc
-            ):
-                return True
-        except (OSError, netrc.NetrcParseError):
-            continue
-    return False
 
 
 def _public(value: Any) -> Any:

@@ -204,16 +204,15 @@ def write_stage(
     rows: pd.DataFrame,
     weights: Path | None,
     facts: dict[str, Any],
-    extra: list[str],
 ) -> Stage:
     """Save a finished stage in a run folder: stage.json, scores.parquet and, linked from the folder
-    ``weights``, the trained state (and ``extra`` files)."""
+    ``weights``, the state that is there: adapter, guard and the optimiser where it is carried."""
     place = folder / "stages" / f"{row.index:02d}-{row.domain or 'pretrained'}"
     files: dict[str, Any] = {
         "stage.json": same.json_bytes({**facts, "record": row.model_dump(mode="json")}),
         "scores.parquet": rows.to_parquet(index=False),
     }
-    for name in (ADAPTER, *extra):
+    for name in (ADAPTER, GUARD, OPTIMIZER):
         if weights is not None and (weights / name).exists():
             files[name] = weights / name
     checkpoint.save(place, files)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import shutil
 from contextlib import suppress
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pandas as pd
 
@@ -27,6 +27,9 @@ from gain_cl.runs.plan import Plan
 from gain_cl.runs.track import Tracker
 from gain_cl.system import checkpoint, lock, signals
 from gain_cl.system.failpoints import reach
+
+if TYPE_CHECKING:
+    from gain_cl.runs.learner import Learned
 
 
 def execute(config: RunConfig, plan: Plan) -> record.Run:
@@ -79,68 +82,55 @@ def carry_out(config: RunConfig, plan: Plan) -> record.Run:
         position=attempt.position.track,
     ) as tracker:
         tracker.note(*attempt.warnings)
-        inputs = load_inputs(config, plan.pins, tracker)
+        inputs = load_inputs(config, plan, tracker)
         import torch
 
         from gain_cl.runs.learner import Learner
 
-        settle(config, plan, inputs, attempt, tracker)
+        settle(inputs, attempt, tracker)
         if 0 not in stages:  # before anything is attached: the same for every method of this model
-            stages[0] = score(0, None, None, config, plan, inputs, attempt, tracker)
+            stages[0] = score(0, (None, None), inputs, attempt, tracker)
         device = inputs.loaded.device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             learner = Learner(config, plan.folder, inputs, attempt, tracker)
             for index in range(1, last + 1):
                 if index not in stages:
                     if index in attempt.inherited:
-                        stats, weights = learner.take_over(attempt.inherited[index])
+                        learned = learner.take_over(attempt.inherited[index])
                     elif learner.adapter.trains:
-                        stats, weights = learner.learn(index)
+                        learned = learner.learn(index)
                     else:
-                        stats, weights = learner.load_given(index)
-                    stages[index] = score(
-                        index, stats, weights, config, plan, inputs, attempt, tracker
-                    )
+                        learned = learner.load_given(index)
+                    stages[index] = score(index, learned, inputs, attempt, tracker)
                 learner.drop_states_before(index)
-        run = finish.write_record(config, plan, inputs, attempt, learner)
+        run = finish.write_record(inputs, attempt, learner)
         tracker.finish(run)
     finish.sweep(plan)
     return run
 
 
-def settle(
-    config: RunConfig, plan: Plan, inputs: Inputs, attempt: resume.Attempt, tracker: Tracker
-) -> None:
+def settle(inputs: Inputs, attempt: resume.Attempt, tracker: Tracker) -> None:
     """Compare what may not differ between attempts. Go on where an earlier one stopped, or find the
     stages that another run has learned already."""
     first = not attempt.stages and attempt.folder is None
-    attempt.notes = inputs.notes + same.compare_attempts(config, plan, inputs, first)
+    attempt.notes = inputs.notes + same.compare_attempts(inputs, first)
     tracker.note(*attempt.notes)
     if attempt.folder is None:
-        attempt.inherited, told = inherit.common_stages(config, plan, inputs)
+        attempt.inherited, told = inherit.common_stages(inputs)
         attempt.position.events += told  # a later attempt reads them from its checkpoint
         tracker.note(*told)
     else:
         here = attempt.position
-        done = (here.stage - 1) * config.stage.stage_steps + here.step
+        done = (here.stage - 1) * inputs.config.stage.stage_steps + here.step
         tracker.resumed([stage.record for stage in attempt.stages.values()], done)
 
 
 def score(
-    index: int,
-    stats: record.TrainStats | None,
-    weights: Path | None,
-    config: RunConfig,
-    plan: Plan,
-    inputs: Inputs,
-    attempt: resume.Attempt,
-    tracker: Tracker,
+    index: int, learned: Learned, inputs: Inputs, attempt: resume.Attempt, tracker: Tracker
 ) -> resume.Stage:
     """Score every domain, and the tasks when they are due, by the model as it is. Save the finished
-    stage.
-
-    stats: what learning it cost; weights: the folder of its trained state. Both are None when this
-    run learned nothing for it."""
+    stage."""
+    (stats, weights), config, plan = learned, inputs.config, inputs.plan
     last, domain = len(config.stages), config.stages[index - 1] if index else None
     tracker.phase(f"score after {domain}" if domain else "score pretrained", stage=index)
     identity = dict(inputs.identity)
@@ -179,9 +169,8 @@ def score(
     about["cells"] = {k: v for part in found for k, v in part.cells.items()}
     if index in attempt.inherited:
         about["inherited"] = attempt.inherited[index].facts["run_id"]
-    extra = [resume.GUARD, *[resume.OPTIMIZER] * (config.train.optimizer == "carried")]
     reach("stage.before")
-    finished = resume.write_stage(plan.folder, row, rows, weights, about, extra)
+    finished = resume.write_stage(plan.folder, row, rows, weights, about)
     reach("stage.after")
     tracker.commit()
     shutil.rmtree(own, ignore_errors=True)

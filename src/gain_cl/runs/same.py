@@ -15,7 +15,6 @@ from gain_cl.system.files import write_bytes
 
 if TYPE_CHECKING:
     from gain_cl.runs.inputs import Inputs
-    from gain_cl.runs.plan import Plan
 
 ANEW = "resume=never starts anew and removes what is there"
 
@@ -54,28 +53,27 @@ def differing(before: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
 def first_difference(a: Any, b: Any, where: str = "") -> str | None:
     """Return the first place where two JSON values differ, and how."""
     if isinstance(a, dict) and isinstance(b, dict):
-        deep = (
-            first_difference(a[k], b[k], f"{where}.{k}".lstrip("."))
-            for k in sorted(a.keys() & b.keys())
-        )
-        alone = (
-            f"{where}.{k}".lstrip(".") + " is only in one of them"
-            for k in sorted(a.keys() ^ b.keys())
-        )
-        return next(filter(None, (*deep, *alone)), None)
+        for k in sorted(a.keys() | b.keys()):
+            name = f"{where}.{k}".lstrip(".")
+            if k not in a or k not in b:
+                return f"{name} is only in one of them"
+            if found := first_difference(a[k], b[k], name):
+                return found
+        return None
     if a == b:
         return None
     short = [text if len(text := str(value)) <= 40 else text[:37] + "..." for value in (a, b)]
     return f"{where} was {short[0]}, is {short[1]}"
 
 
-def compare_attempts(config: RunConfig, plan: Plan, inputs: Inputs, first: bool) -> list[str]:
+def compare_attempts(inputs: Inputs, first: bool) -> list[str]:
     """Compare with run.json what may not differ between attempts. Write run.json where this attempt
     is the first. Note the attempt in attempts.jsonl.
 
     Return what a reader of the numbers must know. DataError names the first field that differs and
     is not in allow_change."""
-    folder, now, here = plan.folder, inputs.facts, inputs.environment
+    config, plan, now, here = inputs.config, inputs.plan, inputs.facts, inputs.environment
+    folder = plan.folder
     environment, path = provenance.environment(), folder / "run.json"
     if first:
         (folder / "attempts.jsonl").unlink(missing_ok=True)
@@ -98,9 +96,8 @@ def compare_attempts(config: RunConfig, plan: Plan, inputs: Inputs, first: bool)
                 f"record tainted, or {ANEW}"
             )
             raise DataError(f"the interrupted run has another {name}: {what}", str(folder), do)
-    before = known["facts"].get("data")
-    then = before.get("validation") if isinstance(before, dict) else None
-    if "data" in changed and (found := first_difference(then, now["data"]["validation"])):
+    scored = "data" in changed and [f["data"]["validation"] for f in (known["facts"], now)]
+    if scored and (found := first_difference(*scored)):
         what = (
             f"the documents that are scored changed too, {found}: stages before and after cannot "
             "be compared"

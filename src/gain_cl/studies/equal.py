@@ -52,7 +52,8 @@ def match_skill(study: Study, a: str, b: str, skill: float | None = None) -> fro
     settings all learn more would be given the forgetting of a setting that learns more.
 
     skill: own step in nats per token; None: the study's. reason says why there is no number."""
-    shared = [k for k in study.blocks if all(_runs(study, m, k) for m in (a, b))]
+    has = [{k for s in study.of(m) for k in s.runs} for m in (a, b)]
+    shared = [k for k in study.blocks if k in has[0] & has[1]]
     if not shared:
         return _none(f"no block has runs of both {a} and {b}")
     sides = [[front_of(study.of(m), block) for block in shared] for m in (a, b)]
@@ -67,10 +68,6 @@ def match_skill(study: Study, a: str, b: str, skill: float | None = None) -> fro
                 found.skill,
             )
     return found
-
-
-def _runs(study: Study, method: str, block: Block) -> bool:
-    return any(block in s.runs for s in study.of(method))
 
 
 def _none(reason: str, skill: float = math.nan) -> fronts.Matched:

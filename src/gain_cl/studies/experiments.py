@@ -10,10 +10,11 @@ exploratory.
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
@@ -21,7 +22,7 @@ from pydantic import Field, ValidationError, model_validator
 from gain_cl.compose import composition
 from gain_cl.config import presets
 from gain_cl.config.schema import Finite, Name, RunConfig, Section
-from gain_cl.errors import ConfigError, DataError, suggest
+from gain_cl.errors import ConfigError, suggest
 from gain_cl.measure import tasks
 from gain_cl.runs import plan
 from gain_cl.stats.matrix import METRICS
@@ -81,7 +82,7 @@ class Experiment(Section):
     # of the runs of block 0, instead of those of the same keys: what every block cannot afford
     once: list[str] = Field([])
     # method -> key -> values: its grid; {} is the preset as it is
-    methods: dict[Name, dict[str, list[Any]]] = Field(min_length=1)
+    methods: dict[Name, dict[str, Annotated[list[Any], Field(min_length=1)]]] = Field(min_length=1)
     # the setting that stands for a method where settings are not interpolated; default: its first
     chosen: dict[Name, Values] = Field({})
     blocks: int = Field(1, ge=1)
@@ -108,10 +109,6 @@ class Experiment(Section):
         for named in (self.reference, *(m for e in self.endpoints for m in (e.of, e.minus))):
             if named and named not in self.methods:
                 raise ValueError(f"{named} is not among the methods: {', '.join(self.methods)}")
-        for method, grid in self.methods.items():
-            for key, steps in grid.items():
-                if not steps:
-                    raise ValueError(f"methods: {method}: {key} has no value")
         for e in (e for e in self.endpoints if e.at == "matched" and e.minus):
             if self.skill is None:
                 raise ValueError(
@@ -199,14 +196,7 @@ def load_experiment(name: str) -> Experiment:
     try:
         plain = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        line = getattr(getattr(error, "problem_mark", None), "line", None)
-        at = f"{file}:{line + 1}" if line is not None else str(file)
-        why = str(getattr(error, "problem", None) or error).splitlines()[0]
-        raise ConfigError(f"not YAML: {why}", at, "fix the file") from None
-    except OSError as error:
-        raise DataError(
-            f"cannot read: {error.strerror}", str(file), "check the file and its permissions"
-        ) from None
+        raise ConfigError(f"not YAML: {error}", str(file), "fix the file") from None
     if not isinstance(plain, dict):
         raise ConfigError(
             "an experiment is a mapping of keys", str(file), "see experiments/pilot.yaml"
@@ -215,11 +205,9 @@ def load_experiment(name: str) -> Experiment:
         return Experiment.model_validate({"name": file.stem, **plain})
     except ValidationError as error:
         first = error.errors()[0]
-        where = "".join(f"{part}." for part in first["loc"])[:-1]
+        where = ".".join(map(str, first["loc"])) or "experiment"
         message = first["msg"].removeprefix("Value error, ")
-        raise ConfigError(
-            f"{where}: {message}" if where else message, str(file), "fix the experiment"
-        ) from None
+        raise ConfigError(f"{where}: {message}", str(file), "fix the experiment") from None
 
 
 def latin_order(size: int, block: int) -> list[int]:
@@ -249,8 +237,15 @@ def planned_runs(experiment: Experiment, more: list[str] | None = None) -> list[
                 models, range(experiment.blocks), experiment.settings()
             ):
                 own = [*model, f"method={method}"]
-                own += [f"{key}={_text(value)}" for key, value in values.items()]
-                own += _overrides(experiment, block)
+                own += [
+                    f"{key}={value if isinstance(value, str) else json.dumps(value)}"
+                    for key, value in values.items()
+                ]
+                # in block 0 ``once`` replaces those of the same key
+                once = [] if block else experiment.once
+                keys = {o.partition("=")[0] for o in once}
+                own += [o for o in experiment.overrides if o.partition("=")[0] not in keys]
+                own += once
                 if experiment.blocks > 1:
                     domains = domains or len(compose([*own, *more]).sequence.domains)
                     order = ",".join(map(str, latin_order(domains, block)))
@@ -288,34 +283,13 @@ def _scores_what_is_declared(experiment: Experiment, config: RunConfig) -> None:
     after."""
     for e in experiment.endpoints:
         task, last = e.metric.partition(":")[2], len(config.stages)
-        if task and task not in config.tasks.names:
+        both = all(tasks.due(config.tasks.stages, stage, last) for stage in (0, last))
+        if task and not (both and task in config.tasks.names):
             raise ConfigError(
-                f"endpoint {e.name}: the runs do not score {task!r}",
+                f"endpoint {e.name}: the runs do not score {task!r} before and after",
                 "endpoints",
-                suggest(task, config.tasks.names) or "set tasks=",
+                suggest(task, config.tasks.names) or "set tasks= and tasks.stages=ends",
             )
-        if task and not all(tasks.due(config.tasks.stages, stage, last) for stage in (0, last)):
-            raise ConfigError(
-                f"endpoint {e.name}: {task} is not scored before and after the run",
-                "tasks.stages",
-                "use tasks.stages=ends",
-            )
-
-
-def _overrides(experiment: Experiment, block: int) -> list[str]:
-    """Return the overrides of a block: in block 0 ``once`` replaces those of the same key."""
-    once = [] if block else experiment.once
-    keys = {o.partition("=")[0] for o in once}
-    return [*(o for o in experiment.overrides if o.partition("=")[0] not in keys), *once]
-
-
-def _text(value: Any) -> str:
-    """Return a value in Hydra's grammar."""
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    if isinstance(value, list):
-        return f"[{','.join(_text(v) for v in value)}]"
-    return str(value)
 
 
 def setting_label(method: str, values: Values) -> str:

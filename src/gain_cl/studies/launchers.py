@@ -8,9 +8,9 @@ import socket
 import subprocess
 import sys
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from gain_cl.errors import ConfigError, StorageError
 from gain_cl.studies import sweep
@@ -35,38 +35,16 @@ class Job:
     log: Path
 
 
-class Process(Protocol):
-    """A run that was started."""
-
-    def poll(self) -> int | None:
-        """Return its exit code; None: it runs."""
-
-    def stop(self) -> None:
-        """Ask it to save and end."""
-
-
-class Launcher(Protocol):
-    """Where runs are started. limit: how many at a time, on this machine."""
-
-    limit: int
-
-    def start(self, job: Job, claimed: lock.Claim, taken: list[dict[str, Any]]) -> Process:
-        """Start a job. taken: what was written into the claims of the runs under way."""
-
-    def adopt(self, about: dict[str, Any]) -> Process | None:
-        """Return the process that a free claim is still about, started by a launcher before; None:
-        there is none."""
-
-
 @dataclass
 class Local:
-    """Processes of this machine. gpus: each run gets one of them, the first that no run under way
-    has; empty: none is assigned."""
+    """Processes of this machine. limit: how many at a time; gpus: each run gets one of them, the
+    first that no run under way has; empty: none is assigned."""
 
     limit: int
     gpus: list[str] = field(default_factory=list)
 
     def start(self, job: Job, claimed: lock.Claim, taken: list[dict[str, Any]]) -> Process:
+        """Start a job. taken: what was written into the claims of the runs under way."""
         about: dict[str, Any] = {"host": socket.gethostname()}
         environment = {**os.environ, **job.environment}
         if self.gpus:
@@ -77,7 +55,7 @@ class Local:
         with open(job.log, "ab") as log:
             # in a session of its own: what a terminal sends to the launcher reaches the run when
             # the launcher passes it on
-            process = subprocess.Popen(
+            return subprocess.Popen(
                 [sys.executable, *job.command],
                 env=environment,
                 stdin=subprocess.DEVNULL,
@@ -86,40 +64,28 @@ class Local:
                 pass_fds=(claimed.handle,),
                 start_new_session=True,
             )
-        return LocalProcess(process)
 
-    def adopt(self, about: dict[str, Any]) -> Process | None:
+    def adopt(self, about: dict[str, Any]) -> None:
+        """Return None: a process that lives holds its claim. about: what stands in a free claim."""
         if "job" in about:
             raise ConfigError(
                 f"it is Slurm's job {about['job']}",
                 "launcher=local",
                 "follow it with launcher=slurm, or scancel it",
             )
-        return None  # a process that lives holds its claim
 
 
 @dataclass
-class LocalProcess:
-    process: subprocess.Popen[bytes]
-
-    def poll(self) -> int | None:
-        return self.process.poll()
-
-    def stop(self) -> None:
-        with suppress(OSError):
-            self.process.send_signal(signal.SIGTERM)
-
-
 class Command:
     """What a Slurm job does: the run as a child, asked to save before the time is up, and then
     queued again (submitit calls checkpoint, from a signal handler that interrupts the wait for the
     child)."""
 
-    def __init__(
-        self, words: list[str], environment: dict[str, str], folder: str, log: str
-    ) -> None:
-        self.words, self.environment, self.folder, self.log = words, environment, folder, log
-        self.process: subprocess.Popen[bytes] | None = None
+    words: list[str]
+    environment: dict[str, str]
+    folder: str
+    log: str
+    process: subprocess.Popen[bytes] | None = None
 
     def __call__(self) -> None:
         with open(self.log, "ab") as log:
@@ -142,9 +108,7 @@ class Command:
             with suppress(OSError):  # it has ended; Popen.wait is not entered twice
                 os.kill(self.process.pid, signal.SIGTERM)
                 os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOWAIT)
-        return submitit.helpers.DelayedSubmission(
-            Command(self.words, self.environment, self.folder, self.log)
-        )
+        return submitit.helpers.DelayedSubmission(replace(self, process=None))
 
 
 class Slurm:
@@ -168,27 +132,24 @@ class Slurm:
             )
             self.executor.update_parameters(**parameters)
         except (RuntimeError, NameError, TypeError, ValueError, KeyError, AssertionError) as error:
-            first = (str(error).splitlines() or [type(error).__name__])[0]
-            raise ConfigError(
-                f"launcher=slurm: {first}", "gain_cl sweep", "see docs/slurm.md"
-            ) from None
+            what = f"launcher=slurm: {error!r}"
+            raise ConfigError(what, "gain_cl sweep", "see docs/slurm.md") from None
 
     def start(self, job: Job, claimed: lock.Claim, taken: list[dict[str, Any]]) -> Process:
+        """Submit a job; see Local."""
         words = Command(job.command, job.environment, str(Path.cwd()), str(job.log.resolve()))
         self.executor.update_parameters(name=job.run.run_id[:80])
         try:
             submitted = self.executor.submit(words)
         except Exception as error:  # submitit's own, of sbatch
-            first = (str(error).splitlines() or [type(error).__name__])[0]
-            raise StorageError(
-                f"sbatch refuses: {first}",
-                job.run.run_id,
-                "see docs/slurm.md, or lower max_parallel",
-            ) from None
+            do = "see docs/slurm.md, or lower max_parallel"
+            raise StorageError(f"sbatch refuses: {error}", job.run.run_id, do) from None
         claimed.write({"job": submitted.job_id})
         return SlurmProcess(submitted)
 
     def adopt(self, about: dict[str, Any]) -> Process | None:
+        """Return the job that a free claim is still about, submitted by a launcher before; None:
+        there is none."""
         job_id = about.get("job")
         if not isinstance(job_id, str):
             return None
@@ -199,9 +160,12 @@ class Slurm:
 
 @dataclass
 class SlurmProcess:
+    """A job of Slurm, as a Popen is a process."""
+
     job: Any
 
     def poll(self) -> int | None:
+        """Return its exit code; None: it runs."""
         if not self.job.done():
             return None
         try:
@@ -209,5 +173,10 @@ class SlurmProcess:
         except Exception:  # the job left no result: cancelled, killed, out of time
             return 1
 
-    def stop(self) -> None:
+    def terminate(self) -> None:
         """Do nothing. It goes on: a job is Slurm's; ``scancel`` ends it."""
+
+
+Process = subprocess.Popen[bytes] | SlurmProcess
+Launcher = Local | Slurm
+"""Where runs are started."""

@@ -18,6 +18,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 
 from gain_cl.config.schema import RunConfig
 from gain_cl.errors import DataError
@@ -90,14 +91,14 @@ class Study:
     matched (None: fronts.common_skill); absent: method -> how many of its runs are not finished."""
 
     name: str
-    question: str
     settings: list[Setting]
     chosen: dict[str, Setting]
     reference: str
-    endpoints: list[Endpoint]
-    forgets: float
-    skill: float | None
-    alpha: float
+    question: str = ""
+    endpoints: list[Endpoint] = field(default_factory=list)
+    forgets: float = 10.0
+    skill: float | None = None
+    alpha: float = 0.05
     absent: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -143,10 +144,6 @@ class Compared(NamedTuple):
 
 
 INTERPOLATED = "fronts hold interpolated models (alpha), which the experiment did not declare"
-NOT_INTERPOLATED = (
-    "no interpolated models beside these runs: python -m gain_cl interpolate RUN "
-    "--records makes them"
-)
 
 
 # --- making a study -------------------------------------------------------------------------------
@@ -164,53 +161,36 @@ def studies_of(
     --records`` made of them. DataError: none is finished."""
     if runs is None:
         runs = {c.run_id: record.load(c.record) for c in planned if c.state == "done"}
-    found = {}
-    for model in dict.fromkeys(c.model for c in planned if c.run_id in runs):
-        done = {
-            (c.label, c.block): runs[c.run_id]
-            for c in planned
-            if c.model == model and c.run_id in runs
-        }
-        between = {
-            key: [r for r in record.between(run) if r.record.alpha != 1]
-            for key, run in done.items()
-            if alphas
-        }
-        found[model] = study_of_experiment(experiment, done, between if alphas else None)
+    found: dict[str, dict[tuple[str, int], Run]] = {}
+    for c in planned:
+        if c.run_id in runs:
+            found.setdefault(c.model, {})[c.label, c.block] = runs[c.run_id]
     if not found:
         raise DataError(
             f"no run of {experiment.name} is finished",
             "results",
             f"python -m gain_cl sweep experiment={experiment.name}",
         )
-    return found
+    return {m: study_of_experiment(experiment, done, alphas) for m, done in found.items()}
 
 
 def study_of_experiment(
-    experiment: Experiment,
-    runs: Mapping[tuple[str, int], Run],
-    between: Mapping[tuple[str, int], list[Run]] | None = None,
+    experiment: Experiment, runs: Mapping[tuple[str, int], Run], alphas: bool = False
 ) -> Study:
     """Return the study of the finished runs of an experiment with one model.
 
-    runs: (label of the setting, block) -> run. between: records that were interpolated from a run,
-    further settings of its method, of which nothing was declared."""
+    runs: (label of the setting, block) -> run. alphas: with records that were interpolated from
+    them, further settings of a method, of which nothing was declared."""
     settings: list[Setting] = []
+    absent: Counter[str] = Counter()
     for method, values in experiment.settings():
-        keys = [key for key in runs if key[0] == setting_label(method, values)]
-        mine = [r for key in keys for r in (runs[key], *(between or {}).get(key, []))]
+        mine = [run for key, run in runs.items() if key[0] == setting_label(method, values)]
+        absent[method] += experiment.blocks - len(mine)
+        if alphas:
+            mine += [r for run in mine for r in record.between(run) if r.record.alpha != 1]
         settings += _by_alpha(method, values, mine)
     chosen = {s.method: s for s in reversed(settings) if s.values == experiment.chosen_of(s.method)}
     methods = [m for m in experiment.methods if any(s.method == m for s in settings)]
-    absent = Counter(
-        method
-        for method, values in experiment.settings()
-        for block in range(experiment.blocks)
-        if (setting_label(method, values), block) not in runs
-    )
-    notes = []
-    if between is not None:
-        notes = [INTERPOLATED if any(between.values()) else NOT_INTERPOLATED]
     return _checked(
         Study(
             name=experiment.name,
@@ -222,8 +202,8 @@ def study_of_experiment(
             forgets=experiment.forgets,
             skill=None if experiment.skill is None else math.log1p(experiment.skill / 100),
             alpha=experiment.alpha,
-            absent=dict(absent),
-            notes=notes,
+            absent=dict(+absent),
+            notes=[] if all(s.trained for s in settings) else [INTERPOLATED],
         )
     )
 
@@ -233,7 +213,8 @@ def study_of_runs(runs: Iterable[Run]) -> Study:
     of one setting. Nothing is declared."""
     by_method: dict[str, list[tuple[Run, dict[str, Any]]]] = {}
     for run in runs:
-        flat = _flat(RunConfig.model_validate(run.record.config).scientific())
+        plain = RunConfig.model_validate(run.record.config).scientific()
+        flat: Any = pd.json_normalize(plain).to_dict("records")[0]
         by_method.setdefault(run.record.method, []).append((run, flat))
     settings: list[Setting] = []
     for method, mine in by_method.items():
@@ -253,14 +234,9 @@ def study_of_runs(runs: Iterable[Run]) -> Study:
     return _checked(
         Study(
             name="runs",
-            question="",
             settings=settings,
             chosen={s.method: s for s in reversed(settings)},
             reference=settings[-1].method,
-            endpoints=[],
-            forgets=10.0,
-            skill=None,
-            alpha=0.05,
         )
     )
 
@@ -280,14 +256,6 @@ def _by_alpha(method: str, values: Values, runs: list[Run]) -> list[Setting]:
         Setting(method, values if a == 1 else {**values, "alpha": a}, found[a])
         for a in sorted(found, key=lambda a: (a != 1, a))
     ]
-
-
-def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    out: dict[str, Any] = {}
-    for key, value in settings.items():
-        name = f"{prefix}{key}"
-        out |= _flat(value, f"{name}.") if isinstance(value, dict) else {name: value}
-    return out
 
 
 BUDGET = ("tokens", "block", "batch_tokens", "schedule", "pack")
@@ -372,15 +340,7 @@ def level(setting: Setting, metric: str) -> Compared | None:
 
 def difference(a: Setting, b: Setting, metric: str) -> Compared | None:
     """Return a minus b, paired within the blocks that both have."""
-    pairs = [(a.parts(metric, k), b.parts(metric, k)) for k in a.runs if k in b.runs]
-    try:
-        return compared(paired(pairs))
-    except ValueError as error:
-        raise DataError(
-            f"{a.label} and {b.label} were not scored on the same text: {error}",
-            "records",
-            "score them alike",
-        ) from error
+    return compared(paired((a.parts(metric, k), b.parts(metric, k)) for k in a.runs if k in b.runs))
 
 
 def paired(pairs: Iterable[tuple[Parts | None, Parts | None]]) -> list[Parts]:

@@ -7,9 +7,7 @@ twice, and a launcher that was killed is followed by another that finds the runs
 
 from __future__ import annotations
 
-import itertools
 import json
-import math
 import shutil
 import signal
 import socket
@@ -42,11 +40,7 @@ SAY_SECONDS = 60.0
 def checkout() -> Path | None:
     """Return the git checkout that gain_cl is run from; None: it is installed."""
     root = Path(gain_cl.__file__).resolve().parents[2]
-    return (
-        root
-        if (root / ".git").exists() and (root / "src/gain_cl").is_dir() and shutil.which("git")
-        else None
-    )
+    return root if (root / ".git").exists() and (root / "src/gain_cl").is_dir() else None
 
 
 def worktree(root: Path, folder: Path) -> Path:
@@ -55,40 +49,27 @@ def worktree(root: Path, folder: Path) -> Path:
     inside = ("src", "configs", "experiments")
     changed = _git(root, "status", "--porcelain", "--", *inside).splitlines()
     if changed:
-        more = f", nor are {len(changed) - 1} more files" if len(changed) > 1 else ""
         raise ConfigError(
-            f"a sweep runs from one commit, and {changed[0][3:]} is not committed{more}",
+            f"a sweep runs from one commit, and {changed[0][3:]} is not committed",
             str(root),
             "commit, or give worktree=false to run the files as they are",
         )
     commit = _git(root, "rev-parse", "HEAD").strip()
     path = (folder / f"worktree-{commit[:12]}").resolve()
-    if path.exists() and not _whole(path, commit):  # it was made in part, or touched
-        if (path / ".git").exists():
-            _git(root, "worktree", "remove", "--force", str(path))
-        else:
-            shutil.rmtree(path)
-    if not path.exists():
+    if not (path / ".git").exists():
+        shutil.rmtree(path, ignore_errors=True)
         _git(root, "worktree", "prune")
         _git(root, "worktree", "add", "--force", "--detach", str(path), commit)
+    if _git(path, "diff", "--name-only", commit):  # it was made in part, or touched
+        _git(path, "reset", "--quiet", "--hard", commit)
     return path
-
-
-def _whole(tree: Path, commit: str) -> bool:
-    try:
-        head, touched = _git(tree, "rev-parse", "HEAD"), _git(tree, "status", "--porcelain")
-    except StorageError:
-        return False
-    return head.strip() == commit and not touched.strip()
 
 
 def _git(root: Path, *words: str) -> str:
     done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True)
     if done.returncode:
-        why = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
-        raise StorageError(
-            f"git {words[0]} failed: {why}", str(root), "fix the checkout, or give worktree=false"
-        )
+        do = "fix the checkout, or give worktree=false"
+        raise StorageError(f"git {words[0]} failed: {done.stderr}", str(root), do)
     return done.stdout
 
 
@@ -129,13 +110,11 @@ def carry_out(
     launcher: launchers.Launcher,
     folder: Path,
     say: Callable[[str], None],
-    ahead: Callable[[list[Planned]], list[float]],
 ) -> Outcome:
     """Start what can be started and watch it until every job has ended, whoever runs it. One
     failure does not stop the rest; a signal asks the runs to save.
 
-    folder: of the claims. ahead: seconds that each run will take from its last saved stage on (nan:
-    not known)."""
+    folder: of the claims."""
     waiting, outcome, said = list(jobs), Outcome(), time.monotonic()
     active: list[Active] = []
     again = {job.run.run_id for job in jobs if job.run.state == "failed"}  # it failed before
@@ -149,7 +128,10 @@ def carry_out(
                 elsewhere = _start(waiting, active, launcher, folder, outcome, again, say)
             if time.monotonic() - said > SAY_SECONDS and (active or elsewhere):
                 said = time.monotonic()
-                say(_status(active, elsewhere, waiting, outcome, launcher, ahead))
+                running = [*(a.job.run for a in active), *elsewhere]
+                where = "; ".join(f"{title(run)} ({stage_of(run)})" for run in running)
+                done, failed = len(outcome.done), len(outcome.failed)
+                say(f"{done} of {len(jobs)} done, {failed} failed; running: {where}")
             if waiting or active:
                 time.sleep(POLL_SECONDS)
         outcome.stopped = signals.asked()
@@ -257,39 +239,13 @@ def _stop(active: list[Active], outcome: Outcome, say: Callable[[str], None]) ->
         runs = format.counted(len(active), "run")
         say(f"stopping by {outcome.stopped}: {runs} to save what is done")
     for a in active:
-        a.process.stop()
+        a.process.terminate()
     for a in active:
-        while isinstance(a.process, launchers.LocalProcess) and a.process.poll() is None:
-            time.sleep(0.05)
+        if isinstance(a.process, subprocess.Popen):
+            a.process.wait()
         if a.process.poll() == 0 and a.job.run.record.exists():
             outcome.done.append(a.job.run)
         a.claim.release()
-
-
-def _status(
-    active: list[Active],
-    elsewhere: list[Planned],
-    waiting: list[launchers.Job],
-    outcome: Outcome,
-    launcher: launchers.Launcher,
-    ahead: Callable[[list[Planned]], list[float]],
-) -> str:
-    """Return what is running, and the time left by what runs took."""
-    gone = [min(_since_saved(a.job.run), time.monotonic() - a.since) for a in active]
-    gone += map(_since_saved, elsewhere)
-    running = [*(a.job.run for a in active), *elsewhere]
-    rest = [*running, *(job.run for job in waiting if job.run not in elsewhere)]
-    total = len(outcome.done) + len(outcome.failed) + len(outcome.left) + len(rest)
-    each = [
-        seconds if math.isnan(seconds) else max(0.0, seconds - past)
-        for seconds, past in itertools.zip_longest(ahead(rest), gone, fillvalue=0.0)
-    ]
-    seconds = sum(each) if math.isnan(sum(each)) else max(sum(each) / launcher.limit, *each)
-    left = f", about {format.duration(seconds)} left" if seconds >= 1 else ""
-    where = "; ".join(f"{title(run)} ({stage_of(run)})" for run in running)
-    return (
-        f"{len(outcome.done)} of {total} done, {len(outcome.failed)} failed{left}; running: {where}"
-    )
 
 
 # --- words ----------------------------------------------------------------------------------------
@@ -308,19 +264,7 @@ def stage_of(run: Planned) -> str:
 
 def saved(run: Planned) -> int:
     """Return how many stages of a run are saved, stage 0 included."""
-    return len(_stages(run))
-
-
-def _stages(run: Planned) -> list[Path]:
-    return list((run.folder / "stages").glob("[0-9]*"))
-
-
-def _since_saved(run: Planned) -> float:
-    """Return the seconds that a run under way has been at its stage: since the stage before was
-    saved, or since its process started."""
-    marks = [p for p in (run.folder / "attempts.jsonl", *_stages(run)) if p.exists()]
-    latest = max((p.stat().st_mtime for p in marks), default=math.inf)
-    return max(0.0, time.time() - latest)
+    return len(list((run.folder / "stages").glob("[0-9]*")))
 
 
 def reason(run: Planned) -> str:

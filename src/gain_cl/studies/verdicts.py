@@ -130,23 +130,3 @@ def _measure(study: Study, e: Endpoint) -> tuple[Compared | None, str, float | N
         level(a, e.metric) if e.minus is None else difference(a, study.chosen[e.minus], e.metric)
     )
     return measured, "" if measured else f"{e.metric} does not exist for these runs", None
-
-
-def advice(study: Study) -> list[str]:
-    """Return what would help where nothing was decided."""
-    _, most, reached = positive_control(study)
-    found = []
-    if not reached:
-        seen = "nothing" if most is None else f"{100 * math.expm1(most.value):+.1f}%"
-        found.append(
-            f"no setting forgets by {study.forgets:g}% (the most: {seen}), so nothing can be "
-            "decided; try a higher learning rate, more training tokens a domain, or domains "
-            "further apart"
-        )
-    if len(study.blocks) < FEWEST:
-        few = ("one block", "two blocks")[len(study.blocks) - 1]
-        found.append(
-            f"{few}: set blocks: {FEWEST} or more in the experiment (python -m gain_cl power says "
-            "how many)"
-        )
-    return found

@@ -175,7 +175,7 @@ def _show(study: Study, skill: float | None, made_equal: str, results_dir: Path)
         print_table(table)
     if study.chosen.keys() - {study.reference} and study.reference in study.chosen:
         print_table(_differences(study))
-    for text in [*study.notes, *verdicts.advice(study)]:
+    for text in study.notes:
         say(f"note: {text}")
 
 

@@ -67,15 +67,15 @@ class Reopened:
         from rich.console import Console
         from rich.progress import Progress
 
-        pins = plan.prepare(self.config.model_copy(update={"resume": "never"})).pins
+        made = plan.prepare(self.config.model_copy(update={"resume": "never"}))
         for part in ("model", "domains", "plugins", "checkpoints"):
-            if pins.get(part) != self.record.pins.get(part):
+            if made.pins.get(part) != self.record.pins.get(part):
                 what = f"{part}: not what the run read"
                 raise DataError(what, self.record.run_id, "restore what the run read")
         self._bar, self._rows = Progress(console=Console(stderr=True), transient=True), 0
         self._cells = self._bar.add_task("load", total=rows * len(self.names))
         self._bar.start()
-        self.inputs = inputs.load_inputs(self.config, pins, self)
+        self.inputs = inputs.load_inputs(self.config, made, self)
         self.loaded = self.inputs.loaded
 
     def close(self) -> None:

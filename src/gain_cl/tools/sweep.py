@@ -11,7 +11,6 @@ import shutil
 import subprocess
 from collections.abc import Sequence
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -85,8 +84,7 @@ def main(argv: list[str]) -> int:
     records = _records(planned)
     timed = any(s.task_seconds for r in records for s in r.stages)
     untimed = not timed and any(c.config.tasks.names for c in todo)
-    ahead = partial(_left, planned=planned, records=records)
-    say(_cost(todo, sum(ahead(todo)), untimed))
+    say(_cost(todo, _left(todo, planned, records), untimed))
     for c in failed:
         say(f"failed before: {sweep.title(c)}: {sweep.reason(c)}")
     if again:
@@ -98,9 +96,7 @@ def main(argv: list[str]) -> int:
         for job in jobs:
             say(shlex.join(["python", *job.command]))
         return 1 if failed and not jobs else 0
-    if untimed:  # better no time left than one without the tasks
-        ahead = partial(_left, planned=planned, records=[])
-    outcome = sweep.carry_out(jobs, launcher, planned[0].claims, say, ahead)
+    outcome = sweep.carry_out(jobs, launcher, planned[0].claims, say)
     for failure in outcome.failed:
         say(f"failed: {sweep.title(failure.run)}: {failure.last_line}", "bold")
         say(f"  {run_command(failure.run, more)}")
@@ -177,15 +173,15 @@ def _records(planned: list[Planned]) -> list[record.RunRecord]:
 
 def _left(
     some: Sequence[Planned], planned: Sequence[Planned], records: list[record.RunRecord]
-) -> list[float]:
-    """Return the seconds that each of some planned runs will take from its last saved stage on; of
-    those that share stage 0, one scores it."""
-    shared, found = {sweep.baseline(c) for c in planned if sweep.scored(c)}, []
+) -> float:
+    """Return the seconds that some planned runs will take together, each from its last saved stage
+    on; of those that share stage 0, one scores it."""
+    shared, seconds = {sweep.baseline(c) for c in planned if sweep.scored(c)}, 0.0
     for c in some:
         saved = max(sweep.saved(c), int(sweep.baseline(c) in shared))
-        found.append(run_seconds(c.config, c.method, records, saved=saved))
+        seconds += run_seconds(c.config, c.method, records, saved=saved)
         shared.add(sweep.baseline(c))
-    return found
+    return seconds
 
 
 # --- how it is run --------------------------------------------------------------------------------
