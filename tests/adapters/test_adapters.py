@@ -467,7 +467,7 @@ def test_peft_mistakes_are_one_line() -> None:
     for peft_type, keys, match in (
         ("LORRA", {}, "no type 'LORRA'"),
         ("LORA", {"rank": 4}, "no key 'rank'"),
-        ("LORA", {"r": 4, "target_modules": ["nowhere"]}, "PEFT refuses"),
+        ("LORA", {"r": 4, "target_modules": ["q_proj", "nowhere"]}, "no module matches nowhere"),
         ("LORA", {"r": 4, "target_modules": ["lm_head"]}, "output head"),
     ):
         with pytest.raises(ConfigError, match=match):

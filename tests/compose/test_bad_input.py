@@ -527,9 +527,7 @@ WIDE = {
 MODELS = [
     Bad("no end token", M, 65, ["the tokenizer " "has no end " "token (m)", "set model.separator_token_id"],
         model(named={"tokenizer_class": "PreTrainedTokenizerFast"})),
-    Bad("ids beyond the " "embedding rows", M, 65, ["token id 9 has no " "embedding row " "(8 rows) " "(m/tokenizer.json)", "another model's"],
-        model(tokenizer={**TOKENS, "added_tokens": [{"id": 9, "content": "<pad>"}]})),
-    Bad("another model's tokenizer", M, 65, ["token id 300 has no " "embedding row " "(8 rows) " "(m/tokenizer.json)", "another model's " "tokenizer"],
+    Bad("another model's tokenizer", M, 65, ["token id 299 has no " "embedding row " "(8 rows) " "(m/tokenizer.json)", "another model's " "tokenizer"],
         model(tokenizer=WIDE)),
     Bad("pickle weights only", M, 65, ["only pickle weights " "(pytorch_model.bin) (m)", "convert them to " "safetensors"],
         model(weights="pytorch_model.bin")),
@@ -546,6 +544,8 @@ MODELS = [
         model(model_type="bloom")),
     Bad("no module matches " "PEFT's targets", [*M, "method=lora", "adapter.config.r=2", "adapter.config.target_modules=[c_proj]"], 64,
         ["no module matches c_proj " "(adapter.config.target_modules)", "there is: down_proj, " "o_proj, q_proj"], model()),
+    Bad("one of PEFT's targets does not match", [*M, "method=lora", "adapter.config.r=2", "adapter.config.target_modules=[q_proj,k_proj]"], 64,
+        ["no module matches k_proj " "(adapter.config.target_modules)", "there is: down_proj, " "o_proj, q_proj"], model()),
     Bad("4-bit base with merging", M, 65, ["the weights are quantised " "(bitsandbytes, 4 " "bit) (m)", "nothing can be " "merged into " "quantised"],
         model(quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})),
 ]  # fmt: skip

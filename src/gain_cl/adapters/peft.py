@@ -59,6 +59,10 @@ class PeftAdapter(Adapter):
             self.keywords["target_modules"] = layers
             if self.peft_type == "IA3":
                 self.keywords["feedforward_modules"] = layers
+        for key in ("target_modules", "feedforward_modules", "modules_to_save", "exclude_modules"):
+            if isinstance(wanted := self.keywords.get(key), list):
+                there = [n for n, _ in loaded.model.named_modules()]
+                families.match_all(there, wanted, key)
         self.model = loaded.model
         self.where = f"adapter {self.peft_type} on {loaded.model.config.model_type}"
         self.frozen: dict[str, nn.Parameter] = {}
@@ -352,7 +356,7 @@ def _probe(loaded: Loaded) -> Tensor | None:
         return None
     ids = torch.arange(4, device=loaded.device)[None]
     with torch.no_grad():
-        return loaded.head(loaded.body(ids).last_hidden_state).float()
+        return loaded.head(loaded.hidden(input_ids=ids)).float()
 
 
 class InputDtypeLinear(nn.Linear):
@@ -424,7 +428,7 @@ def attach_saved(loaded: Loaded, folder: Path) -> Any:
     loaded.model.eval()
     ids = torch.arange(4, device=loaded.device)[None]
     with torch.no_grad():
-        hidden = loaded.body(ids).last_hidden_state[0]
+        hidden = loaded.hidden(input_ids=ids)[0]
         ours = token_nll(hidden, *loaded.output, ids[0], loaded.softcap)
         theirs = nn.functional.cross_entropy(
             found(input_ids=ids).logits[0].float(), ids[0], reduction="none"

@@ -40,7 +40,7 @@ class KlBaseGuard(Guard):
             self.adapter.disabled(),
             load.eval_mode(loaded.model),
         ):  # no dropout to learn from
-            hidden = loaded.body(**inputs).last_hidden_state.flatten(0, 1)[rows_N.to(loaded.device)]
+            hidden = loaded.hidden(**inputs).flatten(0, 1)[rows_N.to(loaded.device)]
             weight, bias = loaded.output
             base = (hidden, weight.detach(), bias if bias is None else bias.detach())
         return self.strength * sum_divergence(hidden_ND, *loaded.output, base, loaded.softcap)

@@ -162,7 +162,7 @@ def _hidden(loaded: Loaded, part: list[Window]) -> torch.Tensor:
     for row, w in zip(inputs, part, strict=True):
         row[: len(w.inputs)] = w.inputs  # padded on the right: causal attention never sees it
     ids = torch.from_numpy(inputs).to(loaded.device)
-    hidden_BTD = loaded.body(input_ids=ids, use_cache=False).last_hidden_state
+    hidden_BTD = loaded.hidden(input_ids=ids, use_cache=False)
     pairs = zip(hidden_BTD, part, strict=True)
     return torch.cat([h[: len(w.inputs)][-len(w.targets) :] for h, w in pairs])
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 _LLAMA_LIKE = {"attn_out": "self_attn.o_proj", "ffn_down": "mlp.down_proj"}
+_OF_EXPERTS = {"attn_out": "self_attn.o_proj"}
 ROLES: dict[str, dict[str, str]] = {
     "gpt2": {"attn_out": "attn.c_proj", "ffn_down": "mlp.c_proj"},  # Conv1D: weight is (in, out)
     **dict.fromkeys(
@@ -27,8 +28,19 @@ ROLES: dict[str, dict[str, str]] = {
             "phi3",
             "olmo2",
             "smollm3",
+            "cohere",
+            "cohere2",
+            "granite",
+            "helium",
+            "ministral3",
+            "olmo",
+            "olmo3",
+            "stablelm",
         ],
         _LLAMA_LIKE,
+    ),
+    **dict.fromkeys(
+        ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v3", "gpt_oss"], _OF_EXPERTS
     ),
     "gpt_neox": {"attn_out": "attention.dense", "ffn_down": "mlp.dense_4h_to_h"},
     "opt": {"attn_out": "self_attn.out_proj", "ffn_down": "fc2"},
@@ -58,8 +70,12 @@ def playing(
     names: role -> suffix of module names for families that ROLES does not know (model.roles).
     ConfigError lists the candidates when the family is unknown or nothing matches.
     """
-    table, layers = names or ROLES.get(family), list(layers)
+    table, layers = names or ROLES.get(family), [n for n in layers if ".experts." not in n]
     there = sorted({block[1] for n in layers if (block := re.search(r"\.\d+\.(.+)$", n))})
+    if names is None and table is not None and not table.keys() >= {*roles}:
+        what = f"{family} is a mixture of experts: the down projections of all are one tensor"
+        do = "method=gain_attn acts on its attention alone"
+        raise ConfigError(f"{what}, on which no gain acts", "adapter.roles", do)
     if table is None or any(r not in table for r in roles):
         missing = ", ".join(roles if table is None else [r for r in roles if r not in table])
         named = "name the layers, e.g. model.roles={attn_out: SUFFIX, ffn_down: SUFFIX} with"
@@ -70,6 +86,16 @@ def playing(
             what = f"no module matches {role}={table[role]!r}"
             raise ConfigError(what, "model.roles", f"there is: {', '.join(there)}")
     return [n for n in layers if f".{n}".endswith(tuple(f".{table[r]}" for r in roles))]
+
+
+def match_all(layers: Iterable[str], wanted: list[str], key: str) -> None:
+    """Raise ConfigError unless each of the names is that of a module or the end of one, as PEFT
+    reads them."""
+    layers = list(layers)
+    if missing := [w for w in wanted if not any(f".{n}".endswith(f".{w}") for n in layers)]:
+        there = sorted({n.rpartition(".")[2] for n in layers if re.search(r"\.\d+\.", n)})
+        what = f"no module matches {', '.join(missing)}"
+        raise ConfigError(what, f"adapter.config.{key}", f"there is: {', '.join(there)}")
 
 
 def input_width(layer: nn.Module) -> int:

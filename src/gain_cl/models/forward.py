@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from gain_cl.models.loss import sum_cross_entropy
+from gain_cl.errors import ConfigError
+from gain_cl.models import load
+from gain_cl.models.loss import sum_cross_entropy, token_nll
 
 if TYPE_CHECKING:
     from gain_cl.models.load import Loaded
@@ -34,7 +36,7 @@ def loss_sum(
     inputs = inputs_of(loaded, tokens_BT, documents_BT)
     rows = np.arange(tokens_BT.size) if scored_BT is None else np.flatnonzero(scored_BT)
     rows_N, targets_N = on_device(rows, loaded), on_device(tokens_BT.reshape(-1)[rows], loaded)
-    hidden = loaded.body(**inputs).last_hidden_state.flatten(0, 1)
+    hidden = loaded.hidden(**inputs).flatten(0, 1)
     if len(rows) < len(hidden):
         hidden = hidden[rows_N]
     compiled = loaded.compiled.loss if loaded.compiled is not None else None
@@ -59,7 +61,8 @@ def inputs_of(
     prefix token.
 
     documents_BT: a token attends only within its own document, and positions restart there; None:
-    to all before it.
+    to all before it. The mask is one for all layers, or transformers makes that of each layer from
+    the positions (loaded.own_masks, see ``prove_masks``).
     """
     inputs_BT = np.concatenate(
         [np.full((len(tokens_BT), 1), loaded.prefix_id), tokens_BT[:, :-1]], axis=1
@@ -69,12 +72,13 @@ def inputs_of(
         "use_cache": False,
     }
     if documents_BT is not None:
-        same_BTT = documents_BT[:, :, None] == documents_BT[:, None, :]
-        seen_BTT = on_device(np.tril(same_BTT), loaded)
-        mask_BTT = torch.zeros(seen_BTT.shape, dtype=loaded.model.dtype, device=loaded.device)
-        inputs["attention_mask"] = mask_BTT.masked_fill(
-            ~seen_BTT, torch.finfo(loaded.model.dtype).min
-        )[:, None]
+        if not loaded.own_masks:
+            same_BTT = documents_BT[:, :, None] == documents_BT[:, None, :]
+            seen_BTT = on_device(np.tril(same_BTT), loaded)
+            mask_BTT = torch.zeros(seen_BTT.shape, dtype=loaded.model.dtype, device=loaded.device)
+            inputs["attention_mask"] = mask_BTT.masked_fill(
+                ~seen_BTT, torch.finfo(loaded.model.dtype).min
+            )[:, None]
         inputs["position_ids"] = on_device(_positions(documents_BT), loaded)
     return inputs
 
@@ -85,3 +89,31 @@ def _positions(documents_BT: np.ndarray) -> np.ndarray:
     starts[:, 1:] = documents_BT[:, 1:] != documents_BT[:, :-1]
     index = np.broadcast_to(np.arange(documents_BT.shape[1]), documents_BT.shape)
     return index - np.maximum.accumulate(np.where(starts, index, 0), axis=1)
+
+
+def prove_masks(loaded: Loaded, block: int) -> None:
+    """Prove on a block of tokens what train.pack=mask says: one document that fills it costs what
+    it costs in a stream, and another first document leaves the loss of the second as it was.
+    Where one mask for all layers fails (a local window), the layers make their own. ConfigError
+    names the family that cannot."""
+    half, ids = block // 2, 1 + np.arange(block)[None] % (loaded.vocabulary - 1)
+    other = np.concatenate([ids[:, :half][:, ::-1], ids[:, half:]], axis=1)
+    other[:, half - 1] = ids[:, half - 1]  # what the second begins after
+    one, two = np.zeros_like(ids), (np.arange(block)[None] >= half).astype(int)
+
+    def nll_T(tokens: np.ndarray, documents: np.ndarray | None) -> torch.Tensor:
+        hidden = loaded.hidden(**inputs_of(loaded, tokens, documents))[0]
+        targets = torch.from_numpy(tokens[0]).to(loaded.device)
+        return token_nll(hidden, *loaded.output, targets, loaded.softcap)
+
+    most, cause = 1e-4 if loaded.model.dtype == torch.float32 else 2e-2, None
+    for loaded.own_masks in (False, True):
+        with torch.no_grad(), load.eval_mode(loaded.model):
+            try:
+                parts = [nll_T(ids, one) - nll_T(ids, None), nll_T(ids, two) - nll_T(other, two)]
+                if all(part.abs().mean() < most for part in (parts[0], parts[1][half:])):
+                    return
+            except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+                cause = error
+    what = f"{loaded.model.config.model_type} does not keep packed documents apart"
+    raise ConfigError(what, "train.pack=mask", "use train.pack=stream") from cause

@@ -12,12 +12,12 @@ import contextlib
 import hashlib
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from gain_cl.config import schema
-from gain_cl.errors import ConfigError, DataError
+from gain_cl.errors import ConfigError, DataError, GainError
 from gain_cl.models import convert, source
 
 if TYPE_CHECKING:
@@ -37,7 +37,8 @@ class Loaded:
 
     prefix_id: the one token put before every scored or trained text; separator_id: between packed
     documents; context: longest input in tokens; tokenizer_hash: sha256 of the tokenizer's
-    definition.
+    definition; scale: of the logits (Granite, Cohere), see ``_prove_loss``; own_masks: each layer
+    makes its own mask of packed documents, see forward.prove_masks; notes: for a reader.
     """
 
     model: PreTrainedModel
@@ -49,12 +50,21 @@ class Loaded:
     tokenizer_hash: str
     roles: dict[str, str] | None
     compiled: Compiled | None = None  # what is compiled of it, for training (compute.compile)
+    scale: float = 1.0
+    own_masks: bool = False
+    notes: list[str] = field(default_factory=list)
 
     @property
     def body(self) -> nn.Module:
         """Return the model without its language-model head: token ids -> hidden states (B, T,
         D)."""
         return getattr(self.model, self.model.base_model_prefix)
+
+    def hidden(self, **inputs: Any) -> Tensor:
+        """Return the hidden states (B, T, D) whose products with ``output`` are the logits: those
+        of the body, times the scale of the logits."""
+        hidden: Tensor = self.body(**inputs).last_hidden_state
+        return hidden if self.scale == 1 else hidden * self.scale
 
     @property
     def head(self) -> nn.Module:
@@ -146,11 +156,32 @@ UNREAD = re.compile(r"\.masked_bias$|rotary_emb\.inv_freq$|decoder\.version$")
 those that it passes over itself."""
 
 
+def _text_name(name: str) -> str:
+    """Return the name that a tensor of a model of text and more has in its text part, else empty:
+    wrappers put language_model before it, old ones before model, new ones behind."""
+    if "language_model." not in name and not name.startswith("lm_head."):
+        return ""
+    rest = re.sub(r"^(model\.)?language_model\.(model\.)?", "", name)
+    return rest if rest.startswith("lm_head.") else f"model.{rest}"
+
+
 def _pretrained(folder: Path, **keywords: Any) -> PreTrainedModel:
-    """Return the model of a folder. from_pretrained gives random values to what a checkpoint lacks:
-    DataError when anything does not fit."""
-    net, told = convert.quiet_transformers().AutoModelForCausalLM.from_pretrained(
-        folder,
+    """Return the model of a folder, or the text part of one that reads more. from_pretrained gives
+    random values to what a checkpoint lacks: DataError when anything does not fit."""
+    import torch
+    from safetensors.torch import load_file
+
+    where: Path | None
+    where, kind = folder, convert.quiet_transformers().AutoModelForCausalLM
+    if source.read_config(folder).get("text_config"):
+        parts = (load_file(file) for file in sorted(folder.glob("model*.safetensors")))
+        tensors = {_text_name(name): t for part in parts for name, t in part.items()}
+        tensors.pop("", None)
+        keywords |= {"config": _config(None, folder), "state_dict": tensors}
+        with torch.device("meta"):
+            where, kind = None, type(_from_config(keywords["config"]))
+    net, told = kind.from_pretrained(
+        where,
         use_safetensors=True,
         trust_remote_code=False,
         output_loading_info=True,
@@ -168,15 +199,18 @@ def _pretrained(folder: Path, **keywords: Any) -> PreTrainedModel:
 def vocabulary(model: schema.Model) -> int:
     """Return the rows of the input embedding as the model's configuration states them, without its
     weights."""
-    return int(_config(model, source.locate_model(model)).get_text_config().vocab_size)
+    return int(_config(model.arch, source.locate_model(model)).vocab_size)
 
 
 def special_tokens(
     model: schema.Model, tokenizer: PreTrainedTokenizerBase, rows: int
 ) -> tuple[int, int]:
     """Return (prefix, separator) token ids. DataError when there is none, or when an id is not
-    below ``rows`` of the embedding."""
-    if (largest := max(tokenizer.get_vocab().values())) >= rows:
+    below ``rows`` of the embedding. A token that was added to the vocabulary (an image's) may lie
+    beyond: text that holds it is refused."""
+    own: Any = tokenizer
+    vocabulary = own.backend_tokenizer.get_vocab(with_added_tokens=False)
+    if (largest := max(vocabulary.values(), default=0)) >= rows:
         what = f"token ids reach {largest}, the model has {rows} embedding rows"
         raise DataError(what, model.name, "this is another model's tokenizer")
     ends: list[Any] = [model.separator_token_id, tokenizer.eos_token_id]
@@ -196,36 +230,60 @@ def special_tokens(
 def load_model(model: schema.Model, device: torch.device) -> Loaded:
     """Load weights and tokenizer: every parameter frozen, eval mode, no KV cache. model.load_in:
     linear layers quantised."""
-    import torch
-
     folder = source.locate_model(model)
-    keys = {"dtype": getattr(torch, model.dtype), "attn_implementation": model.attention}
-    with _refusals(model.path or model.name, model.attention):
-        if folder is not None:
-            net = _pretrained(folder, **keys, **_placed(model, device))
-        else:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(model.init_seed)
-                net = _from_config(_config(model, None), **keys)
+    net, notes = _open(model, folder, device)
     tokenizer, digest = load_tokenizer(model)
     net.requires_grad_(False).eval()
     net.config.use_cache = False
+    head: Any = net.get_output_embeddings()
+    embedding: Any = net.get_input_embeddings()
+    if net.config.tie_word_embeddings and head.weight is not embedding.weight:
+        net.config.tie_word_embeddings = False  # its file holds a head of its own
     if model.load_in is None:
         cast("Any", net).to(device)
     context = source.context_length(net.config.to_dict()) or 1024
-    loaded = Loaded(net, tokenizer, device, 0, 0, context, digest, model.roles)
+    loaded = Loaded(net, tokenizer, device, 0, 0, context, digest, model.roles, notes=notes)
     tokens = special_tokens(model, tokenizer, loaded.vocabulary)
     loaded.prefix_id, loaded.separator_id = tokens
-    _check_head(loaded)
+    _prove_loss(loaded)
     return loaded
 
 
-def _config(model: schema.Model, folder: Path | None) -> Any:
-    """Return the configuration of a model folder, or of the model's arch."""
+def _open(
+    model: schema.Model, folder: Path | None, device: torch.device
+) -> tuple[PreTrainedModel, list[str]]:
+    """Return the model of a folder, or one of random weights on a device (meta: without memory),
+    and what a reader must know. A family without sdpa computes attention by eager."""
+    import torch
+
+    def opened(attention: str) -> PreTrainedModel:
+        keys = {"dtype": getattr(torch, model.dtype), "attn_implementation": attention}
+        if folder is not None and device.type != "meta":
+            return _pretrained(folder, **keys, **_placed(model, device))
+        place = "meta" if device.type == "meta" else "cpu"
+        with torch.random.fork_rng(devices=[]), torch.device(place):
+            torch.manual_seed(model.init_seed)
+            return _from_config(_config(model.arch, folder), **keys)
+
+    with _refusals(model.path or model.name, model.attention):
+        try:
+            return opened(model.attention), []
+        except ValueError:
+            if model.attention != "sdpa":
+                raise
+        net = opened("eager")
+    return net, [f"{net.config.model_type} has no sdpa: model.attention=eager is used"]
+
+
+def _config(arch: dict[str, Any] | None, folder: Path | None) -> Any:
+    """Return the configuration of a model folder, or of an arch; of its text part, if it has
+    others."""
     opened = convert.quiet_transformers().AutoConfig
     if folder is None:
-        return opened.for_model(**(model.arch or {}))
-    return opened.from_pretrained(folder, trust_remote_code=False)
+        config = opened.for_model(**(arch or {}))
+    else:
+        config = opened.from_pretrained(folder, trust_remote_code=False)
+    return getattr(config, "text_config", config)
 
 
 def _from_config(config: Any, **keys: Any) -> PreTrainedModel:
@@ -259,8 +317,7 @@ def meta_model(model: schema.Model) -> PreTrainedModel:
     folder = None
     if local or model.arch is None:
         folder = source.model_at_hand(model) or source.locate_model(model)
-    with torch.device("meta"):
-        net = _from_config(_config(model, folder))
+    net, _ = _open(model, folder, torch.device("meta"))
     return net.requires_grad_(False)
 
 
@@ -307,21 +364,37 @@ def byte_tokenizer() -> PreTrainedTokenizerBase:
     return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|end|>")
 
 
-def _check_head(loaded: Loaded) -> None:
-    """Prove on four tokens that losses from hidden states, computed in chunks, are those of the
-    model itself."""
+def _prove_loss(loaded: Loaded) -> None:
+    """Find the number that scales the logits, and prove on four tokens that losses from hidden
+    states are those of the model itself, and that no token is seen before its turn. DataError."""
     import torch
 
+    family, net = loaded.model.config.model_type, loaded.model
     ids = torch.arange(4, device=loaded.device)[None]
     with torch.inference_mode():
-        logits = loaded.model(ids).logits.float()
-        ours = loaded.head(loaded.body(ids).last_hidden_state).float()
+        logits, hidden = net(ids, use_cache=False).logits.double(), loaded.hidden(input_ids=ids)
+        ours, other = loaded.head(hidden).double(), ids.clone()
+        other[0, 3] = 4
+        later = loaded.hidden(input_ids=other)
+        if not (logits.isfinite().all() and ours.isfinite().all()):
+            what = "the model's logits are not finite: its weights are damaged"
+            raise DataError(what, family, "download the model again")
         if loaded.softcap:
             ours = loaded.softcap * torch.tanh(ours / loaded.softcap)
-    if not torch.allclose(ours, logits, rtol=1e-2, atol=1e-2):
-        family = loaded.model.config.model_type
+        if ours.shape == logits.shape and not loaded.softcap:
+            found = float((ours * logits).sum() / ours.square().sum())
+            keys = net.config.to_dict().values()
+            named = [float(v) for v in keys if isinstance(v, int | float) and v > 0]
+            scales = [1.0, *named, *(1 / v for v in named)]
+            loaded.scale = min(scales, key=lambda scale: abs(scale / found - 1))
+            ours *= loaded.scale
+    largest = float(logits.abs().max())
+    if ours.shape != logits.shape or not float((ours - logits).abs().max()) <= 1e-2 * largest:
         what = f"{family} transforms its logits in an unknown way"
-        raise DataError(what, family, "support it in models.Loaded")
+        raise DataError(what, family, "use another model")
+    if not torch.allclose(hidden[:, :3], later[:, :3], rtol=1e-2, atol=1e-3):
+        what = f"{family} looks at later tokens: it is no causal language model"
+        raise DataError(what, family, "use another model")
 
 
 @contextlib.contextmanager
@@ -329,8 +402,12 @@ def _refusals(where: str, attention: str = "") -> Iterator[None]:
     """Tell in one line what transformers refuses."""
     try:
         yield
-    except (ValueError, ImportError, OSError) as error:
-        reason = str(error).splitlines()[0]
+    except (GainError, MemoryError):
+        raise
+    except Exception as error:  # what a library raises over files of others is anybody's guess
+        if "out of memory" in str(error).lower():
+            raise
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         if any(word in reason.lower() for word in ("attention", "attn")):
             what = f"the model does not support model.attention={attention}"
             raise DataError(what, where, "use model.attention=eager") from error

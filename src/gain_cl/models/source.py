@@ -72,11 +72,14 @@ def model_at_hand(model: schema.Model) -> Path | None:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Return config.json of a model folder."""
+    """Return config.json of a model folder; of a model that reads more than text, with the keys of
+    its text part in place of the whole's."""
     if not (folder / "config.json").exists():
         what = "no config.json: not a transformers model"
         raise DataError(what, str(folder), "give a folder written by save_pretrained")
-    return _json_object(folder / "config.json")
+    config = _json_object(folder / "config.json")
+    text = config.get("text_config")
+    return {**config, **text} if isinstance(text, dict) else config
 
 
 def inspect_model(folder: Path, weights: bool = True) -> dict[str, Any]:
@@ -95,7 +98,9 @@ def _inspect(folder: Path, weights: bool, stamp: object) -> dict[str, Any]:
     config, where = read_config(folder), str(folder)
     _inspect_code(folder)
     architectures = list(map(str, config.get("architectures") or []))
-    if architectures and not any(a.endswith(("ForCausalLM", "LMHeadModel")) for a in architectures):
+    wrapper = ["ForConditionalGeneration"] if "text_config" in config else []
+    kinds = ("ForCausalLM", "LMHeadModel", *wrapper)
+    if architectures and not any(a.endswith(kinds) for a in architectures):
         what = f"not a causal language model: {', '.join(architectures)}"
         raise DataError(what, where, "use a model with a ...ForCausalLM class")
     if isinstance(quantised := config.get("quantization_config"), dict):
@@ -155,15 +160,16 @@ EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight")
 
 
 def _inspect_tokenizer(folder: Path, rows: int | None) -> None:
-    """Refuse a tokenizer with ids beyond the rows of the input embedding, where they are known."""
+    """Refuse a tokenizer with ids beyond the rows of the input embedding, where they are known.
+    Tokens that were added to it (an image's, say) may lie beyond: text that holds one is
+    refused."""
     if rows is None or not has_tokenizer(folder):
         return
     file = folder / "tokenizer.json"
     data = _json_object(file)
     vocab = (data.get("model") or {}).get("vocab") or {}
     ids = vocab.values() if isinstance(vocab, dict) else range(len(vocab))
-    largest = max([*ids, *(t["id"] for t in data.get("added_tokens") or [])], default=0)
-    if largest >= rows:
+    if (largest := max(ids, default=0)) >= rows:
         what = f"token id {largest} has no embedding row ({rows} rows)"
         raise DataError(what, str(file), "this is another model's tokenizer")
 

@@ -57,6 +57,8 @@ def load_inputs(config: RunConfig, plan: Plan, tracker: Teller) -> Inputs:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     import torch
 
+    from gain_cl.models import forward
+
     device = load.device_of(config.compute.device, config.model.dtype)
     torch.set_num_threads(config.compute.threads or _cores())
     torch.use_deterministic_algorithms(config.compute.deterministic)
@@ -64,6 +66,8 @@ def load_inputs(config: RunConfig, plan: Plan, tracker: Teller) -> Inputs:
     tracker.phase(f"load {config.model.name}")
     loaded = load.load_model(config.model, device)
     checks.limits(config, loaded.model.config.to_dict())
+    if config.train.pack == "mask":
+        forward.prove_masks(loaded, config.train.block)
     tracker.phase("prepare domains")
     names, domains = [*config.sequence.trained, *config.sequence.controls], {}
     for i, name in enumerate(names):
@@ -129,7 +133,7 @@ def training_streams(config: RunConfig, inputs: Inputs) -> list[Stream]:
 
 def _advice(config: RunConfig, loaded: Loaded) -> list[str]:
     """Return what a reader of the numbers must know about these settings."""
-    notes = [config.model.note] if config.model.note else []
+    notes = [config.model.note, *loaded.notes] if config.model.note else [*loaded.notes]
     own = loaded.model.config.to_dict()
     for key, stated in (config.model.arch or {}).items():
         found = own.get(key, stated)

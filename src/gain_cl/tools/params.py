@@ -117,7 +117,9 @@ def count_row(model: Model, adapters: dict[str, Any]) -> dict[str, Any]:
 
     @functools.cache
     def weightless(layers: int) -> load.Loaded:
-        changed = {"arch": arch | {k: layers for k in DEPTH if k in arch}} if depth else {}
+        changed: dict[str, Any] = {"attention": "eager"}
+        if depth:
+            changed["arch"] = arch | {k: layers for k in DEPTH if k in arch}
         return load.weightless(model.model_copy(update=changed))
 
     def trained(layers: int, adapter: Any) -> int | str:
