@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import tempfile
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -47,9 +48,8 @@ def from_gguf(model: schema.Model) -> Path:
         net.save_pretrained(done)
         tokenizer.save_pretrained(done)
         digests = {p.name: hashes.file_sha256(p) for p in sorted(done.iterdir())}
-        (done / MANIFEST).write_text(
-            json.dumps({"source": gguf_source(model), "files": digests}, indent=1, allow_nan=False)
-        )
+        about = {"source": gguf_source(model), "files": digests, "transformers": _major()}
+        (done / MANIFEST).write_text(json.dumps(about, indent=1, allow_nan=False))
         if converted_files(folder) is None:  # nobody was faster
             shutil.rmtree(folder, ignore_errors=True)
             os.rename(done, folder)
@@ -117,19 +117,72 @@ def gguf_folder(model: schema.Model) -> Path:
 
 
 MANIFEST = "CONVERTED.json"
+TOKENIZER_FILES = [
+    "tokenizer*",
+    "chat_template*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+]
 
 
 def converted_files(folder: Path) -> dict[str, str] | None:
-    """Return the SHA-256 of each file of a converted model, or None when it is not there or not
-    what was written."""
+    """Return the SHA-256 of each file of a converted model, or None when it is not there, not what
+    was written, or by another major version of transformers, which names things otherwise."""
     try:
-        digests: dict[str, str] = json.loads((folder / MANIFEST).read_text())["files"]
-        whole = all(
+        about = json.loads((folder / MANIFEST).read_text())
+        digests: dict[str, str] = about["files"]
+        whole = about.get("transformers", _major()) == _major() and all(
             hashes.file_sha256(folder / name, remember=True) == sha for name, sha in digests.items()
         )
     except (OSError, ValueError, KeyError, DataError):
         return None
     return digests if whole else None
+
+
+def _major() -> str:
+    return version("transformers").partition(".")[0]
+
+
+def save_model(net: Any, tokenizer: Any, folder: Path, base: Path | None) -> None:
+    """Write a checkpoint that transformers 4 and 5 read alike.
+
+    What version 5 writes is completed by the base's own keys and tokenizer files (base: its folder)
+    and by the names of version 4, which reads no rope_parameters and would take its defaults.
+    """
+    net.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    own, file = {}, folder / "config.json"
+    if base is not None:
+        for pattern in TOKENIZER_FILES:
+            for found in base.glob(pattern):
+                shutil.copyfile(found, folder / found.name)
+        own = json.loads((base / "config.json").read_text())
+        own = own.get("text_config", own)
+    new = json.loads(file.read_text())
+    rope = new.get("rope_parameters") or {}
+    main = rope.get("full_attention") or rope  # by kind of layer, or one for all
+    neox = "gpt_neox" in new["model_type"]
+    scaling = {k: v for k, v in main.items() if k not in ("rope_theta", "partial_rotary_factor")}
+    named = {
+        "torch_dtype": new.get("dtype"),
+        "rotary_emb_base" if neox else "rope_theta": main.get("rope_theta"),
+        "rope_scaling": scaling if main.get("rope_type", "default") != "default" else None,
+        "rotary_pct" if neox else "partial_rotary_factor": main.get("partial_rotary_factor"),
+        "rope_local_base_freq": (rope.get("sliding_attention") or {}).get("rope_theta"),
+    }
+    named |= {alias: new.get(key) for alias, key in net.config.attribute_map.items()}
+    both = {**own, **new, **{k: v for k, v in named.items() if v is not None}}
+    file.write_text(json.dumps(both, indent=2, sort_keys=True) + "\n")
+    file = folder / "tokenizer_config.json"
+    settings = json.loads(file.read_text())
+    if settings.get("tokenizer_class") == "TokenizersBackend":
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(extra := settings.get("extra_special_tokens"), list):
+        settings["additional_special_tokens"] = extra
+        del settings["extra_special_tokens"]
+    file.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
 
 
 def model_files(model: schema.Model) -> dict[str, str]:

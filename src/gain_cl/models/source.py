@@ -13,16 +13,7 @@ from gain_cl.models import convert
 from gain_cl.system import hashes, hub, packages
 
 WEIGHTS = ["model*.safetensors", "model.safetensors.index.json"]
-SMALL_FILES = [
-    "config.json",
-    "generation_config.json",
-    "tokenizer*",
-    "chat_template*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab*",
-    "merges.txt",
-]
+SMALL_FILES = ["config.json", "generation_config.json", *convert.TOKENIZER_FILES]
 
 
 # --- torch-free: what a model is, and whether it can be used --------------------------------------

@@ -19,6 +19,7 @@ from gain_cl import domains
 from gain_cl.config.schema import Full, Gain, RunConfig
 from gain_cl.errors import ConfigError, GainError, StorageError
 from gain_cl.measure import scoring
+from gain_cl.models import convert, source
 from gain_cl.paper.table import say
 from gain_cl.system.files import write_all
 from gain_cl.tools.command import Parser, load_run, new_folder
@@ -184,7 +185,7 @@ def _measured(run: Reopened, stage: int, folder: Path, work: Path, wanted: str) 
                     f"{what}: it would be another model", "export", "its absorb is wrong"
                 )
             if wanted == dtype:
-                _save(loaded, work)
+                _save(loaded, work, source.locate_model(run.config.model))
             below = _score(run.config, loaded, texts)
         except (GainError, RuntimeError) as error:
             # not every device computes in every dtype, and float16 overflows
@@ -226,9 +227,10 @@ def _score(config: RunConfig, loaded: Loaded, texts: list[Any]) -> DomainScore |
     return perplexity.total(pd.concat(rows))
 
 
-def _save(loaded: Loaded, folder: Path) -> None:
-    """Write an ordinary transformers checkpoint. ConfigError: the folded model has parameters that
-    transformers, which builds it from its configuration, would not read."""
+def _save(loaded: Loaded, folder: Path, base: Path | None) -> None:
+    """Write an ordinary transformers checkpoint. base: the model's folder. ConfigError: the folded
+    model has parameters that transformers, which builds it from its configuration, would not
+    read."""
     import torch
     from safetensors import SafetensorError
 
@@ -242,8 +244,7 @@ def _save(loaded: Loaded, folder: Path) -> None:
         raise ConfigError(f"{what}configuration", "to=merged", do)
     net.config.use_cache = True
     try:
-        net.save_pretrained(folder)
-        loaded.tokenizer.save_pretrained(folder)
+        convert.save_model(net, loaded.tokenizer, folder, base)
     except SafetensorError as error:
         do = "free space or name another folder"
         raise StorageError(f"cannot write: {error}", str(folder), do) from error
