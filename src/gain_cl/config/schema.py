@@ -513,8 +513,11 @@ class Checkpoint(Section):
     keep_stages: Literal["all", "last"] | None = None
 
 
-Change = Literal["numerics", "model", "data", "tokenizer", "dtype", "device", "eval_batch"]
-"""What may not differ between the attempts of one run, unless ``allow_change`` names it."""
+Change = Literal[
+    "numerics", "model", "data", "tokenizer", "dtype", "device", "eval_batch", "unknown"
+]
+"""What may not differ between the attempts of one run, unless ``allow_change`` names it. unknown:
+more than 1% unknown tokens in a domain, which is refused otherwise."""
 
 
 Regime = Literal["sequential", "joint", "individual"]

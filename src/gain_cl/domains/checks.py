@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from itertools import combinations
+from typing import Any
 
 from gain_cl.config import schema
 from gain_cl.domains.domain import SPLITS, Domain, SplitName
@@ -52,10 +53,13 @@ def check_domains(
     evaluation: schema.Eval,
     vocab: int,
     controls: Collection[str] = (),
+    tokenizer: Any = None,
+    unknown_allowed: bool = False,
 ) -> list[str]:
     """Raise DataError for data a run cannot use; return warnings.
 
     vocab: rows of the model's embedding. controls: domains that are scored but never trained.
+    tokenizer: its unknown tokens are counted; more than 1% are refused unless they are allowed.
     Overlap: a document (by the hash of its text) that some domain trains on and some domain scores.
     """
     for name, domain in domains.items():
@@ -70,11 +74,31 @@ def check_domains(
             what = "no dev document, but train.dev_every is set"
             raise DataError(what, where, "raise split.dev")
         _check_block(name, domain.n_tokens("train") + domain.n_documents("train"), train)
+    told = _unknown(domains, tokenizer, unknown_allowed)
     ids = {name: {s: set(d.ids(s)) for s in SPLITS} for name, d in domains.items()}
     _check_apart(ids, controls)
     learned = {name: split["train"] for name, split in ids.items() if name not in controls}
     shared = [(a, b, len(learned[a] & learned[b])) for a, b in combinations(learned, 2)]
-    return [f"{n} training documents are in both {a} and {b}" for a, b, n in shared if n]
+    return told + [f"{n} training documents are in both {a} and {b}" for a, b, n in shared if n]
+
+
+def _unknown(domains: Mapping[str, Domain], tokenizer: Any, allowed: bool) -> list[str]:
+    """Count the tokens that stand for text the tokenizer does not know. Return notes. DataError for
+    more than 1% of a domain's: what is learned of them is no language."""
+    unknown = getattr(tokenizer, "unk_token_id", None)
+    if unknown is None or unknown in (tokenizer.eos_token_id, tokenizer.bos_token_id):
+        return []
+    told = []
+    for name, domain in domains.items():
+        tokens = domain.arrays["tokens"]
+        if not (count := int((tokens == unknown).sum())):
+            continue
+        what = f"{count:,} of {len(tokens):,} tokens of {name} are {tokenizer.unk_token}"
+        if count > 0.01 * len(tokens) and not allowed:
+            do = "use a model that knows this script, or allow_change=[unknown]"
+            raise DataError(f"{what}: the tokenizer does not know the text", f"domain {name}", do)
+        told.append(f"{what}, text that the tokenizer does not know")
+    return told
 
 
 def _check_count(name: str, have: int, evaluation: schema.Eval) -> None:

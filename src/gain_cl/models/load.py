@@ -58,7 +58,9 @@ class Loaded:
     def body(self) -> nn.Module:
         """Return the model without its language-model head: token ids -> hidden states (B, T,
         D)."""
-        return getattr(self.model, self.model.base_model_prefix)
+        net: Any = self.model
+        found: nn.Module = getattr(net, net.base_model_prefix, None) or net.model
+        return found
 
     def hidden(self, **inputs: Any) -> Tensor:
         """Return the hidden states (B, T, D) whose products with ``output`` are the logits: those
@@ -245,7 +247,8 @@ def load_model(model: schema.Model, device: torch.device) -> Loaded:
     loaded = Loaded(net, tokenizer, device, 0, 0, context, digest, model.roles, notes=notes)
     tokens = special_tokens(model, tokenizer, loaded.vocabulary)
     loaded.prefix_id, loaded.separator_id = tokens
-    _prove_loss(loaded)
+    with _refusals(model.path or model.name):
+        _prove_loss(loaded)
     return loaded
 
 
@@ -408,7 +411,8 @@ def _refusals(where: str, attention: str = "") -> Iterator[None]:
         if "out of memory" in str(error).lower():
             raise
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        if any(word in reason.lower() for word in ("attention", "attn")):
+        told = isinstance(error, ValueError | ImportError)
+        if told and any(word in reason.lower() for word in ("attention", "attn")):
             what = f"the model does not support model.attention={attention}"
             raise DataError(what, where, "use model.attention=eager") from error
         what = f"transformers cannot load it: {reason}"

@@ -81,8 +81,9 @@ def load_inputs(config: RunConfig, plan: Plan, tracker: Teller) -> Inputs:
             loaded.prefix_id,
         )
     notes = corpora.check_domains(
-        domains, config.train, config.eval, loaded.vocabulary, config.only_scored
-    )
+        domains, config.train, config.eval, loaded.vocabulary, config.only_scored,
+        loaded.tokenizer, "unknown" in config.allow_change,
+    )  # fmt: skip
     taskset = tasks.TaskSet(config.tasks, loaded.tokenizer) if config.tasks.names else None
     tracker.phase("compare training text with what is scored")
     trained = config.sequence.trained

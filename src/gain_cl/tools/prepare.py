@@ -62,7 +62,10 @@ def examine(config: RunConfig) -> Report:
         _tell(f"{name}: text and tokens ({number} of {len(names)})")
         given, pin = config.domains[name], plan.pins["domains"][name]
         domains[name] = texts.prepare_domain(given, tokenizer, tokenizer_hash, pin, prefix_id)
-    warnings = texts.check_domains(domains, config.train, config.eval, rows, config.only_scored)
+    warnings = texts.check_domains(
+        domains, config.train, config.eval, rows, config.only_scored,
+        tokenizer, "unknown" in config.allow_change,
+    )  # fmt: skip
     _tell("near duplicates of scored documents in training text")
     near = overlap.near_duplicates(domains, trained)
     shared: list[overlap.Shared] = []
