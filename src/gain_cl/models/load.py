@@ -180,6 +180,7 @@ def _pretrained(folder: Path, **keywords: Any) -> PreTrainedModel:
         tensors = {_text_name(name): t for part in parts for name, t in part.items()}
         tensors.pop("", None)
         keywords |= {"config": _config(None, folder), "state_dict": tensors}
+        keywords["config"].tie_word_embeddings = "lm_head.weight" not in tensors
         with torch.device("meta"):
             where, kind = None, type(_from_config(keywords["config"]))
     net, told = kind.from_pretrained(
@@ -411,6 +412,7 @@ def _refusals(where: str, attention: str = "") -> Iterator[None]:
         if "out of memory" in str(error).lower():
             raise
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        reason = reason.partition(" Model type should be one of")[0]
         told = isinstance(error, ValueError | ImportError)
         if told and any(word in reason.lower() for word in ("attention", "attn")):
             what = f"the model does not support model.attention={attention}"
