@@ -175,10 +175,10 @@ def save_model(net: Any, tokenizer: Any, folder: Path, base: Path | None) -> Non
     named |= {alias: new.get(key) for alias, key in net.config.attribute_map.items()}
     both = {**own, **new, **{k: v for k, v in named.items() if v is not None}}
     opened, plain = quiet_transformers().AutoConfig, file.read_text()
-    read = opened.from_pretrained(folder).to_dict()
+    read = opened.from_pretrained(folder, trust_remote_code=False).to_dict()
     file.write_text(json.dumps(both, indent=2, sort_keys=True) + "\n")
     try:
-        again = opened.from_pretrained(folder).to_dict()
+        again = opened.from_pretrained(folder, trust_remote_code=False).to_dict()
         same = all(again.get(key) == value for key, value in read.items())
     except Exception:  # what libraries raise over a key they do not expect is anybody's guess
         same = False
