@@ -10,8 +10,8 @@ import pytest
 from scipy import stats
 
 from gain_cl.stats import inference
-from gain_cl.stats.inference import Error, Parts
-from gain_cl.stats.matrix import Estimate
+from gain_cl.stats.inference import Error
+from gain_cl.stats.matrix import Estimate, Parts
 
 Rng = np.random.Generator
 P = inference.Tests
@@ -133,7 +133,7 @@ def test_resamples_equal_drawing_documents_again() -> None:
     """Counts and sums give what gathering the drawn documents gives, for the value and for its
     standard error."""
     parts = change(np.random.default_rng(0), 12, 0.1, [0.05, 0.2])
-    _, _, deviations, variances = inference._sample(parts, 3, 20)
+    deviations, variances = inference._sample(parts, 3, 20)
     for r in range(20):
         drawn = {
             d: tuple(np.repeat(x, inference._counts(3, d, 12, 20)[r]) for x in pair)

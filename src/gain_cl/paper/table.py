@@ -3,13 +3,14 @@ same bytes anywhere.
 
 A verb makes a Table and prints it:
 
-    rows = [Row([f.check, Styled(f.state, "bold red"), f.finding]) for f in found]
+    rows = [Row([f.check, Text(f.state, "bold red"), f.finding]) for f in found]
     print_table(Table("verify", "What was checked", ["check", "state", "finding"], rows))
 
 A number is a Value with its own way of writing (plain(1), count, signed, ...). It stands on the
 right, is never broken, and takes its interval along. Text stands on the left and is broken where
-the table would be too wide, in the first column last. None is shown as a dash. No text is read as
-markup, and nothing in it commands the terminal. Lines around a table are printed by say().
+the table would be too wide, in the first column last. rich's Text has a style, which the terminal
+alone shows. None is shown as a dash. No text is read as markup, and nothing in it commands the
+terminal. Lines around a table are printed by say().
 """
 
 from __future__ import annotations
@@ -41,20 +42,9 @@ GAP = "GAP: "
 """Begins a note on a run that is not in the table."""
 
 HEAD, LONG, PROSE, MANY, NARROW = 11, 24, "p{2.6cm}", 8, 16
-"""Widths. HEAD: characters in a line of a head, in LaTeX. LONG: a column of text with more
-characters than this is set as PROSE in LaTeX. MANY: with more columns than this, LaTeX puts
-intervals below their numbers. NARROW: a terminal breaks a column of text no narrower than this."""
-
-
-class Styled(str):
-    """Text with a style that only the terminal shows, in rich's words: bold red."""
-
-    style: str
-
-    def __new__(cls, text: str, style: str) -> Styled:
-        made = super().__new__(cls, text)
-        made.style = style
-        return made
+"""Widths. HEAD: characters in a line of a head. LONG: a column of text with more characters than
+this is set as PROSE in LaTeX. MANY: with more columns than this, LaTeX puts intervals below their
+numbers. NARROW: a terminal breaks a column of text no narrower than this."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +75,7 @@ class Value:
         return f"{self.shown} ({self.between})" if self.between else self.shown
 
 
-Entry = Value | str | None
+Entry = Value | Text | str | None
 """What stands in a cell of a table: a number, text, or nothing."""
 
 
@@ -136,17 +126,22 @@ def of(
         return None
     e = found.estimate
     if not interval or found.blocks < blocks:
-        e = Estimate(e.value, math.nan, math.nan, e.n)
+        e = replace(e, low=math.nan, high=math.nan)
     if lower_is_better(metric):
         return percent(e, bold)
     if metric.startswith("margin"):
-        return Value(e.value, e.low, e.high, nats, bold)
-    return Value(100 * e.value, 100 * e.low, 100 * e.high, signed, bold)
+        return valued(e, nats, bold)
+    return valued(e.map(lambda share: 100 * share), signed, bold)
+
+
+def valued(e: Estimate, write: Callable[[float], str], bold: bool = False) -> Value:
+    """Return an estimate as it is shown."""
+    return Value(e.value, e.low, e.high, write, bold)
 
 
 def percent(e: Estimate, bold: bool = False) -> Value:
     """Return a difference of losses as a change of perplexity in %."""
-    return Value(format.change(e.value), format.change(e.low), format.change(e.high), signed, bold)
+    return valued(e.map(format.change), signed, bold)
 
 
 def known(x: float, write: Callable[[float], str]) -> Value | None:
@@ -200,23 +195,17 @@ def print_table(t: Table, out: Console | None = None) -> None:
     if t.title:
         say(t.title, out=out)
     every = [j for j in range(len(t.columns)) if not j or any(c[j] != "" for c in t.read)]
-    wide, narrow = ([x for j in every for x in _view(t, j, apart)] for apart in (True, False))
-    views = [wide] if _widths(wide, out.width) else [narrow[:1]]
-    for column in narrow[1:] if views == [narrow[:1]] else []:
-        if len(views[-1]) > 1 and not _widths([*views[-1], column], out.width):
-            views.append(narrow[:1])
-        views[-1] = [*views[-1], column]
-    for view in views:
-        widths: Sequence[int | None] = _widths(view, out.width) or [None] * len(view)
-        shown = RichTable(box=SIMPLE_HEAD, padding=(0, 0, 0, 1), pad_edge=False, show_edge=False)
-        for (head, _, left), width in zip(view, widths, strict=True):
-            side: Any = "left" if left else "right"
-            shown.add_column(Text(printable(head)), justify=side, width=width, overflow="fold")
-        for i, row in enumerate(t.rows):
-            if row.rule and i:
-                shown.add_section()
-            shown.add_row(*(texts[i] for _, texts, _ in view))
-        out.print(shown)
+    shown, least = _shown(t, every, True)
+    parts = [shown]
+    if least > out.width:
+        groups = [every[:1]]
+        for j in every[1:]:
+            if len(groups[-1]) > 1 and _shown(t, [*groups[-1], j], False)[1] > out.width:
+                groups.append(every[:1])
+            groups[-1].append(j)
+        parts = [_shown(t, group, False)[0] for group in groups]
+    for part in parts:
+        out.print(part)
         out.print()
     for note in t.notes:
         out.print(Text(printable(note)), style="dim")
@@ -224,45 +213,40 @@ def print_table(t: Table, out: Console | None = None) -> None:
         out.print()
 
 
-View = tuple[str, list[Text], bool]
-"""Head and texts of a column in the terminal, and whether it is text, which stands on the left."""
+def _shown(t: Table, columns: Sequence[int], apart: bool) -> tuple[RichTable, int]:
+    """Return columns of a table as the terminal shows them, and how wide they are at least.
 
-
-def _view(t: Table, j: int, apart: bool) -> list[View]:
-    """Return a column as the terminal shows it; apart: its intervals, if any, as a second one."""
-    between = [c.between if isinstance(c := row[j], Value) else "" for row in t.read]
-    texts = []
-    for row, interval in zip(t.read, between, strict=True):
-        c = row[j]
-        if isinstance(c, Value):
-            below = f"\n{interval}" if interval and not apart else ""
-            texts.append(Text(c.shown + below, "bold" if c.bold else c.style))
-        else:
-            texts.append(Text("-" if c is None else printable(c), getattr(c, "style", "")))
-    view = [(t.columns[j], texts, textual(t, j))]
-    if apart and any(between):
-        view.append(("95% interval", [Text(x) for x in between], False))
-    return view
-
-
-def _widths(view: Sequence[View], room: int) -> list[int] | None:
-    """Return the characters of each column, two apart; None: they do not fit. Numbers are not
-    broken, heads at spaces alone, text as far as it must."""
-    least: list[int] = []
-    most: list[int] = []
-    for head, texts, left in view:
-        natural = max(cell_len(x) for t in texts or [Text()] for x in t.plain.split("\n"))
-        word = max(map(cell_len, head.split(" ")))
-        most_of_text = NARROW if least else 2 * LONG  # the first column says what a row is
-        least.append(max(min(natural, most_of_text) if left else natural, word))
-        most.append(max(natural, cell_len(head)))
-    room -= 2 * (len(view) - 1)
-    if sum(least) > room:
-        return None
-    while sum(most) > room:
-        widest = max((j for j, x in enumerate(most) if x > least[j]), key=lambda j: most[j])
-        most[widest] -= 1
-    return most
+    apart: intervals stand in columns of their own, else below their numbers."""
+    shown = RichTable(box=SIMPLE_HEAD, padding=(0, 0, 0, 1), pad_edge=False, show_edge=False)
+    texts: list[list[Text]] = []
+    least = 0
+    for j in columns:
+        entries = [row[j] for row in t.read]
+        between = [getattr(c, "between", "") for c in entries]
+        beside = apart and any(between)
+        made = [
+            Text(f"{c.shown}\n{x}" if x and not beside else c.shown, "bold" if c.bold else c.style)
+            if isinstance(c, Value)
+            else Text("-" if c is None else printable(c), getattr(c, "style", ""))
+            for c, x in zip(entries, between, strict=True)
+        ]
+        new = [(t.columns[j], made, textual(t, j))]
+        if beside:
+            new.append(("95% interval", [Text(x) for x in between], False))
+        for head, column, left in new:
+            title = Text("\n".join(_head(printable(head))))
+            wide = max(cell_len(x) for text in (title, *column) for x in text.plain.split("\n"))
+            most = NARROW if texts else 2 * LONG  # the first column says what a row is
+            whole = not left or wide <= most
+            least += (wide if whole else most) + 2 * bool(texts)
+            side: Any = "left" if left else "right"
+            shown.add_column(title, justify=side, no_wrap=whole, overflow="fold")
+            texts.append(column)
+    for row, cells in zip(t.rows, zip(*texts, strict=True), strict=True):
+        if row.rule and shown.rows:
+            shown.add_section()
+        shown.add_row(*cells)
+    return shown, least
 
 
 # --- files ----------------------------------------------------------------------------------------
@@ -270,17 +254,15 @@ def _widths(view: Sequence[View], room: int) -> list[int] | None:
 
 def markdown(t: Table) -> str:
     """Return a heading, the table, its notes and its runs."""
-    lines = [[_md(c) for c in row] for row in (t.columns, *t.read)]
-    widths = [max(3, *map(len, column)) for column in zip(*lines, strict=True)]
-    left = [textual(t, j) for j in range(len(widths))]
-    sized = list(zip(widths, left, strict=True))
-    rules = ["-" * (w + 2) if a else "-" * (w + 1) + ":" for w, a in sized]
-    shown = [
-        " | ".join(x.ljust(w) if a else x.rjust(w) for x, (w, a) in zip(line, sized, strict=True))
-        for line in lines
-    ]
-    head, *rows = (f"| {line} |" for line in shown)
-    out = [f"**{t.title}**", "", head, f"|{'|'.join(rules)}|", *rows, ""]
+    columns = []
+    for j, entries in enumerate(zip(t.columns, *t.read, strict=True)):
+        texts, left = [_md(c) for c in entries], textual(t, j)
+        width = max(3, *map(len, texts))
+        rule = "-" * (width + 1) + ("-" if left else ":")
+        head, *rest = (f" {x.ljust(width) if left else x.rjust(width)} " for x in texts)
+        columns.append([head, rule, *rest])
+    lines = [f"|{'|'.join(line)}|" for line in zip(*columns, strict=True)]
+    out = [f"**{t.title}**", "", *lines, ""]
     out += [f"{note}  " for note in t.notes] + [""] * bool(t.notes)
     if found := named(t):
         runs = [f"- {_escaped(name)}: {', '.join(f'`{r}`' for r in ids)}" for name, ids in found]
@@ -318,25 +300,17 @@ def latex(t: Table) -> str:
         for j, side in enumerate(sides)
     ]
     columns = "".join(PROSE if long else side for long, side in zip(prose, sides, strict=True))
-    head = (
-        " & ".join(
-            _stacked([_tex(x) for x in textwrap.wrap(h, HEAD, break_long_words=False)], s, "b")
-            for h, s in zip(t.columns, sides, strict=True)
-        )
-        + r" \\"
-    )
-    out = [
-        f"% {_comment(t.title)}",
-        f"\\begin{{tabular}}{{{columns}}}",
-        r"\toprule",
-        head,
-        r"\midrule",
+    heads = [
+        _stacked([x.translate(_TEX) for x in _head(h)], side, "b")
+        for h, side in zip(t.columns, sides, strict=True)
     ]
+    out = [f"% {_comment(t.title)}", f"\\begin{{tabular}}{{{columns}}}"]
+    out += [r"\toprule", " & ".join(heads) + r" \\", r"\midrule"]
     for i, (row, cells) in enumerate(zip(t.rows, t.read, strict=True)):
         runs = f" % {_comment(', '.join(row.runs))}" if row.runs else ""
         texts = [
-            f"{{\\raggedright {_broken(c)}\\par}}" if long else _cell(c, len(sides) > MANY)
-            for c, long in zip(cells, prose, strict=True)
+            f"{{\\raggedright {x.replace(BREAK, f'{BREAK}{ALLOWED}')}\\par}}" if long else x
+            for x, long in zip((_cell(c, len(sides) > MANY) for c in cells), prose, strict=True)
         ]
         out += [r"\midrule"] * (row.rule and i > 0)
         out.append(" & ".join(texts) + f" \\\\{runs}")
@@ -350,19 +324,15 @@ def latex(t: Table) -> str:
 
 def as_csv(t: Table) -> str:
     """Return a column for each number, two more for its interval, the run ids last; six digits."""
-    columns = list(zip(*(r.cells for r in t.rows), strict=True)) or [()] * len(t.columns)
-    wide = [any(isinstance(c, Value) and not math.isnan(c.low) for c in cs) for cs in columns]
-    lines = []
-    for cells, runs in ((t.columns, "runs"), *((r.cells, " ".join(r.runs)) for r in t.rows)):
-        out: list[str] = []
-        for c, head, three in zip(cells, t.columns, wide, strict=True):
-            more = [f"{head} low", f"{head} high"] if cells is t.columns else ["", ""]
-            parts = ["" if c is None else str(c), *more]
-            if isinstance(c, Value):
-                parts = [number(x) for x in (c.value, c.low, c.high)]
-            out += parts if three else parts[:1]
-        lines.append([*out, runs])
-    return written(lines)
+    columns = []
+    for j, head in enumerate(t.columns):
+        cells: list[Any] = [row.cells[j] for row in t.rows]
+        texts = (number(c.value) if isinstance(c, Value) else str(c or "") for c in cells)
+        columns.append([head, *texts])
+        for end in ("low", "high") if any(getattr(c, "between", "") for c in cells) else ():
+            columns.append([f"{head} {end}", *(number(getattr(c, end, math.nan)) for c in cells)])
+    columns.append(["runs", *(" ".join(row.runs) for row in t.rows)])
+    return written(list(zip(*columns, strict=True)))
 
 
 def written(rows: Sequence[Sequence[Any]]) -> str:
@@ -393,12 +363,10 @@ def textual(t: Table, j: int) -> bool:
 
 def named(t: Table) -> list[tuple[str, Sequence[str]]]:
     """Return what a row is called, and its runs."""
-    rows, texts = (
-        [row for row in t.rows if row.runs],
-        {j for j in range(len(t.columns)) if textual(t, j)},
-    )
+    rows = [row for row in t.rows if row.runs]
+    texts = [j for j in range(len(t.columns)) if textual(t, j)]
     words = [
-        [str(c) for j, c in enumerate(row.cells) if c and j in texts and c != "*"] for row in rows
+        [str(row.cells[j]) for j in texts if row.cells[j] not in ("", "*", None)] for row in rows
     ]
     enough = 1 if len({w[0] for w in words}) == len(words) else 2
     return [(", ".join(w[:enough]), row.runs) for w, row in zip(words, rows, strict=True)]
@@ -409,52 +377,49 @@ def _md(c: Entry) -> str:
         return "-"
     if isinstance(c, Value):
         return f"**{c.text()}**" if c.bold else c.text()
-    return _escaped(c)
+    return _escaped(str(c))
 
 
 def _escaped(text: str) -> str:
     return re.sub(r"([\\|*_`<>])", r"\\\1", text)
 
 
-_TEX = {
-    "\\": r"\textbackslash{}",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "<": "$<$",
-    ">": "$>$",
-    "·": r"$\cdot$",
-}
-_TEX |= {c: f"\\{c}" for c in "&%$#_{}"}
+def _head(text: str) -> list[str]:
+    """Return a head in lines, broken at spaces alone."""
+    return textwrap.wrap(text, HEAD, break_long_words=False, break_on_hyphens=False)
 
 
-def _tex(c: Entry) -> str:
-    if c is None:
-        return "--"
-    if isinstance(c, str):
-        return "".join(_TEX.get(ch, ch) for ch in c)
-    if c.text() == "-":
-        return "--"
-    left, right = (r"$\mathbf{", "}$") if c.bold else ("$", "$")
-    return _NUMBER.sub(lambda m: left + m.group().replace(",", "{,}") + right, c.text())
-
-
+_TEX = str.maketrans(
+    {
+        "\\": r"\textbackslash{}",
+        "~": r"\textasciitilde{}",
+        "^": r"\textasciicircum{}",
+        "<": "$<$",
+        ">": "$>$",
+        "·": r"$\cdot$",
+        **{c: f"\\{c}" for c in "&%$#_{}"},
+    }
+)
+BREAK, ALLOWED = r"\_", r"\allowbreak{}"
+"""An underscore, and what lets a line end behind it."""
 _NUMBER = re.compile(r"[-+]?[<]?[\d,]*\.?\d+(?:e[-+]?\d+)?")
+
+
+def _math(text: str, bold: bool = False) -> str:
+    """Return text with its numbers set as numbers."""
+    left, right = (r"$\mathbf{", "}$") if bold else ("$", "$")
+    return _NUMBER.sub(lambda m: left + m.group().replace(",", "{,}") + right, text)
 
 
 def _cell(c: Entry, narrow: bool) -> str:
     """Return a number above its interval, narrow: above the interval's ends."""
-    if not isinstance(c, Value) or not c.between:
-        return _tex(c)
-    between = _tex(replace(c, bold=False)).partition(" (")[2].removesuffix(")")
-    ends = between.replace(" to ", " to|", narrow).split("|")
-    return _stacked(
-        [_tex(replace(c, low=math.nan)), *(f"\\scriptsize {end}" for end in ends)], "r", "t"
-    )
-
-
-def _broken(c: Entry) -> str:
-    """Return text that may be broken in a name, too."""
-    return _tex(c).replace(r"\_", r"\_\allowbreak{}")
+    if not isinstance(c, Value):
+        return "--" if c is None else str(c).translate(_TEX)
+    if c.shown == "-":
+        return "--"
+    ends = c.between.replace(" to ", " to|", narrow).split("|") if c.between else []
+    below = (f"\\scriptsize {_math(end)}" for end in ends)
+    return _stacked([_math(c.shown, c.bold), *below], "r", "t")
 
 
 def _stacked(lines: Sequence[str], side: str, at: str) -> str:

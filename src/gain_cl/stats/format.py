@@ -56,16 +56,17 @@ def counted(n: int, noun: str) -> str:
 def finite(value: Any, name: str = "") -> tuple[Any, dict[str, str]]:
     """Return the value with plain Python numbers and null for what is not finite, then the names
     and values of those."""
-    if hasattr(value, "item"):  # a numpy or torch scalar
-        value = value.item()
-    if isinstance(value, float) and not math.isfinite(value):
-        return None, {name: str(value)}
-    if isinstance(value, dict):
-        parts = {k: finite(v, f"{name}.{k}" if name else str(k)) for k, v in value.items()}
-        return {k: v for k, (v, _) in parts.items()}, {
-            n: t for _, bad in parts.values() for n, t in bad.items()
-        }
-    if isinstance(value, list | tuple):
-        entries = [finite(v, f"{name}[{i}]") for i, v in enumerate(value)]
-        return [v for v, _ in entries], {n: t for _, bad in entries for n, t in bad.items()}
-    return value, {}
+    bad: dict[str, str] = {}
+
+    def clean(x: Any, name: str) -> Any:
+        if hasattr(x, "item"):  # a numpy or torch scalar
+            x = x.item()
+        if isinstance(x, dict):
+            return {k: clean(v, f"{name}.{k}" if name else str(k)) for k, v in x.items()}
+        if isinstance(x, list | tuple):
+            return [clean(v, f"{name}[{i}]") for i, v in enumerate(x)]
+        if isinstance(x, float) and not math.isfinite(x):
+            bad[name], x = str(x), None
+        return x
+
+    return clean(value, name), bad

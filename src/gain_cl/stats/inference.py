@@ -6,8 +6,7 @@ of test documents only. Over blocks (order k and seed k, all methods in each): b
 tost on one paired difference a block. They cover training noise, and the choice of documents too if
 its error is given. Answers right or wrong: mcnemar. What n cannot give is nan.
 
-Parts: domain -> (z, tokens), a value per document. The summary is the sum over domains of sum z /
-sum tokens (LossMatrix.contributions). Items of a task: {task: (x, ones)}.
+All take Parts (LossMatrix.contributions). Those of the items of a task are {task: (x, ones)}.
 """
 
 from __future__ import annotations
@@ -19,9 +18,8 @@ from typing import Literal, NamedTuple
 import numpy as np
 import scipy  # scipy.stats takes a second to import: it is loaded when it is first used
 
-from gain_cl.stats.matrix import Estimate
+from gain_cl.stats.matrix import Estimate, Parts, linearised
 
-Parts = dict[str, tuple[np.ndarray, np.ndarray]]
 Verdict = Literal["better", "worse", "equivalent", "inconclusive"]
 Kind = Literal["difference", "equivalence"]
 
@@ -68,33 +66,24 @@ def _counts(seed: int, domain: str, n: int, resamples: int) -> np.ndarray:
     return np.stack([np.bincount(d, minlength=n).astype(np.uint8) for d in draws])
 
 
-def _sample(parts: Parts, seed: int, resamples: int) -> tuple[float, Error, np.ndarray, np.ndarray]:
-    """Return the value, its error, and of each resample its deviation from the value and its
-    variance (linearised, as in LossMatrix.estimate)."""
-    value = variance = spread = 0.0
+def _sample(parts: Parts, seed: int, resamples: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return (resamples,) deviations from the summary and their variances (linearised)."""
     deviations, variances = np.zeros((2, resamples))
     for domain, (z, tokens) in parts.items():
-        n, total = len(z), tokens.sum()
-        ratio, inflate = float(np.sum(z) / total), n / (n - 1) if n > 1 else np.nan
-        e = z - ratio * tokens
-        v = float(inflate * np.square(e).sum() / total**2)
-        value, variance, spread = value + ratio, variance + v, spread + v**2 / max(n - 1, 1)
-        if resamples:
-            table = np.stack([e, tokens, e * e, e * tokens, tokens * tokens], axis=1)
-            ce, ct, cee, cet, ctt = (_counts(seed, domain, n, resamples) @ table).T
-            # The resample's ratio minus the ratio: small, so its squares below lose no digits.
-            d = ce / ct
-            deviations += d
-            variances += inflate * np.maximum(cee - 2 * d * cet + d * d * ctt, 0) / ct**2
-    df = float(variance**2 / spread) if spread > 0 else np.nan
-    return value, Error(float(np.sqrt(variance)), df), deviations, variances
+        n, e = len(z), z - np.sum(z) / tokens.sum() * tokens
+        table = np.stack([e, tokens, e * e, e * tokens, tokens * tokens], axis=1)
+        ce, ct, cee, cet, ctt = (_counts(seed, domain, n, resamples) @ table).T
+        # The resample's ratio minus the ratio: small, so its squares below lose no digits.
+        d = ce / ct
+        deviations += d
+        squares = np.maximum(cee - 2 * d * cet + d * d * ctt, 0)
+        variances += n / max(n - 1, 1) * squares / ct**2
+    return deviations, variances
 
 
 def error(parts: Parts) -> Error:
-    """Return the standard error over documents (linearised ratio, Cochran 1977 eq. 6.13;
-    variances add over domains) with its degrees of freedom (Welch-Satterthwaite). nan with fewer
-    than two documents in a domain."""
-    return _sample(parts, 0, 0)[1]
+    """Return the standard error over documents (linearised)."""
+    return Error(*linearised(parts)[1:])
 
 
 def shared_error(parts: Sequence[Parts]) -> Error:
@@ -111,8 +100,7 @@ def shared_error(parts: Sequence[Parts]) -> Error:
 def resampled(parts: Parts, seed: int = 0, resamples: int = RESAMPLES) -> np.ndarray:
     """Return (resamples,) values of the summary when documents are drawn again within each domain,
     for fronts."""
-    value, _, deviations, _ = _sample(parts, seed, resamples)
-    return value + deviations
+    return linearised(parts)[0] + _sample(parts, seed, resamples)[0]
 
 
 def bootstrap_t(
@@ -130,7 +118,8 @@ def bootstrap_t(
     t. nan bounds: fewer than two documents in a domain, no spread, or so few units that differ that
     resamples without spread reach into the tails.
     """
-    value, (se, df, _), deviations, variances = _sample(parts, seed, resamples)
+    value, se, df = linearised(parts)
+    deviations, variances = _sample(parts, seed, resamples)
     n, low, high = sum(len(z) for z, _ in parts.values()), np.nan, np.nan
     if se > ROUNDING:
         spread = variances > 1e-9 * se**2  # else all drawn units agree up to rounding

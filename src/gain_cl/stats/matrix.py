@@ -13,7 +13,7 @@ one run.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -37,15 +37,42 @@ class Estimate:
         return Estimate(f(self.value), f(self.low), f(self.high), self.n)
 
 
+Parts = dict[str, tuple[np.ndarray, np.ndarray]]
+"""Domain -> (z, tokens), a value per document. The summary is the sum over domains of sum z / sum
+tokens."""
+
+
+def linearised(parts: Parts) -> tuple[float, float, float]:
+    """Return the summary, its standard error over documents and the degrees of freedom.
+
+    Within a domain it is a ratio of sums over documents, sum z_i / sum tokens_i; its variance is
+    the linearised one, n/(n-1) sum (z_i - g tokens_i)^2 / (sum tokens)^2 (Cochran, Sampling
+    Techniques, 1977, eq. 6.13). Variances add over domains, degrees of freedom by
+    Welch-Satterthwaite. The error is nan with fewer than two documents in a domain."""
+    value = variance = spread = 0.0
+    for z, tokens in parts.values():
+        n, total = len(z), tokens.sum()
+        ratio, inflate = float(np.sum(z) / total), n / (n - 1) if n > 1 else np.nan
+        v = float(inflate * np.square(z - ratio * tokens).sum() / total**2)
+        value, variance, spread = value + ratio, variance + v, spread + v**2 / max(n - 1, 1)
+    return value, float(np.sqrt(variance)), variance**2 / spread if spread > 0 else 1.0
+
+
+def t_interval(parts: Parts, confidence: float = 0.95) -> Estimate:
+    """Return the summary with a t-interval over documents (linearised)."""
+    value, error, df = linearised(parts)
+    half = float(scipy.stats.t.ppf((1 + confidence) / 2, df)) * error
+    return Estimate(value, value - half, value + half, sum(len(z) for z, _ in parts.values()))
+
+
 class LossMatrix:
     """L[t, d] with the documents behind it.
 
     nll_nats[d]: (stages + 1, documents of d) sum of -ln p of each document after each stage.
     tokens[d]: (documents of d,) scored tokens, the same after every stage. nbytes[d]: UTF-8 bytes
-    of the scored text. documents[d]: their ids, in the same order. Both are None where nobody gave
-    them. trained: domains in training order. controls: domains that are never trained. regime:
-    joint has one stage, which trains all of them. individual has a stage for each, which begins
-    from the pretrained model.
+    of the scored text; None where nobody gave them. trained: domains in training order. controls:
+    domains that are never trained. regime: joint has one stage, which trains all of them.
+    individual has a stage for each, which begins from the pretrained model.
     """
 
     def __init__(
@@ -56,32 +83,27 @@ class LossMatrix:
         controls: list[str],
         regime: Literal["sequential", "joint", "individual"] = "sequential",
         nbytes: dict[str, np.ndarray] | None = None,
-        documents: dict[str, np.ndarray] | None = None,
     ) -> None:
         self.trained, self.controls, self.regime = list(trained), list(controls), regime
         self.domains = self.trained + self.controls
-        self.nll_nats = {d: np.asarray(nll_nats[d], dtype=np.float64) for d in self.domains}
-        self.tokens = {d: np.asarray(tokens[d], dtype=np.float64) for d in self.domains}
-        self.nbytes = (
-            None
-            if nbytes is None
-            else {d: np.asarray(nbytes[d], dtype=np.float64) for d in self.domains}
-        )
-        self.documents = (
-            None if documents is None else {d: np.asarray(documents[d]) for d in self.domains}
-        )
+
+        def arrays(given: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+            return {d: np.asarray(given[d], dtype=np.float64) for d in self.domains}
+
+        self.nll_nats, self.tokens = arrays(nll_nats), arrays(tokens)
+        self.nbytes = None if nbytes is None else arrays(nbytes)
         self.stages = 1 if regime == "joint" else len(self.trained)
         for d in self.domains:
-            if self.nll_nats[d].shape != (self.stages + 1, len(self.tokens[d])):
+            count = len(self.tokens[d])
+            if self.nll_nats[d].shape != (self.stages + 1, count):
+                shape = self.nll_nats[d].shape
                 raise ValueError(
-                    f"{d}: {self.nll_nats[d].shape} values for {self.stages + 1} stages x "
-                    f"{len(self.tokens[d])} documents"
+                    f"{d}: {shape} values for {self.stages + 1} stages x {count} documents"
                 )
-            for what, given in (("bytes", self.nbytes), ("ids", self.documents)):
-                if given is not None and given[d].shape != self.tokens[d].shape:
-                    raise ValueError(
-                        f"{d}: {what} of {len(given[d])} documents, tokens of {len(self.tokens[d])}"
-                    )
+            if self.nbytes is not None and len(self.nbytes[d]) != count:
+                raise ValueError(
+                    f"{d}: bytes of {len(self.nbytes[d])} documents, tokens of {count}"
+                )
         self.loss = np.stack(
             [self.nll_nats[d].sum(1) / self.tokens[d].sum() for d in self.domains], axis=1
         )
@@ -98,7 +120,7 @@ class LossMatrix:
         are sorted by id, so two runs that scored the same ones have them in the same order.
         ValueError: a document is missing at a stage, or its tokens or bytes differ between
         stages."""
-        nll, ids = {}, {}
+        nll = {}
         counts: dict[str, dict[str, np.ndarray]] = {
             c: {} for c in ("tokens", "bytes") if c in documents
         }
@@ -114,13 +136,13 @@ class LossMatrix:
                 or table.isna().to_numpy().any()
             ):
                 raise ValueError(f"{d}: not every document is scored after every stage")
-            nll[d], ids[d] = table.to_numpy(), table.columns.to_numpy()
+            nll[d] = table.to_numpy()
             for what, found in counts.items():
                 count = rows.pivot(index="stage", columns="document", values=what)
                 if not (count.nunique() == 1).all():
                     raise ValueError(f"{d}: the scored {what} of a document differ between stages")
                 found[d] = count.iloc[0].to_numpy()
-        return cls(nll, counts["tokens"], trained, controls, regime, counts.get("bytes"), ids)
+        return cls(nll, counts["tokens"], trained, controls, regime, counts.get("bytes"))
 
     @property
     def bits_per_byte(self) -> np.ndarray:
@@ -134,7 +156,7 @@ class LossMatrix:
             axis=1,
         )
 
-    def contributions(self, coefficients: np.ndarray) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    def contributions(self, coefficients: np.ndarray) -> Parts:
         """Return (z, tokens), both (documents,), of every domain with a coefficient that is not 0,
         where z_i = sum_t C[t, d] nll[t, d, i] in nats. sum C * L is the sum over these domains of
         sum z / sum tokens. Nothing else is needed to resample documents."""
@@ -142,42 +164,17 @@ class LossMatrix:
         return {d: (c @ self.nll_nats[d], self.tokens[d]) for d, c in columns if c.any()}
 
     def estimate(self, coefficients: np.ndarray, confidence: float = 0.95) -> Estimate:
-        """Return sum C * L with a t-interval over documents.
+        """Return sum C * L with its interval over documents."""
+        return t_interval(self.contributions(coefficients), confidence)
 
-        Within a domain sum_t C[t, d] L[t, d] is a ratio of sums over documents, z_i / tokens_i with
-        z_i = sum_t C[t, d] nll[t, d, i]; its variance is the linearised one, n/(n-1) sum (z_i - g
-        tokens_i)^2 / (sum tokens)^2 (Cochran, Sampling Techniques, 1977, eq. 6.13). Variances add
-        over domains, degrees of freedom by Welch-Satterthwaite.
-        """
-        value, variance, spread, n = 0.0, 0.0, 0.0, 0
-        for z, tokens in self.contributions(coefficients).values():
-            size, total = len(tokens), tokens.sum()
-            ratio = z.sum() / total
-            value, n = value + ratio, n + size
-            if size < 2:
-                variance = np.nan
-                continue
-            v = size / (size - 1) * np.square(z - ratio * tokens).sum() / total**2
-            variance, spread = variance + v, spread + v**2 / (size - 1)
-        if not variance >= 0:
-            return Estimate(float(value), np.nan, np.nan, n)
-        df = variance**2 / spread if spread > 0 else 1.0
-        half = float(scipy.stats.t.ppf((1 + confidence) / 2, df)) * float(np.sqrt(variance))
-        return Estimate(float(value), float(value - half), float(value + half), n)
-
-    def entry(self, stage: int, domain: str) -> Estimate:
-        """Return the loss of a domain after a stage, with its interval."""
-        c = np.zeros_like(self.loss)
-        c[stage, self.domains.index(domain)] = 1.0
-        return self.estimate(c)
-
-    def mean_change(self, later: list[int], earlier: list[int], domains: list[str]) -> np.ndarray:
-        """Return the coefficients of the mean over domains of L[later, d] - L[earlier, d]."""
-        c = np.zeros_like(self.loss)
-        for a, b, d in zip(later, earlier, domains, strict=True):
-            j = self.domains.index(d)
-            c[a, j] += 1 / len(domains)
-            c[b, j] -= 1 / len(domains)
+    def mean_change(
+        self, later: int | Sequence[int], earlier: int | Sequence[int], domains: list[str]
+    ) -> np.ndarray:
+        """Return the coefficients of the mean over domains of L[later, d] - L[earlier, d]. later,
+        earlier: a stage for each domain, or one for all."""
+        c, columns = np.zeros_like(self.loss), [self.domains.index(d) for d in domains]
+        c[later, columns] += 1 / len(domains)
+        c[earlier, columns] -= 1 / len(domains)
         return c
 
 
@@ -189,8 +186,8 @@ def learned(m: LossMatrix) -> Coefficients:
     each domain it is the sum of its zero-shot part and its own step. Of the means, learned =
     own_step + (T - 1) / T * zero_shot, which leaves out the first domain. Joint training learns
     every domain in stage 1."""
-    stages = [1] * len(m.trained) if m.regime == "joint" else list(range(1, m.stages + 1))
-    return m.mean_change(stages, [0] * len(m.trained), m.trained)
+    stages = 1 if m.regime == "joint" else range(1, m.stages + 1)
+    return m.mean_change(stages, 0, m.trained)
 
 
 def own_step(m: LossMatrix) -> Coefficients:
@@ -201,8 +198,7 @@ def own_step(m: LossMatrix) -> Coefficients:
         return None
     if m.regime == "individual":
         return learned(m)
-    stages = list(range(1, m.stages + 1))
-    return m.mean_change(stages, [k - 1 for k in stages], m.trained)
+    return m.mean_change(range(1, m.stages + 1), range(m.stages), m.trained)
 
 
 def zero_shot(m: LossMatrix) -> Coefficients:
@@ -211,8 +207,7 @@ def zero_shot(m: LossMatrix) -> Coefficients:
     transfer, GEM's FWT, 1706.08840, with the pretrained model as b)."""
     if m.stages < 2 or m.regime != "sequential":
         return None
-    stages = list(range(2, m.stages + 1))
-    return m.mean_change([k - 1 for k in stages], [0] * len(stages), m.trained[1:])
+    return m.mean_change(range(1, m.stages), 0, m.trained[1:])
 
 
 def backward(m: LossMatrix) -> Coefficients:
@@ -220,8 +215,7 @@ def backward(m: LossMatrix) -> Coefficients:
     Positive is forgetting. It is the negative of BWT (GEM, 1706.08840, eq. 3) on R = -L."""
     if m.stages < 2 or m.regime != "sequential":
         return None
-    earlier = m.trained[:-1]
-    return m.mean_change([m.stages] * len(earlier), list(range(1, m.stages)), earlier)
+    return m.mean_change(m.stages, range(1, m.stages), m.trained[:-1])
 
 
 def backward_net(m: LossMatrix) -> Coefficients:
@@ -232,9 +226,7 @@ def backward_net(m: LossMatrix) -> Coefficients:
     if c is None or not m.controls:
         return None
     for k in range(1, m.stages):
-        c = c - m.mean_change([m.stages] * len(m.controls), [k] * len(m.controls), m.controls) / (
-            m.stages - 1
-        )
+        c = c - m.mean_change(m.stages, k, m.controls) / (m.stages - 1)
     return c
 
 
@@ -242,7 +234,7 @@ def from_base(m: LossMatrix) -> Coefficients:
     """Return the change from base: the mean over trained domains of L[T, k] - L[0, k]."""
     if m.regime == "individual":
         return None
-    return m.mean_change([m.stages] * len(m.trained), [0] * len(m.trained), m.trained)
+    return m.mean_change(m.stages, 0, m.trained)
 
 
 def controls_from_base(m: LossMatrix) -> Coefficients:
@@ -250,13 +242,8 @@ def controls_from_base(m: LossMatrix) -> Coefficients:
     domains were learned alone, it is the mean over their models too."""
     if not m.controls:
         return None
-    if m.regime == "individual":
-        ends = range(1, m.stages + 1)
-        changes = [
-            m.mean_change([k] * len(m.controls), [0] * len(m.controls), m.controls) for k in ends
-        ]
-        return np.asarray(sum(changes, np.zeros_like(m.loss)) / m.stages)
-    return m.mean_change([m.stages] * len(m.controls), [0] * len(m.controls), m.controls)
+    ends = range(1, m.stages + 1) if m.regime == "individual" else [m.stages]
+    return np.asarray(np.mean([m.mean_change(k, 0, m.controls) for k in ends], axis=0))
 
 
 def forgetting_by_age(m: LossMatrix) -> dict[int, np.ndarray]:
@@ -266,10 +253,10 @@ def forgetting_by_age(m: LossMatrix) -> dict[int, np.ndarray]:
     mixes age with domain and position. Empty unless domains were learned one after the other."""
     if m.regime != "sequential":
         return {}
-    later = {a: list(range(a + 1, m.stages + 1)) for a in range(1, m.stages)}
+    counts = {a: m.stages - a for a in range(1, m.stages)}
     return {
-        a: m.mean_change(stages, [t - a for t in stages], m.trained[: len(stages)])
-        for a, stages in later.items()
+        a: m.mean_change(range(a + 1, m.stages + 1), range(1, n + 1), m.trained[:n])
+        for a, n in counts.items()
     }
 
 

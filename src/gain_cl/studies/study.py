@@ -25,8 +25,7 @@ from gain_cl.errors import DataError
 from gain_cl.measure import record
 from gain_cl.measure.record import Run
 from gain_cl.stats import answers, fronts, inference
-from gain_cl.stats.inference import Parts
-from gain_cl.stats.matrix import METRICS, Estimate, LossMatrix
+from gain_cl.stats.matrix import METRICS, Estimate, LossMatrix, Parts
 from gain_cl.studies.experiments import Endpoint, Experiment, Planned, Values, setting_label
 from gain_cl.studies.shared import MEASURED, unlike
 

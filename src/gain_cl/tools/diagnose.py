@@ -44,7 +44,7 @@ from gain_cl.tools.reopen import Reopened, stage_of
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from gain_cl.stats.inference import Parts
+    from gain_cl.stats.matrix import Parts
 
 
 KEYS = (*map(str, DIRECTIONS), "all")

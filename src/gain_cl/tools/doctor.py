@@ -26,8 +26,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
+from rich.text import Text
+
 from gain_cl.errors import DataError
-from gain_cl.paper.table import Row, Styled, Table, print_table
+from gain_cl.paper.table import Row, Table, print_table
 from gain_cl.system import hashes
 from gain_cl.system.hub import hub_state
 from gain_cl.system.terminal import size
@@ -69,7 +71,7 @@ def main(argv: list[str]) -> int:
     if args.json:
         print(json.dumps({"checks": [f._asdict() for f in found]}, indent=1, allow_nan=False))
     else:
-        rows = [Row([f.name, Styled(f.status, STYLES[f.status]), *f[2:]]) for f in found]
+        rows = [Row([f.name, Text(f.status, STYLES[f.status]), *f[2:]]) for f in found]
         print_table(Table("doctor", "", ["check", "status", "finding", "what to do"], rows))
     if problems := [f.name for f in found if f.status == "problem"]:
         what = f"{len(problems)} of {len(found)} checks found a problem"

@@ -7,8 +7,10 @@ import shlex
 from collections import Counter
 from collections.abc import Sequence
 
+from rich.text import Text
+
 from gain_cl.errors import ConfigError
-from gain_cl.paper.table import Row, Styled, Table, print_table, say
+from gain_cl.paper.table import Row, Table, print_table, say
 from gain_cl.studies.experiments import Experiment, Planned, load_experiment, planned_runs
 from gain_cl.tools.command import Parser, print_report
 
@@ -74,7 +76,7 @@ def print_grid(experiment: Experiment, found: Sequence[Planned]) -> None:
     rows = []
     for names, mine in grid.items():
         told = [states[mine[k].run_id] if k in mine else "" for k in blocks]
-        cells = [Styled(state, STYLE.get(state, "")) for state in told]
+        cells = [Text(state, STYLE.get(state, "")) for state in told]
         rows.append(Row([*names, *cells, mine[min(mine)].run_id]))
     heads = ["model", "setting", *(f"block {k}" for k in blocks), f"run id in block {blocks[0]}"]
     print_table(Table("status", f"{experiment.name}: {experiment.question}", heads, rows))

@@ -20,12 +20,13 @@ from typing import Any, NamedTuple, NoReturn, cast
 
 import numpy as np
 import pandas as pd
+from rich.text import Text
 
 from gain_cl.config.schema import ADAPTERS, EXECUTION, RunConfig
 from gain_cl.domains import Domain, tokens
 from gain_cl.errors import DataError, GainError, StorageError
 from gain_cl.measure import provenance, record, tasks
-from gain_cl.paper.table import Row, Styled, Table, print_table
+from gain_cl.paper.table import Row, Table, print_table
 from gain_cl.runs import finish, resume, same
 from gain_cl.stats import answers
 from gain_cl.system import checkpoint, hashes, lock
@@ -113,7 +114,7 @@ def main(argv: list[str]) -> int:
         told = {"run_id": name, "checks": [x._asdict() for x in lines], "files": files}
         print(json.dumps(told, indent=1, allow_nan=False))
     else:
-        rows = [Row([x.check, Styled(x.state, STYLES[x.state]), x.finding]) for x in lines]
+        rows = [Row([x.check, Text(x.state, STYLES[x.state]), x.finding]) for x in lines]
         print_table(Table("verify", name, ["check", "state", "finding"], rows))
     if failure is not None:
         raise failure

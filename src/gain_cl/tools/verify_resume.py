@@ -20,12 +20,14 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+from rich.text import Text
+
 from gain_cl.compose.composition import compose
 from gain_cl.compose.messages import key_of
 from gain_cl.config.presets import quote
 from gain_cl.errors import PREEMPTED, ConfigError, DataError, PreemptedError, printable
 from gain_cl.measure import record
-from gain_cl.paper.table import Row, Styled, Table, print_table
+from gain_cl.paper.table import Row, Table, print_table
 from gain_cl.system import signals
 from gain_cl.system.files import sha256
 from gain_cl.system.hashes import json_sha256
@@ -127,7 +129,7 @@ def _compare(words: list[str], kills: int, kind: signal.Signals, seed: int, fold
     rows = []
     for name in (names := {**reference, **found}):
         one, two = reference.get(name, "missing"), found.get(name, "missing")
-        equal = "yes" if one == two else Styled("NO", "bold red")
+        equal = "yes" if one == two else Text("NO", "bold red")
         rows.append(Row([name.split("/", 2)[-1], one[:12], two[:12], equal]))
     heads = ["file", "undisturbed", "interrupted", "equal"]
     print_table(Table("verify-resume", "", heads, rows))

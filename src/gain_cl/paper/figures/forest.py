@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from gain_cl.paper.figures import style
 from gain_cl.stats.format import change
-from gain_cl.stats.inference import Parts
-from gain_cl.stats.matrix import Estimate, LossMatrix
+from gain_cl.stats.matrix import Estimate, LossMatrix, Parts
 from gain_cl.studies.study import Setting, Study, compared, difference, paired
 
 if TYPE_CHECKING:

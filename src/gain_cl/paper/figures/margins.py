@@ -12,8 +12,7 @@ import numpy as np
 from gain_cl.measure.record import Run
 from gain_cl.paper.figures import style
 from gain_cl.stats import answers
-from gain_cl.stats.inference import Parts
-from gain_cl.stats.matrix import Estimate
+from gain_cl.stats.matrix import Estimate, Parts
 from gain_cl.studies.study import Setting, Study, compared
 
 if TYPE_CHECKING:
