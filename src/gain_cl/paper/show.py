@@ -17,15 +17,17 @@ from rich.console import Console
 from gain_cl.errors import DataError
 from gain_cl.measure.record import Run, RunRecord, items_path
 from gain_cl.paper.table import (
-    Entry,
     Row,
     Table,
     Value,
+    nats,
+    p_value,
     percent,
     plain,
     print_table,
     say,
     signed,
+    valued,
 )
 from gain_cl.paper.tables import matrix
 from gain_cl.stats import answers, format
@@ -59,10 +61,6 @@ SCORES = {  # metric of answers.level -> what it is called
     "balanced_accuracy": "balanced accuracy",
 }
 
-LEVELS = ("▁▂▃▄▅▆▇█", "12345678")
-"""Heights of a sparkline from lowest to highest, and what stands for them where the output cannot
-encode them."""
-
 
 def render(
     run: Run,
@@ -73,11 +71,12 @@ def render(
 ) -> None:
     """Print a run.
 
-    files: what to name at the end (label -> path); None: the per-item values and, where they exist,
-    the matrix and the heat map in the run's folder. shipped: a run of the model as its makers
-    shipped it, whose stage 0 is shown too. definitions: also what others call forgetting.
+    files: what to name at the end (label -> path); None: the per-item values. shipped: a run of the
+    model as its makers shipped it, whose stage 0 is shown too. definitions: also what others call
+    forgetting.
     DataError: the perplexities of shipped are not of the same text in the same way."""
     out = out or console()
+    files = {"per-item values": items_path(run.path)} if files is None else files
     r, write, show = run.record, partial(say, out=out), partial(print_table, out=out)
     losses = checked_matrix(run)
     if shipped is not None:
@@ -94,13 +93,7 @@ def render(
         why = "changed between attempts of this run, by allow_change"
         write(f"TAINTED: {'; '.join(r.tainted)} ({why})", "bold")
     write()
-    show(
-        matrix.in_terminal(
-            r, shipped.record if shipped is not None else None, bool(out.color_system)
-        )
-    )
-    if r.regime == "sequential" and losses.stages >= 2:
-        show(courses(r, out.encoding))
+    show(matrix.in_terminal(r, None if shipped is None else shipped.record))
     show(summarised(summary(losses)))
     ages = forgetting_by_age(losses)
     if losses.stages >= 3 and ages:  # of two stages it is the backward change
@@ -137,7 +130,7 @@ def render(
         write(DEMONSTRATION, "bold")
         write(f"  ({'; '.join(reasons)})")
     write()
-    for label, path in (files if files is not None else _files(run)).items():
+    for label, path in files.items():
         write(f"{label}: {path}")
 
 
@@ -171,41 +164,14 @@ def checked_matrix(run: Run) -> LossMatrix:
 # --- tables ---------------------------------------------------------------------------------------
 
 
-def courses(r: RunRecord, encoding: str = "utf-8") -> Table:
-    """Return a sparkline per domain, each on a scale of its own: on a common one the forgetting of
-    a domain would vanish beside what others learned. The perplexities at the ends of the scale
-    stand beside it and say how much it is."""
-    try:
-        LEVELS[0].encode(encoding)
-        levels = LEVELS[0]
-    except UnicodeEncodeError:
-        levels = LEVELS[1]
-    rows = []
-    for domain, course in zip(r.trained + r.controls, r.losses().T, strict=True):
-        low, high = course.min(), course.max()
-        heights = (course - low) / ((high - low) or 1.0) * len(levels)  # equal steps of loss
-        marks = [
-            levels[min(int(h), len(levels) - 1)] + ("*" if s.domain == domain else " ")
-            for s, h in zip(r.stages, heights, strict=True)
-        ]
-        ends = [Value(x, write=format.perplexity) for x in (low, high)]
-        rows.append(Row([domain, "".join(marks), *ends]))
-    title = (
-        "Perplexity over the stages, left to right, each domain on its own scale "
-        f"({levels[0]} to {levels[-1]})"
-    )
-    notes = ["* own stage: what rises after it was forgotten"]
-    return Table("courses", title, ["domain", "", "lowest", "highest"], rows, notes)
-
-
 def summarised(found: dict[str, Estimate]) -> Table:
     """Return a row for each metric, in % and in nats per token."""
     rows = []
     for name in [*(n for n in ROWS if n in found), *(n for n in found if n not in ROWS)]:
         e = found[name]
         label, compares = ROWS.get(name, (name.replace("_", " "), ""))
-        nats = Value(e.value, e.low, e.high, lambda x: signed(x, 4))
-        rows.append(Row([label, percent(e), nats, Value(e.n, write=plain(0)), compares]))
+        in_nats = valued(e, lambda x: signed(x, 4))
+        rows.append(Row([label, percent(e), in_nats, Value(e.n, write=plain(0)), compares]))
     title = "Change of perplexity, mean over domains (below 0: better)"
     return Table("summary", title, ["", "%", "nats", "docs", "from to"], rows)
 
@@ -213,32 +179,24 @@ def summarised(found: dict[str, Estimate]) -> Table:
 def by_age(found: dict[int, Estimate], stages: int) -> Table:
     """Return a row for each number of stages since a domain was learned: stages - age domains are
     that old."""
-    count = plain(0)
     rows = [
-        Row(
-            [
-                Value(age, write=count),
-                percent(e),
-                *(Value(n, write=count) for n in (stages - age, e.n)),
-            ]
-        )
+        Row([*(Value(n, write=plain(0)) for n in (age, stages - age, e.n)), percent(e)])
         for age, e in found.items()
     ]
     title = (
         "Forgetting by stages since a domain was learned: change of perplexity (above 0: forgotten)"
     )
-    return Table("ages", title, ["stages since", "%", "domains", "docs"], rows)
+    return Table("ages", title, ["stages since", "domains", "docs", "%"], rows)
 
 
 def _task(run: Run, task: str, write: Callable[[str], None], show: Callable[[Table], None]) -> None:
     """Print a task at the first and the last stage that scored it, and the change between, paired
     over its items."""
     of = {s.index: s.tasks[task] for s in run.record.stages if task in s.tasks}
-    first, last = min(of), max(of)
-    score = of[first]
+    ends = sorted({min(of), max(of)})
+    score = of[ends[0]]
     shots = f", {score.fewshot}-shot" if score.fewshot else ""
-    also = f" and stage {last}" if last != first else ""
-    write(f"{task}: {score.items} items{shots}, stage {first}{also}")
+    write(f"{task}: {score.items} items{shots}, {' and '.join(f'stage {s}' for s in ends)}")
     if score.limited:
         write("  limited for debugging: not for a table")
     if truncated := max(s.truncated for s in of.values()):
@@ -247,32 +205,28 @@ def _task(run: Run, task: str, write: Callable[[str], None], show: Callable[[Tab
             "beginning was cut"
         )
     try:
-        levels = [answers.level(run.items, task, s) for s in (first, last)]
-        change = answers.change(run.items, task, first, last) if last != first else {}
+        levels = [answers.level(run.items, task, s) for s in ends]
+        change = answers.change(run.items, task, *ends) if len(ends) > 1 else {}
     except DataError as error:
         write(f"  {error}")
         return
     rows = []
-    for name, label in ((k, v) for k, v in SCORES.items() if k in levels[0]):
-        cells: list[Entry] = [label, Value(levels[0][name].value, write=plain(3))]
-        if name in change:
-            e = change[name]
-            cells.append(Value(levels[1][name].value, write=plain(3)))
-            cells.append(Value(e.value, e.low, e.high, lambda x: signed(x, 3)))
-        rows.append(Row([*cells, *[""] * (4 - len(cells) if change else 0)]))
-    heads = ["", f"stage {first}", *([f"stage {last}", "change"] if change else [])]
+    for name in (k for k in SCORES if k in levels[0]):
+        cells = [Value(x[name].value, write=plain(3)) for x in levels]
+        cells += [valued(change[name], nats)] if change else []
+        rows.append(Row([SCORES[name], *cells]))
+    heads = ["", *(f"stage {s}" for s in ends), *["change"][: len(change)]]
     show(Table(task, "", heads, rows))
     if change:
-        lost, gained, count = answers.flips(run.items, task, first, last)
-        p = mcnemar(lost, gained)
+        lost, gained, count = answers.flips(run.items, task, *ends)
         write(
             f"  flips: {lost} right to wrong, {gained} wrong to right, of {count} (McNemar p "
-            f"{f'{p:.2f}' if p >= 0.01 else f'{p:.1g}'})"
+            f"{p_value(mcnemar(lost, gained))})"
         )
     write("")
 
 
-# --- cost and files -------------------------------------------------------------------------------
+# --- cost -----------------------------------------------------------------------------------------
 
 
 def _cost(r: RunRecord) -> str:
@@ -301,13 +255,3 @@ def _cost(r: RunRecord) -> str:
         f"peak memory: {r.peak_memory_bytes / 1e9:.2f} GB\n"
         f"perplexity protocol: {r.protocol}"
     )
-
-
-def _files(run: Run) -> dict[str, Path]:
-    """Return what lies beside the record and in the run's folder."""
-    files = {"per-item values": items_path(run.path)}
-    folder = Path(str(run.record.config.get("output_dir"))) / run.record.run_id
-    for label, name in (("matrix (CSV)", "matrix.csv"), ("heat map (PNG)", "matrix.png")):
-        if (folder / name).exists():
-            files[label] = folder / name
-    return files

@@ -234,8 +234,9 @@ def _shown(t: Table, columns: Sequence[int], apart: bool) -> tuple[RichTable, in
         if beside:
             new.append(("95% interval", [Text(x) for x in between], False))
         for head, column, left in new:
-            title = Text("\n".join(_head(printable(head))))
-            wide = max(cell_len(x) for text in (title, *column) for x in text.plain.split("\n"))
+            wide = max((cell_len(x) for text in column for x in text.plain.split("\n")), default=0)
+            title = Text("\n".join(lines := _head(printable(head), wide)))
+            wide = max(wide, *map(cell_len, lines))
             most = NARROW if texts else 2 * LONG  # the first column says what a row is
             whole = not left or wide <= most
             least += (wide if whole else most) + 2 * bool(texts)
@@ -301,7 +302,7 @@ def latex(t: Table) -> str:
     ]
     columns = "".join(PROSE if long else side for long, side in zip(prose, sides, strict=True))
     heads = [
-        _stacked([x.translate(_TEX) for x in _head(h)], side, "b")
+        _stacked([x.translate(_TEX) for x in _head(h, HEAD)], side, "b")
         for h, side in zip(t.columns, sides, strict=True)
     ]
     out = [f"% {_comment(t.title)}", f"\\begin{{tabular}}{{{columns}}}"]
@@ -384,9 +385,10 @@ def _escaped(text: str) -> str:
     return re.sub(r"([\\|*_`<>])", r"\\\1", text)
 
 
-def _head(text: str) -> list[str]:
+def _head(text: str, width: int) -> list[str]:
     """Return a head in lines, broken at spaces alone."""
-    return textwrap.wrap(text, HEAD, break_long_words=False, break_on_hyphens=False)
+    wide = max(HEAD, width)
+    return textwrap.wrap(text, wide, break_long_words=False, break_on_hyphens=False) or [""]
 
 
 _TEX = str.maketrans(

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
 
-import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
 
 from gain_cl.paper.figures import style
-from gain_cl.stats.format import change
 from gain_cl.stats.matrix import LossMatrix
 from gain_cl.studies.study import Study
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 CAPTION = (
     "Change of perplexity from the pretrained model (%), of each trained domain by "
@@ -52,70 +47,55 @@ def means(curves: list[Curve]) -> list[Curve]:
     """Return means at the positions that at least two curves have (all, of one curve), in pieces
     over the same curves each: where one begins or ends, a mean would jump though none of them
     does."""
-    pieces: list[tuple[list[int], Curve]] = []
-    for x in sorted({x for c in curves for x in c}):
-        there = [i for i, c in enumerate(curves) if x in c]
-        if len(there) < min(2, len(curves)):
-            continue
-        if not pieces or pieces[-1][0] != there:
-            pieces.append((there, {}))
-        pieces[-1][1][x] = float(np.mean([curves[i][x] for i in there]))
-    return [piece for _, piece in pieces]
+    table = pd.DataFrame(curves).T.sort_index()
+    table = table[table.count(axis=1) >= min(2, len(curves))]
+    there = table.notna()
+    pieces = table.groupby((there != there.shift()).any(axis=1).cumsum())
+    return [dict(piece.mean(axis=1)) for _, piece in pieces]
 
 
-@style.styled
+@style.rules()
 def build(study: Study) -> Figure | None:
     """Return a panel for each trained domain and one for the mean over the controls, a line for
     each method's chosen setting. Changes of perplexity in %, spaced as changes of loss, means of
     which they are; no intervals. None without a chosen setting."""
-    settings = style.chosen(study)
+    settings = list(study.chosen.values())
     if not settings:
         return None
-    first = next(iter(settings[0].matrices.values()))
-    controls = any(of_controls(m) for s in settings for m in s.matrices.values())
-    panels = len(first.trained) + controls
-    rows = style.rows_of(panels)
-    figure = style.new(
-        style.DOUBLE if panels > 1 else style.SINGLE, 0.3 + (1.8 if rows > 1 else 2.3) * rows
-    )
-    every = style.grid(figure, panels, sharey=True)
-
-    def draw(axes: Any, curves_of: Callable[[LossMatrix], Curve]) -> None:
+    matrices = [m for s in settings for m in s.matrices.values()]
+    drawn: dict[str, Callable[[LossMatrix], Curve]] = {
+        d: partial(of_domain, domain=d) for d in matrices[0].trained
+    }
+    if any(map(of_controls, matrices)):
+        drawn["controls, never trained"] = of_controls
+    rows = style.rows_of(len(drawn))
+    high = 0.3 + (1.8 if rows > 1 else 2.3) * rows
+    figure = style.new(style.DOUBLE if len(drawn) > 1 else style.SINGLE, high)
+    every = style.grid(figure, len(drawn), sharey=True)
+    for i, (axes, (title, curve_of)) in enumerate(zip(every, drawn.items(), strict=True)):
         for s in settings:
             look = style.look(study, s.method)
             pale = {"color": look["color"], "linewidth": 0.5, "alpha": 0.25, "zorder": 1}
             bold = {**look, "markersize": 2.5, "label": s.label, "zorder": 3}
-            curves = [c for m in s.matrices.values() if (c := curves_of(m))]
-            single = curves if len(curves) > 1 else []
-            for some, how in ((single, pale), (means(curves), bold)):
+            curves = [c for m in s.matrices.values() if (c := curve_of(m))]
+            for some, how in ((curves[1:] and curves, pale), (means(curves), bold)):
                 for c in some:
-                    axes.plot(list(c), [change(y) for y in c.values()], **how)
+                    axes.plot(list(c), list(c.values()), **how)
         style.zero(axes, color=style.FAINT)
-
-    for axes, domain in zip(every, first.trained, strict=False):
-        draw(axes, partial(of_domain, domain=domain))
-        style.zero(axes, across=True, linestyle=(0, (3, 2)))
-        style.title(axes, domain)
-    bounds = [axes.get_xlim() for axes in every[: len(first.trained)]]
-    for axes in every[: len(first.trained)]:
-        axes.set_xlim(min(low for low, _ in bounds), max(high for _, high in bounds))
-    if controls:
-        draw(every[-1], of_controls)
-        style.title(every[-1], "controls, never trained")
-        every[-1].set_facecolor("#f6f6f6")
+        style.title(axes, title)
+        axes.locator_params(axis="x", integer=True, nbins=9)
+        if i + style.columns_of(len(drawn)) >= len(drawn):
+            axes.set_xlabel("Stage" if curve_of is of_controls else "Stages since learned")
+        if curve_of is of_controls:
+            axes.set_facecolor("#f6f6f6")
+        else:
+            style.zero(axes, across=True, linestyle=(0, (3, 2)))
+    learned = every[: len(matrices[0].trained)]
+    bounds = [x for axes in learned for x in axes.get_xlim()]
+    for axes in learned:
+        axes.set_xlim(min(bounds), max(bounds))
     style.percent_axis(every[0], "y")
-    columns = style.columns_of(panels)
-    for i, axes in enumerate(every):
-        low, high = axes.get_xlim()
-        step = math.ceil((high - low) / 9)
-        axes.set_xticks([t for t in range(-99 * step, 99 * step, step) if low <= t <= high])
-        last = controls and i == panels - 1
-        if last or i + columns >= panels or (controls and i + columns == panels - 1):
-            axes.set_xlabel("Stage" if last else "Stages since learned")
-    figure.supylabel(
-        "Change of perplexity\nfrom the pretrained model, %",
-        multialignment="center",
-        fontsize=style.TEXT,
-    )
-    style.legend(figure, [style.handle(study, s.method, s.label) for s in settings])
+    text = "Change of perplexity\nfrom the pretrained model, %"
+    figure.supylabel(text, multialignment="center", fontsize=style.TEXT)
+    style.legend(figure, {s.label: style.look(study, s.method) for s in settings})
     return style.finish(figure)

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import replace
+from typing import Any
+
+from matplotlib.figure import Figure
 
 from gain_cl.paper.figures import style
-from gain_cl.stats.format import change
-from gain_cl.stats.matrix import Estimate, LossMatrix, Parts
-from gain_cl.studies.study import Setting, Study, compared, difference, paired
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from gain_cl.stats.matrix import LossMatrix, Parts
+from gain_cl.studies.study import Compared, Setting, Study, compared, difference, paired
 
 CAPTION = (
     "Backward change of each method's chosen setting minus that of the reference, % of "
@@ -25,14 +24,6 @@ CAPTION = (
 MEAN = "mean over domains"
 
 
-class Row(NamedTuple):
-    """A difference in nats per token, and the blocks it is of."""
-
-    name: str
-    estimate: Estimate
-    blocks: int
-
-
 def of_domain(m: LossMatrix, domain: str) -> Parts | None:
     """Return the parts of the domain's backward change L[T, k] - L[k, k]; None for the last domain,
     and unless stages follow each other."""
@@ -42,29 +33,30 @@ def of_domain(m: LossMatrix, domain: str) -> Parts | None:
     return m.contributions(m.mean_change([m.stages], [k], [domain]))
 
 
-def rows(study: Study, a: Setting, b: Setting) -> list[Row]:
+def rows(study: Study, a: Setting, b: Setting) -> dict[str, Compared]:
     """Return a minus b for each domain, in the order of the study's first block, then for their
-    mean (study.difference)."""
-    blocks, found = [block for block in a.runs if block in b.runs], []
-    for domain in next(iter(study.settings[0].matrices.values())).trained:
-        pairs = [
-            (of_domain(a.matrices[k], domain), of_domain(b.matrices[k], domain)) for k in blocks
-        ]
-        found.append((domain, compared(paired(pairs))))
-    found.append((MEAN, difference(a, b, "backward")))
-    return [
-        Row(name, _known(c.estimate, c.blocks, study), c.blocks)
-        for name, c in found
+    mean (study.difference). One block of several says nothing of the others: no interval."""
+    found = {
+        domain: compared(
+            paired(
+                (of_domain(a.matrices[k], domain), of_domain(b.matrices[k], domain))
+                for k in a.runs
+                if k in b.runs
+            )
+        )
+        for domain in next(iter(study.settings[0].matrices.values())).trained
+    }
+    found[MEAN] = difference(a, b, "backward")
+    return {
+        name: c._replace(estimate=replace(c.estimate, low=math.nan, high=math.nan))
+        if c.blocks == 1 < len(study.blocks)
+        else c
+        for name, c in found.items()
         if c is not None
-    ]
+    }
 
 
-def _known(e: Estimate, blocks: int, study: Study) -> Estimate:
-    """Return the estimate: one block of several says nothing of the others: no interval."""
-    return Estimate(e.value, math.nan, math.nan, e.n) if blocks == 1 < len(study.blocks) else e
-
-
-@style.styled
+@style.rules()
 def build(study: Study) -> Figure | None:
     """Return a panel for each method other than the reference, a row for each trained domain and
     one for their mean: chosen setting minus the reference's, backward change in % of perplexity,
@@ -74,32 +66,23 @@ def build(study: Study) -> Figure | None:
         return None
     panels = {
         s.label: (s, found)
-        for s in style.chosen(study)
+        for s in study.chosen.values()
         if s is not reference and (found := rows(study, s, reference))
     }
     if not panels:
         return None
     names = [*next(iter(reference.matrices.values())).trained, MEAN]
-    names = [
-        n for n in names if any(row.name == n for _, found in panels.values() for row in found)
-    ]
+    names = [n for n in names if any(n in found for _, found in panels.values())]
     high = style.rows_of(len(panels)) * (0.55 + 0.17 * (len(names) + 1)) + 0.6
     figure = style.new(style.DOUBLE if len(panels) > 1 else style.SINGLE, high)
     every = style.grid(figure, len(panels), sharex=True, sharey=True)
     columns = style.columns_of(len(panels))
     for i, (axes, (label, (s, found))) in enumerate(zip(every, panels.items(), strict=True)):
         look = style.look(study, s.method) | {"linestyle": ""}
-        for row in found:
-            single = row.blocks == 1 < len(study.blocks)
-            fill = {"markerfacecolor": style.PAPER} if single else {}
-            style.points(
-                axes,
-                [names.index(row.name)],
-                [row.estimate.map(change)],
-                across=True,
-                **look,
-                **fill,
-            )
+        for row, c in found.items():
+            single = c.blocks == 1 < len(study.blocks)
+            fill: dict[str, Any] = {"markerfacecolor": style.PAPER} if single else {}
+            style.points(axes, [names.index(row)], [c.estimate], across=True, **look, **fill)
         style.zero(axes, across=True)
         axes.axhline(len(names) - 1.5, color=style.FAINT, linewidth=0.6, zorder=0)
         style.title(axes, label, style.SMALL)

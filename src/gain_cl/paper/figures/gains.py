@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
+import matplotlib as mpl
 import numpy as np
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
 
 from gain_cl.measure import diagnosis
-from gain_cl.measure.diagnosis import EDGES
+from gain_cl.measure.diagnosis import EDGES, Gains
 from gain_cl.paper.figures import style
 from gain_cl.studies.study import Setting, Study
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 CAPTION = (
     "Gains s after the last stage, by layer, of each method's chosen setting: above, the "
@@ -40,32 +40,28 @@ def maps(study: Study, results_dir: Path) -> list[Map]:
     """Return the gains after the last stage, mean over the runs of a setting that were
     diagnosed."""
     found = []
-    for s in style.chosen(study):
+    for s in study.chosen.values():
         of = [diagnosis.load_diagnosis(results_dir, run.record.run_id) for run in s.runs.values()]
-        ends = [d.end for d in of if d is not None and d.end is not None]
-        layers = [[x for x in end.layers if x.gains is not None] for end in ends]
-        for role in dict.fromkeys(x.role for run in layers for x in run):
-            mine = [[x for x in run if x.role == role] for run in layers]
-            blocks = np.array([x.block or 0 for x in mine[0]])
-            drift = np.array([[x.gains.drift for x in run if x.gains] for run in mine]).mean(0)
-            counts = np.array(
-                [[x.gains.counts for x in run if x.gains] for run in mine], dtype=np.float64
-            )
-            found.append(
-                Map(s, role, blocks, drift, (counts / counts.sum(2, keepdims=True)).mean(0).T)
-            )
+        roles: dict[str, dict[int, list[Gains]]] = {}
+        for x in (x for d in of if d is not None and d.end is not None for x in d.end.layers):
+            if x.gains is not None:
+                roles.setdefault(x.role, {}).setdefault(x.block or 0, []).append(x.gains)
+        for role, layers in roles.items():
+            drift = [np.mean([g.drift for g in gains]) for gains in layers.values()]
+            share = [
+                np.mean([np.array(g.counts) / sum(g.counts) for g in gains], axis=0)
+                for gains in layers.values()
+            ]
+            found.append(Map(s, role, np.array(list(layers)), np.array(drift), np.array(share).T))
     return found
 
 
-@style.styled
+@style.rules()
 def build(study: Study, results_dir: Path) -> Figure | None:
     """Return, for each chosen setting with gains and each role of its layers: mean |s - 1| in % by
     layer, and beneath it a map of layers by bins of s - 1, coloured by the share of the layer's
     gains in %. Means over blocks, no intervals. None where no run that was diagnosed
     (results_dir/diagnostics) has gains."""
-    import matplotlib as mpl
-    from matplotlib.colors import LinearSegmentedColormap
-
     found = maps(study, results_dir)
     if not found:
         return None

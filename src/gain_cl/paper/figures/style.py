@@ -6,22 +6,23 @@ from __future__ import annotations
 import functools
 import io
 import math
+import re
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import Any
 
+import matplotlib as mpl
 import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 
 from gain_cl.errors import printable
+from gain_cl.stats.format import change
 from gain_cl.stats.matrix import Estimate
 from gain_cl.studies.study import Setting, Study
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-P = ParamSpec("P")
-R = TypeVar("R")
 SINGLE, DOUBLE = 3.4, 7.0
 """Width of a figure in inches: one column of text, or two."""
 TEXT, SMALL = 8, 7  # points
@@ -35,34 +36,14 @@ MARKERS = ("o", "s", "^", "D", "v", "X", "P", "<", "*")
 nine or fewer."""
 
 
-def rules() -> Any:
-    """Return a context in which figures are made and written: matplotlib's defaults, whatever the
-    reader's matplotlibrc says, and paper.mplstyle."""
-    import matplotlib as mpl
-
-    return mpl.rc_context(fname=Path(__file__).with_name("paper.mplstyle"))
-
-
-def styled(build: Callable[P, R]) -> Callable[P, R]:
-    """Return the function, which then makes its figure by the rules."""
-
-    @functools.wraps(build)
-    def ruled(*args: P.args, **given: P.kwargs) -> R:
-        with rules():
-            return build(*args, **given)
-
-    return ruled
+rules = functools.partial(mpl.rc_context, fname=Path(__file__).with_name("paper.mplstyle"))
+"""A decorator and a context in which figures are made and written: matplotlib's defaults, whatever
+the reader's matplotlibrc says, and paper.mplstyle."""
 
 
 def new(width: float, height: float) -> Figure:
     """Return an empty figure, in inches, whose parts make room for each other."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), facecolor=PAPER, layout="constrained")
-    FigureCanvasAgg(figure)
-    figure.get_layout_engine().set(w_pad=0.03, h_pad=0.04, wspace=0.02, hspace=0.03)  # type: ignore[union-attr, call-arg]
-    return figure
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def finish(figure: Figure) -> Figure:
@@ -99,11 +80,6 @@ def look(study: Study, method: str) -> dict[str, Any]:
     }
 
 
-def chosen(study: Study) -> list[Setting]:
-    """Return the setting that stands for each method, in the order of the study."""
-    return [study.chosen[m] for m in study.methods if m in study.chosen]
-
-
 def name(text: str, width: int = 200) -> str:
     """Return a name as it is drawn, in lines of so many characters at most: broken at spaces, else
     after _, -, . or anywhere."""
@@ -117,27 +93,18 @@ def name(text: str, width: int = 200) -> str:
     return "\n".join(lines)
 
 
-def legend(figure: Figure, handles: Sequence[Any]) -> None:
+def legend(figure: Figure, looks: dict[str, dict[str, Any]]) -> None:
     """Draw the legend beneath everything, in as few rows as the figure's width allows and with even
-    columns; the figure grows by its height."""
-    columns, look = len(handles), {"columnspacing": 1.2, "handlelength": 2.2}
-    where: Any = {"handles": list(handles), "loc": "outside lower center", **look}
-    while True:
-        made = figure.legend(ncols=columns, **where)
-        even = math.ceil(len(handles) / math.ceil(len(handles) / columns))
+    columns; the figure grows by its height. looks: label -> how its line looks."""
+    handles = [Line2D([], [], label=name(label, 44), **how) for label, how in looks.items()]
+    where: Any = {"loc": "outside lower center", "columnspacing": 1.2, "handlelength": 2.2}
+    for columns in sorted({-(-len(looks) // k) for k in range(1, len(looks) + 1)}, reverse=True):
+        made = figure.legend(handles=handles, ncols=columns, **where)
         box = made.get_window_extent()
-        if columns == 1 or (box.width < 0.98 * figure.bbox.width and even == columns):
-            figure.set_figheight(figure.get_figheight() + box.height / figure.dpi)
-            return
+        if columns == 1 or box.width < 0.98 * figure.bbox.width:
+            break
         made.remove()
-        columns = even if even < columns else columns - 1
-
-
-def handle(study: Study, method: str, label: str) -> Any:
-    """Return an entry of a legend."""
-    from matplotlib.lines import Line2D
-
-    return Line2D([], [], label=name(label, 44), **look(study, method))
+    figure.set_figheight(figure.get_figheight() + box.height / figure.dpi)
 
 
 def columns_of(panels: int) -> int:
@@ -169,77 +136,59 @@ def title(axes: Any, text: str, size: float = TEXT) -> None:
 
 # --- values ---------------------------------------------------------------------------------------
 
-CUT = 4.0
-"""Longest side of an interval that is drawn, as a factor of perplexity."""
+CUT = math.log(4)
+"""Longest side of an interval of a change of loss that is drawn: a factor of 4 of perplexity."""
 
 
 def points(
     axes: Any,
-    at: Sequence[float],
+    at: Sequence[float] | np.ndarray,
     estimates: Sequence[Estimate],
     *,
     across: bool = False,
-    **style: Any,
+    longest: float = CUT,
+    **look: Any,
 ) -> None:
     """Draw values with their intervals, upright or (across) lying: at is the other coordinate.
 
-    No interval where it is not known; one that, in %, is wider than a factor CUT on a side is cut
-    there, and has no caps (few blocks can be compatible with anything)."""
-    value, low, high = np.array([(e.value, e.low, e.high) for e in estimates], dtype=np.float64).T
-    ends = [100 * ((1 + value / 100) * factor - 1) for factor in (1 / CUT, CUT)]
-    cut = (low < ends[0]) | (high > ends[1])
-    bars = np.stack([value - np.fmax(low, ends[0]), np.fmin(high, ends[1]) - value])
-    bars[:, np.isnan(low) | np.isnan(high)] = np.nan
-    sides = np.asarray(at, dtype=np.float64), value
-    x, y = sides[::-1] if across else sides
+    No interval where it is not known; one that is longer than longest on a side is cut there, and
+    has no caps (few blocks can be compatible with anything)."""
+    value, low, high = np.array([(e.value, e.low, e.high) for e in estimates]).T
+    bars = np.minimum([value - low, high - value], longest)
+    cut = (bars == longest).any(0)
+    at = np.asarray(at)
+    x, y = (value, at) if across else (at, value)
     axis, thin = "xerr" if across else "yerr", {"elinewidth": 0.8}
-    caps = {"capsize": 1.5, "capthick": 0.8}
-    axes.errorbar(x, y, **{axis: np.where(cut, np.nan, bars)}, **{**thin, **caps, **style})
+    whole = {axis: np.where(cut, np.nan, bars), "capsize": 1.5, "capthick": 0.8}
+    axes.errorbar(x, y, **whole, **thin, **look)
     if cut.any():
-        bare = {"fmt": "none", "ecolor": style.get("color"), "capsize": 0, **thin}
-        axes.errorbar(x[cut], y[cut], **{axis: bars[:, cut]}, **bare)
+        bare = {axis: bars[:, cut], "fmt": "none", "ecolor": look.get("color")}
+        axes.errorbar(x[cut], y[cut], **bare, **thin)
 
 
-def dodged(at: Sequence[float], place: int, of: int) -> np.ndarray:
-    """Return positions beside whole numbers, one for each of several methods, so that their
-    intervals do not hide each other."""
-    return np.asarray(at, dtype=np.float64) + (place - (of - 1) / 2) * min(0.12, 0.72 / of)
+def courses(
+    axes: Any, study: Study, lines: Sequence[tuple[Setting, dict[int, Estimate]]], **how: Any
+) -> None:
+    """Draw a line for each setting through its values at whole numbers, beside each other so that
+    intervals do not hide each other; at 0 stands what all have in common."""
+    for i, (s, found) in enumerate(lines):
+        x = np.array(list(found), dtype=np.float64)
+        x += np.sign(x) * (i - (len(lines) - 1) / 2) * min(0.12, 0.72 / len(lines))
+        points(axes, x, list(found.values()), label=s.label, **look(study, s.method), **how)
 
 
 def percent_axis(axes: Any, which: str, most: int = 6) -> None:
-    """Make an axis one in % of perplexity with even steps of log loss, as which the means are
-    taken: a factor is as long everywhere. Call it when everything is drawn."""
-    bounds, limit, scale, automatic = (
-        getattr(axes, name.format(which))
-        for name in ("get_{}lim", "set_{}lim", "set_{}scale", "get_autoscale{}_on")
-    )
-    if automatic():  # the margins, in log loss: in % they may pass -100
-        margin = axes.margins()[which == "y"]
-        low, high = bounds()
-        span = (high - low) / (1 + 2 * margin)
-        ends = [
-            math.log1p(max(x, -99.99) / 100) for x in (low + margin * span, high - margin * span)
-        ]
-        pad = margin * (ends[1] - ends[0])
-        limit(100 * math.expm1(ends[0] - pad), 100 * math.expm1(ends[1] + pad))
-    scale(
-        "function",
-        functions=(
-            lambda p: np.log1p(np.maximum(p, -100 + 1e-9) / 100),
-            lambda x: 100 * np.expm1(np.minimum(x, 700)),
-        ),
-    )
-    ticks = ticks_percent(bounds(), most)
+    """Label an axis of changes of loss in % of perplexity: a factor is as long everywhere. Call it
+    when everything is drawn."""
+    low, high = getattr(axes, f"get_{which}lim")()
+    ticks = ticks_percent((change(low), change(high)), most)
     axis = getattr(axes, f"{which}axis")
-    axis.set_ticks(ticks, [signed(t) for t in ticks])
-    axis.set_ticks([], minor=True)
+    axis.set_ticks([math.log1p(t / 100) for t in ticks], [signed(t) for t in ticks])
 
 
 def ticks_percent(bounds: tuple[float, float], most: int = 6) -> list[float]:
     """Return round changes of perplexity in % within the bounds: even steps where these look even,
     else the roundest that are not too close in log loss."""
-    from matplotlib.ticker import MaxNLocator
-
     low, high = sorted(bounds)
     wide = math.log1p(high / 100) - math.log1p(low / 100)
     if wide < 1.1:
@@ -259,15 +208,8 @@ def ticks_percent(bounds: tuple[float, float], most: int = 6) -> list[float]:
 
 
 def signed(x: float) -> str:
-    """Return a change in %: +5, −2.5, 0; +1e6 where it would be long."""
-    x = 0.0 if abs(x) < 1e-12 else x
-    text = (
-        "0"
-        if x == 0
-        else f"{x:+g}"
-        if abs(x) < 1e5
-        else f"{x:+.0e}".replace("e+0", "e").replace("e+", "e")
-    )
+    """Return a change in %: +5, −2.5, 0; +3e6 where it would be long."""
+    text = "0" if abs(x) < 1e-12 else re.sub(r"e\+0*", "e", f"{x:+g}")
     return text.replace("-", "−")
 
 
@@ -282,7 +224,7 @@ METADATA: dict[str, dict[str, str | None]] = {
 on one matplotlib."""
 
 
-@styled
+@rules()
 def written(figure: Figure, kind: str, dpi: int = 200) -> bytes:
     """Return the figure as pdf, svg (text as outlines) or png."""
     out = io.BytesIO()
