@@ -214,13 +214,13 @@ def test_the_pilot_is_legible(pilot: Study) -> None:
         figure = drawn(module, pilot)
         assert figure.get_figwidth() in (style.SINGLE, style.DOUBLE)
         legible(figure)
-    assert margins.build(pilot) is None and gains.build(pilot, Path("nowhere")) is None
+    assert margins.build(pilot) is None and gains.build(pilot) is None
 
 
 def test_several_blocks_are_legible(three: Study) -> None:
     for module in EVERY:
         legible(drawn(module, three))
-    figure = gains.build(three, results_of(three))
+    figure = gains.build(three)
     assert figure is not None
     legible(figure)
 
@@ -313,7 +313,7 @@ def test_a_mean_is_broken_where_its_blocks_change() -> None:
 def test_a_partial_figure_says_so(three: Study) -> None:
     figure = drawn(forest, three)
     before = style.png(figure)
-    style.partial(figure, "2 gaps")
+    style.partial(figure, 2)
     assert [t.get_text() for t in figure.texts if t.get_gid() == "partial"] == [
         "PARTIAL: 2 gaps"
     ] and style.png(figure) != before
@@ -422,15 +422,15 @@ def test_margins_are_levels_and_leave_out_blocks_without_the_task(
 
 
 def test_gains_are_means_over_blocks(three: Study) -> None:
-    found = gains.maps(three, results_of(three))
+    found = gains.maps(three)
     assert [m.role for m in found] == ["self_attn.o_proj", "mlp.down_proj"]
     assert found[0].drift == pytest.approx(0.02 * (1 + np.arange(30)))  # mean of 0.01, 0.02, 0.03
     assert found[0].share.sum(0) == pytest.approx(np.ones(30)) and found[0].share[
         4
     ] == pytest.approx(np.full(30, 0.5))
-    figure: Any = gains.build(three, results_of(three))
+    figure: Any = gains.build(three)
     assert figure.axes[0].lines[0].get_ydata() == pytest.approx(100 * found[0].drift)
-    shown = figure.axes[1].collections[0].get_array()
+    shown = figure.axes[2].collections[0].get_array()
     assert np.nansum(np.ma.filled(shown, 0), axis=0) == pytest.approx(np.full(30, 100.0))
 
 
@@ -443,7 +443,7 @@ from gain_cl.measure import record
 from gain_cl.paper.figures import curves, forest, gains, style
 from gain_cl.studies.study import study_of_runs
 study = study_of_runs(record.load(p) for p in sorted(Path(sys.argv[1], "runs").glob("*.json")))
-for figure in (curves.build(study), forest.build(study), gains.build(study, Path(sys.argv[1]))):
+for figure in (curves.build(study), forest.build(study), gains.build(study)):
     for write in (style.vector, style.svg, style.png):
         print(hashlib.sha256(write(figure)).hexdigest())
 assert "torch" not in sys.modules
@@ -454,7 +454,7 @@ def test_the_same_study_gives_the_same_bytes_in_another_process(three: Study) ->
     results = results_of(three)
     study = study_of_runs(record.load(p) for p in sorted((results / "runs").glob("*.json")))
     here = []
-    for figure in (curves.build(study), forest.build(study), gains.build(study, results)):
+    for figure in (curves.build(study), forest.build(study), gains.build(study)):
         assert figure is not None
         written = {
             k: write(figure)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Iterable
@@ -15,7 +16,7 @@ from gain_cl.paper.figures import style
 from gain_cl.paper.gather import Book
 from gain_cl.paper.table import GAP, as_csv, change_of, latex, markdown, of, p_value, written
 from gain_cl.runs import heatmap
-from gain_cl.stats.format import change, counted
+from gain_cl.stats.format import change
 from gain_cl.stats.matrix import summary
 from gain_cl.studies import verdicts
 from gain_cl.studies.study import Compared, Setting, Study, difference, level, loss_matrix
@@ -34,20 +35,20 @@ def made_tables(book: Book) -> Files:
     all of it is from."""
     found: dict[str, str] = {}
     for t in tables.build_tables(book):
-        found |= {
-            f"{t.name}.md": markdown(t),
-            f"{t.name}.tex": latex(t),
-            f"{t.name}.csv": as_csv(t),
-        }
+        writers = {"md": markdown, "tex": latex, "csv": as_csv}
+        found |= {f"{t.name}.{kind}": write(t) for kind, write in writers.items()}
     quoted = numbers(book)
     found["tidy.csv"] = written([LONG, *long_rows(book)])
     found["numbers.csv"] = written([["name", "value"], *quoted.items()])
     found["numbers.tex"] = macros(book.experiment.name, quoted)
     if book.gaps:
         found["PARTIAL.txt"] = "".join(f"{GAP}{gap}\n" for gap in book.gaps)
-    found["records.csv"] = written(
-        [["run", "model", "setting", "block", "commit", "sha256"], *_records(book)]
-    )
+    records = [["run", "model", "setting", "block", "commit", "sha256"]]
+    for c in book.printed:
+        run = book.runs[c.run_id]
+        about = [c.run_id, c.model, c.label, str(c.block), commit(run)]
+        records.append([*about, files.sha256(run.path)])
+    found["records.csv"] = written(records)
     return {name: text.encode() for name, text in found.items()}
 
 
@@ -73,10 +74,10 @@ def drawn(book: Book) -> Iterable[tuple[str, str, Figure]]:
     """Yield (name, caption, figure) of all there is something to draw for."""
     for model, study in book.studies.items():
         for name, module in figures.ALL.items():
-            figure = module.build(study, book.results) if name == "gains" else module.build(study)
+            figure = module.build(study)
             if figure is not None:
                 named = name if len(book.studies) == 1 else f"{name}-{model}"
-                yield named, module.CAPTION, _marked(figure, book)
+                yield named, module.CAPTION, style.partial(figure, len(book.gaps))
 
 
 def heat_maps(book: Book) -> Iterable[tuple[str, str, Figure]]:
@@ -87,13 +88,7 @@ def heat_maps(book: Book) -> Iterable[tuple[str, str, Figure]]:
             for run in s.runs.values():
                 figure = heatmap.draw_matrix(run, s.label, style.DOUBLE)
                 name = f"matrix-{run.record.run_id}"
-                yield name, f"{s.label}: {caption}", _marked(figure, book)
-
-
-def _marked(figure: Figure, book: Book) -> Figure:
-    if book.gaps:
-        style.partial(figure, counted(len(book.gaps), "gap"))
-    return figure
+                yield name, f"{s.label}: {caption}", style.partial(figure, len(book.gaps))
 
 
 TABLES = "main endpoints settings skill domains blocks tasks models parameters published"
@@ -141,7 +136,8 @@ def long_rows(book: Book) -> list[list[object]]:
         about = [book.experiment.name, c.model, c.method, c.label, c.block]
         about += [run.record.seed, c.run_id]
         for place, values in _numbers_of(run):
-            rows += [[*about, *place, metric, _exact(value)] for metric, value in values.items()]
+            known = {k: "" if math.isnan(x) else f"{x:.12g}" for k, x in values.items()}
+            rows += [[*about, *place, metric, text] for metric, text in known.items()]
     return rows
 
 
@@ -168,10 +164,6 @@ def _numbers_of(run: Run) -> Iterable[tuple[list[object], dict[str, float]]]:
 
 def _facts(of: object, names: str) -> dict[str, float]:
     return {name: getattr(of, name) for name in names.split()}
-
-
-def _exact(x: float) -> str:
-    return "" if isinstance(x, float) and math.isnan(x) else f"{x:.12g}"
 
 
 def numbers(book: Book) -> dict[str, str]:
@@ -234,14 +226,11 @@ def _quoted(name: str, metric: str, found: Compared | None, blocks: int = 0) -> 
 def _pairs(study: Study) -> list[tuple[Setting, Setting]]:
     """Return every two chosen settings: the reference second, else the one that is named later
     first."""
-    settings, reference = list(study.chosen.values()), study.chosen.get(study.reference)
-    others = [s for s in settings if s is not reference]
-    return [(s, reference) for s in others if reference is not None] + [
-        (a, b) for i, a in enumerate(others) for b in others[:i]
-    ]
+    ordered = sorted(study.chosen.values(), key=lambda s: s.method != study.reference)
+    return [(b, a) for a, b in itertools.combinations(ordered, 2)]
 
 
-_DIGITS = ("Zero", "One", "Two", "Three", "Four", "Five", "Six", "Seven", "Eight", "Nine")
+_DIGITS = ["Zero", "One", "Two", "Three", "Four", "Five", "Six", "Seven", "Eight", "Nine"]
 
 
 def macros(experiment: str, quoted: dict[str, str]) -> str:
@@ -261,15 +250,6 @@ def macros(experiment: str, quoted: dict[str, str]) -> str:
         shown = f"\\ensuremath{{{text}}}" if re.fullmatch(r"[-+<]?[\d.,]+", text) else text
         lines.append(f"\\newcommand{{\\{command}}}{{{shown.replace(',', '{,}')}}} % {name}")
     return "\n".join(lines) + "\n"
-
-
-def _records(book: Book) -> list[list[object]]:
-    found: list[list[object]] = []
-    for c in book.printed:
-        run = book.runs[c.run_id]
-        row = [c.run_id, c.model, c.label, c.block, commit(run), files.sha256(run.path)]
-        found.append(row)
-    return found
 
 
 def commit(run: Run) -> str:

@@ -4,11 +4,10 @@ make it again. It loads nothing; what it says stands in report.html.j2."""
 from __future__ import annotations
 
 import base64
-import math
 import shlex
 from typing import Any
 
-from gain_cl.measure.record import Run, RunRecord
+from gain_cl.measure.record import Run
 from gain_cl.paper import build, show, tables
 from gain_cl.paper.figures import style
 from gain_cl.paper.gather import Book
@@ -25,24 +24,19 @@ def page(book: Book) -> bytes:
     chosen = [
         (s, run) for study in studies for s in study.chosen.values() for run in s.runs.values()
     ]
-    runs = [run.record for run in book.runs.values()]
-    shortest = min(
-        runs, key=lambda r: min((s.train.tokens for s in r.stages if s.train), default=0)
-    )
     text = render(
         "report.html.j2",
         experiment=book.experiment,
         studies=[(study, verdicts.positive_control(study), _judged(study)) for study in studies],
         tokens=tables.published.tokens,
         format=format,
-        demonstration=show.demonstration(shortest, len(runs)),
+        demonstration=show.demonstration([run.record for run in book.runs.values()]),
         gaps=book.gaps,
         tables=[html(t) for t in tables.build_tables(book) if not t.name.startswith("matrix-")],
         figures=[_figure(*drawn) for drawn in build.drawn(book)],
         matrices=[_matrix(run, s.label) for s, run in chosen],
         runs=[(planned, book.runs[planned.run_id]) for planned in book.printed],
         commit=build.commit,
-        seconds=_seconds,
         reproduce=[
             shlex.join(["python", "-m", "gain_cl", verb, *book.words])
             for verb in ("sweep", "compare", "paper")
@@ -57,17 +51,11 @@ def _judged(study: Study) -> list[tuple[verdicts.Judged, str]]:
     found = []
     for j in verdicts.judge(study):
         metric = j.endpoint.metric
-        unit = "nats" if metric.startswith("margin") else "points"
         value = of(metric, j.compared)
+        unit = "nats" if metric.startswith("margin") else "points"
         unit = "%" if lower_is_better(metric) else unit
         found.append((j, "not measured" if value is None else f"{value.text()} {unit}"))
     return found
-
-
-def _seconds(r: RunRecord) -> float:
-    """Return the seconds of training, scoring and tasks of a run."""
-    training = sum(s.train.seconds for s in r.stages if s.train)
-    return training + sum(s.eval_seconds + s.task_seconds for s in r.stages)
 
 
 def _figure(name: str, caption: str, figure: Any) -> dict[str, str]:
@@ -88,32 +76,14 @@ def _matrix(run: Run, setting: str) -> dict[str, Any]:
     r, losses = run.record, run.record.losses()
     change = heatmap.changes(losses)
     bound, _ = heatmap.scale(change)
-    colours = heatmap.shades(bound)
-    names = [*r.trained, *r.controls]
-    learned = [
-        k + 1 if k < len(r.trained) and r.regime != "joint" else 0 for k in range(len(names))
-    ]
-
-    def entry(i: int, j: int) -> dict[str, Any]:
-        loss = float(losses[i, j])
-        if math.isnan(loss):
-            return {"domain": names[j]}
-        fill, own = colours.to_rgba(change[i, j]), learned[j]
-        return {
-            "domain": names[j],
-            "loss": loss,
-            "fill": to_hex(fill),
-            "ink": heatmap.ink(fill),
-            "own": own and i == own,
-            "since_base": loss - float(losses[0, j]) if i else None,
-            "since_own": loss - float(losses[own, j]) if own and i > own else None,
-        }
-
-    rows = [[entry(i, j) for j in range(len(names))] for i in range(len(losses))]
+    colours = heatmap.shades(bound).to_rgba(change)
     return {
         "record": r,
         "title": f"{r.model}, {setting}, seed {r.seed}",
-        "domains": names,
-        "rows": list(zip(r.stages, rows, strict=True)),
+        "domains": [*r.trained, *r.controls],
+        "losses": losses.tolist(),
+        "fills": [[to_hex(fill) for fill in row] for row in colours],
+        "inks": [[heatmap.ink(fill) for fill in row] for row in colours],
+        "own": {s.domain: s.index for s in r.stages},
         "bound": f"{bound:g}",
     }

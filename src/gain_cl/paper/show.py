@@ -7,7 +7,7 @@ width. Torch-free.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -125,7 +125,7 @@ def render(
     write(f"\n{_cost(r)}")
     if r.notes:
         write("\n" + "\n".join(f"note: {note}" for note in r.notes))
-    if reasons := demonstration(r):
+    if reasons := demonstration([r]):
         write()
         write(DEMONSTRATION, "bold")
         write(f"  ({'; '.join(reasons)})")
@@ -134,16 +134,16 @@ def render(
         write(f"{label}: {path}")
 
 
-def demonstration(r: RunRecord, runs: int = 1) -> list[str]:
-    """Return why this cannot decide between methods; empty when it can.
+def demonstration(records: Sequence[RunRecord]) -> list[str]:
+    """Return why these cannot decide between methods; empty when they can.
 
     The rule: fewer than STUDY_TOKENS training tokens in some stage, or a single run (one seed of
     one method says nothing of the spread between seeds)."""
-    tokens = [s.train.tokens for s in r.stages if s.train is not None]
+    tokens = [s.train.tokens for r in records for s in r.stages if s.train is not None]
     reasons = []
     if tokens and min(tokens) < STUDY_TOKENS:
         reasons.append(f"{min(tokens):,} training tokens per domain, a study has {STUDY_TOKENS:,}")
-    if runs < 2:
+    if len(records) < 2:
         reasons.append("one run of one seed")
     return reasons
 
@@ -167,9 +167,10 @@ def checked_matrix(run: Run) -> LossMatrix:
 def summarised(found: dict[str, Estimate]) -> Table:
     """Return a row for each metric, in % and in nats per token."""
     rows = []
-    for name in [*(n for n in ROWS if n in found), *(n for n in found if n not in ROWS)]:
+    for name, (label, compares) in ROWS.items():
+        if name not in found:
+            continue
         e = found[name]
-        label, compares = ROWS.get(name, (name.replace("_", " "), ""))
         in_nats = valued(e, lambda x: signed(x, 4))
         rows.append(Row([label, percent(e), in_nats, Value(e.n, write=plain(0)), compares]))
     title = "Change of perplexity, mean over domains (below 0: better)"

@@ -91,24 +91,13 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """name: of its files; title: what it shows, with units; notes: below it; grouped: a first cell
-    like the one above is left blank where people read it."""
+    """name: of its files; title: what it shows, with units; notes: below it."""
 
     name: str
     title: str
     columns: Sequence[str]
     rows: Sequence[Row]
     notes: Sequence[str] = field(default_factory=list)
-    grouped: bool = False
-
-    @property
-    def read(self) -> list[list[Entry]]:
-        """Return the cells as people read them."""
-        cells = [list(row.cells) for row in self.rows]
-        return [
-            ["", *row[1:]] if self.grouped and i and row[0] == cells[i - 1][0] else row
-            for i, row in enumerate(cells)
-        ]
 
 
 # --- numbers --------------------------------------------------------------------------------------
@@ -194,7 +183,8 @@ def print_table(t: Table, out: Console | None = None) -> None:
     out = out or console()
     if t.title:
         say(t.title, out=out)
-    every = [j for j in range(len(t.columns)) if not j or any(c[j] != "" for c in t.read)]
+    cells = [row.cells for row in t.rows]
+    every = [j for j in range(len(t.columns)) if not j or any(c[j] != "" for c in cells)]
     shown, least = _shown(t, every, True)
     parts = [shown]
     if least > out.width:
@@ -213,41 +203,37 @@ def print_table(t: Table, out: Console | None = None) -> None:
         out.print()
 
 
-def _shown(t: Table, columns: Sequence[int], apart: bool) -> tuple[RichTable, int]:
+def _shown(t: Table, columns: Sequence[int], beside: bool) -> tuple[RichTable, int]:
     """Return columns of a table as the terminal shows them, and how wide they are at least.
 
-    apart: intervals stand in columns of their own, else below their numbers."""
+    beside: an interval stands beside its number, else below it."""
     shown = RichTable(box=SIMPLE_HEAD, padding=(0, 0, 0, 1), pad_edge=False, show_edge=False)
     texts: list[list[Text]] = []
-    least = 0
+    least = -2
     for j in columns:
-        entries = [row[j] for row in t.read]
-        between = [getattr(c, "between", "") for c in entries]
-        beside = apart and any(between)
-        made = [
-            Text(f"{c.shown}\n{x}" if x and not beside else c.shown, "bold" if c.bold else c.style)
-            if isinstance(c, Value)
-            else Text("-" if c is None else printable(c), getattr(c, "style", ""))
-            for c, x in zip(entries, between, strict=True)
-        ]
-        new = [(t.columns[j], made, textual(t, j))]
-        if beside:
-            new.append(("95% interval", [Text(x) for x in between], False))
-        for head, column, left in new:
-            wide = max((cell_len(x) for text in column for x in text.plain.split("\n")), default=0)
-            title = Text("\n".join(lines := _head(printable(head), wide)))
-            wide = max(wide, *map(cell_len, lines))
-            most = NARROW if texts else 2 * LONG  # the first column says what a row is
-            whole = not left or wide <= most
-            least += (wide if whole else most) + 2 * bool(texts)
-            side: Any = "left" if left else "right"
-            shown.add_column(title, justify=side, no_wrap=whole, overflow="fold")
-            texts.append(column)
+        made = [_text(row.cells[j], " " if beside else "\n") for row in t.rows]
+        wide = max((cell_len(x) for text in made for x in text.plain.split("\n")), default=0)
+        head = _head(printable(t.columns[j]), wide)
+        wide = max(wide, *map(cell_len, head))
+        most = NARROW if texts else 2 * LONG  # the first column says what a row is
+        left = textual(t, j)
+        whole = not left or wide <= most
+        least += 2 + (wide if whole else most)
+        side: Any = "left" if left else "right"
+        shown.add_column(Text("\n".join(head)), justify=side, no_wrap=whole, overflow="fold")
+        texts.append(made)
     for row, cells in zip(t.rows, zip(*texts, strict=True), strict=True):
         if row.rule and shown.rows:
             shown.add_section()
         shown.add_row(*cells)
     return shown, least
+
+
+def _text(c: Entry, before: str) -> Text:
+    """Return a cell for the terminal. before: what stands before an interval."""
+    if isinstance(c, Value):
+        return Text(c.text().replace(" (", f"{before}("), "bold" if c.bold else c.style)
+    return Text("-" if c is None else printable(c), getattr(c, "style", ""))
 
 
 # --- files ----------------------------------------------------------------------------------------
@@ -256,71 +242,56 @@ def _shown(t: Table, columns: Sequence[int], apart: bool) -> tuple[RichTable, in
 def markdown(t: Table) -> str:
     """Return a heading, the table, its notes and its runs."""
     columns = []
-    for j, entries in enumerate(zip(t.columns, *t.read, strict=True)):
+    for j, entries in enumerate(zip(t.columns, *(row.cells for row in t.rows), strict=True)):
         texts, left = [_md(c) for c in entries], textual(t, j)
         width = max(3, *map(len, texts))
         rule = "-" * (width + 1) + ("-" if left else ":")
         head, *rest = (f" {x.ljust(width) if left else x.rjust(width)} " for x in texts)
         columns.append([head, rule, *rest])
     lines = [f"|{'|'.join(line)}|" for line in zip(*columns, strict=True)]
-    out = [f"**{t.title}**", "", *lines, ""]
-    out += [f"{note}  " for note in t.notes] + [""] * bool(t.notes)
-    if found := named(t):
-        runs = [f"- {_escaped(name)}: {', '.join(f'`{r}`' for r in ids)}" for name, ids in found]
-        out += ["<details><summary>runs</summary>", "", *runs, "", "</details>"]
-    return "\n".join(out).rstrip() + "\n"
+    return render("table.md.j2", t=t, lines=lines, runs=named(t), escaped=_escaped).rstrip() + "\n"
 
 
 def html(t: Table) -> Markup:
     """Return a heading, a table that the page's script sorts by a click on a head, and the notes
     and runs below it."""
-    return render("table.html.j2", t=t, textual=textual, number=number, named=named)
+    return Markup(render("table.html.j2", t=t, textual=textual, number=number, named=named))
 
 
-def render(name: str, **given: Any) -> Markup:
-    """Return a template of this folder, filled in; text is escaped."""
+def render(name: str, **given: Any) -> str:
+    """Return a template of this folder, filled in; in HTML text is escaped."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
-        autoescape=True,
+        autoescape=name.endswith(".html.j2"),
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=StrictUndefined,
         loader=PackageLoader("gain_cl.paper", ""),
     )
-    return Markup(environment.get_template(name).render(**given))
+    return environment.get_template(name).render(**given)
 
 
 def latex(t: Table) -> str:
     """Return a tabular with booktabs rules, to be \\input inside a table; the runs of each row as a
     comment behind it. So that more of it fits, heads are broken, intervals stand below their
     numbers, long text is set in a narrow column. A partial one says so at its foot."""
-    sides = ["l" if textual(t, j) else "r" for j in range(len(t.columns))]
-    prose = [
-        side == "l" and any(len(str(row[j] or "")) > LONG for row in t.read)
-        for j, side in enumerate(sides)
-    ]
-    columns = "".join(PROSE if long else side for long, side in zip(prose, sides, strict=True))
-    heads = [
-        _stacked([x.translate(_TEX) for x in _head(h, HEAD)], side, "b")
-        for h, side in zip(t.columns, sides, strict=True)
-    ]
-    out = [f"% {_comment(t.title)}", f"\\begin{{tabular}}{{{columns}}}"]
-    out += [r"\toprule", " & ".join(heads) + r" \\", r"\midrule"]
-    for i, (row, cells) in enumerate(zip(t.rows, t.read, strict=True)):
-        runs = f" % {_comment(', '.join(row.runs))}" if row.runs else ""
-        texts = [
-            f"{{\\raggedright {x.replace(BREAK, f'{BREAK}{ALLOWED}')}\\par}}" if long else x
-            for x, long in zip((_cell(c, len(sides) > MANY) for c in cells), prose, strict=True)
-        ]
-        out += [r"\midrule"] * (row.rule and i > 0)
-        out.append(" & ".join(texts) + f" \\\\{runs}")
-    out.append(r"\bottomrule")
-    if gaps := sum(note.startswith(GAP) for note in t.notes):
-        partial = f"\\textbf{{PARTIAL: {counted(gaps, 'gap')}}}"
-        out.append(f"\\multicolumn{{{len(sides)}}}{{l}}{{{partial}}} \\\\")
-    out += [r"\end{tabular}", *(f"% {_comment(note)}" for note in t.notes)]
-    return "\n".join(out) + "\n"
+    columns, sides = [], ""
+    for j, head in enumerate(t.columns):
+        side, cells = "l" if textual(t, j) else "r", [row.cells[j] for row in t.rows]
+        texts = [_cell(c, len(t.columns) > MANY) for c in cells]
+        if side == "l" and any(len(str(c or "")) > LONG for c in cells):
+            broken = (x.replace(r"\_", r"\_\allowbreak{}") for x in texts)
+            texts = [f"{{\\raggedright {x}\\par}}" for x in broken]
+            sides += PROSE
+        else:
+            sides += side
+        lines = [x.translate(_TEX) for x in _head(head, HEAD)]
+        columns.append([_stacked(lines, side, "b"), *texts])
+    head, *rows = (" & ".join(line) for line in zip(*columns, strict=True))
+    gaps = sum(note.startswith(GAP) for note in t.notes)
+    partial = f"PARTIAL: {counted(gaps, 'gap')}" if gaps else ""
+    return render("table.tex.j2", t=t, sides=sides, head=head, rows=rows, partial=partial)
 
 
 def as_csv(t: Table) -> str:
@@ -364,13 +335,8 @@ def textual(t: Table, j: int) -> bool:
 
 def named(t: Table) -> list[tuple[str, Sequence[str]]]:
     """Return what a row is called, and its runs."""
-    rows = [row for row in t.rows if row.runs]
-    texts = [j for j in range(len(t.columns)) if textual(t, j)]
-    words = [
-        [str(row.cells[j]) for j in texts if row.cells[j] not in ("", "*", None)] for row in rows
-    ]
-    enough = 1 if len({w[0] for w in words}) == len(words) else 2
-    return [(", ".join(w[:enough]), row.runs) for w, row in zip(words, rows, strict=True)]
+    rows = (row for row in t.rows if row.runs)
+    return [(", ".join(c for c in row.cells[:2] if isinstance(c, str)), row.runs) for row in rows]
 
 
 def _md(c: Entry) -> str:
@@ -402,8 +368,6 @@ _TEX = str.maketrans(
         **{c: f"\\{c}" for c in "&%$#_{}"},
     }
 )
-BREAK, ALLOWED = r"\_", r"\allowbreak{}"
-"""An underscore, and what lets a line end behind it."""
 _NUMBER = re.compile(r"[-+]?[<]?[\d,]*\.?\d+(?:e[-+]?\d+)?")
 
 
@@ -429,7 +393,3 @@ def _stacked(lines: Sequence[str], side: str, at: str) -> str:
     if len(lines) < 2:
         return "".join(lines)
     return f"\\begin{{tabular}}[{at}]{{@{{}}{side}@{{}}}}" + r"\\".join(lines) + r"\end{tabular}"
-
-
-def _comment(text: str) -> str:
-    return " ".join(text.split())

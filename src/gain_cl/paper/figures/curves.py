@@ -90,10 +90,7 @@ def build(study: Study) -> Figure | None:
             axes.set_facecolor("#f6f6f6")
         else:
             style.zero(axes, across=True, linestyle=(0, (3, 2)))
-    learned = every[: len(matrices[0].trained)]
-    bounds = [x for axes in learned for x in axes.get_xlim()]
-    for axes in learned:
-        axes.set_xlim(min(bounds), max(bounds))
+            axes.set_xlim(-matrices[0].stages - 0.5, matrices[0].stages - 0.5)
     style.percent_axis(every[0], "y")
     text = "Change of perplexity\nfrom the pretrained model, %"
     figure.supylabel(text, multialignment="center", fontsize=style.TEXT)

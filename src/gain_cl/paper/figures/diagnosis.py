@@ -57,14 +57,15 @@ def build(found: Diagnostics) -> Figure:
             if layers and residual != [None] * len(layers):
                 chance = np.sqrt(1 - int(k) / layers[0].shape[0])
                 span.axhline(chance, color=colour, linewidth=0.8, linestyle=DASHED)
-    texts = ("||dW|| / ||W||", "share outside the\ntop k directions of W", "intruders")
+    texts = (
+        "||dW|| / ||W||",
+        "share outside the\ntop k directions of W\n(dotted: W, dashed: random)",
+        "intruders",
+    )
     for axes, text in zip(top[:, 0], texts, strict=True):
         axes.set_ylabel(text)
         axes.set_ylim(bottom=0)
-    last = top[1, -1]
-    for line, text in ((DASHED, "in random\ndirections"), (":", "W itself")):
-        last.plot([], [], color=style.SOFT, linewidth=0.9, linestyle=line, label=text)
-    for axes in (top[0, -1], last):
+    for axes in top[:2, -1]:
         axes.legend(fontsize=6.5, loc="center left", bbox_to_anchor=(1.0, 0.5))
     _heads(parts[1], end)
     return whole
@@ -81,20 +82,19 @@ def _line(axes: Any, layers: list[Layer], values: list[float | None], **look: An
 
 
 def _heads(figure: Any, end: Stage) -> None:
-    """Draw blocks from left to right, heads from top to bottom: drift of the gains, or else the
-    relative norm of a head's columns of dW."""
+    """Draw blocks from left to right, heads from top to bottom: the relative norm of a head's
+    columns of dW."""
     layers = [x for x in end.layers if x.heads is not None]
     if not layers:
         figure.suptitle("no attention output projection changed", color=style.SOFT)
         return
     axes = figure.subplots()
-    drift = all(x.gains is not None and x.gains.heads is not None for x in layers)
     cells = np.full((len(layers[0].heads or []), max((x.block or 0) for x in layers) + 1), np.nan)
     for x in layers:
-        cells[:, x.block or 0] = x.gains.heads if drift and x.gains else x.heads
+        cells[:, x.block or 0] = x.heads
     shown = axes.imshow(cells, cmap="cividis", aspect="auto", interpolation="nearest", vmin=0)
     axes.set_title(f"attention heads after stage {end.index} ({printable(layers[0].role)})")
     axes.set(xlabel="block", ylabel="head")
     axes.locator_params(integer=True)
     bar = figure.colorbar(shown, ax=axes, pad=0.02)
-    bar.set_label("mean |s - 1|" if drift else "||dW|| / ||W|| of its columns")
+    bar.set_label("||dW|| / ||W|| of its columns")

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib as mpl
 import numpy as np
-from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
 from gain_cl.measure import diagnosis
@@ -22,7 +19,7 @@ CAPTION = (
     "the ends are the least and the largest). Means over"
     " the blocks that were diagnosed; no intervals."
 )
-MOST = 4  # columns
+WIDE = 1.75  # inches of a column, where there are many
 
 
 class Map(NamedTuple):
@@ -36,12 +33,12 @@ class Map(NamedTuple):
     share: np.ndarray
 
 
-def maps(study: Study, results_dir: Path) -> list[Map]:
+def maps(study: Study) -> list[Map]:
     """Return the gains after the last stage, mean over the runs of a setting that were
     diagnosed."""
     found = []
     for s in study.chosen.values():
-        of = [diagnosis.load_diagnosis(results_dir, run.record.run_id) for run in s.runs.values()]
+        of = [diagnosis.load_diagnosis(r.path.parents[1], r.record.run_id) for r in s.runs.values()]
         roles: dict[str, dict[int, list[Gains]]] = {}
         for x in (x for d in of if d is not None and d.end is not None for x in d.end.layers):
             if x.gains is not None:
@@ -57,57 +54,42 @@ def maps(study: Study, results_dir: Path) -> list[Map]:
 
 
 @style.rules()
-def build(study: Study, results_dir: Path) -> Figure | None:
+def build(study: Study) -> Figure | None:
     """Return, for each chosen setting with gains and each role of its layers: mean |s - 1| in % by
     layer, and beneath it a map of layers by bins of s - 1, coloured by the share of the layer's
-    gains in %. Means over blocks, no intervals. None where no run that was diagnosed
-    (results_dir/diagnostics) has gains."""
-    found = maps(study, results_dir)
+    gains in %. Means over blocks, no intervals. None where no run that was diagnosed (diagnostics/
+    beside its record's folder) has gains."""
+    found = maps(study)
     if not found:
         return None
-    columns = min(len(found), MOST)
-    groups = -(-len(found) // columns)
-    figure = style.new(style.DOUBLE if columns > 1 else style.SINGLE, 3.4 * groups + 0.1)
-    grid = figure.add_gridspec(2 * groups, columns, height_ratios=[1, 2.2] * groups)
-    shades = LinearSegmentedColormap.from_list(
-        "share", list(mpl.colormaps["Blues"](np.linspace(0.12, 1.0, 255)))
-    )
+    columns = len(found)
+    width = max(style.DOUBLE, WIDE * columns) if columns > 1 else style.SINGLE
+    figure = style.new(width, 3.5)
+    shape: Any = {"squeeze": False, "sharex": "col", "sharey": "row", "height_ratios": [1, 2.2]}
+    top, low = figure.subplots(2, columns, **shape)
     most = max(float(m.share.max()) for m in found)
     used = np.flatnonzero(sum(m.share.sum(1) for m in found))
-    top: Any = None
-    drawn: list[Any] = []
-    for i, m in enumerate(found):
-        group, column = divmod(i, columns)
-        above = figure.add_subplot(grid[2 * group, column], sharey=top)
-        under = figure.add_subplot(grid[2 * group + 1, column], sharex=above)
-        top = top or above
+    for m, above, under in zip(found, top, low, strict=True):
         above.plot(m.blocks, 100 * m.drift, **style.look(study, m.setting.method), markersize=2.5)
         style.title(above, f"{m.setting.label}\n{m.role}", style.SMALL)
-        above.tick_params(labelbottom=False, labelleft=column == 0)
         edges = np.arange(m.blocks.min(), m.blocks.max() + 2) - 0.5
         cells = np.full((len(m.share), len(edges) - 1), np.nan)
         cells[:, m.blocks - m.blocks.min()] = 100 * np.where(m.share > 0, m.share, np.nan)
         shown = under.pcolormesh(
-            edges, np.arange(len(cells) + 1), cells, cmap=shades, vmin=0, vmax=100 * most
+            edges, np.arange(len(cells) + 1), cells, cmap="Blues", vmin=0, vmax=100 * most
         )
-        labelled = [k for k, e in enumerate(EDGES) if e == 1 or round(abs(e - 1), 6) >= 0.01]
-        under.set_yticks(
-            [k + 1 for k in labelled],
-            [style.signed(round(100 * (EDGES[k] - 1), 6)) for k in labelled],
-            fontsize=6,
-        )
-        under.set_ylim(max(used.min() - 0.5, 0), min(used.max() + 1.5, len(cells)))
         under.axhline(EDGES.index(1.0) + 1, color=style.SOFT, linewidth=0.5)
-        under.tick_params(labelleft=column == 0)
         under.locator_params(axis="x", integer=True, nbins=6, min_n_ticks=1)
         under.set_xlabel("Transformer block")
-        if column == 0:
-            above.set_ylabel("Mean |s − 1|, %")
-            under.set_ylabel("s − 1, %")
-        drawn.append(under)
-    top.set_ylim(bottom=0)
-    figure.align_ylabels([figure.axes[0], figure.axes[1]])
-    bar = figure.colorbar(shown, ax=drawn, pad=0.02, aspect=25)
+    labelled = [k for k, e in enumerate(EDGES) if e == 1 or round(abs(e - 1), 6) >= 0.01]
+    names = [style.signed(round(100 * (EDGES[k] - 1), 6)) for k in labelled]
+    low[0].set_yticks([k + 1 for k in labelled], names, fontsize=6)
+    low[0].set_ylim(max(used.min() - 0.5, 0), min(used.max() + 1.5, len(EDGES) + 1))
+    low[0].set_ylabel("s − 1, %")
+    top[0].set_ylabel("Mean |s − 1|, %")
+    top[0].set_ylim(bottom=0)
+    figure.align_ylabels([top[0], low[0]])
+    bar = figure.colorbar(shown, ax=list(low), pad=0.02, aspect=25)
     bar.set_label("Share of the layer's gains, %")
     bar.outline.set_visible(False)
     return style.finish(figure)

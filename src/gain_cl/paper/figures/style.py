@@ -7,7 +7,6 @@ import functools
 import io
 import math
 import re
-import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,10 +15,10 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator
 
 from gain_cl.errors import printable
-from gain_cl.stats.format import change
+from gain_cl.stats.format import change, counted
 from gain_cl.stats.matrix import Estimate
 from gain_cl.studies.study import Setting, Study
 
@@ -54,10 +53,13 @@ def finish(figure: Figure) -> Figure:
     return figure
 
 
-def partial(figure: Figure, gaps: str) -> None:
-    """Say on a finished figure that it lacks runs."""
-    look: dict[str, Any] = {"fontsize": SMALL, "color": "#b00020", "fontweight": "bold"}
-    figure.text(0.995, 0.005, f"PARTIAL: {gaps}", ha="right", va="bottom", gid="partial", **look)
+def partial(figure: Figure, gaps: int) -> Figure:
+    """Return a finished figure that says how many runs it lacks, if any."""
+    if gaps:
+        look: dict[str, Any] = {"fontsize": SMALL, "color": "#b00020", "fontweight": "bold"}
+        text = f"PARTIAL: {counted(gaps, 'gap')}"
+        figure.text(0.995, 0.005, text, ha="right", va="bottom", gid="partial", **look)
+    return figure
 
 
 def zero(axes: Any, across: bool = False, **look: Any) -> None:
@@ -81,16 +83,11 @@ def look(study: Study, method: str) -> dict[str, Any]:
 
 
 def name(text: str, width: int = 200) -> str:
-    """Return a name as it is drawn, in lines of so many characters at most: broken at spaces, else
-    after _, -, . or anywhere."""
-    lines: list[str] = []
-    words = printable(text).replace("\n", " ")
-    for line in textwrap.wrap(words, width, break_long_words=False, break_on_hyphens=False):
-        while len(line) > width:
-            at = max((line.rfind(c, 0, width) for c in "_-."), default=-1) + 1 or width
-            lines, line = [*lines, line[:at]], line[at:]
-        lines.append(line)
-    return "\n".join(lines)
+    """Return a name as it is drawn, in lines of so many characters at most: broken after a space,
+    _, -, ., else anywhere."""
+    pattern = rf".{{1,{width}}}(?:(?<=[ _.-])|$)|.{{1,{width}}}"
+    lines = re.findall(pattern, printable(text).replace("\n", " "))
+    return "\n".join(line.strip() for line in lines)
 
 
 def legend(figure: Figure, looks: dict[str, dict[str, Any]]) -> None:
@@ -188,23 +185,16 @@ def percent_axis(axes: Any, which: str, most: int = 6) -> None:
 
 def ticks_percent(bounds: tuple[float, float], most: int = 6) -> list[float]:
     """Return round changes of perplexity in % within the bounds: even steps where these look even,
-    else the roundest that are not too close in log loss."""
+    else round factors."""
     low, high = sorted(bounds)
     wide = math.log1p(high / 100) - math.log1p(low / 100)
     if wide < 1.1:
-        return [
-            float(t)
-            for t in MaxNLocator(most, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)
-            if low <= t <= high
-        ]
-    powers = (100 * 10.0**k for k in range(0, 300, max(1, round(wide / 2.3 / most))))
-    rough: list[float] = [0.0, *powers, -90, -99, -99.9, -50]
-    rough += [m * 10.0**k for k in range(2, 20) for m in (3, 2, 5)] + [50, -75, 25, -25]
-    found: list[float] = []
-    for t in (t for t in rough if low <= t <= high):
-        if all(abs(math.log1p(t / 100) - math.log1p(u / 100)) >= wide / most for u in found):
-            found.append(t)
-    return sorted(found)
+        steps = MaxNLocator(most, steps=[1, 2, 2.5, 5, 10])
+        ticks = np.asarray(steps.tick_values(low, high))
+    else:
+        factors = LogLocator(subs=(1, 2, 5) if wide < 6 else (1,))
+        ticks = 100 * np.asarray(factors.tick_values(1 + low / 100, 1 + high / 100)) - 100
+    return [round(float(t), 9) for t in ticks if low <= t <= high]
 
 
 def signed(x: float) -> str:

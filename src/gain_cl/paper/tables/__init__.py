@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 from gain_cl.paper.gather import Book
@@ -20,40 +19,21 @@ from gain_cl.paper.tables import (
     published,
     tasks,
 )
-from gain_cl.studies.study import Study
 
-Build = Callable[[dict[str, Study]], list[Table]]
-
-
-def of_each(build: Callable[[Study], list[Table]]) -> Build:
-    """Return the tables of each model, named after it where there are several."""
-
-    def every(studies: dict[str, Study]) -> list[Table]:
-        several = len(studies) > 1
-        return [
-            replace(t, name=f"{t.name}-{model}") if several else t
-            for model, study in studies.items()
-            for t in build(study)
-        ]
-
-    return every
-
-
-ALL: tuple[Build, ...] = (
-    *map(of_each, (main.build, endpoints.build, fronts.build, domains.build, blocks.build)),
-    of_each(tasks.build),
-    models.build,
-    parameters.build,
-    of_each(published.build),
-    matrix.build,
-)
+OF_EACH = (main, endpoints, fronts, domains, blocks, tasks, published)
+"""Those of each model, named after it where there are several."""
+ALL = (*OF_EACH[:-1], models, parameters, published, matrix)
 
 
 def build_tables(book: Book) -> list[Table]:
     """Return every table that the experiment has something for."""
-    gaps = [f"{GAP}{gap}" for gap in book.gaps]
-    return [
-        replace(table, notes=[*table.notes, *gaps])
-        for build in ALL
-        for table in build(book.studies)
-    ]
+    gaps, several = [f"{GAP}{gap}" for gap in book.gaps], len(book.studies) > 1
+    found: list[Table] = []
+    for module in ALL:
+        if module not in OF_EACH:
+            found += module.build(book.studies)
+            continue
+        for model, study in book.studies.items():
+            named = f"-{model}" if several else ""
+            found += (replace(t, name=f"{t.name}{named}") for t in module.build(study))
+    return [replace(t, notes=[*t.notes, *gaps]) for t in found]

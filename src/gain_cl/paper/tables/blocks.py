@@ -31,4 +31,4 @@ def build(study: Study) -> list[Table]:
     differences = [f"{h} minus {study.reference} %" for h in ("own step", "backward")]
     heads = ["block", "method", *(f"{h} %" for h in SHOWN.values()), *differences]
     title = f"{study.model}: every block (seed and order of the domains)"
-    return [Table("blocks", title, heads, rows, order, True)]
+    return [Table("blocks", title, heads, rows, order)]

@@ -101,9 +101,8 @@ def entry(loss: float, change_nats: float, learned: bool) -> Value:
 
 def colour(change_nats: float, learned: bool) -> str:
     """Return blue where perplexity fell since stage 0 and orange where it rose, which colour-blind
-    readers can tell apart: stronger from 10%, none within 1%; bold where the domain was learned."""
+    readers can tell apart: none within 1%; bold where the domain was learned."""
     weight = "bold " if learned else ""
     if not math.isfinite(change_nats) or abs(change_nats) < 0.01:
         return weight + "default"
-    pair = (33, 202) if abs(change_nats) >= 0.1 else (31, 172)
-    return f"{weight}color({pair[bool(change_nats > 0)]})"
+    return f"{weight}color({33 if change_nats < 0 else 202})"

@@ -22,4 +22,4 @@ def build(studies: dict[str, Study]) -> list[Table]:
         "Perplexities of models with other tokenizers cannot be compared; methods are "
         "compared within a model."
     ]
-    return [Table("models", "Methods at their chosen settings, by model", heads, rows, notes, True)]
+    return [Table("models", "Methods at their chosen settings, by model", heads, rows, notes)]

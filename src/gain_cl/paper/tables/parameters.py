@@ -17,4 +17,4 @@ def build(studies: dict[str, Study]) -> list[Table]:
             numbers = [Value(x, write=count) for x in (trains, total)]
             rows.append(Row([model, s.method, *numbers, share], s.ids, i == 0))
     heads = ["model", "method", "trains", "of", "%"]
-    return [Table("parameters", "Trained parameters", heads, rows, grouped=True)]
+    return [Table("parameters", "Trained parameters", heads, rows)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from gain_cl.measure.record import Run
-from gain_cl.paper.table import Entry, Row, Table, Value, count, nats, p_value, plain
+from gain_cl.paper.table import Entry, Row, Table, Value, count, nats, p_value, plain, valued
 from gain_cl.stats import answers, inference
 from gain_cl.studies.study import Study
 
@@ -47,17 +47,15 @@ def build(study: Study) -> list[Table]:
 
 def _numbers(run: Run, task: str) -> list[Entry]:
     ends = [run.record.stages[0].index, run.record.stages[-1].index]
-    before, after = (answers.answers(run.items, task, i) for i in ends)
-    f = answers.flips(run.items, task, *ends)
-    found = answers.change(run.items, task, *ends)
-    auc, base, change = found.get("auc"), answers.auc(before), found["margin"]
+    before, after = (answers.level(run.items, task, i) for i in ends)
+    change, f = answers.change(run.items, task, *ends), answers.flips(run.items, task, *ends)
     return [
-        Value(len(before.gold), write=count),
-        *(Value(float(100 * answers.correct(x).mean()), write=plain(1)) for x in (before, after)),
+        Value(f.items, write=count),
+        *(Value(100 * x["accuracy"].value, write=plain(1)) for x in (before, after)),
         *(Value(x, write=count) for x in (f.lost, f.gained)),
         Value(inference.mcnemar(f.lost, f.gained), write=p_value),
-        None if base is None else Value(base, write=plain(3)),
-        None if auc is None else Value(auc.value, auc.low, auc.high, nats),
-        *(Value(float(answers.margin(x).mean()), write=nats) for x in (before, after)),
-        Value(change.value, change.low, change.high, nats),
+        Value(before["auc"].value, write=plain(3)) if "auc" in before else None,
+        valued(change["auc"], nats) if "auc" in change else None,
+        *(Value(x["margin"].value, write=nats) for x in (before, after)),
+        valued(change["margin"], nats),
     ]
