@@ -7,7 +7,8 @@ import math
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+from matplotlib.figure import Figure
 
 from gain_cl.errors import DataError
 from gain_cl.measure.record import Run
@@ -21,9 +22,6 @@ from gain_cl.stats.matrix import summary
 from gain_cl.studies import verdicts
 from gain_cl.studies.study import Compared, Setting, Study, difference, level, loss_matrix
 from gain_cl.system import files
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 Files = dict[str, bytes]
 """Name below the folder -> content."""

@@ -5,9 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from gain_cl.config.schema import RunConfig
 from gain_cl.errors import DataError, GainError
 from gain_cl.measure import provenance, record
 from gain_cl.measure.record import Run
@@ -53,7 +51,7 @@ def gather(
         name = f"{c.model} {c.label} block {c.block}"
         try:
             run = record.load(c.record) if c.state == "done" else None
-            if fault := _absent(c) if run is None else _fault(run, c):
+            if fault := c.state if run is None else _fault(run, c):
                 gaps.append(f"{name} is {fault} ({c.run_id})")
             elif run is not None:
                 runs[c.run_id] = run
@@ -62,7 +60,7 @@ def gather(
     for model in dict.fromkeys(c.model for c in planned):
         mine = [runs[c.run_id].record for c in planned if c.model == model and c.run_id in runs]
         for what, _, odd, value in unlike(mine, COMPUTED):
-            gaps.append(f"mixed {what}: {odd.run_id} has {_words(value)}")
+            gaps.append(f"mixed {what}: {odd.run_id} has {value}")
             del runs[odd.run_id]
     if gaps and not partial:
         several = f"; {len(gaps) - 5} more" if len(gaps) > 5 else ""
@@ -99,30 +97,3 @@ def _fault(run: Run, planned: Planned) -> str | None:
             f"stale: of numerics {r.provenance['numerics']}, this program has {provenance.NUMERICS}"
         )
     return None
-
-
-def _absent(c: Planned) -> str:
-    """Return missing, failed, ...; stale, where the same settings were run with other data, model
-    files or numerics."""
-    for path in sorted(c.record.parent.glob(f"{c.run_id.rpartition('-')[0]}-*.json")):
-        try:
-            other = record.load(path).record
-        except GainError:
-            continue
-        same = _settings(other.config) == _settings(c.config.model_dump(mode="json"))
-        if other.interpolated is None and same:
-            return f"stale: {other.run_id} was made of other data, model files or numerics"
-    return c.state
-
-
-def _settings(config: dict[str, Any]) -> Any:
-    try:
-        return RunConfig.model_validate(config).scientific()
-    except ValueError:
-        return config
-
-
-def _words(value: Any) -> str:
-    return (
-        ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
-    )

@@ -15,7 +15,6 @@ from gain_cl.paper.table import html, of, render
 from gain_cl.runs import heatmap
 from gain_cl.stats import format
 from gain_cl.studies import verdicts
-from gain_cl.studies.study import Study, lower_is_better
 
 
 def page(book: Book) -> bytes:
@@ -27,7 +26,14 @@ def page(book: Book) -> bytes:
     text = render(
         "report.html.j2",
         experiment=book.experiment,
-        studies=[(study, verdicts.positive_control(study), _judged(study)) for study in studies],
+        studies=[
+            (
+                study,
+                verdicts.positive_control(study),
+                [(j, of(j.endpoint.metric, j.compared)) for j in verdicts.judge(study)],
+            )
+            for study in studies
+        ],
         tokens=tables.published.tokens,
         format=format,
         demonstration=show.demonstration([run.record for run in book.runs.values()]),
@@ -44,18 +50,6 @@ def page(book: Book) -> bytes:
         notes=list(dict.fromkeys(note for study in studies for note in study.notes)),
     )
     return text.encode()
-
-
-def _judged(study: Study) -> list[tuple[verdicts.Judged, str]]:
-    """Return every endpoint with its value and unit."""
-    found = []
-    for j in verdicts.judge(study):
-        metric = j.endpoint.metric
-        value = of(metric, j.compared)
-        unit = "nats" if metric.startswith("margin") else "points"
-        unit = "%" if lower_is_better(metric) else unit
-        found.append((j, "not measured" if value is None else f"{value.text()} {unit}"))
-    return found
 
 
 def _figure(name: str, caption: str, figure: Any) -> dict[str, str]:

@@ -244,9 +244,7 @@ def _cost(r: RunRecord) -> str:
         "scoring": sum(s.eval_seconds for s in r.stages),
         "tasks": sum(s.task_seconds for s in r.stages),
     }
-    times = ", ".join(
-        f"{what} {format.duration(x)}" for what, x in parts.items() if x or what != "tasks"
-    )
+    times = ", ".join(f"{what} {format.duration(x)}" for what, x in parts.items())
     if isinstance(whole, int | float):
         times = f"{format.duration(float(whole))} ({times})"
     return (

@@ -41,10 +41,9 @@ from gain_cl.system.terminal import console, printable
 GAP = "GAP: "
 """Begins a note on a run that is not in the table."""
 
-HEAD, LONG, PROSE, MANY, NARROW = 11, 24, "p{2.6cm}", 8, 16
+HEAD, LONG, PROSE, NARROW = 11, 24, "p{2.6cm}", 16
 """Widths. HEAD: characters in a line of a head. LONG: a column of text with more characters than
-this is set as PROSE in LaTeX. MANY: with more columns than this, LaTeX puts intervals below their
-numbers. NARROW: a terminal breaks a column of text no narrower than this."""
+this is set as PROSE in LaTeX. NARROW: a terminal breaks a column of text no narrower than this."""
 
 
 @dataclass(frozen=True)
@@ -185,17 +184,15 @@ def print_table(t: Table, out: Console | None = None) -> None:
         say(t.title, out=out)
     cells = [row.cells for row in t.rows]
     every = [j for j in range(len(t.columns)) if not j or any(c[j] != "" for c in cells)]
-    shown, least = _shown(t, every, True)
-    parts = [shown]
-    if least > out.width:
+    groups, beside = [every], _shown(t, every, True)[1] <= out.width
+    if not beside:
         groups = [every[:1]]
         for j in every[1:]:
             if len(groups[-1]) > 1 and _shown(t, [*groups[-1], j], False)[1] > out.width:
                 groups.append(every[:1])
             groups[-1].append(j)
-        parts = [_shown(t, group, False)[0] for group in groups]
-    for part in parts:
-        out.print(part)
+    for group in groups:
+        out.print(_shown(t, group, beside)[0])
         out.print()
     for note in t.notes:
         out.print(Text(printable(note)), style="dim")
@@ -279,7 +276,7 @@ def latex(t: Table) -> str:
     columns, sides = [], ""
     for j, head in enumerate(t.columns):
         side, cells = "l" if textual(t, j) else "r", [row.cells[j] for row in t.rows]
-        texts = [_cell(c, len(t.columns) > MANY) for c in cells]
+        texts = [_cell(c) for c in cells]
         if side == "l" and any(len(str(c or "")) > LONG for c in cells):
             broken = (x.replace(r"\_", r"\_\allowbreak{}") for x in texts)
             texts = [f"{{\\raggedright {x}\\par}}" for x in broken]
@@ -377,14 +374,13 @@ def _math(text: str, bold: bool = False) -> str:
     return _NUMBER.sub(lambda m: left + m.group().replace(",", "{,}") + right, text)
 
 
-def _cell(c: Entry, narrow: bool) -> str:
-    """Return a number above its interval, narrow: above the interval's ends."""
+def _cell(c: Entry) -> str:
+    """Return a number above its interval, or text."""
     if not isinstance(c, Value):
         return "--" if c is None else str(c).translate(_TEX)
     if c.shown == "-":
         return "--"
-    ends = c.between.replace(" to ", " to|", narrow).split("|") if c.between else []
-    below = (f"\\scriptsize {_math(end)}" for end in ends)
+    below = [f"\\scriptsize {_math(c.between)}"] if c.between else []
     return _stacked([_math(c.shown, c.bold), *below], "r", "t")
 
 

@@ -86,7 +86,6 @@ def build(study: Study) -> Figure | None:
         style.zero(axes, across=True)
         axes.axhline(len(names) - 1.5, color=style.FAINT, linewidth=0.6, zorder=0)
         style.title(axes, label, style.SMALL)
-        axes.tick_params(axis="y", length=0)
         axes.tick_params(axis="x", labelbottom=i + columns >= len(panels))
     every[0].set_yticks(range(len(names)), [style.name(n, 24) for n in names])
     every[0].set_ylim(len(names) - 0.4, -0.6)

@@ -33,7 +33,6 @@ class Scored(NamedTuple):
 
     stages: dict[int, Estimate]
     blocks: int
-    items: int
 
 
 def by_stage(run: Run, task: str) -> dict[int, np.ndarray]:
@@ -56,7 +55,7 @@ def margins(setting: Setting, task: str) -> Scored | None:
         if change is not None:
             alone = Estimate(base, np.nan, np.nan, len(there[0][0]))
             stages[t] = change.estimate.map(partial(add, base)) if t else alone
-    return Scored(stages, len(of), len(of[0][0])) if of else None
+    return Scored(stages, len(of)) if of else None
 
 
 @style.rules()
@@ -79,14 +78,13 @@ def build(study: Study) -> Figure | None:
     for axes, (task, found) in zip(every, lines.items(), strict=True):
         last = max(max(of.stages) for _, of in found)
         style.courses(axes, study, [(s, of.stages) for s, of in found], longest=math.inf)
-        base = found[0][1].stages[0].value
-        axes.axhline(base, color=style.SOFT, linewidth=0.6, linestyle=":", zorder=0)
+        base = found[0][1].stages[0]
+        axes.axhline(base.value, color=style.SOFT, linewidth=0.6, linestyle=":", zorder=0)
         axes.set_xlim(-0.5, last + 0.5)
         axes.set_xticks(range(0, last + 1, math.ceil((last + 1) / 9)))
-        axes.locator_params(axis="y", nbins=6)
         blocks = max(of.blocks for _, of in found)
         several = f", {blocks} of {len(study.blocks)} blocks" if len(study.blocks) > 1 else ""
-        style.title(axes, f"{task}, {found[0][1].items} items{several}")
+        style.title(axes, f"{task}, {base.n} items{several}")
         axes.set_xlabel("Stage (0: pretrained)")
     every[0].set_ylabel("Mean margin, nats")
     style.legend(figure, shown)

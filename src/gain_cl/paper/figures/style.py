@@ -25,7 +25,7 @@ from gain_cl.studies.study import Setting, Study
 SINGLE, DOUBLE = 3.4, 7.0
 """Width of a figure in inches: one column of text, or two."""
 TEXT, SMALL = 8, 7  # points
-INK, SOFT, FAINT, PAPER = "#1a1a1a", "#5f5f5f", "#d9d9d9", "#ffffff"
+SOFT, FAINT, PAPER = "#5f5f5f", "#d9d9d9", "#ffffff"
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#7f7f7f")
 """Okabe and Ito's, which colour-blind readers can tell apart; grey for their yellow, which is too
@@ -125,10 +125,7 @@ def grid(figure: Figure, panels: int, **shared: Any) -> list[Any]:
 def title(axes: Any, text: str, size: float = TEXT) -> None:
     """Write over a panel, in lines that fit its width."""
     room = axes.figure.get_figwidth() / axes.get_gridspec().ncols - 0.4  # inches
-    axes.set_title(
-        "\n".join(name(line, int(room / (0.6 * size / 72))) for line in text.split("\n")),
-        fontsize=size,
-    )
+    axes.set_title(name(text, int(room / (0.6 * size / 72))), fontsize=size)
 
 
 # --- values ---------------------------------------------------------------------------------------

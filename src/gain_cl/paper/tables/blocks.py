@@ -20,11 +20,11 @@ def build(study: Study) -> list[Table]:
     for block in study.blocks:
         there = [s for s in study.chosen.values() if block in s.runs]
         for s in there:
-            values = [s.value(m, block) for m in SHOWN]
+            values = {m: s.value(m, block) for m in SHOWN}
             less: list[float] = [math.nan] * 2
             if reference is not None and s is not reference and block in reference.runs:
-                less = [x - reference.value(m, block) for m, x in zip(SHOWN, values, strict=True)]
-            cells = map(change_of, (*values, *less[:2]))
+                less = [values[m] - reference.value(m, block) for m in ("own_step", "backward")]
+            cells = map(change_of, (*values.values(), *less))
             run_id = s.runs[block].record.run_id
             rows.append(Row([str(block[0]), s.label, *cells], [run_id], s is there[0]))
     order = [f"Block {seed}, seed {seed}: {', '.join(order)}." for seed, order in study.blocks]

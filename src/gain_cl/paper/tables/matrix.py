@@ -102,7 +102,6 @@ def entry(loss: float, change_nats: float, learned: bool) -> Value:
 def colour(change_nats: float, learned: bool) -> str:
     """Return blue where perplexity fell since stage 0 and orange where it rose, which colour-blind
     readers can tell apart: none within 1%; bold where the domain was learned."""
-    weight = "bold " if learned else ""
-    if not math.isfinite(change_nats) or abs(change_nats) < 0.01:
-        return weight + "default"
-    return f"{weight}color({33 if change_nats < 0 else 202})"
+    fell = "color(33)" if change_nats < 0 else "color(202)"
+    seen = math.isfinite(change_nats) and abs(change_nats) >= 0.01
+    return f"{'bold ' if learned else ''}{fell if seen else 'default'}"

@@ -47,15 +47,14 @@ def build(study: Study) -> list[Table]:
         "the pretrained one is not known: both are here.",
     ]
 
-    def row(words: Sequence[str], values: Sequence[Entry], *settings: Setting) -> Row:
-        pad: list[Entry] = [None] * (2 - len(values))
-        return Row([*words, *values, *pad], [r for s in settings for r in s.ids])
+    def row(words: Sequence[str], values: Sequence[Entry], settings: Sequence[Setting]) -> Row:
+        return Row([*words, *values, None][:6], [r for s in settings for r in s.ids])
 
     rows = []
     for metric, words in LEVELS.items():
         found = [of(metric, level(s, metric), blocks=len(s.runs)) for s in both]
         if metric != "accuracy:boolq" or found[0] is not None:
-            rows.append(row((*words, STATUS), found, *both))
+            rows.append(row((*words, STATUS), found, both))
     for method, (text, said) in MATCHED.items():
         if method in study.chosen:
             match = equal.match_skill(study, gain.method, method)
@@ -63,11 +62,11 @@ def build(study: Study) -> list[Table]:
                 notes.append(f"{text}: {match.reason}.")
             value = None if match.reason else percent(equal.interval_of(match))
             sides = [*study.of(gain.method), *study.of(method)]
-            rows.append(row((text, said, "-", STATUS), [value], *sides))
+            rows.append(row((text, said, "-", STATUS), [value, None], sides))
     trained: list[Entry] = [Value(parameters(s), write=count) for s in both]
     status = f"{STATUS}; GPT-2 Large: deduced from the counts"
     what = ("trained parameters", "46K to 230K (GPT-2 Large)", "-", status)
-    rows.append(row(what, trained, *both))
+    rows.append(row(what, trained, both))
     heads = ["what", "GAIN, published", "LoRA, published", "status"]
     heads += [f"{gain.label}, ours", f"{lora.label if lora else 'lora'}, ours"]
     title = f"{study.model}: ours beside the published headline numbers"
