@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import re
 from collections.abc import Iterable
@@ -225,7 +224,8 @@ def _pairs(study: Study) -> list[tuple[Setting, Setting]]:
     """Return every two chosen settings: the reference second, else the one that is named later
     first."""
     ordered = sorted(study.chosen.values(), key=lambda s: s.method != study.reference)
-    return [(b, a) for a, b in itertools.combinations(ordered, 2)]
+    pairs = [(a, b) for i, a in enumerate(ordered) for b in ordered[:i]]
+    return sorted(pairs, key=lambda pair: pair[1].method != study.reference)
 
 
 _DIGITS = ["Zero", "One", "Two", "Three", "Four", "Five", "Six", "Seven", "Eight", "Nine"]

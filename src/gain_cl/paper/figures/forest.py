@@ -89,7 +89,7 @@ def build(study: Study) -> Figure | None:
         axes.tick_params(axis="x", labelbottom=i + columns >= len(panels))
     every[0].set_yticks(range(len(names)), [style.name(n, 24) for n in names])
     every[0].set_ylim(len(names) - 0.4, -0.6)
-    style.percent_axis(every[0], "x", most=6 if columns > 2 else 8)
+    style.percent_axis(every[0], "x")
     text = (
         "Difference of backward change, % of perplexity\n(below 0: forgets less than "
         f"{style.name(reference.label, 60)})"

@@ -63,8 +63,7 @@ def build(study: Study) -> Figure | None:
     if not found:
         return None
     columns = len(found)
-    width = max(style.DOUBLE, WIDE * columns) if columns > 1 else style.SINGLE
-    figure = style.new(width, 3.5)
+    figure = style.new(max(style.DOUBLE, WIDE * columns), 3.5)
     shape: Any = {"squeeze": False, "sharex": "col", "sharey": "row", "height_ratios": [1, 2.2]}
     top, low = figure.subplots(2, columns, **shape)
     most = max(float(m.share.max()) for m in found)
@@ -76,7 +75,7 @@ def build(study: Study) -> Figure | None:
         cells = np.full((len(m.share), len(edges) - 1), np.nan)
         cells[:, m.blocks - m.blocks.min()] = 100 * np.where(m.share > 0, m.share, np.nan)
         shown = under.pcolormesh(
-            edges, np.arange(len(cells) + 1), cells, cmap="Blues", vmin=0, vmax=100 * most
+            edges, np.arange(len(cells) + 1), cells, cmap="YlGnBu", vmin=0, vmax=100 * most
         )
         under.axhline(EDGES.index(1.0) + 1, color=style.SOFT, linewidth=0.5)
         under.locator_params(axis="x", integer=True, nbins=6, min_n_ticks=1)
