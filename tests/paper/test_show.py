@@ -148,7 +148,7 @@ def test_summary_in_percent_and_nats(run: record.Run) -> None:
 def test_forgetting_by_stages_since_learned(run: record.Run, tmp_path: Path) -> None:
     m = matrix.LossMatrix.from_documents(run.documents, run.record.trained, run.record.controls)
     text = printed(run).split("by stages since a domain was learned")[1]
-    rows = [bare(x).split() for x in text.splitlines()[3:10]]
+    rows = [bare(x).split() for x in text.splitlines()[4:11]]
     for age, row in enumerate(rows, start=1):
         e = m.estimate(matrix.forgetting_by_age(m)[age])
         assert [int(x) for x in row[:3]] == [age, 8 - age, 32 * (8 - age)]
