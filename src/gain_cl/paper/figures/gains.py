@@ -70,7 +70,7 @@ def build(study: Study) -> Figure | None:
     used = np.flatnonzero(sum(m.share.sum(1) for m in found))
     for m, above, under in zip(found, top, low, strict=True):
         above.plot(m.blocks, 100 * m.drift, **style.look(study, m.setting.method), markersize=2.5)
-        style.title(above, f"{m.setting.label} {m.role}", style.SMALL)
+        style.title(above, f"{m.setting.label}\n{m.role}", style.SMALL)
         edges = np.arange(m.blocks.min(), m.blocks.max() + 2) - 0.5
         cells = np.full((len(m.share), len(edges) - 1), np.nan)
         cells[:, m.blocks - m.blocks.min()] = 100 * np.where(m.share > 0, m.share, np.nan)

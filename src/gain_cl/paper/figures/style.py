@@ -85,9 +85,8 @@ def look(study: Study, method: str) -> dict[str, Any]:
 def name(text: str, width: int = 200) -> str:
     """Return a name as it is drawn, in lines of so many characters at most: broken after a space,
     _, -, ., else anywhere."""
-    pattern = rf".{{1,{width}}}(?:(?<=[ _.-])|$)|.{{1,{width}}}"
-    lines = re.findall(pattern, printable(text).replace("\n", " "))
-    return "\n".join(line.strip() for line in lines)
+    pattern = rf"(?m).{{1,{width}}}(?:(?<=[ _.-])|$)|.{{1,{width}}}"
+    return "\n".join(line.strip() for line in re.findall(pattern, printable(text)))
 
 
 def legend(figure: Figure, looks: dict[str, dict[str, Any]]) -> None:
