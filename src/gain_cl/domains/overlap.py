@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+from numpy.lib.stride_tricks import sliding_window_view
 from scipy import sparse
 
 from gain_cl.config import schema
@@ -166,24 +167,13 @@ def ngrams(words: np.ndarray, offsets: np.ndarray, n: int) -> tuple[np.ndarray, 
     words: word hashes [W] uint32; offsets [D+1]: where each document begins and the last ends.
     """
     documents = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
-    count = len(words) - n + 1
-    if count <= 0:
+    if len(words) < n:
         return np.empty(0, np.uint64), np.empty(0, np.int64)
-    mixed = _mix(words)
-    total = mixed[:count].copy()
-    for k in range(1, n):  # a polynomial modulo 2**64 in an odd number
-        total *= np.uint64(0x9E3779B97F4A7C15)
-        total += mixed[k : k + count]
-    within = documents[:count] == documents[n - 1 :]
-    return total[within], documents[:count][within]
-
-
-def _mix(words: np.ndarray) -> np.ndarray:
-    """Return splitmix64 of each word: sums of unmixed 32-bit numbers would collide."""
-    x = words.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return np.asarray(x ^ (x >> np.uint64(31)))
+    # A polynomial modulo 2**64 in an odd number, of words whose 32 bits are mixed into 64.
+    powers = np.uint64(0x9E3779B97F4A7C15) ** np.arange(n, dtype=np.uint64)
+    total = sliding_window_view(pd.util.hash_array(words), n) @ powers
+    within = documents[: len(total)] == documents[n - 1 :]
+    return total[within], documents[: len(total)][within]
 
 
 def _training(

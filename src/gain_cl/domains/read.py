@@ -116,7 +116,11 @@ def documents(domain: Domain) -> Iterator[Document]:
     elif isinstance(source, HubSource):
         yield from _hub_documents(source)
     elif isinstance(source, FilesSource):
-        yield from _local_documents(source)
+        path = Path(source.path).expanduser()
+        for file in _files(path):
+            for document in _file_documents(file, source, single=file == path):
+                if plain(document).strip():
+                    yield document
     else:
         yield from generate.generate(source.seed, source.documents)
 
@@ -141,7 +145,9 @@ def collect_documents(domain: Domain) -> list[tuple[str, Document]]:
             kept[key] = texts[key]
         texts = kept
     if not texts:
-        raise DataError("no document with text in it", f"domain {domain.name}", "check the source")
+        where = getattr(domain.source, "path", f"domain {domain.name}")
+        what = "there is no text in it: empty, or blank documents only"
+        raise DataError(what, where, "check the file or the source")
     return sorted(texts.items())
 
 
@@ -184,20 +190,6 @@ def _unreadable(error: OSError, path: Path) -> DataError:
     """Return the error of a local file that cannot be read."""
     do = "check the path and its permissions"
     return DataError(f"cannot read: {error.strerror}", str(path), do)
-
-
-def _local_documents(source: FilesSource) -> Iterator[Document]:
-    """Yield the documents of local files, without blank ones. DataError: there are none."""
-    path = Path(source.path).expanduser()
-    blank = True
-    for file in _files(path):
-        for text in _file_documents(file, source, single=file == path):
-            if plain(text).strip():
-                blank = False
-                yield text
-    if blank:
-        what = "there is no text in it: empty, or blank documents only"
-        raise DataError(what, str(path), "check the file")
 
 
 def _file_documents(file: Path, source: FilesSource, single: bool) -> Iterator[Document]:
@@ -341,18 +333,10 @@ def _rows(file: Path, columns: list[str], do: str) -> Iterator[tuple[str, dict[s
 
 def _json_rows(lines: io.BufferedReader, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield (file and line, object) of JSON lines. Blank lines are skipped."""
-    offset, do = 0, "each line is one JSON object"
+    do = "each line is one JSON object"
     for number, data in enumerate(lines, 1):
         where = f"{name} line {number}"
-        if number == 1 and data[:2] in (b"\x1f\x8b", b"\xff\xfe", b"\xfe\xff"):
-            decode(data, name)  # raises
-        try:
-            line = data.decode("utf-8-sig" if number == 1 else "utf-8")
-        except UnicodeDecodeError as error:
-            what = f"byte 0x{data[error.start]:02x} at offset {offset + error.start} is not UTF-8"
-            raise DataError(what, where, "convert the file to UTF-8") from None
-        offset += len(data)
-        if not line.strip():
+        if not (line := decode(data, where)).strip():
             continue
         try:
             row = json.loads(line)

@@ -53,21 +53,15 @@ def law(members: Members) -> Iterator[str]:
     seen: set[int] = set()
     for _, data in members:
         text = data.decode("utf-8", errors="replace").replace("\r\n", "\n")
-        front = re.match(r"---\n(.*?)\n---\n", text, flags=re.DOTALL)
-        if front:
-            if re.search(r"^language:(?!\s*en\s*$)", front[1], flags=re.MULTILINE):
+        if front := re.match(r"(?s)---\n(.*?)\n---\n", text):
+            if re.search(r"(?m)^language:(?!\s*en\s*$)", front[1]):
                 continue
             text = text[front.end() :]
         # Without comment frames and rules.
-        text = clean_text(
-            "\n".join(
-                " ".join(line.lstrip(" \t*#=_/+|-").rstrip(" \t*#=_+|-").split())
-                for line in text.split("\n")
-            )
-        )
-        if not 1200 <= len(text.encode()) <= 60_000 or len(
-            text.encode("ascii", "ignore")
-        ) < 0.97 * len(text):
+        bare = (re.sub(r"^[ \t*#=_/+|-]+|[ \t*#=_+|-]+$", "", line) for line in text.split("\n"))
+        text = clean_text("\n".join(" ".join(line.split()) for line in bare))
+        ascii_share = len(text.encode("ascii", "ignore")) / max(1, len(text))
+        if not 1200 <= len(text.encode()) <= 60_000 or ascii_share < 0.97:
             continue
         words = re.findall(r"[a-z0-9]+", text.lower())
         # Their hashes are enough, whatever the seed of hash: two would have to collide.
@@ -91,12 +85,9 @@ def maths(members: Members) -> Iterator[str]:
     problems: dict[str, str] = {}
     for doc in _request_docs(members):
         problems.setdefault(doc["problem"].strip(), doc["solution"].strip())
-    for problem, solution in problems.items():
-        solution = re.sub(
-            r"\[asy\].*?\[/asy\]", "", solution, flags=re.DOTALL
-        )  # drawings as program text
-        problem = re.sub(r"\[asy\].*?\[/asy\]", "", problem, flags=re.DOTALL)
-        yield clean_text(f"Problem. {problem.strip()}\n\nSolution. {solution.strip()}")
+    for both in problems.items():  # without drawings as program text
+        problem, solution = (re.sub(r"(?s)\[asy\].*?\[/asy\]", "", t).strip() for t in both)
+        yield clean_text(f"Problem. {problem}\n\nSolution. {solution}")
 
 
 def news(members: Members) -> Iterator[str]:
@@ -113,8 +104,8 @@ _HOLES = re.compile(r"INLINEFORM\d+|DISPLAYFORM\d+|\$\$|\{[\w., ]+\}@|@\w+\.\w")
 _CITATIONS = re.compile(r"\s*\(?\s*(?:BIBREF\d+(?:\s*[,;]\s*)?)+\s*\)?")
 _NOUNS = {"SEC": "the section", "FIG": "the figure", "TAB": "the table", "EQ": "the equation"}
 _REFERENCES = re.compile(
-    r"(?:\b(Sections?|Figures?|Fig\.?|Tables?|Equations?|Eq\.?|Appendix|Algorithm)\s+)?(SEC|FIG|TAB|EQ)REF\d+",
-    re.I,
+    r"(?i)(?:\b(Sections?|Figures?|Fig\.?|Tables?|Equations?|Eq\.?|Appendix|Algorithm)\s+)?"
+    r"(SEC|FIG|TAB|EQ)REF\d+"
 )
 
 
@@ -126,12 +117,10 @@ def science(members: Members) -> Iterator[str]:
         parts = [title, _paper_paragraph(doc["abstract"])]
         full = doc["full_text"]
         for heading, paragraphs in zip(full["section_name"], full["paragraphs"], strict=True):
-            if re.match(r"acknowledg", heading or "", re.I):
+            if re.match("(?i)acknowledg", heading or ""):
                 continue
-            kept = [
-                _paper_paragraph(p) for p in paragraphs if len(p) >= 80 and not _HOLES.search(p)
-            ]
-            kept = [p for p in kept if p[:200] != doc["abstract"][:200]]
+            whole = (p for p in paragraphs if len(p) >= 80 and not _HOLES.search(p))
+            kept = [p for p in map(_paper_paragraph, whole) if p[:200] != doc["abstract"][:200]]
             if kept:
                 last = _paper_paragraph((heading or "").split(":::")[-1]).strip()
                 parts += [last] if last else []
@@ -142,9 +131,8 @@ def science(members: Members) -> Iterator[str]:
 def _paper_paragraph(text: str) -> str:
     """Return a paragraph without the marks that stand for citations. References to numbered parts
     lose the number."""
-    text = _CITATIONS.sub(
-        lambda m: " " if m[0].endswith(" ") else "", re.sub(r"@!(START|END)@", "", text)
-    )
+    text = re.sub("@!(START|END)@", "", text)
+    text = _CITATIONS.sub(lambda m: " " if m[0].endswith(" ") else "", text)
     text = _REFERENCES.sub(lambda m: m[1] or _NOUNS[m[2].upper()], text)
     return re.sub(r"\s+([,.;:)])", r"\1", text)
 
@@ -163,9 +151,8 @@ def scripture(members: Members) -> Iterator[str]:
         verses: list[str] = []
         # A number, a point and a space start a verse; numbers within verses are spelt out in this
         # text.
-        for number, verse in re.findall(
-            r"(?:^|(?<=\s))(\d{1,3})\. (.*?)(?=\s\d{1,3}\. |\Z)", text, flags=re.DOTALL
-        ):
+        shape = r"(?s)(?:^|(?<=\s))(\d{1,3})\. (.*?)(?=\s\d{1,3}\. |\Z)"
+        for number, verse in re.findall(shape, text):
             if int(number) == 1 and verses:
                 yield clean_text("\n".join(verses))
                 verses = []
@@ -179,21 +166,13 @@ def geography(members: Members) -> Iterator[str]:
     for _, data in members:
         country = json.loads(data)
         lines: list[str] = []
-        name = (
-            country.get("Government", {})
-            .get("Country name", {})
-            .get("conventional short form", {})
-            .get("text")
-        )
+        named = country.get("Government", {}).get("Country name", {})
+        name = named.get("conventional short form", {}).get("text")
         if name and name != "none":
             lines += [strip_html(name), ""]
         for section, fields in country.items():
-            body = [
-                f"{field.strip()}: {text}"
-                for field, value in fields.items()
-                if (text := _field(value))
-            ]
-            if body:
+            told = [(field.strip(), _field(value)) for field, value in fields.items()]
+            if body := [f"{field}: {text}" for field, text in told if text]:
                 lines += [section, *body, ""]
         yield clean_text("\n".join(lines))
 
@@ -206,8 +185,7 @@ def _field(value: Any) -> str:
         return ""
     parts = []
     for key, inner in value.items():
-        text = _field(inner)
-        if text:
+        if text := _field(inner):
             parts.append(text if key.strip() == "text" else f"{key.strip()}: {text}")
     return "; ".join(parts)
 

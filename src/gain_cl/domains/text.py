@@ -139,50 +139,52 @@ def _drop_nested(text: str, opening: str, closing: str) -> str:
     return marks.sub("", text)
 
 
-_LINK_SECTIONS = re.compile(
+_LINK_SECTIONS = (
     "See also|References|External links|Further reading|Notes|Bibliography|Footnotes|Sources"
+)
+_MARKUP = (
+    ("(?s)<!--.*?-->", ""),
+    (r"(?is)<ref\b[^<>]*?/>", ""),
+    (
+        r"(?is)<(ref|math|gallery|timeline|score|syntaxhighlight|source|code|pre|imagemap|chem)\b"
+        r"[^<>]*>.*?</\1\s*>",
+        "",
+    ),
+    # Templates that carry words of the sentence: {{convert|99|lb|...}}, {{lang|es|adobe}},
+    # {{nowrap|...}}.
+    (r"(?i)\{\{\s*(?:convert|cvt)\s*\|([^|{}]*)\|([^|{}]*)(?:\|[^{}]*)?\}\}", r"\1 \2"),
+    (
+        r"(?i)\{\{\s*(?:lang\s*\|[^|{}]*|nowrap|nobr|transl\s*\|[^|{}]*|lang-\w+)\s*\|([^|{}]*)"
+        r"(?:\|[^{}]*)?\}\}",
+        r"\1",
+    ),
+)
+"""(pattern, what it becomes), in this order."""
+_LINK = re.compile(
+    r"\[\[(?![^\[\]]*?(?:File|Image|Category|[a-z-]{2,12}):)(?:[^\[\]|]*\|)*([^\[\]|]*)\]\]"
 )
 
 
 def strip_wikitext(text: str) -> str:
     """Return the readable paragraphs of MediaWiki markup, without templates, tables, references,
     files, categories and lists of links."""
-    text = re.sub(r"<!--.*?-->", "", html.unescape(text), flags=re.DOTALL)
-    text = re.sub(r"(?is)<ref\b[^<>]*?/>", "", text)
-    text = re.sub(
-        r"(?is)<(ref|math|gallery|timeline|score|syntaxhighlight|source|code|pre|imagemap|chem)\b[^<>]*>.*?</\1\s*>",
-        "",
-        text,
-    )
-    # Templates that carry words of the sentence: {{convert|99|lb|...}}, {{lang|es|adobe}},
-    # {{nowrap|...}}.
-    text = re.sub(
-        r"(?i)\{\{\s*(?:convert|cvt)\s*\|([^|{}]*)\|([^|{}]*)(?:\|[^{}]*)?\}\}", r"\1 \2", text
-    )
-    text = re.sub(
-        r"(?i)\{\{\s*(?:lang\s*\|[^|{}]*|nowrap|nobr|transl\s*\|[^|{}]*|lang-\w+)\s*\|([^|{}]*)(?:\|[^{}]*)?\}\}",
-        r"\1",
-        text,
-    )
+    text = html.unescape(text)
+    for pattern, by in _MARKUP:
+        text = re.sub(pattern, by, text)
     text = _drop_nested(text, "{{", "}}")
     text = _drop_nested(text, "{|", "|}")
     # Files and categories hold links themselves: the innermost links are resolved first, then the
     # rest goes.
-    link = re.compile(
-        r"\[\[(?![^\[\]]*?(?:File|Image|Category|[a-z-]{2,12}):)(?:[^\[\]|]*\|)*([^\[\]|]*)\]\]"
-    )
     for _ in range(4):
-        text = link.sub(r"\1", text)
+        text = _LINK.sub(r"\1", text)
     text = _drop_nested(text, "[[", "]]")
     text = re.sub(r"\[(?:https?:)?//\S+[^\S\n]*([^\]\n]*)\]?", r"\1", text)
-    text = re.sub(r"<[^<>]*>", "", text)
-    text = re.sub(r"'{2,}", "", text)
-    text = re.sub(r"__[A-Z]+__", "", text)
+    text = re.sub(r"__[A-Z]+__", "", re.sub(r"'{2,}", "", re.sub("<[^<>]*>", "", text)))
     blocks: list[tuple[int, str]] = []  # (level of a heading or 0, text)
     for line in text.split("\n"):
         line = _SPACES.sub(" ", line).strip()
         heading = re.fullmatch(r"(={2,6})\s*(.*?)\s*\1", line)
-        if heading and _LINK_SECTIONS.fullmatch(heading[2]):
+        if heading and re.fullmatch(_LINK_SECTIONS, heading[2]):
             break  # nothing but lists until the end of the article
         level = len(heading[1]) if heading else 0
         if level or (len(line) > 40 and not re.match(r"[*#:;|!{}]|(File|Image|Category):", line)):

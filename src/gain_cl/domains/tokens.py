@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import os
 import re
 import shutil
 import string
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +23,7 @@ from gain_cl.errors import DataError, StorageError
 from gain_cl.system import signals
 from gain_cl.system.files import sha256
 from gain_cl.system.hashes import cache_dir, file_sha256, json_sha256
-from gain_cl.system.sealed import read_sealed, sealed_bytes
+from gain_cl.system.sealed import read_sealed, write_sealed
 
 FORMAT = 4  # of the token cache
 BATCH = 256  # documents that are tokenised at once
@@ -90,7 +88,7 @@ def _load_tokens(folder: Path, domain: schema.Domain, identity: dict[str, Any]) 
             arrays[name] = np.load(file, mmap_mode="r", allow_pickle=False)
         return Domain(domain.name, domain.split, meta["hash"], arrays)
     except (DataError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        if folder.exists():
+        if (folder / "meta.json").exists():
             what = f"token cache of {domain.name} is damaged ({error}); tokenising again"
             print(f"warning: {what}", file=sys.stderr)
         return None
@@ -139,25 +137,21 @@ def _save_tokens(
     arrays: dict[str, np.ndarray],
     content: str,
 ) -> None:
-    """Write the arrays of a domain into the cache. StorageError: the disk refuses."""
+    """Write the arrays of a domain into the cache, one process at a time; the first one's stay.
+    What has no meta.json, which comes last, is not there. StorageError: the disk refuses."""
+    from filelock import FileLock
+
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".build-"))
-        try:
-            for name, array in arrays.items():
-                np.save(temporary / f"{name}.npy", array, allow_pickle=False)
-            hashes = {name: sha256(temporary / f"{name}.npy") for name in arrays}
-            meta = {"domain": domain.name, "hash": content, "sha256": hashes, "identity": identity}
-            (temporary / "meta.json").write_bytes(sealed_bytes(meta))
-            temporary.chmod(0o755)  # mkdtemp makes it private
-            if folder.exists() and _load_tokens(folder, domain, identity) is None:
-                shutil.rmtree(folder)
-            os.replace(temporary, folder)
-        except OSError:
-            if not folder.exists():  # else another process finished first
-                raise
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+        with FileLock(cache_dir() / "tokens.lock"):
+            if _load_tokens(folder, domain, identity) is None:
+                shutil.rmtree(folder, ignore_errors=True)  # who has it open keeps it
+                folder.mkdir()
+                for name, array in arrays.items():
+                    np.save(folder / f"{name}.npy", array, allow_pickle=False)
+                hashes = {name: sha256(folder / f"{name}.npy") for name in arrays}
+                meta = {"domain": domain.name, "hash": content, "sha256": hashes}
+                write_sealed(folder / "meta.json", {**meta, "identity": identity})
     except OSError as error:
         do = "free space or set GAIN_CL_CACHE"
         raise StorageError(f"cannot write: {error.strerror or error}", str(folder), do) from error
@@ -229,7 +223,7 @@ def tokenize(texts: list[str], tokenizer: Any) -> list[tuple[np.ndarray, np.ndar
     )
     for text, ids, spans in zip(texts, coded["input_ids"], coded["offset_mapping"], strict=True):
         stops = np.array([stop for _, stop in spans], dtype=np.int64)
-        ends = np.maximum.accumulate(_byte_positions(text)[stops]) if len(stops) else stops
+        ends = np.maximum.accumulate(_byte_positions(text)[stops])
         if len(ends):
             ends[-1] = len(text.encode())  # some tokenizers drop trailing space
         out.append((np.array(ids, dtype=np.uint32), ends.astype(np.uint32)))
@@ -238,8 +232,5 @@ def tokenize(texts: list[str], tokenizer: Any) -> list[tuple[np.ndarray, np.ndar
 
 def _byte_positions(text: str) -> np.ndarray:
     """Return [len(text) + 1], the UTF-8 bytes before each character."""
-    if text.isascii():
-        return np.arange(len(text) + 1)
-    points = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
-    sizes = 1 + (points >= 0x80) + (points >= 0x800) + (points >= 0x10000)
-    return np.concatenate([[0], np.cumsum(sizes)])
+    data = np.frombuffer(text.encode(), np.uint8)
+    return np.append(np.flatnonzero(data & 0xC0 != 0x80), len(data))  # 10xxxxxx begins none

@@ -61,7 +61,9 @@ def save(folder: Path, files: Mapping[str, bytes | Path | Mapping[str, Tensor]])
             reach("save.after_rename")
             sync_folder(folder.parent)
         except OSError as error:
-            raise _refused(error, folder, files) from error
+            do = "free space or name another folder; the same command then goes on"
+            what = f"cannot save: {error.strerror or error}"
+            raise StorageError(what, str(folder), do) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -224,19 +226,3 @@ def _manifest(listed: Mapping[str, Mapping[str, Any]]) -> bytes:
     that a changed bit anywhere shows."""
     both = {"files": listed, "sha256": json_sha256(listed)}
     return (json.dumps(both, sort_keys=True, indent=1, allow_nan=False) + "\n").encode()
-
-
-def _refused(error: OSError, folder: Path, files: Mapping[str, Any]) -> StorageError:
-    """Return words for a disk that does not take a checkpoint."""
-    import errno
-
-    reason = error.strerror or str(error)
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        contents = [c for c in files.values() if not isinstance(c, Path)]
-        parts = [[c] if isinstance(c, bytes) else c.values() for c in contents]
-        needs = sum(len(p) if isinstance(p, bytes) else p.nbytes for part in parts for p in part)
-        there = next(p for p in folder.parents if p.exists())
-        free = shutil.disk_usage(there).free
-        reason += f": needs {needs / 1e6:,.1f} MB, free {free / 1e6:,.1f} MB"
-    do = "free space or name another folder; the same command then goes on"
-    return StorageError(f"cannot save: {reason}", str(folder), do)

@@ -62,21 +62,14 @@ def file_sha256(path: Path, remember: bool = False) -> str:
         note = cache_dir() / "hashes" / f"{hashlib.sha256(os.fsencode(real)).hexdigest()}.json"
         known = [stat.st_size, stat.st_mtime_ns]
         seen = json_or_none(note)
-        if (
-            isinstance(seen, dict)
-            and seen.get("stat") == known
-            and isinstance(seen.get("sha256"), str)
-        ):
+        if isinstance(seen, dict) and seen.get("stat") == known and "sha256" in seen:
             return str(seen["sha256"])
         digest = _sha256(str(real), *known)
         write_bytes(note, json.dumps({"stat": known, "sha256": digest}, allow_nan=False).encode())
         return digest
     except OSError as error:
-        raise DataError(
-            f"cannot read: {error.strerror or error}",
-            str(path),
-            "check the path and its permissions",
-        ) from None
+        what = f"cannot read: {error.strerror or error}"
+        raise DataError(what, str(path), "check the path and its permissions") from None
 
 
 def json_or_none(path: Path) -> Any:
@@ -91,21 +84,15 @@ def folder_pin(path: Path, patterns: list[str]) -> str:
     """One SHA-256 over the relative names and content hashes of the files under ``path`` that match
     a pattern."""
     path = Path(path)
-    files = sorted(
-        p
-        for p in path.rglob("*")
-        if p.is_file() and matches(p.relative_to(path).as_posix(), patterns)
-    )
-    if not files:
+    names = (p.relative_to(path).as_posix() for p in sorted(path.rglob("*")) if p.is_file())
+    content = [
+        f"{name}\0{file_sha256(path / name, remember=True)}\n"
+        for name in names
+        if matches(name, patterns)
+    ]
+    if not content:
         raise DataError(f"no file matches {', '.join(patterns)}", str(path), "check the path")
-    total = hashlib.sha256()
-    for file in files:
-        total.update(
-            os.fsencode(
-                f"{file.relative_to(path).as_posix()}\0{file_sha256(file, remember=True)}\n"
-            )
-        )
-    return total.hexdigest()
+    return hashlib.sha256(os.fsencode("".join(content))).hexdigest()
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:

@@ -36,9 +36,7 @@ def snapshot(
     states. StorageError: not cached and the hub cannot be reached.
     """
     found = _Commit(repo, commit(repo, revision, repo_type), repo_type, patterns)
-    if found.listed() is None and not found.gaps():
-        return found.folder
-    for name in found.names():
+    for name in found.whole() or found.names():
         found.fetch(name)
     return found.folder
 
@@ -49,16 +47,11 @@ def data_files(
     """Yield the local paths of the files matching ``pattern``, sorted. Each is fetched only when it
     is asked for. Errors as ``snapshot``."""
     found = _Commit(repo, commit(repo, revision, repo_type), repo_type, [pattern])
-    done: list[str] = []
-    if found.listed() is None and not found.gaps():
-        done = found.local(pattern)
-        yield from (found.folder / name for name in done)
-        shards = [int(part[2]) for name in done if (part := SHARD.search(name))]
-        if len(done) >= max(shards, default=0):
-            return
-    for name in found.names():
-        if name not in done:
-            yield found.fetch(name)
+    done = found.whole()
+    yield from (found.folder / name for name in done)
+    shards = [int(part[2]) for name in done if (part := SHARD.search(name))]
+    if not done or len(done) < max(shards, default=0):
+        yield from (found.fetch(name) for name in found.names() if name not in done)
 
 
 def hub_at_hand(
@@ -67,8 +60,8 @@ def hub_at_hand(
     """Raise what ``data_files`` would as soon as it can be told. The hub is asked what it has when
     that is not known, but nothing is fetched."""
     found = _Commit(repo, commit(repo, revision, repo_type), repo_type, [pattern])
-    if found.gaps() and not (found.folder / (first := found.names()[0])).exists() and _offline():
-        found.fetch(first)  # says what is missing
+    if found.gaps() and (first := found.names()) and _offline():
+        found.fetch(first[0])  # says what is missing
 
 
 def commit(repo: str, revision: str | None, repo_type: RepoType) -> str:
@@ -76,16 +69,12 @@ def commit(repo: str, revision: str | None, repo_type: RepoType) -> str:
     that the branch or tag points to, when one can tell."""
     if revision is not None and SHA1.fullmatch(revision):
         return revision
-    name = revision or "main"
-    known = snapshot_folder(repo, "", repo_type).parent / "refs" / name
     sha = None
-    if re.fullmatch(r"[\w./-]+", name) and ".." not in name and known.is_file():
-        sha = known.read_text().strip()
-    elif not _offline():
+    if not _offline():
         from huggingface_hub import HfApi
 
         with suppress(Exception):  # only a hint is lost: the error below stands either way
-            sha = HfApi().repo_info(repo, repo_type=repo_type, revision=name, timeout=5).sha
+            sha = HfApi().repo_info(repo, repo_type=repo_type, revision=revision, timeout=5).sha
     what = f"revision {revision!r} of {repo} is not a commit"
     do = "pin a 40-hex commit (the repository's history on the hub lists them)"
     raise ConfigError(
@@ -174,7 +163,12 @@ class _Commit:
             raise DataError(f"sha256 of {name} is not what the hub states", str(path), do)
         return path
 
-    def local(self, *patterns: str) -> list[str]:
+    def whole(self) -> list[str]:
+        """Return the names that are cached, sorted, where a cache that somebody else filled looks
+        whole; else nothing."""
+        return [] if self.listed() is not None or self.gaps() else self.local(self.patterns)
+
+    def local(self, patterns: list[str]) -> list[str]:
         """Return the names that are cached, sorted."""
         names = (p.relative_to(self.folder).as_posix() for p in self.folder.rglob("*"))
         return sorted(n for n in names if matches(n, patterns) and (self.folder / n).is_file())
@@ -182,27 +176,21 @@ class _Commit:
     def gaps(self) -> list[str]:
         """Return what is surely missing from the cache when no listing is known; empty when it
         looks whole."""
-        have = self.local("*")
-        if not any(matches(name, self.patterns) for name in have):
-            return self.patterns
+        have = self.local(["*"])
         # Patterns without which nothing works; the other files of a model are optional.
-        needed = [
-            p
-            for p in self.patterns
-            if p in ("config.json", "tokenizer*") or p.endswith((".safetensors", ".parquet"))
-        ]
+        always, ends = ("config.json", "tokenizer*"), (".safetensors", ".parquet")
+        needed = [p for p in self.patterns if p in always or p.endswith(ends)] or self.patterns
         gaps = [p for p in needed if not any(matches(n, [p]) for n in have)]
         for name in have:
+            named: list[str] = []
             if name.endswith(".safetensors.index.json"):
                 shards = (json_or_none(self.folder / name) or {}).get("weight_map", {}).values()
-                named = {(PurePosixPath(name).parent / shard).as_posix() for shard in shards}
-                gaps += sorted(n for n in named - set(have) if matches(n, self.patterns))
-            part = SHARD.search(name)
-            if part and matches(name, self.patterns):  # 00003-of-00041: 0 to 2 must be there
-                before = [
-                    f"{name[: part.start()]}-{i:05d}-of-{part[2]}" for i in range(int(part[1]))
-                ]
-                gaps += [b for b in before if not any(n.startswith(b) for n in have)]
+                named = [(PurePosixPath(name).parent / shard).as_posix() for shard in shards]
+                named = [n for n in named if matches(n, self.patterns)]
+            elif name.endswith(".parquet") and (part := SHARD.search(name)):
+                before = name[: part.start()]  # of 00003-of-00041 0 to 2 must be there
+                named = [f"{before}-{i:05d}-of-{part[2]}" for i in range(int(part[1]))]
+            gaps += sorted(n for n in named if not any(h.startswith(n) for h in have))
         return list(dict.fromkeys(gaps))
 
     def _call(self, request: Callable[[], Any], attempts: int = 3) -> Any:
@@ -235,43 +223,29 @@ def _verdict(error: Exception, repo: str, sha: str, command: str) -> tuple[str, 
     answer. Raise the line for the user when it did."""
     from huggingface_hub import errors
 
-    login = "`hf auth login` or set HF_TOKEN"
-    if isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled):
-        return type(error.__cause__ or error).__name__, False  # the library has tried by itself
-    terms = f"accept its terms on its hub page, then {login}; then: {command}"
-    unknown = f"the hub knows no repository {repo}, or it is private"
-    for kind, what, where, do in (
-        (errors.GatedRepoError, f"{repo} is gated", "", terms),
-        (
-            errors.RevisionNotFoundError,
-            f"{repo} has no revision {sha}",
-            "",
-            "pin a commit of its history",
-        ),
-        (errors.RepositoryNotFoundError, unknown, "", f"check the name; if private, {login}"),
-        (
-            errors.EntryNotFoundError,
-            f"{repo} lacks a file it lists",
-            f"revision {sha[:12]}",
-            f"try: {command}",
-        ),
-    ):
-        if isinstance(error, kind):
-            raise DataError(what, where, do) from None
-    if isinstance(error, errors.HfHubHTTPError):
-        status = error.response.status_code
-        if status in (401, 403):
-            what, do = f"refuses access to {repo} (HTTP {status})", f"{login} with access; then"
-            raise DataError(f"the hub {what}", "", f"{do}: {command}") from None
-        if status < 500 and status != 429:
-            what = f"the hub answers HTTP {status} for {repo}"
-            raise DataError(what, "", f"try: {command}") from None
-        return f"HTTP {status}", True
+    name, login = type(error).__name__, "`hf auth login` or set HF_TOKEN"
+    status = error.response.status_code if isinstance(error, errors.HfHubHTTPError) else 0
     away = isinstance(error, ConnectionError | TimeoutError)
-    if isinstance(error, OSError) and error.errno is not None and not away:
-        what = f"cannot store {repo}: {error.strerror}"
-        raise StorageError(what, "", "free space or set HF_HOME") from None
-    name = type(error).__name__
+    match error:
+        case errors.LocalEntryNotFoundError() | errors.OfflineModeIsEnabled():
+            return type(error.__cause__ or error).__name__, False  # the library has tried by itself
+        case errors.GatedRepoError():
+            do = f"accept its terms on its hub page, then {login}; then: {command}"
+            raise DataError(f"{repo} is gated", "", do)
+        case errors.RevisionNotFoundError():
+            what = f"{repo} has no revision {sha}"
+            raise DataError(what, "", "pin a commit of its history")
+        case errors.RepositoryNotFoundError():
+            what = f"the hub knows no repository {repo}, or it is private"
+            raise DataError(what, "", f"check the name; if private, {login}")
+        case errors.HfHubHTTPError() if status >= 500 or status == 429:
+            return f"HTTP {status}", True
+        case errors.HfHubHTTPError():
+            what = f"the hub answers HTTP {status} for {repo}"
+            raise DataError(what, "", f"{login} if access is refused; then: {command}")
+        case OSError() if error.errno is not None and not away:
+            what = f"cannot store {repo}: {error.strerror}"
+            raise StorageError(what, "", "free space or set HF_HOME")
     clients = ("httpx", "httpcore", "requests", "urllib3")
     if isinstance(error, OSError) or type(error).__module__.startswith(clients):
         return name, "Connect" not in name  # nobody there: waiting does not help

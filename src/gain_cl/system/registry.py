@@ -32,14 +32,15 @@ class Registry(Generic[T]):
         """Make a kind known, for plugin files and entry points of the group gain_cl.plugins."""
         self.plugins[kind] = made
 
-    def find(self, kind: str) -> type[T]:
-        """Return the class of a kind. ConfigError: there is none."""
+    def find(self, kind: str, origin: Callable[[str], str] = str) -> type[T]:
+        """Return the class of a kind. origin: dotted key -> where it was set. ConfigError: there is
+        none."""
         if kind in self.plugins:
             return self.plugins[kind]
         if kind not in self.built_in:
-            known = ", ".join([*self.built_in, *self.plugins])
             what = f"unknown {self.section} {kind!r}"
-            raise ConfigError(what, f"{self.section}.kind", f"use one of: {known}")
+            do = suggest(kind, [*self.built_in, *self.plugins]) + "; --plugin FILE.py adds one"
+            raise ConfigError(what, origin(f"{self.section}.kind"), do)
         module, _, name = self.built_in[kind].partition(":")
         found: type[T] = getattr(importlib.import_module(f"gain_cl.{module}"), name)
         return found
@@ -50,10 +51,7 @@ class Registry(Generic[T]):
         section, kind = self.section, settings.kind  # type: ignore[attr-defined]
         if kind in self.typed:
             return
-        if kind not in (known := [*self.built_in, *self.plugins]):
-            do = suggest(kind, known) + "; --plugin FILE.py adds one"
-            raise ConfigError(f"unknown {section} {kind!r}", origin(f"{section}.kind"), do)
-        takes = inspect.signature(self.find(kind))
+        takes = inspect.signature(self.find(kind, origin))
         try:
             takes.bind(**settings.model_extra or {})
         except TypeError as error:
