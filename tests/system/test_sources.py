@@ -394,6 +394,14 @@ def test_cache_seeded_by_hand(tmp_path: Path) -> None:
                 {"weight_map": {"w": "model-00002-of-00002.safetensors"}}
             ),
         },
+        "models--org--two": {
+            **{n: text for n, text in MODEL.items() if n != "model.safetensors"},
+            "model.safetensors.index.json": json.dumps(
+                {"weight_map": {str(i): f"model-0000{i}-of-00002.safetensors" for i in (1, 2)}}
+            ),
+            "model-00001-of-00002.safetensors": "w",
+            "model-00002-of-00002.safetensors": "w",
+        },
         "datasets--org--first": {
             "data/train-00000-of-00003.parquet": "x",
             "data/train-00001-of-00003.parquet": "x",
@@ -406,14 +414,15 @@ def test_cache_seeded_by_hand(tmp_path: Path) -> None:
             target.write_text(text)
     calls = [
         ["snapshot", f"org/{name}", SHA, PATTERNS, "model"]
-        for name in ("whole", "noweights", "shards")
+        for name in ("whole", "noweights", "shards", "two")
     ]
     calls += [
         ["files", f"org/{name}", SHA, ["data/*.parquet"], "dataset"] for name in ("first", "last")
     ]
-    whole, noweights, shards, first, last = hub(calls, tmp_path / "hf", HF_HUB_OFFLINE="1")
+    whole, noweights, shards, two, first, last = hub(calls, tmp_path / "hf", HF_HUB_OFFLINE="1")
     assert "model.safetensors" in whole["ok"]
     assert "missing: *.safetensors" in noweights["error"]
     assert "missing: model-00002-of-00002.safetensors" in shards["error"]
+    assert "model-00001-of-00002.safetensors" in two["ok"], two  # shards of a model begin with 1
     assert first["ok"] == ["train-00000-of-00003.parquet", "train-00001-of-00003.parquet"]
     assert "missing: data/train-00000-of-00003" in last["error"]

@@ -8,7 +8,7 @@ import difflib
 import math
 import re
 import typing
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -90,12 +90,14 @@ def unknown(key: str, where: str, section: Any = None) -> ConfigError:
         there = f"{parts[-2]} {kind} has {', '.join(takes) or 'no settings'}"
         mean = f"did you mean {'.'.join([*parts[:-1], *near])}?"
         return ConfigError(what, where, mean if near else there)
-    known = [k.replace("*", parts[1]) if parts[1:] else k for k in schema.known_keys()]
-    ends = {k.rpartition(".")[2]: k for k in sorted([*known, "domain", "debug"], reverse=True)}
-    near = [parts[-1]] if parts[-1] in ends else []
-    for names in ([*known, *(k for k in ends.values() if "." not in k)], ends):
-        near = near or difflib.get_close_matches(key, names, n=1)
-    found = ends.get(near[0], near[0]) if near else ""
+    domain = parts[1] if key.startswith("domains.") else None
+    keys = (k.replace("*", domain or "") for k in schema.known_keys() if domain or "*" not in k)
+    known = sorted([*keys, "domain", "debug"])
+    ends = {k.rpartition(".")[2]: k for k in reversed(known)}
+    near = difflib.get_close_matches(key, known, n=1) or difflib.get_close_matches(
+        parts[-1], ends, n=1
+    )
+    found = ends.get(parts[-1]) or "".join(ends.get(name, name) for name in near)
     if key.startswith(FREE) and found.rpartition(".")[0] != key.rpartition(".")[0]:
         return ConfigError(what, where, f"to add it write ++{key}=VALUE")
     return ConfigError(what, where, f"did you mean {found}?" if found else "run --help lists keys")
@@ -141,8 +143,7 @@ def explain(error: BaseException, request: Request) -> ConfigError:
                 where = f"{presets.short(mark.name)}:{mark.line + 1}" if mark else ""
                 return ConfigError(f"bad YAML: {e.problem}", where, "correct the file")
             case UnicodeDecodeError() | yaml.YAMLError():
-                where = _undecodable(request.config_dirs)
-                return ConfigError(f"bad YAML: {e}", where, "save it as UTF-8 text")
+                return ConfigError(f"bad YAML: {e}", "a preset", "save it as UTF-8 text")
             case OverrideParseException():
                 do = "write KEY=VALUE, and quote what holds spaces or commas: 'KEY=\"a, b\"'"
                 return ConfigError(f"cannot read {e.override!r}", "command line", do)
@@ -193,16 +194,6 @@ def _no_preset(error: Any, request: Request) -> ConfigError:
         where = next((o for o in request.overrides if key_of(o) == group), "configuration")
     options = error.options or presets.names(group, request.config_dirs)
     return ConfigError(f"unknown {group} {name!r}", where, suggest(name, options))
-
-
-def _undecodable(config_dirs: Iterable[str | Path]) -> str:
-    """Return the preset of the user's that is no UTF-8."""
-    for file in sorted(f for d in presets.folders(config_dirs)[1:] for f in d.rglob("*.yaml")):
-        try:
-            file.read_text(encoding="utf-8")
-        except UnicodeDecodeError:
-            return str(file)
-    return "a preset"
 
 
 def invalid(

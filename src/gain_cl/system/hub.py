@@ -74,7 +74,8 @@ def commit(repo: str, revision: str | None, repo_type: RepoType) -> str:
         from huggingface_hub import HfApi
 
         with suppress(Exception):  # only a hint is lost: the error below stands either way
-            sha = HfApi().repo_info(repo, repo_type=repo_type, revision=revision, timeout=5).sha
+            name = revision or "main"
+            sha = HfApi().repo_info(repo, repo_type=repo_type, revision=name, timeout=5).sha
     what = f"revision {revision!r} of {repo} is not a commit"
     do = "pin a 40-hex commit (the repository's history on the hub lists them)"
     raise ConfigError(

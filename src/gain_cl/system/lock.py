@@ -18,10 +18,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gain_cl.errors import InUseError, StorageError
 from gain_cl.system.files import alive
+
+if TYPE_CHECKING:
+    from filelock import FileLock
 
 PATIENCE_SECONDS = 1.0
 """How long a lock is tried again whose holder is unknown: it is just being taken, released or
@@ -128,16 +131,13 @@ def _owner(handle: int) -> tuple[str, bool]:
 # --- claims of a sweep ----------------------------------------------------------------------------
 
 
-@contextmanager
-def one_launcher(folder: Path) -> Iterator[None]:
-    """Wait until no other launcher looks around and starts a run, and keep them out for the
-    block."""
-    import fcntl
+def one_launcher(folder: Path) -> FileLock:
+    """Return a lock to hold while one looks around and starts a run. No other launcher does so
+    then."""
+    from filelock import FileLock
 
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / LAUNCH, "w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
+    return FileLock(folder / LAUNCH)
 
 
 @dataclass
