@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import random
 import subprocess
@@ -168,6 +169,22 @@ def loaded(tokenizer: Any) -> Any:
 
 def build(loaded: Any, *names: str, **keys: Any) -> tasks.TaskSet:
     return tasks.TaskSet(Tasks(names=list(names), **keys), loaded.tokenizer)
+
+
+def score(
+    taskset: tasks.TaskSet, loaded: Any, progress: Any = None
+) -> tuple[dict[str, TaskScore], pd.DataFrame]:
+    """The counts of every task, and the items of all, as a run scores them one by one."""
+    total, before = sum(map(len, taskset.items.values())), 0
+    counts, parts = {}, [pd.DataFrame(columns=ITEM_COLUMNS[1:])]
+    for name, items in taskset.items.items():
+        tell = None
+        if progress is not None:
+            tell = functools.partial(lambda before, n: progress(before + n, total), before)
+        counts[name], rows = taskset.score(loaded, name, tell)
+        parts.append(rows.assign(task=name))
+        before += len(items)
+    return counts, pd.concat(parts[1:] or parts, ignore_index=True)[ITEM_COLUMNS[1:]]
 
 
 def matrix(rows: pd.DataFrame) -> np.ndarray:
@@ -437,7 +454,7 @@ def test_a_subset_is_the_first_items_by_hash_whatever_their_order(
 
 
 def test_limit_is_marked(local: None, loaded: Any) -> None:
-    scores, rows = build(loaded, "boolq", "piqa", limit=10).score(loaded)
+    scores, rows = score(build(loaded, "boolq", "piqa", limit=10), loaded)
     assert scores["boolq"].limited and scores["boolq"].items == 10 == (rows.task == "boolq").sum()
     assert not scores["piqa"].limited and scores["piqa"].items == 8  # nothing was cut
 
@@ -462,7 +479,7 @@ def test_numbers_are_lm_evals(local: None, loaded: Any) -> None:
     from lm_eval.evaluator import evaluate
 
     mine = build(loaded, *ALL)
-    scores, rows = mine.score(loaded)
+    scores, rows = score(mine, loaded)
     theirs = evaluate(
         lm=stock_lm(loaded, batch_size=3),
         task_dict={"tasks": mine.tasks},
@@ -496,7 +513,7 @@ def test_numbers_are_lm_evals(local: None, loaded: Any) -> None:
 def test_accuracies_are_derived_from_what_is_kept(local: None, loaded: Any) -> None:
     from gain_cl.stats import answers
 
-    scores, rows = build(loaded, *ALL).score(loaded)
+    scores, rows = score(build(loaded, *ALL), loaded)
     frame = rows.assign(stage=0)
     for task in ALL:
         a = answers.answers(frame, task, 0)
@@ -509,7 +526,7 @@ def test_accuracies_are_derived_from_what_is_kept(local: None, loaded: Any) -> N
 
 
 def test_batch_size_does_not_matter_in_fp32(local: None, loaded: Any) -> None:
-    one, eight = (matrix(build(loaded, *ALL, batch_size=b).score(loaded)[1]) for b in (1, 8))
+    one, eight = (matrix(score(build(loaded, *ALL, batch_size=b), loaded)[1]) for b in (1, 8))
     assert np.abs(one - eight).max() < 1e-5
 
 
@@ -517,18 +534,18 @@ def test_no_answer_of_an_earlier_stage(local: None, loaded: Any) -> None:
     import torch
 
     taskset = build(loaded, "boolq", "winogrande")
-    first, again = (matrix(taskset.score(loaded)[1]) for _ in range(2))
+    first, again = (matrix(score(taskset, loaded)[1]) for _ in range(2))
     with torch.no_grad():
         for p in loaded.model.parameters():
             p.mul_(1.1)
-    second = matrix(taskset.score(loaded)[1])
+    second = matrix(score(taskset, loaded)[1])
     assert (first == again).all() and (np.abs(first - second) > 1e-4).all()
-    assert (second == matrix(build(loaded, "boolq", "winogrande").score(loaded)[1])).all()
+    assert (second == matrix(score(build(loaded, "boolq", "winogrande"), loaded)[1])).all()
 
 
 def test_a_task_is_scored_alike_beside_others(local: None, loaded: Any) -> None:
-    alone = build(loaded, "boolq").score(loaded)[1]
-    beside = build(loaded, "piqa", "boolq").score(loaded)[1]
+    alone = score(build(loaded, "boolq"), loaded)[1]
+    beside = score(build(loaded, "piqa", "boolq"), loaded)[1]
     assert (matrix(alone) == matrix(beside[beside.task == "boolq"])).all()
 
 
@@ -537,7 +554,7 @@ def test_only_the_scored_positions_reach_the_vocabulary(local: None, loaded: Any
     handle = loaded.model.lm_head.register_forward_hook(
         lambda m, args, out: shapes.append(tuple(out.shape))
     )
-    build(loaded, "boolq", batch_size=1).score(loaded)
+    score(build(loaded, "boolq", batch_size=1), loaded)
     handle.remove()
     assert len(shapes) == 12  # no and yes share a pass, and so does a repeated question
     assert {s[1] for s in shapes} == {1}
@@ -546,19 +563,19 @@ def test_only_the_scored_positions_reach_the_vocabulary(local: None, loaded: Any
 def test_a_model_without_logits_to_keep_scores_the_same(
     local: None, loaded: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected = matrix(build(loaded, *ALL).score(loaded)[1])
+    expected = matrix(score(build(loaded, *ALL), loaded)[1])
     forward = loaded.model.forward
     monkeypatch.setattr(
         loaded.model,
         "forward",
         lambda input_ids, use_cache=None: forward(input_ids=input_ids, use_cache=use_cache),
     )
-    assert np.abs(matrix(build(loaded, *ALL).score(loaded)[1]) - expected).max() < 1e-5
+    assert np.abs(matrix(score(build(loaded, *ALL), loaded)[1]) - expected).max() < 1e-5
 
 
 def test_bfloat16_has_an_fp32_softmax(local: None, loaded: Any) -> None:
     loaded.model.bfloat16()
-    found = matrix(build(loaded, "boolq").score(loaded)[1])
+    found = matrix(score(build(loaded, "boolq"), loaded)[1])
     assert (
         len(set(np.round(found, 6))) > 20
     )  # in bf16 the log-probabilities would fall on a coarse grid
@@ -573,7 +590,7 @@ def seen(loaded: Any, taskset: tasks.TaskSet) -> list[list[int]]:
     handle = loaded.model.model.embed_tokens.register_forward_hook(
         lambda m, args, out: inputs.extend(args[0].tolist())
     )
-    taskset.score(loaded)
+    score(taskset, loaded)
     handle.remove()
     return inputs
 
@@ -604,7 +621,7 @@ def test_an_empty_context_is_the_prefix_token(local: None, loaded: Any) -> None:
     loaded.model.eval()
     for prefix in (0, 1):
         loaded.prefix_id = prefix
-        for text, logprob in zip(texts, taskset.score(loaded)[1].logprobs[0], strict=True):
+        for text, logprob in zip(texts, score(taskset, loaded)[1].logprobs[0], strict=True):
             ids = torch.tensor(
                 [[prefix, *loaded.tokenizer(text, add_special_tokens=False).input_ids]]
             )
@@ -616,7 +633,7 @@ def test_an_empty_context_is_the_prefix_token(local: None, loaded: Any) -> None:
 
 
 def test_truncation_is_counted(local: None, loaded: Any) -> None:
-    whole, _ = build(loaded, "boolq", "piqa").score(loaded)
+    whole, _ = score(build(loaded, "boolq", "piqa"), loaded)
     assert whole["boolq"].truncated == whole["piqa"].truncated == 0
     taskset = build(loaded, "boolq")
     lengths = sorted(
@@ -626,12 +643,12 @@ def test_truncation_is_counted(local: None, loaded: Any) -> None:
     loaded.context = (
         lengths[-3] - 1
     )  # a request of context + 1 tokens still fits: the last one is no input
-    cut, _ = taskset.score(loaded)
+    cut, _ = score(taskset, loaded)
     assert cut["boolq"].truncated == sum(n > lengths[-3] for n in lengths) > 0
     assert max(len(row) for row in seen(loaded, taskset)) <= loaded.context
     loaded.context = 4
     with pytest.raises(DataError, match="exceeds the model's context of 4"):
-        build(loaded, "piqa").score(loaded)
+        score(build(loaded, "piqa"), loaded)
 
 
 # --- what is left behind: nothing -----------------------------------------------------------------
@@ -662,7 +679,7 @@ def test_training_goes_on_as_if_nothing_had_been_scored(
     loaded.model.config.use_cache = False
     taskset = build(loaded, *ALL)
     before = states(loaded)
-    taskset.score(loaded)
+    score(taskset, loaded)
     assert states(loaded) == before
 
     class Stop(Exception):
@@ -672,22 +689,24 @@ def test_training_goes_on_as_if_nothing_had_been_scored(
         raise Stop
 
     with pytest.raises(Stop):
-        taskset.score(loaded, interrupt)
+        score(taskset, loaded, interrupt)
     assert states(loaded) == before
     assert capfd.readouterr() == ("", "") and not caplog.records
 
 
 def test_dropout_is_off_however_often_it_is_scored(local: None, loaded: Any) -> None:
     taskset = build(loaded, "boolq")
-    first = matrix(taskset.score(loaded)[1])
+    first = matrix(score(taskset, loaded)[1])
     loaded.model.train()
-    assert (matrix(taskset.score(loaded)[1]) == first).all()
+    assert (matrix(score(taskset, loaded)[1]) == first).all()
 
 
 def test_progress(local: None, loaded: Any) -> None:
     told: list[tuple[int, int]] = []
-    build(loaded, "boolq", "piqa", batch_size=2).score(
-        loaded, lambda done, of: told.append((done, of))
+    score(
+        build(loaded, "boolq", "piqa", batch_size=2),
+        loaded,
+        lambda done, of: told.append((done, of)),
     )
     total = len(DOCS["boolq"]) + len(DOCS["piqa"])
     assert told[-1] == (total, total) and {of for _, of in told} == {total}
@@ -697,7 +716,7 @@ def test_progress(local: None, loaded: Any) -> None:
 def test_an_item_is_done_when_all_its_choices_are(local: None, loaded: Any) -> None:
     """Choices of different length are far apart in the order of the batches."""
     told: list[int] = []
-    build(loaded, "arc_easy", batch_size=1).score(loaded, lambda done, _: told.append(done))
+    score(build(loaded, "arc_easy", batch_size=1), loaded, lambda done, _: told.append(done))
     sizes = [len(doc["choices"]["text"]) for doc in DOCS["arc_easy"]]
     assert told[0] == 0 and told[-1] == len(sizes) and len(told) == sum(sizes)
     for answered, done in enumerate(told, start=1):
@@ -738,7 +757,7 @@ def test_time_left_counts_what_score_counts(local: None, loaded: Any, tmp_path: 
         for stage in (0, 1):
             tracker.phase("run tasks", stage=stage)
             begun = now
-            scores, _ = taskset.score(loaded, tell)
+            scores, _ = score(taskset, loaded, tell)
             left.append(tracker.left())
             row = record.StageRecord(
                 index=stage,
@@ -756,7 +775,7 @@ def test_time_left_counts_what_score_counts(local: None, loaded: Any, tmp_path: 
 
 
 def test_no_tasks(loaded: Any) -> None:
-    scores, rows = build(loaded).score(loaded)
+    scores, rows = score(build(loaded), loaded)
     assert scores == {} and len(rows) == 0
 
 
@@ -766,11 +785,11 @@ def test_a_diverged_model_is_an_error_not_a_score(local: None, loaded: Any) -> N
     with torch.no_grad():
         loaded.model.lm_head.weight[0] = float("nan")
     with pytest.raises(DataError, match="not finite"):
-        build(loaded, "boolq").score(loaded)
+        score(build(loaded, "boolq"), loaded)
 
 
 def test_scores_are_records(local: None, loaded: Any) -> None:
-    scores, _ = build(loaded, "boolq").score(loaded)
+    scores, _ = score(build(loaded, "boolq"), loaded)
     assert TaskScore.model_validate_json(scores["boolq"].model_dump_json()) == scores["boolq"]
 
 
@@ -836,7 +855,7 @@ def test_shots_are_lm_evals(hub: Any, loaded: Any) -> None:
     assert [[r.args for r in i.requests] for i in part] == [
         [r.args for r in i.requests] for i in found.items["boolq"][:4]
     ]
-    scores, _ = build(loaded, "boolq", source="hub", fewshot=2).score(loaded)
+    scores, _ = score(build(loaded, "boolq", source="hub", fewshot=2), loaded)
     assert scores["boolq"].fewshot == 2
 
 

@@ -339,7 +339,7 @@ def test_lm_evals_command_line(clean: Path, tmp_path: Path) -> None:
         folder = put(adapter, loaded, tmp_path / name)
         found = tasks.TaskSet(schema.Tasks(), loaded.tokenizer)
         found.items = {"animals": tasks._items(task, 0)}
-        scored = found.score(loaded)[1]
+        scored = found.score(loaded, "animals")[1]
         by_row = {item.row: i for i, item in enumerate(found.items["animals"])}
         ours[name] = np.array([scored.logprobs[by_row[row]] for row in range(len(rows))])
         adapter.absorb()

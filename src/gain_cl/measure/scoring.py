@@ -159,13 +159,10 @@ def score_tasks(
     """Score every task. pins: what identifies the items of each. identity, folder: as of
     score_domains."""
 
-    def progress(done: int, of: int) -> None:
-        signals.poll()
-        tracker.progress(done, of, "items")
-
-    scores = Scores()
+    scores, before = Scores(), 0
+    total = sum(map(len, taskset.items.values()))
     settings = taskset.settings.model_dump(mode="json", exclude={"names", "stages"})
-    for name in taskset.items:
+    for name, items in taskset.items.items():
         what = {
             **identity,
             "task": name,
@@ -175,11 +172,16 @@ def score_tasks(
             "context": loaded.context,
         }
 
-        def compute(name: str = name) -> Score:
-            counts, rows = taskset.score(loaded, progress, [name])
-            return rows.drop(columns="task"), {"score": counts[name].model_dump(mode="json")}
+        def compute(name: str = name, before: int = before) -> Score:
+            def progress(answered: int) -> None:
+                signals.poll()
+                tracker.progress(before + answered, total, "items")
+
+            counts, rows = taskset.score(loaded, name, progress)
+            return rows, {"score": counts.model_dump(mode="json")}
 
         _, facts = scores.add(folder, what, compute, "item", name, task=name)
         reach("task.after")
         scores.tasks[name] = record.TaskScore.model_validate(facts["score"])
+        before += len(items)
     return scores

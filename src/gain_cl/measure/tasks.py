@@ -21,7 +21,7 @@ import logging
 import re
 import string
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -368,32 +368,25 @@ class TaskSet:
             every = {name: _items(task, settings.fewshot) for name, task in self.tasks.items()}
         for name, (task, count) in wanted.items():
             declared = every[task][:count]
-            if count is not None and len(declared) < count:
-                what = f"{name}: only {len(declared)} items"
-                raise DataError(what, STOCK[task].repo, f"use {task}")
             self.items[name] = declared[: settings.limit]
             if len(self.items[name]) < len(declared):
                 self.limited.add(name)
 
     def score(
-        self,
-        loaded: Loaded,
-        progress: Callable[[int, int], None] | None = None,
-        names: Collection[str] | None = None,
-    ) -> tuple[dict[str, TaskScore], pd.DataFrame]:
-        """Score the named tasks (None: all) on the model as it is now.
+        self, loaded: Loaded, name: str, progress: Callable[[int], None] | None = None
+    ) -> tuple[TaskScore, pd.DataFrame]:
+        """Score a task on the model as it is now.
 
-        loaded: model, prefix_id and context are used. progress(done, of): called after each batch,
-        in items of all tasks. Return the counts by task name, and one row per item with the
-        ITEM_COLUMNS but for stage (logprobs: log p(choice | context) in nats). The model's modes
-        are left as found and no random number is drawn. DataError: a log-likelihood that is not
-        finite, or a choice longer than the model's context.
+        loaded: model, prefix_id and context are used. progress(items): called after each batch with
+        the number of items answered so far. Return the counts, and one row per item with the
+        ITEM_COLUMNS but for stage and task (logprobs: log p(choice | context) in nats). The model's
+        modes are left as found and no random number is drawn. DataError: a log-likelihood that is
+        not finite, or a choice longer than the model's context.
         """
         from gain_cl.measure.perplexity import evaluating
 
-        scores: dict[str, TaskScore] = {}
-        rows: list[dict[str, Any]] = []
-        total, done = sum(map(len, self.items.values())), 0
+        items, rows, hits = self.items[name], [], []
+        requests = [request for item in items for request in item.requests]
         with _quiet(), evaluating(loaded.model):
             lm = _scorer()(
                 pretrained=loaded.model,
@@ -403,58 +396,36 @@ class TaskSet:
                 prefix_token_id=loaded.prefix_id,  # the context where a task gives none
                 softmax_dtype="float32",
             )
-            for name, items in self.items.items():
-                if names is None or name in names:
-                    if progress is not None:
-                        lm.tell = functools.partial(_in_items, progress, items, done, total)
-                    found, truncated = _answer(lm, name, items)
-                    hits = []
-                    for item, x in zip(items, found, strict=True):
-                        chars = [len(c) for c in item.choices]
-                        hits.append([x.argmax() == item.gold, (x / chars).argmax() == item.gold])
-                        row = {"task": name, "item": item.id, "gold": item.gold}
-                        sizes = {"choice_bytes": [len(c.encode()) for c in item.choices]}
-                        rows.append({**row, "logprobs": x.tolist(), **sizes, "choice_chars": chars})
-                    correct, correct_norm = np.sum(hits, axis=0).tolist()
-                    scores[name] = TaskScore(
-                        items=len(items),
-                        correct=correct,
-                        correct_norm=correct_norm,
-                        fewshot=self.settings.fewshot,
-                        truncated=truncated,
-                        limited=name in self.limited,
-                    )
-                done += len(items)
-        return scores, pd.DataFrame(rows, columns=[c for c in ITEM_COLUMNS if c != "stage"])
-
-
-def _answer(lm: Any, name: str, items: list[Item]) -> tuple[list[np.ndarray], int]:
-    """Return the log-likelihoods of the choices of each item in nats, and how many items were cut.
-    DataError: one is not finite."""
-    requests = [r for item in items for r in item.requests]
-    answers = np.array(lm.loglikelihood(requests, disable_tqdm=True), np.float64)[:, 0]
-    ends = np.cumsum([len(item.requests) for item in items])[:-1]
-    found = np.split(answers, ends)
-    for item, x in zip(items, found, strict=True):
-        if not np.isfinite(x).all():
-            what, where = f"log-likelihoods {x.tolist()} are not finite", f"{name}, item {item.id}"
-            do = "check the weights; if they were trained here, lower train.lr"
-            raise DataError(what, where, do)
-    return found, sum(map(any, np.split(lm.truncated, ends)))
+            if progress is not None:
+                lm.tell = lambda answered: progress(answered * len(items) // len(requests))
+            answers = lm.loglikelihood(requests, disable_tqdm=True)
+        ends = np.cumsum([len(item.requests) for item in items])[:-1]
+        found = np.split(np.array(answers, np.float64)[:, 0], ends)
+        for item, x in zip(items, found, strict=True):
+            if not np.isfinite(x).all():
+                what = f"log-likelihoods {x.tolist()} are not finite"
+                do = "check the weights; if they were trained here, lower train.lr"
+                raise DataError(what, f"{name}, item {item.id}", do)
+            chars = [len(c) for c in item.choices]
+            hits.append([x.argmax() == item.gold, (x / chars).argmax() == item.gold])
+            sizes = [len(c.encode()) for c in item.choices]
+            rows.append([item.id, item.gold, x.tolist(), sizes, chars])
+        correct, correct_norm = np.sum(hits, axis=0).tolist()
+        counts = TaskScore(
+            items=len(items),
+            correct=correct,
+            correct_norm=correct_norm,
+            fewshot=self.settings.fewshot,
+            truncated=sum(map(any, np.split(lm.truncated, ends))),
+            limited=name in self.limited,
+        )
+        return counts, pd.DataFrame(rows, columns=ITEM_COLUMNS[2:])
 
 
 def texts(tasks: TaskSet) -> dict[str, dict[str, list[str]]]:
     """Return task name -> item id -> what a model is shown without examples: context and choice, a
     text for each choice."""
     return {name: {i.id: i.texts for i in items} for name, items in tasks.items.items()}
-
-
-def _in_items(
-    progress: Callable[[int, int], None], items: list[Item], before: int, total: int, answered: int
-) -> None:
-    """Tell progress in items when so many choices of these are answered. ``before`` of ``total``
-    items were done when these began."""
-    progress(before + answered * len(items) // sum(len(i.requests) for i in items), total)
 
 
 @functools.cache
