@@ -20,13 +20,13 @@ from gain_cl.compose.rules import Origin
 from gain_cl.config import presets
 from gain_cl.config.schema import (
     SECRET_NAME,
-    SHA1,
     HubSource,
     PackageSource,
     Peft,
     RunConfig,
 )
 from gain_cl.errors import ConfigError, DataError, suggest
+from gain_cl.system import hub
 
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
 URL_LOGIN = re.compile(r"://[^/\s@]+@")
@@ -98,7 +98,6 @@ def _check_model(config: RunConfig, origin: Origin) -> None:
             raise ConfigError(what, origin(key), do)
         else:
             _check_commit(model.revision, model.path, "model", "model.revision", origin)
-            arch = arch or _cached_config(model.path, str(model.revision))
     limits(config, arch or {}, origin)
 
 
@@ -136,7 +135,7 @@ def inputs(config: RunConfig) -> None:
     """
     from gain_cl import domains
     from gain_cl.models import source
-    from gain_cl.system import hub, packages
+    from gain_cl.system import packages
 
     if (folder := source.model_at_hand(config.model)) is not None:
         arch = source.read_config(folder)
@@ -155,16 +154,6 @@ def inputs(config: RunConfig) -> None:
     domains.check_texts(config.domains, config.train, config.eval, config.only_scored)
 
 
-def _cached_config(path: str, revision: str) -> dict[str, Any] | None:
-    """Return config.json of a hub repository if the cache has it. Nothing is downloaded."""
-    from huggingface_hub import try_to_load_from_cache
-
-    from gain_cl.models.source import read_config
-
-    file = try_to_load_from_cache(path, "config.json", revision=revision)
-    return read_config(Path(file).parent) if isinstance(file, str) else None
-
-
 def _check_commit(
     revision: str | None, path: str, kind: Literal["model", "dataset"], key: str, origin: Origin
 ) -> None:
@@ -172,14 +161,11 @@ def _check_commit(
     if revision is None:
         what = f"{path} is no local folder, and a hub repository needs a revision"
         raise ConfigError(what, key, f"give the 40-hex commit: {key}=COMMIT")
-    if not SHA1.fullmatch(revision):
-        from gain_cl.system.hub import commit
-
-        try:
-            commit(path, revision, kind)
-        except ConfigError as error:
-            what = f"{key}={revision!r} is no commit of {path}"
-            raise ConfigError(what, origin(key), error.do) from None
+    try:
+        hub.commit(path, revision, kind)
+    except ConfigError as error:
+        what = f"{key}={revision!r} is no commit of {path}"
+        raise ConfigError(what, origin(key), error.do) from None
 
 
 # --- this machine ---------------------------------------------------------------------------------

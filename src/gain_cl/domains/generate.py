@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from bisect import bisect
 from collections.abc import Iterator
 from itertools import accumulate
 
@@ -37,13 +38,12 @@ def generate(seed: int, documents: int) -> Iterator[str]:
     weights = list(accumulate(1 / (rank + 1) for rank in range(WORDS)))
 
     def common() -> str:
-        u = draw() * weights[-1]
-        return lexicon[next(i for i, w in enumerate(weights) if u < w)]
+        return lexicon[bisect(weights, draw() * weights[-1])]
 
     for _ in range(documents):
         length = 400 + int(draw() * 800)
         sentences: list[str] = []
-        while sum(len(sentence) for sentence in sentences) < length:
+        while sum(map(len, sentences)) < length:
             words = [common()]
             while len(words) < 4 + int(draw() * 10):
                 words.append(pick(followers[words[-1]], draw()) if draw() < 0.8 else common())

@@ -154,10 +154,10 @@ def collect_documents(domain: Domain) -> list[tuple[str, Document]]:
 def in_token_cache(domain: Domain) -> bool:
     """True if some tokenizer's tokens of this very text are in the cache. Its source may then be
     away."""
-    wanted = json.loads(json.dumps(pin_domain(domain), allow_nan=False))
+    wanted = hashes.json_sha256(pin_domain(domain))
     for file in (hashes.cache_dir() / "tokens").glob("*/meta.json"):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            if json.loads(file.read_bytes())["identity"]["pin"] == wanted:
+            if hashes.json_sha256(json.loads(file.read_bytes())["identity"]["pin"]) == wanted:
                 return True
     return False
 

@@ -32,23 +32,16 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u
 
 def decode(data: bytes, where: str) -> str:
     """Return UTF-8 data as text, without a byte-order mark. DataError: it is something else. The
-    message names what it is, or the byte and its offset."""
-    if data[:2] == b"\x1f\x8b":
-        do = "unpack it, or name it .jsonl.gz if it is JSON lines"
-        raise DataError("this is gzip data, not text", where, do)
-    if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        do = "convert it: iconv -f UTF-16 -t UTF-8"
-        raise DataError("the text is UTF-16, not UTF-8", where, do)
+    message names the byte and its offset."""
+    do = "convert the file to UTF-8 text (iconv -f UTF-16, if it is UTF-16); unpack what is packed"
     try:
-        text = data.decode("utf-8-sig")
+        text = data.decode()
     except UnicodeDecodeError as error:
-        offset = error.start + (3 if data[:3] == b"\xef\xbb\xbf" else 0)
-        what = f"byte 0x{data[offset]:02x} at offset {offset} is not UTF-8"
-        raise DataError(what, where, "convert the file to UTF-8") from None
+        what = f"byte 0x{data[error.start]:02x} at offset {error.start} is not UTF-8"
+        raise DataError(what, where, do) from None
     if "\0" in text:
-        what = f"NUL byte at offset {data.index(0)}: UTF-16 or binary data"
-        raise DataError(what, where, "convert the file to UTF-8 text")
-    return text
+        raise DataError(f"NUL byte at offset {data.index(0)}: not UTF-8 text", where, do)
+    return text.removeprefix("\ufeff")
 
 
 def joint(pair: Pair) -> str:
