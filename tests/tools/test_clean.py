@@ -91,14 +91,14 @@ def test_abandoned_run(capsys: pytest.CaptureFixture[str], places: Path) -> None
     out = capsys.readouterr().out
     assert (
         str(folder) in out
-        and "30 B" in out
+        and "30 bytes" in out
         and "30.0" in out
         and "abandoned run: has no record" in out
     )
     assert out.endswith("nothing removed; --yes removes it without asking\n")
     assert everything(places) == before
     assert cli.main(["clean", "--yes"]) == 0
-    assert capsys.readouterr().out.endswith("removed 30 B\n")
+    assert capsys.readouterr().out.endswith("removed 30 bytes\n")
     assert everything(Path("runs")) == set()
 
 
@@ -463,7 +463,7 @@ def test_question_on_a_terminal(answer: str, gone: bool) -> None:
     os.close(ours)
     assert process.wait() == 0
     assert Path(f"runs/{ID}").exists() != gone
-    assert (b"removed 30 B" if gone else b"nothing removed") in said
+    assert (b"removed 30 bytes" if gone else b"nothing removed") in said
 
 
 def test_json_never_asks() -> None:

@@ -1,4 +1,4 @@
-"""Write for a terminal: a console of known width, names that others chose, sizes. Torch-free."""
+"""Write for a terminal: a console of known width, names that others chose. Torch-free."""
 
 from __future__ import annotations
 
@@ -22,13 +22,3 @@ def console() -> Any:
 def printable(text: object) -> str:
     """Return a name that others chose as one line without control characters."""
     return errors.printable(str(text)).replace("\n", "\\n")
-
-
-def size(count: int) -> str:
-    """Return bytes as 830 B, 12.0 kB, 4.1 GB (powers of 1000)."""
-    value = float(count)
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 999.5:
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1000
-    return f"{value:.1f} TB"

@@ -22,10 +22,12 @@ from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
+from rich.filesize import decimal as size
+
 from gain_cl.errors import ConfigError, InUseError, StorageError
 from gain_cl.paper.table import Row, Table, print_table, say
 from gain_cl.system import hashes, lock
-from gain_cl.system.terminal import printable, size
+from gain_cl.system.terminal import printable
 from gain_cl.tools.command import Parser
 
 DAY = 86_400

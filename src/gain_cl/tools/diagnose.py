@@ -18,6 +18,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.filesize import decimal as size
+
 from gain_cl.config.schema import Given
 from gain_cl.errors import ConfigError, DataError, suggest
 from gain_cl.measure import diagnosis
@@ -37,7 +39,6 @@ from gain_cl.paper.table import Row, Table, Value, plain, print_table
 from gain_cl.runs import resume
 from gain_cl.stats import format
 from gain_cl.system.files import sha256, write_all
-from gain_cl.system.terminal import size
 from gain_cl.tools.command import RUN, Parser, load_run
 from gain_cl.tools.reopen import Reopened, stage_of
 

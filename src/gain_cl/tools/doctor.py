@@ -26,13 +26,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
+from rich.filesize import decimal as size
 from rich.text import Text
 
 from gain_cl.errors import DataError
 from gain_cl.paper.table import Row, Table, print_table
 from gain_cl.system import hashes
 from gain_cl.system.hub import hub_state
-from gain_cl.system.terminal import size
 from gain_cl.tools.command import Parser
 
 NEED_MEMORY = 4_100_000_000
