@@ -261,7 +261,12 @@ FILES = [
         "bad YAML: could not determine a constructor",
         "mine.yaml:1",
     ),
-    ("model", "name: m\xe9\n".encode("latin-1"), "bad YAML: 'utf-8' codec", "a preset); save it as UTF-8"),
+    (
+        "model",
+        "name: m\xe9\n".encode("latin-1"),
+        "bad YAML: 'utf-8' codec",
+        "a preset); save it as UTF-8",
+    ),
     (
         "method",
         "defaults: [/adapter: gain, /guard: none]\nmethod: mine\n",
