@@ -180,7 +180,8 @@ def _files(path: Path) -> list[Path]:
         what = f"{path.suffix or 'no suffix'}: not a kind of file that can be read"
         if path.is_dir():
             what = f"the folder holds no {', '.join(SUFFIXES)} file"
-        raise DataError(what, str(path), f"use {' '.join(SUFFIXES)}")
+        do = f"check domain.source.path, use {' '.join(SUFFIXES)}"
+        raise DataError(what, str(path), do)
     return found
 
 
