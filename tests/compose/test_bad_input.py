@@ -791,5 +791,5 @@ def test_the_mark_works(tmp_path: Path) -> None:
     assert torch and done.returncode not in (0, 64, 65)
 
 
-# Elsewhere, for they come after torch: no space (needed, free), test_faults_resources.py. Tables
+# Elsewhere, for they come after torch: no space, test_faults_resources.py. Tables
 # over several runs (missing cells, mixed provenance) come with the tables.
