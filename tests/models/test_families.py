@@ -144,6 +144,7 @@ LEAKS = [
     "lfm2",
     "openai-gpt",
 ]
+MAMBAS = {"mamba": "in_proj", "falcon_h1": "q_proj"}  # PEFT refuses LoRA on others of their layers
 QUICK = ("llama", "gemma3_text", "granite", "bert")
 SCALES = {"granite": 1 / 8, "granitemoe": 1 / 4, "cohere": 1 / 16, "minicpm3": 1 / 2}
 IDS = (7 * torch.arange(120)[None] + 3) % 257
@@ -189,8 +190,8 @@ def test_family_trains_scores_and_is_exported(
 
     folder, began = save(family, tmp_path / family), time.process_time()
     words = ["method=lora", "adapter.config.r=2"]
-    if family == "mamba":  # PEFT refuses its other layers
-        words.append("adapter.config.target_modules=[in_proj]")
+    if family in MAMBAS:
+        words.append(f"adapter.config.target_modules=[{MAMBAS[family]}]")
     code = cli.main(["run", *small(folder, tmp_path / "runs", *words)])
     if family in REFUSED:
         assert code == 65 and time.process_time() - began < 10

@@ -18,7 +18,7 @@ from test_families import FAMILIES, IDS, LINEAR, LOCAL, WIDE, our_loss, own_loss
 
 from gain_cl import cli
 from gain_cl.config import schema
-from gain_cl.errors import ConfigError
+from gain_cl.errors import ConfigError, DataError
 from gain_cl.measure import record
 from gain_cl.models import convert, forward, load
 
@@ -171,6 +171,15 @@ def test_a_leak_between_documents_is_seen(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(loaded, "hidden", forget)
     with pytest.raises(ConfigError, match="llama does not keep packed documents apart"):
         forward.prove_masks(loaded, 64)
+
+
+def test_a_look_at_later_tokens_is_seen() -> None:
+    arch = {"model_type": "llama", **FAMILIES["llama"]}
+    loaded = load.load_model(schema.Model(name="m", arch=arch, dtype="float32"), CPU)
+    for layer in loaded.body.layers:
+        layer.self_attn.is_causal = False
+    with pytest.raises(DataError, match="llama looks at later tokens"):
+        load._prove_loss(loaded)
 
 
 @pytest.mark.parametrize(

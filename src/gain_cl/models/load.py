@@ -376,10 +376,12 @@ def _prove_loss(loaded: Loaded) -> None:
     family, net = loaded.model.config.model_type, loaded.model
     ids = torch.arange(4, device=loaded.device)[None]
     with torch.inference_mode():
-        logits, hidden = net(ids, use_cache=False).logits.double(), loaded.hidden(input_ids=ids)
-        ours, other = loaded.head(hidden).double(), ids.clone()
-        other[0, 3] = 4
-        later = loaded.hidden(input_ids=other)
+        hidden = loaded.hidden(input_ids=ids)
+        logits, ours = (  # Apple's GPU has no float64
+            x.float().cpu().double()
+            for x in (net(ids, use_cache=False).logits, loaded.head(hidden))
+        )
+        changed = (loaded.hidden(input_ids=ids * (ids < 3)) - hidden)[:, :3].abs().mean()
         if not (logits.isfinite().all() and ours.isfinite().all()):
             what = "the model's logits are not finite: its weights are damaged"
             raise DataError(what, family, "download the model again")
@@ -396,7 +398,7 @@ def _prove_loss(loaded: Loaded) -> None:
     if ours.shape != logits.shape or not float((ours - logits).abs().max()) <= 1e-2 * largest:
         what = f"{family} transforms its logits in an unknown way"
         raise DataError(what, family, "use another model")
-    if not torch.allclose(hidden[:, :3], later[:, :3], rtol=1e-2, atol=1e-3):
+    if changed > 2e-2 * hidden.abs().mean():
         what = f"{family} looks at later tokens: it is no causal language model"
         raise DataError(what, family, "use another model")
 
