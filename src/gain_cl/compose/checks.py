@@ -98,6 +98,7 @@ def _check_model(config: RunConfig, origin: Origin) -> None:
             raise ConfigError(what, origin(key), do)
         else:
             _check_commit(model.revision, model.path, "model", "model.revision", origin)
+            arch = arch or _cached_config(model.path, str(model.revision))
     limits(config, arch or {}, origin)
 
 
@@ -152,6 +153,16 @@ def inputs(config: RunConfig) -> None:
         else:
             packages.archive(place.files)
     domains.check_texts(config.domains, config.train, config.eval, config.only_scored)
+
+
+def _cached_config(path: str, revision: str) -> dict[str, Any] | None:
+    """Return config.json of a hub repository if the cache has it. Nothing is downloaded."""
+    from huggingface_hub import try_to_load_from_cache
+
+    from gain_cl.models.source import read_config
+
+    file = try_to_load_from_cache(path, "config.json", revision=revision)
+    return read_config(Path(file).parent) if isinstance(file, str) else None
 
 
 def _check_commit(
