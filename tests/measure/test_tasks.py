@@ -724,8 +724,8 @@ def test_an_item_is_done_when_all_its_choices_are(local: None, loaded: Any) -> N
 
 
 def test_time_left_counts_what_score_counts(local: None, loaded: Any, tmp_path: Path) -> None:
-    """A tracker is told items by score and items by the stage: nothing is left when the last choice
-    is scored."""
+    """A tracker is told items by score and items by the stage, and takes its pace from the stage:
+    half the time is left after the first of two, nothing after the last."""
     import io
 
     from rich.console import Console
@@ -758,7 +758,6 @@ def test_time_left_counts_what_score_counts(local: None, loaded: Any, tmp_path: 
             tracker.phase("run tasks", stage=stage)
             begun = now
             scores, _ = score(taskset, loaded, tell)
-            left.append(tracker.left())
             row = record.StageRecord(
                 index=stage,
                 domain="a" if stage else None,
@@ -769,8 +768,8 @@ def test_time_left_counts_what_score_counts(local: None, loaded: Any, tmp_path: 
                 task_seconds=now - begun,
             )
             tracker.stage(row)
-            assert tracker.left() == left[-1]
-    assert left == [(pytest.approx(now / 2), []), (0.0, [])]
+            left.append(tracker.left())
+    assert left == [(pytest.approx(now / 2), True), (0.0, True)]
     assert rest[-2] > 0
 
 
