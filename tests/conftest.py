@@ -83,6 +83,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "dropout": 0.1,
     },
     "phi": {"model_type": "phi", **_SMALL},
+    "cohere": {"model_type": "cohere", **_SMALL},
+    "granite": {"model_type": "granite", **_SMALL, "logits_scaling": 8.0},
+    "ministral3": {"model_type": "ministral3", **_SMALL},
+    "olmo3": {"model_type": "olmo3", **_SMALL},
 }
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import test_families
 import torch
 import yaml
 from pydantic import TypeAdapter
@@ -498,7 +499,10 @@ def test_evaluation_sees_the_adapter(family: str) -> None:
 
 
 def test_every_family_in_roles_is_tested() -> None:
-    assert set(families.ROLES) == set(FAMILIES)
+    """Those of experts, whose feed-forward plays no role, are in the walk of test_families."""
+    dense = {family for family, table in families.ROLES.items() if "ffn_down" in table}
+    assert dense == set(FAMILIES)
+    assert families.ROLES.keys() - dense <= set(test_families.FAMILIES)
 
 
 def test_gains_can_be_taken_off() -> None:
