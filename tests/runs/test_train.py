@@ -131,7 +131,7 @@ def test_masked_packing_equals_separate_documents(family: str, dtype: str) -> No
         # b starts from what precedes it in the stream (in a real stream, the separator), not from
         # the prefix
         ids = torch.tensor([[a[-1], *b[:-1]]])
-        hidden = loaded.body(input_ids=ids).last_hidden_state[0]
+        hidden = loaded.hidden(input_ids=ids)[0]
         logits = loaded.head(hidden).float()
         if loaded.softcap:
             logits = loaded.softcap * torch.tanh(logits / loaded.softcap)
