@@ -60,7 +60,8 @@ def entry() -> NoReturn:
     """Run the console script."""
     code = main()
     try:
-        sys.stdout.flush()
+        if sys.stdout is not None:  # it was closed before Python began
+            sys.stdout.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(code)
@@ -133,13 +134,13 @@ def _run(argv: list[str]) -> int:
         places = [*(f"--config-dir={d}" for d in first), *presets.search_path(rest)]
         return _hydra([flag, *places, *args.overrides])
     from gain_cl.compose import composition
-    from gain_cl.system import signals
+    from gain_cl.system import signals, terminal
 
     if args.cfg or args.info:
         flags = [f"--{w}={v}" for w in ("cfg", "info", "package") if (v := getattr(args, w))]
         flags += ["--resolve"] * args.resolve
         return _hydra([*flags, *composition.spell_out(args.overrides, **here)])
-    with signals.listening():
+    with signals.listening(), terminal.unfailing():
         if args.multirun:
             return _multirun(args.overrides, here)
         return _carry_out(composition.compose(args.overrides, **here))
@@ -237,10 +238,10 @@ def _hydra(argv: list[str], job: Callable[[list[str]], None] | None = None) -> i
 
 
 def _score(argv: list[str]) -> int:
-    from gain_cl.system import signals
+    from gain_cl.system import signals, terminal
     from gain_cl.tools import score
 
-    with signals.listening():
+    with signals.listening(), terminal.unfailing():
         return _carry_out(score.compose(argv))
 
 

@@ -4,6 +4,8 @@ do>``."""
 from __future__ import annotations
 
 import difflib
+import os
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -16,6 +18,24 @@ def printable(text: str) -> str:
     return "".join(
         c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text
     )
+
+
+SECRET_NAME = re.compile(
+    r"TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|KEY|_PASS$|_PAT$|_AUTH$|^PGPASS$", re.IGNORECASE
+)
+"""Environment variables whose values reach no file and no message."""
+_IN_URL = re.compile(r"(://)[^/\s@]+@|(\b[\w.-]+:)[^\s/:@]+@(?=[\w.-]+)")
+_ASKED = re.compile(r"([?&](?:\w*token|\w*key|\w*secret|sig|signature|password)=)[^&\s]+", re.I)
+
+
+def scrubbed(text: str) -> str:
+    """Return the text without secrets: values of environment variables named so, passwords and
+    tokens of URLs. What stands there instead says what was taken."""
+    for name, secret in os.environ.items():
+        if len(secret) >= 8 and SECRET_NAME.search(name) and secret in text:
+            text = text.replace(secret, f"<the value of ${name}>")
+    text = _IN_URL.sub(r"\1\2<a password>@", text)
+    return _ASKED.sub(r"\1<a password>", text)
 
 
 def suggest(word: str, options: Iterable[str], listing: bool = True) -> str:
@@ -39,9 +59,9 @@ class GainError(Exception):
     exit_code = USAGE
 
     def __init__(self, what: str, where: str = "", do: str = "") -> None:
-        self.what, self.where, self.do = what, where, do
+        self.what, self.where, self.do = map(scrubbed, (what, where, do))
         self.facts: dict[str, Any] = {}
-        line = what + (f" ({where})" if where else "") + (f"; {do}" if do else "")
+        line = self.what + (f" ({self.where})" if where else "") + (f"; {self.do}" if do else "")
         super().__init__(printable(" ".join(line.split())))
 
 

@@ -4,7 +4,6 @@ model's limits, devices. Torch-free."""
 from __future__ import annotations
 
 import importlib.util
-import os
 import re
 import subprocess
 import sys
@@ -19,17 +18,15 @@ from gain_cl.compose import rules
 from gain_cl.compose.rules import Origin
 from gain_cl.config import presets
 from gain_cl.config.schema import (
-    SECRET_NAME,
     HubSource,
     PackageSource,
     Peft,
     RunConfig,
 )
-from gain_cl.errors import ConfigError, DataError, suggest
+from gain_cl.errors import ConfigError, DataError, scrubbed, suggest
 from gain_cl.system import hub
 
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
-URL_LOGIN = re.compile(r"://[^/\s@]+@")
 DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
 CONTROL = re.compile(r"[^\n\t -\ud7ff\ue000-\U0010ffff]|[\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
@@ -321,7 +318,6 @@ def _values(given: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 def _check_values(plain: Mapping[str, Any], config: RunConfig, origin: Origin) -> None:
     """Check that no value calls code, commands a terminal or tells a secret, and that no boolean
     stands for a number."""
-    secrets = [(n, v) for n, v in os.environ.items() if SECRET_NAME.search(n) and len(v) >= 8]
     typed = dict(_values(config.model_dump()))
     for key, value in _values(plain):
         if re.search(r"(^|\.)_[a-z]+_(\.|$)", key):  # Hydra's _target_ and its kin
@@ -335,8 +331,6 @@ def _check_values(plain: Mapping[str, Any], config: RunConfig, origin: Origin) -
         if bad := CONTROL.search(value):
             what = f"{key} holds the control character {bad[0]!r}"
             raise ConfigError(what, origin(key), "take it out")
-        found = [f"the value of ${name}" for name, secret in secrets if secret in value]
-        found += ["a password"] * bool(URL_LOGIN.search(value))
-        if found:
+        if found := re.search("<(the value of .*?|a password)>", scrubbed(value)):
             do = "leave it to the environment: the configuration is written to disk"
-            raise ConfigError(f"{key} holds {found[0]}", origin(key), do)
+            raise ConfigError(f"{key} holds {found[1]}", origin(key), do)

@@ -14,6 +14,7 @@ import copy
 import functools
 import importlib.util
 import itertools
+import math
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -32,6 +33,9 @@ from gain_cl.errors import ConfigError, suggest
 PACKAGE = re.compile(r"^[A-Za-z_][A-Za-z0-9_-]*$")  # what Hydra takes as one part of a package name
 
 VALUE = re.compile(r"\+\+[\w.-]+=")  # sets a value, whether the key is there or not
+
+MOST_JOBS = 10_000
+"""Runs of one multirun. Each is composed and checked before the first starts."""
 
 Paths = Iterable[str | Path]
 Load = Callable[..., dict[str, Any]]
@@ -84,6 +88,9 @@ def jobs(overrides: Iterable[str], config_dirs: Paths = (), plugins: Paths = ())
             for o in _parse(words, GlobalHydra.instance().config_loader())
             if not o.is_hydra_override()
         ]
+        if (total := math.prod(map(len, parts))) > MOST_JOBS:
+            do = f"ask for {MOST_JOBS:,} at most, in several commands"
+            raise ConfigError(f"{total:,} runs or more", "command line", do)
         product = [list(job) for job in itertools.product(*parts)]
     with composer(config_dirs) as one:
         for job in product:
@@ -205,10 +212,22 @@ def _parse(words: Iterable[str], loader: Any = None) -> list[Any]:
     return cast("list[Any]", OverridesParser.create(loader).parse_overrides(list(words)))
 
 
+def _plain(word: str) -> str:
+    """Return an override that Hydra reads: a plain value that begins with ~ or holds another = is
+    quoted."""
+    key, equals, value = word.partition("=")
+    if equals and re.fullmatch(r"~?[\w./~=:@+-]+", value) and {"~", "="} & {value[0], *value[1:]}:
+        with contextlib.suppress(Exception):
+            _parse([word])
+            return word
+        return f"{key}={presets.quote(value)}"
+    return word
+
+
 def _strings(override: Any) -> list[str]:
     """Return the value of an override, or the several of a sweep."""
-    if override.is_sweep_override():
-        return list(override.sweep_string_iterator())
+    if override.is_sweep_override():  # of a range without end, no more than is refused
+        return list(itertools.islice(override.sweep_string_iterator(), MOST_JOBS + 1))
     return [override.get_value_element_as_str()]
 
 
@@ -265,7 +284,7 @@ def rewrite(
 
     sweep: several values for one key are allowed (multirun).
     """
-    words, out = list(overrides), []
+    words, out = [_plain(word) for word in overrides], []
     with explained(Request(words)):
         parsed = _parse(words)
     given = [key_of(w) for w in words]

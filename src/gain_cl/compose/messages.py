@@ -153,6 +153,8 @@ def explain(error: BaseException, request: Request) -> ConfigError:
                 what = f"{e.full_key or 'a value'}: {str(e).splitlines()[0]}"
                 where = request.origin(e.full_key or "")
                 return ConfigError(what, where, "correct the name between ${ and }")
+            case BrokenPipeError():  # of what prints the help
+                raise e
             case OSError():
                 where, do = presets.short(str(e.filename)), "check the file and its permissions"
                 return ConfigError(f"cannot read: {e.strerror}", where, do)
@@ -210,6 +212,7 @@ def invalid(
     said = (
         "null" if value is None else str(value).lower() if value in (True, False) else repr(value)
     )
+    said = said if len(said) <= 100 else f"{said[:97]}..."
     if kind == "extra_forbidden":
         return unknown(key, where, section)
     if kind == "missing":

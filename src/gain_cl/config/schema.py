@@ -9,11 +9,13 @@ Top-level sections are *scientific* (they change results and enter the run id) u
 from __future__ import annotations
 
 import functools
+import os
 import re
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -26,8 +28,6 @@ from pydantic import (
 
 NAME = re.compile(r"^(?![.-])[A-Za-z0-9._-]{1,100}\Z")
 SHA1 = re.compile(r"^[0-9a-f]{40}\Z")
-SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|KEY", re.IGNORECASE)
-"""Environment variables whose values reach no file."""
 SHA256 = re.compile(r"^[0-9a-f]{64}\Z")
 
 EXECUTION = (
@@ -57,6 +57,7 @@ def _name(value: Any) -> Any:
 Name = Annotated[str, BeforeValidator(_name)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Sha256 = Annotated[str, Field(pattern=SHA256)]
+Folder = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Positive = Annotated[Finite, Field(gt=0)]
 NotNegative = Annotated[Finite, Field(ge=0)]
@@ -416,14 +417,14 @@ class Train(Section):
     block: int = Field(256, gt=1)  # tokens a training sequence
     batch_tokens: PositiveInt = 512  # tokens an optimiser step
     pack: Literal["stream", "mask"] = "stream"  # mask: a token attends only within its own document
-    lr: Positive
+    lr: float = Field(gt=0, le=1000)
     schedule: Literal["cosine", "constant"] = "cosine"
     warmup: Fraction = 0.1  # share of a stage's steps with a linearly rising rate
     final_lr: float = Field(0.1, ge=0, le=1)  # cosine ends at this share of lr
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     eps: Positive = 1e-8
     weight_decay: NotNegative = 0.0
-    clip: float | None = Field(1.0, gt=0)  # global gradient norm; None: no clipping
+    clip: Positive | None = 1.0  # global gradient norm; None: no clipping
     optimizer: Literal["fresh", "carried"] = "fresh"  # AdamW moments at a new stage
     # steps between dev perplexities of the current domain and of the controls
     dev_every: PositiveInt | None = None
@@ -482,7 +483,7 @@ class Compute(Section):
     rounding and, with dropout, by what is drawn."""
 
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
-    threads: PositiveInt | None = None  # CPU threads; None: all cores
+    threads: int | None = Field(None, gt=0, le=1024)  # CPU threads; None: all cores
     # sequences per forward pass of training; None: the whole step
     micro_batch: PositiveInt | None = None
     eval_batch: PositiveInt = 16  # documents per forward pass of evaluation
@@ -495,12 +496,12 @@ class Compute(Section):
 class Track(Section):
     backend: Literal["none", "wandb"] = "none"
     mode: Literal["auto", "online", "offline", "disabled"] = "auto"
-    project: str = "gain_cl"
+    project: str = Field("gain_cl", min_length=1, max_length=128)
     entity: str | None = None
     group: str | None = None
     job_type: str = "train"
     name: str | None = None  # None: the run id
-    tags: list[str] = []
+    tags: list[Annotated[str, Field(min_length=1, max_length=64)]] = []  # as wandb takes them
     init_timeout_seconds: int = Field(15, gt=0, le=15)
 
 
@@ -547,8 +548,8 @@ class RunConfig(Section):
     resume: Literal["auto", "never", "must"] = "auto"  # go on where an earlier attempt was stopped
     # go on although this differs; the record is then marked tainted
     allow_change: list[Change] = []
-    output_dir: str  # runs/<run_id>/: metrics.jsonl, matrix.csv, matrix.png, stages/
-    results_dir: str  # runs/<run_id>.json and .items.parquet
+    output_dir: Folder  # runs/<run_id>/: metrics.jsonl, matrix.csv, matrix.png, stages/
+    results_dir: Folder  # runs/<run_id>.json and .items.parquet
     force: bool = False  # run again although the record exists
     plugins: list[str] = []  # python files that register adapters or guards
 

@@ -130,7 +130,8 @@ def load_tokenizer(model: schema.Model) -> tuple[PreTrainedTokenizerBase, str]:
 def tokenizer_hash(folder: Path) -> str:
     """Return the SHA-256 of the definition of a folder's tokenizer, as ``load_tokenizer`` gives
     it."""
-    return _digest(_tokenizer(folder))
+    with _refusals(str(folder)):
+        return _digest(_tokenizer(folder))
 
 
 def _digest(tokenizer: Any) -> str:

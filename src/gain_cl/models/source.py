@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,28 @@ def locate_model(model: schema.Model, weights: bool = True) -> Path | None:
     return None
 
 
+def prove_files(model: schema.Model, pin: dict[str, Any]) -> None:
+    """Hash the files that are about to be loaded, whatever was remembered of them. DataError when
+    they are not those of the pin. What was converted from a package is converted anew."""
+    with hashes.doubting():
+        folder = locate_model(model)
+        if folder is None or model.path is None:
+            return
+        where, blobs = str(folder), [p.resolve() for p in sorted(folder.glob("*.safetensors"))]
+        if not Path(model.path).expanduser().is_dir():
+            # the hub's cache names the files of weights by their SHA-256
+            for blob in blobs:
+                if (
+                    re.fullmatch("[0-9a-f]{64}", blob.name)
+                    and hashes.file_sha256(blob) != blob.name
+                ):
+                    what = "the weights are not what the hub has: they changed on disk"
+                    raise DataError(what, str(blob), "delete the file: it is fetched again")
+        elif pin_model(model) != pin:
+            what = "the files changed and kept their times: what was remembered of them is wrong"
+            raise DataError(what, where, "run the same command again: it is another run")
+
+
 def model_at_hand(model: schema.Model) -> Path | None:
     """See before torch is imported that the model can be had and used. Return the folder of a hub
     model's small files, which are fetched (its weights are not), else None. Errors as
@@ -80,7 +103,7 @@ def inspect_model(folder: Path, weights: bool = True) -> dict[str, Any]:
     weights: whether they must be there. DataError names the fault.
     """
     found = [p.stat() for p in sorted(folder.glob("*")) if p.exists()]
-    stamp = tuple((s.st_ino, s.st_size, s.st_mtime_ns) for s in found)
+    stamp = tuple((s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for s in found)
     return dict(_inspect(folder, weights, stamp))
 
 
@@ -100,6 +123,7 @@ def _inspect(folder: Path, weights: bool, stamp: object) -> dict[str, Any]:
         do = "use the model it was made from: nothing can be merged into quantised weights"
         raise DataError(what, where, do)
     shapes = weight_shapes(folder)
+    _inspect_index(folder)
     if weights and not any(folder.glob("model*.safetensors")):
         refuse_pickles(folder)
         do = "give a folder written by save_pretrained"
@@ -146,6 +170,21 @@ def _inspect_code(folder: Path) -> None:
         raise DataError(what, str(beside), "move the adapter's files to a folder of their own")
 
 
+def _inspect_index(folder: Path) -> None:
+    """Refuse an index of weights that names files which the pin of the folder does not hash:
+    DataError."""
+    file = folder / "model.safetensors.index.json"
+    if not file.exists():
+        return
+    named = _json_object(file).get("weight_map")
+    if not isinstance(named, dict) or not named:
+        raise DataError("no weight_map", str(file), "download the model again")
+    for name in sorted(set(map(str, named.values()))):
+        if "/" in name or not hashes.matches(name, WEIGHTS[:1]):
+            what = f"the weights are in {name!r}, not in model*.safetensors of this folder"
+            raise DataError(what, str(file), "save the model again with save_pretrained")
+
+
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight")
 """Ends of the names of the input embedding."""
 
@@ -158,7 +197,9 @@ def _inspect_tokenizer(folder: Path, rows: int | None) -> None:
         return
     file = folder / "tokenizer.json"
     data = _json_object(file)
-    vocab = (data.get("model") or {}).get("vocab") or {}
+    if not isinstance(data.get("model"), dict):
+        raise DataError("it holds no tokenizer", str(file), "download the model again")
+    vocab = data["model"].get("vocab") or {}
     ids = vocab.values() if isinstance(vocab, dict) else range(len(vocab))
     if (largest := max(ids, default=0)) >= rows:
         what = f"token id {largest} has no embedding row ({rows} rows)"
@@ -188,6 +229,10 @@ def weight_shapes(folder: Path, files: str = "model*.safetensors") -> dict[str, 
             shapes |= {name: list(t["shape"]) for name, t in tensors.items()}
             if 8 + size + end != file.stat().st_size:
                 raise ValueError
+            for name, t in tensors.items():
+                if name.endswith(".weight") and t["dtype"][0] in "IU":
+                    what = f"{name} holds whole numbers ({t['dtype']}): the weights are quantised"
+                    raise DataError(what, str(file), "use the model it was made from")
         except OSError as error:
             raise _unreadable(file, error) from None
         except (ValueError, AttributeError, KeyError, IndexError, TypeError):
@@ -204,6 +249,8 @@ def json_object(path: Path, again: str) -> dict[str, Any]:
     """Return a JSON file that holds an object. again: what to do when it does not, in the
     DataError."""
     try:
+        if not path.is_file():  # reading a pipe would wait for ever
+            raise OSError(0, "not a regular file")
         data = json.loads(path.read_bytes())
         if isinstance(data, dict):
             return data

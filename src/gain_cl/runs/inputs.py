@@ -12,7 +12,7 @@ from gain_cl.compose import checks
 from gain_cl.config.schema import JOINT, RunConfig
 from gain_cl.domains import overlap
 from gain_cl.measure import provenance, tasks
-from gain_cl.models import convert, load
+from gain_cl.models import convert, load, source
 from gain_cl.runs import same
 from gain_cl.system import signals
 
@@ -64,6 +64,7 @@ def load_inputs(config: RunConfig, plan: Plan, tracker: Teller) -> Inputs:
     torch.use_deterministic_algorithms(config.compute.deterministic)
     signals.poll()
     tracker.phase(f"load {config.model.name}")
+    source.prove_files(config.model, pins["model"])
     loaded = load.load_model(config.model, device)
     checks.limits(config, loaded.model.config.to_dict())
     if config.train.pack == "mask":

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -19,7 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from gain_cl.config.schema import SECRET_NAME
+from gain_cl.errors import scrubbed
 from gain_cl.stats import answers, format, matrix
 from gain_cl.system.failpoints import reach
 
@@ -34,8 +33,6 @@ sync``."""
 SHOWN = ("step", "dev", "stage")
 """Kinds of rows of metrics.jsonl that become a row here. A stage's row takes in the eval and task
 lines before it."""
-
-_LOGIN = re.compile(r"(?<=://)[^/@\s]+@")
 
 
 class Mirror:
@@ -303,15 +300,9 @@ def _reason(error: Exception) -> str:
 
 
 def _public(value: Any) -> Any:
-    """Return the value with credentials blanked: logins in URLs, and values of environment
-    variables that are named like secrets."""
+    """Return the value with every text in it scrubbed of secrets."""
     if isinstance(value, dict):
         return {k: _public(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
         return [_public(v) for v in value]
-    if isinstance(value, str):
-        value = _LOGIN.sub("***@", value)
-        for name, secret in os.environ.items():
-            if SECRET_NAME.search(name) and len(secret) >= 8:
-                value = value.replace(secret, "***")
-    return value
+    return scrubbed(value) if isinstance(value, str) else value

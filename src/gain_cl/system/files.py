@@ -36,7 +36,8 @@ def write_all(files: dict[Path, bytes]) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             kind = path.suffix.lstrip(".")
             reach(f"{kind}.before_write")
-            with open(temporary[path], "wb") as f:
+            temporary[path].unlink(missing_ok=True)
+            with open(temporary[path], "xb") as f:  # x: never through a link that lies there
                 f.write(data)
                 f.flush()
                 reach(f"{kind}.after_write")

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import functools
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from gain_cl.errors import DataError
+from gain_cl.errors import ConfigError, DataError
 from gain_cl.system.files import sha256, write_bytes
 
 
@@ -21,7 +22,10 @@ def cache_dir() -> Path:
     if own := os.environ.get("GAIN_CL_CACHE"):
         return Path(own).expanduser().absolute()
     shared = os.environ.get("XDG_CACHE_HOME")
-    return (Path(shared).expanduser() if shared else Path.home() / ".cache") / "gain_cl"
+    try:
+        return (Path(shared).expanduser() if shared else Path.home() / ".cache") / "gain_cl"
+    except RuntimeError:  # no HOME, and the user is not in passwd
+        raise ConfigError("no home folder", "HOME", "set GAIN_CL_CACHE to a folder") from None
 
 
 def json_sha256(value: Any, compact: bool = False) -> str:
@@ -36,7 +40,7 @@ def json_sha256(value: Any, compact: bool = False) -> str:
 
 
 @functools.cache
-def _sha256(path: str, size: int, mtime_ns: int) -> str:
+def _sha256(path: str, *stamp: int) -> str:
     return sha256(Path(path))
 
 
@@ -49,19 +53,31 @@ def trust_nothing() -> None:
     _trusting = False
 
 
+@contextlib.contextmanager
+def doubting() -> Iterator[None]:
+    """Trust nothing for the block."""
+    global _trusting
+    before, _trusting = _trusting, False
+    try:
+        yield
+    finally:
+        _trusting = before
+
+
 def file_sha256(path: Path, remember: bool = False) -> str:
-    """Return the SHA-256 of a file, computed once per (path, size, mtime_ns) in this process;
-    remember: also across processes, in the cache (for model weights of many gigabytes). DataError
-    when the file cannot be read."""
+    """Return the SHA-256 of a file, computed once per (path, size, mtime, ctime, inode) in this
+    process. cp -p, rsync and tar bring back an mtime, nothing brings back a ctime. remember: also
+    across processes, in the cache (for model weights of many gigabytes). DataError when the file
+    cannot be read."""
     path = Path(path).absolute()
     try:
         real = path.resolve(strict=True)
         stat = real.stat()
-        if not remember or not _trusting:
-            return _sha256(str(real), stat.st_size, stat.st_mtime_ns)
+        known = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+        if not remember:
+            return _sha256(str(real), *known)
         note = cache_dir() / "hashes" / f"{hashlib.sha256(os.fsencode(real)).hexdigest()}.json"
-        known = [stat.st_size, stat.st_mtime_ns]
-        seen = json_or_none(note)
+        seen = json_or_none(note) if _trusting else None
         if isinstance(seen, dict) and seen.get("stat") == known and "sha256" in seen:
             return str(seen["sha256"])
         digest = _sha256(str(real), *known)

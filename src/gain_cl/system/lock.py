@@ -10,6 +10,7 @@ The system releases every lock when its process ends, however it ends.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import socket
@@ -30,6 +31,8 @@ PATIENCE_SECONDS = 1.0
 """How long a lock is tried again whose holder is unknown: it is just being taken, released or
 looked at."""
 LAUNCH = "LAUNCH"
+NO_LINK = getattr(os, "O_NOFOLLOW", 0)
+"""Opens no link: in a shared folder it may lead to somebody's file."""
 
 
 @contextmanager
@@ -50,7 +53,7 @@ def holder(folder: Path) -> str | None:
     import fcntl
 
     try:
-        handle = os.open(folder / "LOCK", os.O_RDONLY)
+        handle = os.open(folder / "LOCK", os.O_RDONLY | NO_LINK)
     except OSError:
         return None
     try:
@@ -63,6 +66,9 @@ def holder(folder: Path) -> str | None:
 
 
 def _acquire(folder: Path) -> int:
+    if folder.is_symlink():
+        what = "the run's folder is a link: who made it chooses what a run overwrites"
+        raise StorageError(what, str(folder), "remove the link, or link its parent folder")
     path, until = folder / "LOCK", time.monotonic() + PATIENCE_SECONDS
     do = "free space or name another folder with output_dir="
     while True:
@@ -70,7 +76,8 @@ def _acquire(folder: Path) -> int:
             folder.mkdir(parents=True, exist_ok=True)
             handle, ours = _lock(path)
         except OSError as error:
-            raise StorageError(f"cannot write or lock: {error.strerror}", str(path), do) from error
+            what = "it is a link" if error.errno == errno.ELOOP else str(error.strerror)
+            raise StorageError(f"cannot write or lock: {what}", str(path), do) from error
         if not ours:
             name, known = _owner(handle)
             os.close(handle)
@@ -94,7 +101,7 @@ def _lock(path: Path) -> tuple[int, bool]:
     """Return an open file, and True if this process has locked it; False: another one has."""
     import fcntl
 
-    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | NO_LINK, 0o644)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
