@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import tiny
 
+from conftest import tiny
 from gain_cl import cli
 from gain_cl.errors import scrubbed
 from gain_cl.system import files, hashes, lock
