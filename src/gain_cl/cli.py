@@ -71,6 +71,12 @@ def main(argv: list[str] | None = None) -> int:
     """Run one verb and return the exit code. Never raise for a user's mistake."""
     verb, *rest = (sys.argv[1:] if argv is None else argv) or [""]
     try:
+        if int(os.environ.get("WORLD_SIZE") or 1) > 1:
+            if os.environ.get("RANK", "0") != "0":
+                return USAGE  # rank 0 says it
+            what = f"{os.environ['WORLD_SIZE']} processes were started, and gain_cl uses one"
+            do = "start it without torchrun; several runs at once: gain_cl sweep max_parallel=N"
+            raise ConfigError(what, "WORLD_SIZE", do)
         if verb in VERBS:
             return VERBS[verb](rest)
         if verb:
@@ -165,9 +171,6 @@ def _multirun(overrides: list[str], here: dict[str, Any]) -> int:
     from gain_cl.compose import composition
     from gain_cl.config import presets
 
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        what = "-m under torchrun would start every run on every rank"
-        raise ConfigError(what, "command line", "start torchrun once for each run")
     total = len(composition.jobs(overrides, **here))  # all are checked before the first starts
     failures: list[int] = []
     stopped: list[int] = []

@@ -294,3 +294,103 @@ def test_help_into_a_closed_pipe_says_nothing(tmp_path: Path) -> None:
     shell = f"{sys.executable} -m gain_cl run --help | head -c 1"
     done = subprocess.run(shell, shell=True, cwd=tmp_path, capture_output=True, timeout=300)
     assert done.stderr == b""
+
+
+# --- launchers and platforms ----------------------------------------------------------------------
+
+
+def test_several_ranks_are_told_once(say: Say, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    code, line = say(*RUN)
+    assert code == 64 and line.startswith("gain_cl: error: 2 processes were started")
+    monkeypatch.setenv("RANK", "1")
+    assert say(*RUN) == (64, "")
+    assert list(Path().iterdir()) == []
+
+
+def test_a_system_without_posix_locks_is_told_before_work(
+    say: Say, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    code, line = say(*RUN)
+    assert code == 64 and "run it under WSL" in line
+    assert say("sweep", "experiment=smoke", "output_dir=o", "results_dir=r")[0] == 64
+
+
+# --- data and lost work ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ('{"text": "a", "text": "b"}', "'text' is given twice"),
+        ('{"text": "a", "more": {"x": 1, "x": 2}}', "'x' is given twice"),
+        ('{"text": ' + "[" * 100_000 + "]" * 100_000 + "}", "bad JSON"),
+    ],
+    ids=["key", "inner key", "nested"],
+)
+def test_rows_that_two_readers_read_differently(say: Say, line: str, said: str) -> None:
+    Path("d/domain").mkdir(parents=True)
+    Path("rows.jsonl").write_text(f"{line}\n")
+    Path("d/domain/own.yaml").write_text(
+        "name: own\n"
+        f"source: {{kind: files, path: {Path('rows.jsonl').absolute()}, field: text}}\n"
+        "split: {dev: 0.1, test: 0.1}\n"
+    )
+    code, told = say(*RUN, "--config-dir", "d", "domain=[own]", "sequence.controls=[]")
+    assert code in (64, 65) and said in told, told
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("question: a\nquestion: b\n", "'question' is given twice"),
+        (
+            "a: &a [x]\n" + "".join(f"k{i}: [*a, *a]\n" for i in range(60)),
+            "more than 100 aliases",
+        ),
+    ],
+)
+def test_experiments_are_read_as_presets_are(say: Say, text: str, said: str) -> None:
+    Path("mine.yaml").write_text(text)
+    code, line = say("status", "experiment=mine.yaml")
+    assert code == 64 and said in line
+
+
+def test_a_damaged_view_is_made_again(say: Say) -> None:
+    run = [*RUN, "output_dir=out", "results_dir=res"]
+    assert say(*run)[0] == 0
+    (matrix,), (image,) = Path("out").glob("*/matrix.csv"), Path("out").glob("*/matrix.png")
+    good = matrix.read_bytes(), image.read_bytes()
+    matrix.write_bytes(good[0].replace(b"1", b"2"))
+    image.write_bytes(good[1][:-40])
+    assert say(*run)[0] == 0
+    assert matrix.read_bytes() == good[0] and image.read_bytes().endswith(good[1][-8:])
+
+
+def test_a_taint_outlives_attempts_jsonl(say: Say, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What changed between attempts stands in hashed files, not in a list for readers alone."""
+    from gain_cl.errors import PreemptedError
+    from gain_cl.runs import run as whole
+
+    run = [*RUN, "output_dir=out", "results_dir=res"]
+    score, calls = whole.score, []
+
+    def stops(index: int, *rest: Any) -> Any:
+        calls.append(index)
+        if len(calls) == 3:
+            raise PreemptedError("stopped")
+        return score(index, *rest)
+
+    monkeypatch.setattr(whole, "score", stops)
+    assert say(*run)[0] == 75
+    calls[:] = []
+    calls.append(0)
+    assert say(*run, "compute.eval_batch=3", "allow_change=[eval_batch]")[0] == 75
+    (attempts,) = Path("out").glob("*/attempts.jsonl")
+    attempts.write_text(attempts.read_text().splitlines(keepends=True)[0])
+    monkeypatch.setattr(whole, "score", score)
+    assert say(*run)[0] == 0
+    (path,) = Path("res/runs").glob("*.json")
+    assert any("eval_batch" in what for what in json.loads(path.read_text())["tainted"])

@@ -715,7 +715,7 @@ def test_multirun_of_whole_runs(
     )
     assert "2 of 2 runs failed" in capsys.readouterr().err
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "under torchrun" in refused(capsys, "run", "-m", *words, "seed=0,1")
+    assert "2 processes were started" in refused(capsys, "run", "-m", *words, "seed=0,1")
 
 
 def test_from_python() -> None:

@@ -5,6 +5,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from gain_cl.errors import ConfigError
 
@@ -40,6 +43,31 @@ def folders(config_dirs: Iterable[str | Path] = ()) -> list[Path]:
                 raise ConfigError(what, where, "give it a name of its own")
         found.append(folder)
     return found
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which no key is given twice, and no alias stands for so much that nobody can read
+    it."""
+
+    aliases = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        self.aliases += self.check_event(yaml.AliasEvent)
+        if self.aliases > 100:
+            raise yaml.MarkedYAMLError(problem="more than 100 aliases")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        keys = [key.value for key, _ in node.value]
+        if len(set(keys)) < len(keys):
+            what = f"{max(keys, key=keys.count)!r} is given twice"
+            raise yaml.MarkedYAMLError(problem=what, problem_mark=node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(file: Path) -> Any:
+    """Return what a YAML file holds. YAMLError also for keys given twice."""
+    return yaml.load(file.read_text(encoding="utf-8"), Loader=_Loader)
 
 
 def groups() -> list[str]:

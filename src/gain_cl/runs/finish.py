@@ -74,7 +74,15 @@ def write_record(inputs: Inputs, attempt: Attempt, learner: Learner) -> record.R
             *attempt.position.events,
             *learner.adapter.remarks(model.model.dtype),
         ],
-        tainted=list(dict.fromkeys(what for each in attempts for what in each["changed"])),
+        # attempts.jsonl is a list for readers: what counts is in hashed files too
+        tainted=list(
+            dict.fromkeys(
+                [
+                    *(what for each in attempts for what in each["changed"]),
+                    *attempt.position.changed,
+                ]
+            )
+        ),
     )
     reach("record.before")
     run = record.save(
@@ -86,9 +94,11 @@ def write_record(inputs: Inputs, attempt: Attempt, learner: Learner) -> record.R
 
 
 def show_again(plan: Plan) -> record.Run:
-    """Read a finished run. Write its views again where they are missing."""
+    """Read a finished run. Write its views again where they are missing or damaged."""
     run = record.load(plan.record_path)
-    if not all(plan.files[k].exists() for k in ("matrix (CSV)", "heat map (PNG)")):
+    matrix, image = (plan.files[k] for k in ("matrix (CSV)", "heat map (PNG)"))
+    whole = image.exists() and image.read_bytes().endswith(b"IEND\xaeB`\x82")
+    if not whole or not matrix.exists() or matrix.read_bytes() != matrix_csv(run).encode():
         write_views(run, plan)
     return run
 

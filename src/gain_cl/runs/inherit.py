@@ -40,7 +40,7 @@ def common_stages(inputs: Inputs) -> tuple[dict[int, resume.Stage], list[str]]:
                 continue
             for index, name in enumerate(_common(run, inputs), start=1):
                 stage = resume.read_stage(folder / "stages" / f"{index:02d}-{name}")
-                if not (stage.folder / resume.ADAPTER).exists():
+                if stage.facts.get("changed") or not (stage.folder / resume.ADAPTER).exists():
                     break
                 stages[index] = stage
         if len(stages) > len(best):

@@ -33,7 +33,8 @@ class Position:
 
     step: of the stage, from 1; fits: sequences a forward pass, once memory ran out (None: it never
     did); events: what happened to the run; seconds: spent on it; track: where metrics.jsonl
-    stands. Events and seconds are of all attempts together."""
+    stands; changed: what was not the same as before, although it may not differ. Events, seconds
+    and changes are of all attempts together."""
 
     run_id: str
     stage: int = 0
@@ -42,6 +43,7 @@ class Position:
     events: list[str] = field(default_factory=list)
     seconds: float = 0.0
     track: dict[str, int] | None = None
+    changed: list[str] = field(default_factory=list)
 
     @classmethod
     def read(cls, state: dict[str, Any]) -> Position:

@@ -114,6 +114,7 @@ def settle(inputs: Inputs, attempt: resume.Attempt, tracker: Tracker) -> None:
     stages that another run has learned already."""
     first = not attempt.stages and attempt.folder is None
     attempt.notes = inputs.notes + same.compare_attempts(inputs, first)
+    attempt.position.changed += same.read_attempts(inputs.plan.folder)[-1]["changed"]
     tracker.note(*attempt.notes)
     if attempt.folder is None:
         attempt.inherited, told = inherit.common_stages(inputs)

