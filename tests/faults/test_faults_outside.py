@@ -394,3 +394,32 @@ def test_a_taint_outlives_attempts_jsonl(say: Say, monkeypatch: pytest.MonkeyPat
     assert say(*run)[0] == 0
     (path,) = Path("res/runs").glob("*.json")
     assert any("eval_batch" in what for what in json.loads(path.read_text())["tainted"])
+
+
+def test_a_hang_ends_and_the_run_goes_on(tmp_path: Path) -> None:
+    """A step that never ends: exit 74, the stacks in failure.json, the lock free; the same command
+    then goes on. A run whose step ends is left alone."""
+    hang = tmp_path / "hang.py"
+    hang.write_text(
+        "import pathlib, time\n"
+        "from gain_cl.runs import train\n"
+        "step = train.stage\n"
+        "def stage(*a, **k):\n"
+        "    for row in step(*a, **k):\n"
+        "        yield row\n"
+        "        mark = pathlib.Path('hung')\n"
+        "        if k['index'] == 2 and not mark.exists():\n"
+        "            mark.touch()\n"
+        "            time.sleep(300)\n"
+        "train.stage = stage\n"
+    )
+    words = [sys.executable, "-m", "gain_cl", *RUN, "output_dir=out", "results_dir=res"]
+    words += [f"--plugin={hang}", "compute.hang_minutes=0.2", "compute.threads=1"]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, timeout=200)
+    assert done.returncode == 74, done.stderr
+    assert b"no step or batch ended in 0.2 minutes" in done.stderr
+    (run,) = (tmp_path / "out").glob("tiny*")
+    told = json.loads((run / "failure.json").read_text())
+    assert told["exit_code"] == 74 and any("hang.py" in line for line in told["stacks"])
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, timeout=200)
+    assert done.returncode == 0, done.stderr

@@ -487,6 +487,7 @@ class Compute(Section):
     # sequences per forward pass of training; None: the whole step
     micro_batch: PositiveInt | None = None
     eval_batch: PositiveInt = 16  # documents per forward pass of evaluation
+    hang_minutes: Positive | None = 30.0  # without a step: the run ends with 74; None: never
     gradient_checkpointing: bool = False
     deterministic: bool = False
     # layers: each layer and the loss are compiled, in training

@@ -151,17 +151,22 @@ def failure_told(folder: Path) -> Iterator[None]:
         raise
     except Exception as error:
         failure = explained(error)
-        about = {
-            "time": datetime.now(UTC).isoformat(timespec="seconds"),
-            "error": str(failure),
-            "exit_code": getattr(failure, "exit_code", 1),
-            **getattr(failure, "facts", {}),
-        }
-        with suppress(errors.GainError):  # a full disk does not take this either
-            write_bytes(folder / "failure.json", same.json_bytes(about))
+        tell_failure(folder, failure)
         if failure is error:
             raise
         raise failure from error
+
+
+def tell_failure(folder: Path, failure: Exception) -> None:
+    """Write failure.json."""
+    about = {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "error": errors.scrubbed(str(failure)),
+        "exit_code": getattr(failure, "exit_code", 1),
+        **getattr(failure, "facts", {}),
+    }
+    with suppress(errors.GainError):  # a full disk does not take this either
+        write_bytes(folder / "failure.json", same.json_bytes(about))
 
 
 def explained(error: Exception) -> Exception:

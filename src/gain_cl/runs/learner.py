@@ -26,7 +26,7 @@ from gain_cl.runs import inherit, train
 from gain_cl.runs.inputs import Inputs, training_streams
 from gain_cl.runs.resume import ADAPTER, GUARD, OPTIMIZER, Attempt, Stage
 from gain_cl.runs.track import Tracker
-from gain_cl.system import checkpoint, signals
+from gain_cl.system import checkpoint, signals, watchdog
 from gain_cl.system.failpoints import reach
 
 Learned = tuple[TrainStats | None, Path | None]
@@ -163,6 +163,7 @@ class Learner:
             micro_batch=micro, start=progress.steps,
         ):  # fmt: skip
             step = row["step"]
+            watchdog.beat()
             tracker.step(row | {"steps": size})
             if row["micro_batch"] < micro:
                 position.fits = micro = row["micro_batch"]

@@ -25,7 +25,7 @@ from gain_cl.runs import finish, inherit, resume, same
 from gain_cl.runs.inputs import Inputs, load_inputs
 from gain_cl.runs.plan import Plan
 from gain_cl.runs.track import Tracker
-from gain_cl.system import checkpoint, lock, signals
+from gain_cl.system import checkpoint, lock, signals, watchdog
 from gain_cl.system.failpoints import reach
 
 if TYPE_CHECKING:
@@ -91,7 +91,12 @@ def carry_out(config: RunConfig, plan: Plan) -> record.Run:
         if 0 not in stages:  # before anything is attached: the same for every method of this model
             stages[0] = score(0, (None, None), inputs, attempt, tracker)
         device = inputs.loaded.device
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        with (
+            torch.random.fork_rng([device] if device.type == "cuda" else []),
+            watchdog.watching(
+                config.compute.hang_minutes, lambda error: finish.tell_failure(plan.folder, error)
+            ),
+        ):
             learner = Learner(config, plan.folder, inputs, attempt, tracker)
             for index in range(1, last + 1):
                 if index not in stages:

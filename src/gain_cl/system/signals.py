@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from gain_cl.errors import PreemptedError
+from gain_cl.system import watchdog
 
 _WATCHED = tuple(
     getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name)
@@ -57,7 +58,9 @@ def held() -> Iterator[None]:
 
 
 def poll() -> None:
-    """Raise PreemptedError if a signal asked to stop. Call it where nothing is half done."""
+    """Raise PreemptedError if a signal asked to stop. Call it where nothing is half done. A run
+    that polls does not hang."""
+    watchdog.beat()
     if _asked is not None and not _held:
         raise PreemptedError(
             f"stopped by {_asked}", "what is done is kept", "run the same command to go on"

@@ -1,0 +1,56 @@
+"""End a run that hangs: a driver, a network disk or a collective that never answers. Torch-free."""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from gain_cl.errors import StorageError
+
+_last = 0.0
+
+
+def beat() -> None:
+    """Say that the run goes on. Loops call it with every step or batch."""
+    global _last
+    _last = time.monotonic()
+
+
+@contextmanager
+def watching(minutes: float | None, tell: Callable[[StorageError], None]) -> Iterator[None]:
+    """End the process with exit code 74 when nothing beats for so many minutes within the block.
+    None: never. The system frees the locks of a process that ends.
+
+    tell: is given the error before. Its facts hold the stack of every thread."""
+    if minutes is None:
+        yield
+        return
+    over, seconds = threading.Event(), 60 * minutes
+
+    def watch() -> None:
+        while not over.wait(min(seconds / 4, 10)):
+            if time.monotonic() - _last < seconds:
+                continue
+            what = f"no step or batch ended in {minutes:g} minutes"
+            do = "failure.json has the stacks; the same command goes on from the last checkpoint"
+            error = StorageError(what, "compute.hang_minutes", do)
+            with tempfile.TemporaryFile("w+") as stacks:
+                faulthandler.dump_traceback(stacks)
+                stacks.seek(0)
+                error.facts["stacks"] = stacks.read().splitlines()
+            tell(error)
+            print(f"gain_cl: error: {error}", file=sys.stderr, flush=True)
+            os._exit(error.exit_code)
+
+    beat()
+    threading.Thread(target=watch, daemon=True, name="watchdog").start()
+    try:
+        yield
+    finally:
+        over.set()
