@@ -64,7 +64,7 @@ def load_inputs(config: RunConfig, plan: Plan, tracker: Teller) -> Inputs:
     torch.use_deterministic_algorithms(config.compute.deterministic)
     signals.poll()
     tracker.phase(f"load {config.model.name}")
-    source.prove_files(config.model, pins["model"])
+    source.prove_files(config.model, plan.pins["model"])
     loaded = load.load_model(config.model, device)
     checks.limits(config, loaded.model.config.to_dict())
     if config.train.pack == "mask":
