@@ -10,6 +10,7 @@ import pytest
 TERMINAL: list[pytest.TerminalReporter] = []
 
 
+@pytest.hookimpl(trylast=True)  # the reporter of the terminal comes with the others
 def pytest_configure(config: pytest.Config) -> None:
     found = config.pluginmanager.get_plugin("terminalreporter")
     if found is not None:
