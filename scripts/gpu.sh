@@ -20,6 +20,7 @@
 #   3. carry .gpu/pack3, limit 330 s:
 #        BLOCKS=1 RUNS=8 RUN_SECONDS=290 bash /tmp/g/code/scripts/gpu.sh .gpu runs
 #      Block 0 took 200 s on 2026-11-27, eight runs at once. The runs compile nothing (compute.compile=none), so that blocks are comparable.
+#   All three in one message: on 2026-11-28 more than 30 s passed after the first, the machine was gone, and a new one cost 60 s and call 1's setup.
 # Results: .txt and .json of $OUT; bench_page.py prints a record as docs/speed.md has it. RUN_WORDS cannot name a key that the experiment sets.
 set -uo pipefail
 packs=$(cd "$1" && pwd)
