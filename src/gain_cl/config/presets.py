@@ -67,7 +67,11 @@ class _Loader(yaml.SafeLoader):
 
 def read_yaml(file: Path) -> Any:
     """Return what a YAML file holds. YAMLError also for keys given twice."""
-    return yaml.load(file.read_text(encoding="utf-8"), Loader=_Loader)
+    loader = _Loader(file.read_text(encoding="utf-8"))
+    try:
+        return loader.get_single_data()
+    finally:
+        loader.dispose()
 
 
 def groups() -> list[str]:
