@@ -78,7 +78,7 @@ wandb-sync: setup ## upload runs that were recorded offline, each once (OUT=runs
 	  else echo "left out, for it is being written or its process was killed: $$d"; fi; done; \
 	if [ $$# = 0 ]; then echo "no offline run to upload in $(OUT)"; else "$(BIN)/wandb" sync "$$@"; fi
 
-clean: setup ## show what abandoned runs leave (ARGS=--cache: caches too), then ask
+clean: setup ## show what abandoned runs leave (ARGS=--cache: caches too; ARGS=--yes removes it)
 	@$(BIN)/python -m gain_cl clean $(ARGS)
 
 distclean: ## remove the environment and what tools cached (runs/ and results/ stay)

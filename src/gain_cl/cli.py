@@ -42,7 +42,7 @@ usage: python -m gain_cl VERB ... (also: gain-cl VERB ...)
   report    of an experiment: one HTML page
   paper     all three
 
-  recombine      multiply the gains of stages anew, some left out, weighted or reordered
+  recombine      multiply the gains of stages anew, some left out or weighted
   score          matrix and statistics of checkpoints that were trained elsewhere, in order
   interpolate    score the models between the pretrained one and a run's: no training
 

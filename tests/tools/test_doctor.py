@@ -26,7 +26,7 @@ from gain_cl.tools import doctor
 from gain_cl.tools.doctor import Finding
 
 CANARY = "cAnArY0123456789"
-NAMES = ["packages", "torch", "memory", "disk", "file system", "package index", "hub", "wandb"]
+NAMES = ["packages", "torch", "memory", "disk", "file system", "package index", "hub"]
 UNSET = [n for n in os.environ if n.startswith(("HF_", "HUGGING", "WANDB_"))] + [
     "HTTP_PROXY",
     "HTTPS_PROXY",
@@ -46,8 +46,7 @@ def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> argparse.Namespac
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     monkeypatch.setenv("COLUMNS", "200")
     closed = f"http://127.0.0.1:{free_port()}"
-    for name in ("HF_ENDPOINT", "WANDB_BASE_URL"):
-        monkeypatch.setenv(name, closed)
+    monkeypatch.setenv("HF_ENDPOINT", closed)
     for name, value in (("ENDPOINT", closed), ("HF_TOKEN_PATH", str(tmp_path / "hf/token"))):
         monkeypatch.setattr(constants, name, value)  # read once, when the library is imported
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
@@ -113,8 +112,8 @@ def test_json_on_this_machine() -> None:
     )
     for name in ("packages", "torch", "file system"):
         assert found[name]["status"] == "ok", found[name]
-    for name in ("hub", "wandb"):
-        assert found[name]["status"] == "warning" and "ConnectionRefused" in found[name]["finding"]
+    assert found["hub"]["status"] == "warning"
+    assert "ConnectionRefused" in found["hub"]["finding"]
     assert found["package index"]["status"] == "warning"
     troubled = any(c["status"] == "problem" for c in found.values())  # this machine may be small
     assert done.returncode == (65 if troubled else 0) and done.stderr.count("\n") == troubled, (
@@ -294,9 +293,7 @@ def test_any_answer_is_an_answer(
 ) -> None:
     with server(status) as url:
         monkeypatch.setattr(constants, "ENDPOINT", url)
-        monkeypatch.setenv("WANDB_BASE_URL", url)
         assert doctor.hub(places)[:2] == ("ok", "127.0.0.1 answers; no login")
-        assert doctor.wandb(places)[:2] == ("ok", "127.0.0.1 answers; no key")
 
 
 @pytest.mark.parametrize("status", [500, 503, 407])
@@ -331,8 +328,6 @@ def test_offline_as_the_libraries_understand_it(
     monkeypatch.setattr(doctor, "reach", never)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert doctor.hub(places)[:2] == ("ok", "not asked; no login")
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    assert doctor.wandb(places)[:2] == ("ok", "not asked; no key")
 
 
 def never(*_: object, **__: object) -> str:
@@ -343,21 +338,14 @@ def test_offline_asks_nobody(places: argparse.Namespace, monkeypatch: pytest.Mon
     monkeypatch.setattr(doctor, "reach", never)
     monkeypatch.setattr("subprocess.run", never)
     places.offline = True
-    asked = (doctor.package_index, doctor.hub, doctor.wandb)
-    assert [check(places)[0] for check in asked] == ["ok"] * 3
+    assert [check(places)[0] for check in (doctor.package_index, doctor.hub)] == ["ok"] * 2
     assert "0 of the 9 packages" in doctor.package_index(places)[1]
 
 
-def test_where_logins_are_found(
+def test_where_a_login_is_found(
     places: argparse.Namespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(doctor, "reach", lambda url: "")
-    assert doctor.wandb(places)[1].endswith("; no key")
-    (tmp_path / ".netrc").write_text(f"machine 127.0.0.1 login user password {CANARY}\n")
-    assert doctor.wandb(places)[1].endswith("; key")
-    (tmp_path / ".netrc").unlink()
-    monkeypatch.setenv("WANDB_API_KEY", CANARY)
-    assert doctor.wandb(places)[1].endswith("; key")
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf/token").write_text("")
     assert doctor.hub(places)[1].endswith("; no login")
@@ -461,7 +449,7 @@ def test_no_secret_is_shown(
         cli.main(["doctor", *verbs]) == 65
     )  # the index cannot be reached, and nothing is in the cache
     out, err = capfd.readouterr()
-    assert "; login" in " ".join(out.split()) and "; key" in " ".join(out.split())
+    assert "; login" in " ".join(out.split())
     assert CANARY.lower() not in (out + err).lower()
 
 

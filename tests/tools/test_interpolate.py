@@ -110,9 +110,7 @@ def test_what_a_record_says(folder: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "own step" in capsys.readouterr().out
     assert cli.main(["interpolate", str(made.path), "--alpha", "0.5", "--records"]) == 0
     out = capsys.readouterr().out
-    assert str(half.path) in out.replace("\n", "") and [
-        x in out for x in ("own step", "backward", "net", "from base", "controls", "the run")
-    ]
+    assert out == f"record: {half.path}\n"
     short = [made.record.run_id[:-2], "--results-dir", f"{folder}/results"]
     assert cli.main(["show", *short]) == 0  # the beginning means the run
     assert f"record: {made.path}" in capsys.readouterr().out.splitlines()

@@ -13,7 +13,6 @@ import pytest
 
 from gain_cl import cli, domains
 from gain_cl.config import schema
-from gain_cl.domains import overlap
 from gain_cl.measure import tasks
 from gain_cl.system import signals
 from gain_cl.tools import prepare
@@ -97,8 +96,6 @@ def test_the_report(
         "(not finished yet)",
     ):
         assert part in out
-    assert "learns 3 domains, 1,024 tokens each: 4 steps of 256 tokens" in out
-    assert "scores the first 64 tokens of 8 test documents of 4 domains, 4 times" in out
     assert (
         not (tmp_path / "runs").exists() and not (tmp_path / "results").exists()
     )  # nothing was trained
@@ -150,11 +147,7 @@ def test_a_planted_near_duplicate_is_reported(
     ] == ["a", ids[0], "b", ids[1]]
     assert cli.main(["prepare", *argv, "eval.documents=12"]) == 0
     out = capsys.readouterr().out
-    assert (
-        f"  1.00  a test {ids[0]}: b train {ids[1]}" in out
-        and "[b]ours[/b]" in out
-        and "sha256 " in out
-    )
+    assert "[b]ours[/b]" in out and "sha256 " in out
     assert (
         "note: a: 1 of 12 scored documents has a near duplicate in training data (worst 1.00 "
         "of its 5-grams, domain b)" in out
@@ -250,23 +243,3 @@ def test_asked_to_stop(
     assert not list(cache.rglob("*.npy")) and signals.asked() is None
     monkeypatch.setattr(prepare.texts, "prepare_domain", before)
     assert cli.main(["prepare", *smoke]) == 0
-
-
-def test_long_lists_are_cut_on_paper_only(
-    smoke: list[str],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    pairs = [
-        overlap.Near(1 - i / 100, "smoke_a", "dev", f"{i:016x}", i, "smoke_b", "f" * 16)
-        for i in range(9)
-    ]
-    monkeypatch.setattr(overlap, "near_duplicates", lambda *_: pairs)
-    assert len(reported(capsys, *smoke)["near_duplicates"]) == 9
-    assert cli.main(["prepare", *smoke]) == 0
-    out = capsys.readouterr().out
-    assert (
-        out.count("smoke_b train " + "f" * 16) == prepare.WORST
-        and "and others: 9 in all; --json lists them" in out
-    )

@@ -1,24 +1,21 @@
-"""``python -m gain_cl clean``: abandoned runs, what finished runs no longer need, leftovers and
-caches.
+"""``python -m gain_cl clean``: abandoned runs, leftovers and caches.
 
-It shows what can go and how much that is, and removes it with ``--yes`` or after a question on a
-terminal. What it may remove is known by its form: a run by its id, a cache entry by its name.
-Anything else in the same folders stays, and so do results/, runs in use, and whatever a link points
-to. Torch-free.
+It shows what can go and how much that is, and removes it with ``--yes``. What it may remove is
+known by its form: a run by its id, a cache entry by its name. Anything else in the same folders
+stays, and so do results/, finished runs, runs in use, and whatever a link points to. Torch-free.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
 import stat
-import sys
 import tempfile
 import time
 from collections.abc import Iterable
 from contextlib import nullcontext, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +25,7 @@ from gain_cl.errors import ConfigError, InUseError, StorageError
 from gain_cl.paper.table import Row, Table, print_table, say
 from gain_cl.system import hashes, lock
 from gain_cl.system.terminal import printable
-from gain_cl.tools.command import Parser
+from gain_cl.tools.command import Parser, print_report
 
 DAY = 86_400
 
@@ -52,98 +49,93 @@ CACHES = {
 """Folder of the cache -> the names of its entries."""
 
 
+@dataclass
 class Item:
-    """Something to remove: a path, or what is in a folder under certain names. run: the folder
+    """Something to remove. parts: what goes, in this order; is_run: whether path is a run folder,
     whose lock guards it."""
 
-    def __init__(
-        self, path: Path, why: str, run: Path | None = None, names: re.Pattern[str] | None = None
-    ) -> None:
-        self.path, self.why, self.run, self.names = path, why, run, names
-        self.bytes, self.changed = self.extent()
+    path: Path
+    why: str
+    parts: list[Path]
+    is_run: bool = False
+
+    def __post_init__(self) -> None:
+        self.bytes, self.changed = extent(self.parts)
         self.days = max(0.0, time.time() - self.changed) / DAY
-
-    def told(self) -> dict[str, Any]:
-        """Return what is shown of it."""
-        days = round(self.days, 2)
-        return {"path": str(self.path), "bytes": self.bytes, "days": days, "why": self.why}
-
-    def parts(self) -> list[Path]:
-        """Return what is removed. Checkpoints go first: a run half removed starts anew."""
-        if self.names is None:
-            return [self.path]
-        found = [path for path in _children(self.path) if self.names.fullmatch(path.name)]
-        return sorted(found, key=lambda path: path.name != "ckpt")
-
-    def extent(self) -> tuple[int, float]:
-        """Return (bytes, time of the last change in seconds since 1970), links not followed."""
-        total, changed = 0, 0.0
-        for part in self.parts():
-            for file in [part, *part.rglob("*")] if _is_folder(part) else [part]:
-                with suppress(OSError):  # gone meanwhile
-                    about = file.lstat()
-                    changed = max(changed, about.st_mtime)
-                    total += about.st_size if stat.S_ISREG(about.st_mode) else 0
-        return total, changed
 
     def remove(self) -> bool:
         """Remove it. False: its run went on meanwhile, and it stays."""
         try:
-            with lock.owned(self.run) if self.run else nullcontext():
-                if self.run and self.extent()[1] > self.changed:
+            with lock.owned(self.path) if self.is_run else nullcontext():
+                if self.is_run and extent(self.parts)[1] > self.changed:
                     return False
-                for path in self.parts():
+                for path in self.parts:
                     _remove(path)
         except InUseError:
             return False
-        if self.run == self.path:
+        if self.is_run:
             with suppress(OSError):  # somebody started the run anew
                 self.path.rmdir()
         return True
 
 
+def extent(parts: list[Path]) -> tuple[int, float]:
+    """Return (bytes, time of the last change in seconds since 1970), links not followed."""
+    total, changed = 0, 0.0
+    for part in parts:
+        for file in [part, *part.rglob("*")] if _is_folder(part) else [part]:
+            with suppress(OSError):  # gone meanwhile
+                about = file.lstat()
+                changed = max(changed, about.st_mtime)
+                total += about.st_size if stat.S_ISREG(about.st_mode) else 0
+    return total, changed
+
+
 def main(argv: list[str]) -> int:
-    """Show, ask, remove. ConfigError: a folder that cannot be one of runs. StorageError: something
-    could not be removed."""
-    about = "Show what abandoned runs, finished runs and caches hold that can go, and remove it."
+    """Show, or remove and tell. ConfigError: a folder that cannot be one of runs. StorageError:
+    something could not be removed."""
+    about = "Show what abandoned runs and caches hold that can go; --yes removes it."
     parser = Parser("clean", "--output-dir", "--results-dir", "--json", description=about)
     parser.set_defaults(output_dir="runs")
-    days = "an unfinished run is abandoned after so many without a write (default: %(default)s)"
-    parser.add_argument("--days", type=float, default=7.0, help=days)
-    parser.add_argument("--cache", action="store_true", help="also the caches and shared scores")
-    parser.add_argument("--yes", action="store_true", help="remove without asking")
+    parser.option(
+        "--days",
+        "an unfinished run is abandoned after so many without a write (default: %(default)s)",
+        7.0,
+    )
+    parser.option("--cache", "also the caches and shared scores", False)
+    parser.option("--yes", "remove what is shown", False)
     args = parser.read(argv)
     if not 0 <= args.days < float("inf"):
         raise ConfigError(f"--days {args.days} is no age", "gain_cl clean", "give 0 or more days")
     output, results = Path(args.output_dir).expanduser(), Path(args.results_dir).expanduser()
     items, left = plan(output, results, args.days, args.cache)
-    total, told = sum(item.bytes for item in items), [item.told() for item in items]
-    if told and not args.json:
-        rows = [Row([t["path"], size(t["bytes"]), f"{t['days']:.1f}", t["why"]]) for t in told]
-        print_table(Table("clean", "", list(told[0]), rows))
-        say(f"{len(items)} to remove, {size(total)}")
-    for line in () if args.json else [*left, *["nothing to remove"] * (not items)]:
-        say(printable(line))
-    removing = bool(items) and (args.yes or (not args.json and _agreed(len(items), total)))
-    kept = remove(items) if removing else items
+    kept = remove(items) if args.yes else items
+    left += [f"left alone: {item.path} changed meanwhile" for item in kept if args.yes]
+    total = sum(item.bytes for item in items)
+    told = [
+        {"path": str(i.path), "bytes": i.bytes, "days": round(i.days, 2), "why": i.why}
+        for i in items
+    ]
     gone = total - sum(item.bytes for item in kept)
-    if args.json:
-        report = {"items": told, "left": left, "bytes": total, "removed_bytes": gone}
-        print(json.dumps(report, indent=1, allow_nan=False))
-    elif removing:
-        stay = "".join(f"; left alone, it changed meanwhile: {printable(i.path)}" for i in kept)
-        print(f"removed {size(gone)}{stay}")
-    elif items:
-        print("nothing removed; --yes removes it without asking")
-    return 0
+    report = {"items": told, "left": left, "bytes": total, "removed_bytes": gone}
+    return print_report(report, args.json, lambda told: _show(told, args.yes))
 
 
-def _agreed(count: int, total: int) -> bool:
-    """Ask on a terminal; elsewhere the answer is no."""
-    if sys.stdin.isatty() and sys.stdout.isatty():
-        with suppress(EOFError):
-            return input(f"remove {count}, {size(total)}? [y/N] ").strip().lower() in ("y", "yes")
-    return False
+def _show(report: dict[str, Any], removed: bool) -> None:
+    rows = [
+        Row([item["path"], size(item["bytes"]), f"{item['days']:.1f}", item["why"]])
+        for item in report["items"]
+    ]
+    if rows:
+        print_table(Table("clean", "", ["path", "bytes", "days", "why"], rows))
+    for line in report["left"]:
+        say(printable(line))
+    if not rows:
+        say("nothing to remove")
+    elif removed:
+        say(f"removed {size(report['removed_bytes'])}")
+    else:
+        say(f"{len(rows)} to remove, {size(report['bytes'])}; --yes removes it")
 
 
 def plan(
@@ -157,39 +149,35 @@ def plan(
     if output.exists():
         _refuse(output, records)
     for folder in filter(_is_run, _children(output)):
-        record = records / f"{folder.name}.json"
         if owner := lock.holder(folder):
             left.append(f"left alone: {folder} is in use by {owner}")
         elif results.resolve().is_relative_to(folder.resolve()):
             left.append(f"left alone: {folder} holds {results}")
-        elif record.exists():
-            item = Item(folder / "ckpt", "checkpoints of a finished run", folder)
-            # newer ones are of an attempt with force=true
-            if _is_folder(item.path) and (
-                item.days >= days or item.changed <= record.stat().st_mtime
-            ):
-                items.append(item)
+        elif (records / f"{folder.name}.json").exists():
+            continue
         elif (folder / "matrix.csv").exists():  # which is written after the record
             left.append(f"left alone: {folder} is finished, with its record not in {records}")
         else:
             failed = "failed and " if (folder / "failure.json").exists() else ""
-            whole = re.compile("(?!LOCK$).*", re.DOTALL)
-            item = Item(folder, f"abandoned run: {failed}has no record", folder, whole)
+            parts = [path for path in _children(folder) if path.name != "LOCK"]
+            parts.sort(key=lambda path: path.name != "ckpt")  # a run half removed starts anew
+            item = Item(folder, f"abandoned run: {failed}has no record", parts, is_run=True)
             items += [item] if item.days >= days else []
     places = {output: None, output / "cells": CELLS}
     if cache:
         _no_home(home, "GAIN_CL_CACHE")
         places |= {home / name: names for name, names in CACHES.items()}
     for place, names in places.items():
+        children = _children(place)
         old = [
-            Item(p, "left by a killed process")
-            for p in _children(place)
-            if LEFTOVER.fullmatch(p.name)
+            Item(path, "left by a killed process", [path])
+            for path in children
+            if LEFTOVER.fullmatch(path.name)
         ]
         items += [item for item in old if item.days >= 1]
         if cache and names:
-            item = Item(place, "cache: made again when needed", names=names)
-            items += [item] if item.parts() else []
+            parts = [path for path in children if names.fullmatch(path.name)]
+            items += [Item(place, "cache: made again when needed", parts)] if parts else []
     return sorted(items, key=lambda i: (-i.bytes, i.path)), left
 
 
@@ -229,8 +217,11 @@ def _refuse(output: Path, records: Path) -> None:
 def _no_home(folder: Path, where: str) -> None:
     """Raise ConfigError for the root, /home, a home folder."""
     if Path.home().resolve().is_relative_to(folder.resolve()):
-        what, do = "not in the root or a home folder", "name the folder of gain_cl alone"
-        raise ConfigError(what, f"{where} {printable(folder)}", do)
+        raise ConfigError(
+            "not in the root or a home folder",
+            f"{where} {printable(folder)}",
+            "name the folder of gain_cl alone",
+        )
 
 
 def _is_folder(path: Path) -> bool:

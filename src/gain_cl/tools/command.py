@@ -75,6 +75,14 @@ class Parser(argparse.ArgumentParser):
         self.known += names
         return super().add_argument(*names, **settings)
 
+    def option(self, name: str, about: str, default: Any = None, **settings: Any) -> None:
+        """Add an option. default: its type is the option's; False makes it a flag."""
+        if default is False:
+            settings["action"] = "store_true"
+        elif default is not None:
+            settings["type"] = type(default)
+        self.add_argument(name, help=about, default=default, **settings)
+
     def add_presets(self) -> None:
         """Add --config-dir and --plugin."""
         for name in CONFIGURATION[1:]:
@@ -136,8 +144,9 @@ def recorded_config(told: RunRecord, **update: Any) -> RunConfig:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
-        do = "use the gain_cl that wrote the record"
-        raise DataError(f"config.{where}: {first['msg']}", told.run_id, do) from None
+        raise DataError(
+            f"config.{where}: {first['msg']}", told.run_id, "use the gain_cl that wrote the record"
+        ) from None
 
 
 def print_report(report: Any, as_json: bool, show: Callable[[Any], object]) -> int:

@@ -27,12 +27,16 @@ def main(argv: list[str]) -> int:
     about = "Compare runs (RUN RUN ...), or the finished runs of an experiment (experiment=NAME): "
     about += "intervals, fronts, equal skill, a verdict per endpoint."
     parser = Parser("compare", "words", "--results-dir", "--json", description=about)
-    alphas = "of an experiment: with what interpolate --records made of its runs"
-    parser.add_argument("--alphas", action="store_true", help=alphas)
-    skill = "own step in %% at which methods are matched (default: the middle of what both reach)"
-    parser.add_argument("--skill", type=percentage, help=skill)
-    costs, equally = ["skill", "norm", "tokens", "parameters"], "in what methods are made equal"
-    parser.add_argument("--equal", choices=costs, default="skill", help=equally)
+    parser.option(
+        "--alphas", "of an experiment: with what interpolate --records made of its runs", False
+    )
+    parser.option(
+        "--skill",
+        "own step in %% at which methods are matched (default: the middle of what both reach)",
+        type=percentage,
+    )
+    costs = ["skill", "norm", "tokens", "parameters"]
+    parser.option("--equal", "in what methods are made equal", "skill", choices=costs)
     args = parser.read(argv)
     results = Path(args.results_dir)
     found = _studies(args.words, results, args.alphas)
@@ -56,8 +60,11 @@ def _studies(words: list[str], results_dir: Path, alphas: bool) -> list[Study]:
         planned = planned_runs(experiment, [*more, f"results_dir={results_dir}"])
         return list(studies_of(experiment, planned, alphas=alphas).values())
     if alphas or len(words) < 2 or any("=" in w for w in words):
-        what = "overrides and --alphas go with an experiment, and one run cannot be compared"
-        raise ConfigError(what, "gain_cl compare", "name two runs, or experiment=NAME")
+        raise ConfigError(
+            "overrides and --alphas go with an experiment, and one run cannot be compared",
+            "gain_cl compare",
+            "name two runs, or experiment=NAME",
+        )
     return [study_of_runs(record.load(find_record(w, results_dir)) for w in words)]
 
 

@@ -13,7 +13,6 @@ import fnmatch
 import math
 import re
 import time
-from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from rich.filesize import decimal as size
 
 from gain_cl.config.schema import Given
-from gain_cl.errors import ConfigError, DataError, suggest
+from gain_cl.errors import ConfigError, suggest
 from gain_cl.measure import diagnosis
 from gain_cl.measure.diagnosis import (
     DIRECTIONS,
@@ -39,7 +38,7 @@ from gain_cl.paper.table import Row, Table, Value, plain, print_table
 from gain_cl.runs import resume
 from gain_cl.stats import format
 from gain_cl.system.files import sha256, write_all
-from gain_cl.tools.command import RUN, Parser, load_run
+from gain_cl.tools.command import RUN, Parser, load_run, print_report
 from gain_cl.tools.reopen import Reopened, stage_of
 
 if TYPE_CHECKING:
@@ -58,21 +57,22 @@ def main(argv: list[str]) -> int:
     about = "What a run changed in the weights: norm, directions, gains; and its KL divergence "
     about += "from the pretrained model."
     parser = Parser("diagnose", *RUN, description=about)
-    stage = "a stage, or all whose trained state was kept (default: %(default)s)"
-    parser.add_argument("--stage", default="all", help=stage)
-    layers = "layers whose directions to analyse, by the end of their name, * allowed: o_proj"
-    parser.add_argument("--layers", default="", help=layers)
-    no_kl = "leave out the KL divergence, which scores the text again"
-    parser.add_argument("--no-kl", action="store_true", help=no_kl)
+    parser.option(
+        "--stage", "a stage, or all whose trained state was kept (default: %(default)s)", "all"
+    )
+    parser.option(
+        "--layers",
+        "layers whose directions to analyse, by the end of their name, * allowed: o_proj",
+        "",
+    )
+    parser.option("--no-kl", "leave out the KL divergence, which scores the text again", False)
     args = parser.read(argv)
     run = Reopened(load_run(args), args.output_dir, given=True)
     path = run.run.path
     results = path.parents[1] if path.parent.name == "runs" else Path(args.results_dir)
     stages, lost = _stages(run, args.stage)
     patterns = [p for p in args.layers.split(",") if p]
-    found = _with_earlier(
-        _diagnose(run, stages, lost, patterns, not args.no_kl), results, args.no_kl
-    )
+    found = _diagnose(run, stages, lost, patterns, not args.no_kl)
     written = diagnosis.save_diagnosis(found, results)
 
     from gain_cl.paper.figures import diagnosis as figure
@@ -80,11 +80,8 @@ def main(argv: list[str]) -> int:
     kinds = ("png", "pdf")
     pictures = {run.folder / f"diagnostics.{kind}": figure.render(found, kind) for kind in kinds}
     write_all(pictures)
-    if args.json:
-        print(written.read_text(), end="")
-    else:
-        _show(found, [written, *pictures])
-    return 0
+    told = found.model_dump(mode="json")
+    return print_report(told, args.json, lambda _: _show(found, [written, *pictures]))
 
 
 def _stages(run: Reopened, asked: str) -> tuple[list[int], list[int]]:
@@ -106,23 +103,23 @@ def _diagnose(
 ) -> Diagnostics:
     begun = time.perf_counter()
     run.open()
-    run.close()
     import torch
-    from rich.console import Console
-    from rich.progress import Progress
 
     found = []
-    with Progress(console=Console(stderr=True), transient=True) as bar:
+    try:
         work = _Pretrained(run, patterns, keep=len(stages) > 1)
         for k in stages:
             started = time.perf_counter()
-            found.append(work.stage(k, run.folded(k), bar))
+            found.append(work.stage(k, run.folded(k)))
             found[-1].seconds = time.perf_counter() - started
         del work
-        for stage in bar.track(found, description="KL") if with_kl else ():
+        for stage in found if with_kl else ():
+            run.phase(f"KL of stage {stage.index}")
             started = time.perf_counter()
             _divergences(run, stage)
             stage.seconds += time.perf_counter() - started
+    finally:
+        run.close()
     told = run.record
     return Diagnostics(
         run_id=told.run_id,
@@ -156,7 +153,7 @@ class _Pretrained:
 
         own = run.fp32 == run.config.model
         loaded = run.loaded if own else load.load_model(run.fp32, run.loaded.device)
-        self.record, self.keep = run.record, keep
+        self.run, self.keep = run, keep
         self.left: dict[str, Tensor] = {}
         self.base = {name: p.detach() for name, p in loaded.model.named_parameters()}
         self.norms = {name: _norm(p) for name, p in self.base.items()}
@@ -167,27 +164,28 @@ class _Pretrained:
             self.projections = {*families.targets(loaded.model, ["attn_out"], loaded.roles)}
         self.heads = int(getattr(loaded.model.config.get_text_config(), "num_attention_heads", 0))
 
-    def stage(self, index: int, tuned: dict[str, Tensor], bar: Any) -> Stage:
-        """Measure all of a stage but its KL. bar: where progress is shown."""
+    def stage(self, index: int, tuned: dict[str, Tensor]) -> Stage:
+        """Measure all of a stage but its KL."""
         norms = {n: _norm(tuned[n] - p) for n, p in self.base.items()}
         moved = [n for n in norms if norms[n] > 0]
-        changed = [n for n in self.layers if f"{n}.weight" in moved]
         layers = []
-        for n in bar.track(changed, description=f"stage {index}"):
-            layers.append(self._layer(n, tuned[f"{n}.weight"], norms[f"{n}.weight"]))
+        for name in self.layers:
+            if (key := f"{name}.weight") in moved:
+                self.run.phase(f"stage {index}: {name}")
+                layers.append(self._layer(name, tuned[key], norms[key]))
         matrices, total = {f"{n}.weight" for n in self.layers}, math.hypot(*norms.values())
-        others = [n for n in moved if n not in matrices]
         spans = [x for x in layers if x.residual is not None]
         chances = [{k: _by_chance(x.shape, k) for k in KEYS} for x in spans]
         return Stage(
             index=index,
-            domain=str(self.record.stages[index].domain),
+            domain=str(self.run.record.stages[index].domain),
             total_norm=total,
             total_relative=total / math.hypot(*self.norms.values()),
             layers=layers,
             others=[
                 Other(name=n, norm=norms[n], relative=_ratio(norms[n], self.norms[n]))
-                for n in others
+                for n in moved
+                if n not in matrices
             ],
             residual=_means([x.residual or {} for x in spans]),
             own=_means([x.own or {} for x in spans]),
@@ -213,8 +211,7 @@ class _Pretrained:
             left_OR = self.left.get(name)
             if left_OR is None:
                 left_OR = weights.left_vectors(base_OI)
-            if self.keep:
-                self.left[name] = left_OR
+                self.left |= {name: left_OR} if self.keep else {}
             residual = _residuals(weights.residual_energies(change_OI, left_OR))
             own = _residuals(weights.residual_energies(base_OI, left_OR))
             first_OK = weights.left_vectors(tuned_OI)[:, :TOP]
@@ -341,38 +338,22 @@ def _divergence(parts: Parts) -> Divergence:
     return Divergence(nats=found.value, low=ends[0], high=ends[1], documents=found.n, tokens=tokens)
 
 
-def _with_earlier(found: Diagnostics, results: Path, no_kl: bool) -> Diagnostics:
-    """Return it with the stages, and where it was left out the KL, of an earlier diagnosis of the
-    same record."""
-    known: dict[int, Stage] = {}
-    with suppress(DataError):  # of another record
-        earlier = diagnosis.load_diagnosis(results, found.run_id)
-        if earlier and earlier.protocol == found.protocol:
-            known = {stage.index: stage for stage in earlier.stages}
-    for stage in found.stages:
-        before = known.pop(stage.index, None)
-        if no_kl and before:
-            stage.kl, stage.kl_new, stage.kl_controls = before.kl, before.kl_new, before.kl_controls
-    stages = sorted([*found.stages, *known.values()], key=lambda stage: stage.index)
-    return found.model_copy(update={"stages": stages})
-
-
 # --- showing --------------------------------------------------------------------------------------
 
 
-def _show(found: Diagnostics, paths: Iterable[Path]) -> None:
+def _show(found: Diagnostics, paths: list[Path]) -> None:
     rows = []
     for s in found.stages:
         of = sum(len(x.cosines or []) for x in s.layers)
-        norms = [Value(s.total_norm), Value(100 * s.total_relative, write=_three)]
         count = None if s.intruders is None else f"{s.intruders} of {of}"
+        norms = [Value(x, write=_three) for x in (s.total_norm, 100 * s.total_relative)]
         kl = [_interval(x) for x in (s.kl_new, s.kl_controls)]
         rows.append(Row([f"{s.index} {s.domain}", *norms, *_shares(s.residual), count, *kl]))
     end = found.stages[-1]
     for label, shares in (("W itself", end.own), ("by chance", end.chance)):
         rows.append(Row([label, "", "", *_shares(shares), "", "", ""]))
-    outside = [f"outside {k}" for k in KEYS]
-    heads = ["stage", "||dW||", "% of ||W||", *outside, "intruders", "KL new", "KL controls"]
+    heads = ["stage", "||dW||", "% of ||W||", *(f"outside {k}" for k in KEYS), "intruders"]
+    heads += ["KL new", "KL controls"]
     notes = [
         "outside k: share of ||dW|| beyond the first k left singular vectors of W, mean over "
         f"{end.analysed} changed linear layers; all: beyond every one, 0 for any method where a "
@@ -390,17 +371,8 @@ def _show(found: Diagnostics, paths: Iterable[Path]) -> None:
         notes.append(f"not diagnosed, their trained state was not kept: stages {lost}")
     took, peak = format.duration(found.seconds), size(found.peak_bytes)
     title = f"What {found.method} changed in {found.model}, against the pretrained weights"
-    print_table(Table("stages", title, heads, rows, [*notes, f"time: {took}, peak memory: {peak}"]))
-    rows = []
-    for x in sorted(end.layers, key=lambda x: -(x.relative or 0.0))[:5]:
-        g, cosines = x.gains, x.cosines
-        gains = f"{g.drift:.4f}, {g.least:.3f} to {g.largest:.3f}" if g else None
-        count = None if cosines is None else f"{x.intruders} of {len(cosines)}"
-        moved = Value(100 * (x.relative or 0.0), write=_three)
-        rows.append(Row([x.name, moved, *_shares(x.residual or {})[1:2], count, gains]))
-    heads = ["layer", "% of ||W||", outside[1], "intruders", "gains: drift, range"]
-    title = f"Layers that moved most after stage {end.index}"
-    print_table(Table("layers", title, heads, rows, list(map(str, paths))))
+    notes += [f"time: {took}, peak memory: {peak}", *map(str, paths)]
+    print_table(Table("stages", title, heads, rows, notes))
 
 
 def _three(x: float) -> str:

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import fcntl
 import importlib.util
-import json
-import netrc
 import os
 import re
 import shutil
@@ -33,7 +31,7 @@ from gain_cl.errors import DataError
 from gain_cl.paper.table import Row, Table, print_table
 from gain_cl.system import hashes
 from gain_cl.system.hub import hub_state
-from gain_cl.tools.command import Parser
+from gain_cl.tools.command import Parser, print_report
 
 NEED_MEMORY = 4_100_000_000
 """Bytes the default run takes at its peak (docs/example: 4.05 GB)."""
@@ -65,17 +63,21 @@ def main(argv: list[str]) -> int:
     about = "Say what this machine has, lacks and what to do. Exit code 65: a run would stop."
     parser = Parser("doctor", "--json", "--output-dir", "--results-dir", description=about)
     parser.set_defaults(output_dir="runs")
-    parser.add_argument("--offline", action="store_true", help="ask no server")
+    parser.option("--offline", "ask no server", False)
     args = parser.read(argv)
     found = examine(args)
-    if args.json:
-        print(json.dumps({"checks": [f._asdict() for f in found]}, indent=1, allow_nan=False))
-    else:
+
+    def show(_: Any) -> None:
         rows = [Row([f.name, Text(f.status, STYLES[f.status]), *f[2:]]) for f in found]
         print_table(Table("doctor", "", ["check", "status", "finding", "what to do"], rows))
+
+    print_report({"checks": [f._asdict() for f in found]}, args.json, show)
     if problems := [f.name for f in found if f.status == "problem"]:
-        what = f"{len(problems)} of {len(found)} checks found a problem"
-        raise DataError(what, ", ".join(problems), "do what stands beside it")
+        raise DataError(
+            f"{len(problems)} of {len(found)} checks found a problem",
+            ", ".join(problems),
+            "do what stands beside it",
+        )
     return 0
 
 
@@ -254,30 +256,14 @@ def default_packages() -> list[str]:
 def hub(args: Any) -> Found:
     """Whether the hub answers, and whether there is a login, not what it is."""
     url, offline, login = hub_state()
+    told = "login" if login else "no login"
     advice = "" if login else "gated models need one: hf auth login, or HF_TOKEN"
-    asked = not (args.offline or offline)
-    return _server(url, asked, "login" if login else "no login", advice)
-
-
-def wandb(args: Any) -> Found:
-    """Whether wandb answers, and whether there is a key, not what it is."""
-    url = os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai"
-    key = bool(os.environ.get("WANDB_API_KEY"))
-    with suppress(OSError, netrc.NetrcParseError):
-        file = netrc.netrc(os.path.expanduser("~/.netrc"))
-        key = key or file.authenticators(host(url)) is not None
-    asked = not args.offline and os.environ.get("WANDB_MODE") not in ("offline", "disabled")
-    advice = "" if key else "track=wandb then tracks offline: wandb login, or WANDB_API_KEY"
-    return _server(url, asked, "key" if key else "no key", advice)
-
-
-def _server(url: str, asked: bool, login: str, advice: str) -> Found:
-    if not asked:
-        return "ok", f"not asked; {login}", advice
+    if args.offline or offline:
+        return "ok", f"not asked; {told}", advice
     if trouble := reach(url):
-        network = "check the network and the proxy variables; the default run needs neither server"
-        return "warning", f"{host(url)}: {trouble}; {login}", network
-    return "ok", f"{host(url)} answers; {login}", advice
+        network = "check the network and the proxy variables; the default run needs no hub"
+        return "warning", f"{host(url)}: {trouble}; {told}", network
+    return "ok", f"{host(url)} answers; {told}", advice
 
 
 def host(url: str) -> str:
@@ -305,5 +291,5 @@ def reach(url: str) -> str:
 
 
 CHECKS: tuple[Callable[[Any], Found], ...] = (
-    packages, torch, memory, disk, file_system, package_index, hub, wandb,
+    packages, torch, memory, disk, file_system, package_index, hub,
 )  # fmt: skip

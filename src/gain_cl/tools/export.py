@@ -273,20 +273,16 @@ def card(run: Reopened, stage: int, form: str, made: Exported) -> str:
     r, c, (base, revision) = run.record, run.config, _base(run.config)
     of = {"joint": r.trained, "individual": r.trained[stage - 1 : stage]}
     learned = ", ".join(of.get(r.regime, r.trained[:stage]))
-    about, train = r.provenance, c.train
+    about = r.provenance
     facts = {
         "form": form,
         "run": f"{r.run_id}, stage {stage} of {run.last}",
         "base model": f"{c.model.name}: {_words(r.pins['model'])}",
-        "its converted files": _words(r.pins.get("model_files") or {}),
         "method": f"{r.method}: {_words(c.adapter.model_dump(mode='json'))}",
         "begun from": _words(r.pins.get("init_from", {})),
         "guard": _words(c.guard.model_dump(mode="json")),
         "learned, in order": f"{learned} ({r.regime}, handover={c.handover})",
-        "each stage": f"{c.stage.stage_steps:,} steps of {train.batch_tokens:,} tokens, blocks of "
-        f"{train.block}, learning rate {train.lr:g}",
         "trainable parameters": f"{r.trainable_parameters:,} of {r.total_parameters:,}",
-        "seed": str(r.seed),
         "code": f"gain_cl {about.get('gain_cl')}, commit {about.get('commit')}"
         f"{' with changes' if about.get('dirty') else ''}",
         "tainted": ", ".join(r.tainted),

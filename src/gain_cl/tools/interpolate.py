@@ -19,7 +19,7 @@ import pandas as pd
 from gain_cl.config.schema import NAME
 from gain_cl.errors import ConfigError, DataError
 from gain_cl.measure import provenance, record
-from gain_cl.stats import matrix
+from gain_cl.paper.table import say
 from gain_cl.studies.study import loss_matrix
 from gain_cl.system.files import sha256
 from gain_cl.tools import reopen
@@ -28,26 +28,17 @@ from gain_cl.tools.command import RUN, Parser, load_run, print_report
 if TYPE_CHECKING:
     from gain_cl.measure.scoring import Scores
 
-HEADS = {
-    "own_step": "own step",
-    "backward": "backward",
-    "backward_net": "net",
-    "from_base": "from base",
-    "controls_from_base": "controls",
-}
-"""Summaries that are shown, and the heads of their columns."""
-
 
 def main(argv: list[str]) -> int:
     """Print the front: change of perplexity against the pretrained model for every alpha."""
     about = "Score the models between the pretrained one and a stage's (WiSE-FT), without training."
     parser = Parser("interpolate", *RUN, description=about)
-    alpha, every = "shares of the change of the weights (default: %(default)s)", "0,0.25,0.5,0.75,1"
-    parser.add_argument("--alpha", default=every, help=alpha)
-    stage = "stage whose model is the far end (default: the last)"
-    parser.add_argument("--stage", type=int, help=stage)
-    records = "score every stage, and write a record for each alpha beside the run's"
-    parser.add_argument("--records", action="store_true", help=records)
+    about = "shares of the change of the weights (default: %(default)s)"
+    parser.option("--alpha", about, "0,0.25,0.5,0.75,1")
+    parser.option("--stage", "stage whose model is the far end (default: the last)", type=int)
+    parser.option(
+        "--records", "score every stage, and write a record for each alpha beside the run's", False
+    )
     args = parser.read(argv)
     run = reopen.Reopened(load_run(args), args.output_dir)
     alphas = list(dict.fromkeys(reopen.number(a, "--alpha") for a in args.alpha.split(",")))
@@ -66,7 +57,7 @@ def _scored(
 ) -> Iterator[tuple[float, Scores]]:
     """Yield (alpha, scores) of every model between the pretrained one and a stage's, stage by
     stage."""
-    run.open(rows=len(alphas) * len(stages))
+    run.open()
     import torch
 
     from gain_cl.models import families, load
@@ -91,12 +82,10 @@ def _front(run: reopen.Reopened, alphas: list[float], stage: int) -> dict[str, A
     pretrained, learned = run.record.losses()[0], len(run.record.trained)
     front = []
     for alpha, scores in _scored(run, alphas, [stage]):
-        loss = run.losses(scores)
-        change = loss - pretrained
+        change = (loss := run.losses(scores)) - pretrained
         controls = float(change[learned:].mean()) if run.record.controls else None
-        row = {"alpha": alpha, "loss_nats": loss.tolist()}
-        row |= {"from_base_nats": float(change[:learned].mean())}
-        front.append({**row, "controls_from_base_nats": controls})
+        means = {"from_base_nats": change[:learned].mean(), "controls_from_base_nats": controls}
+        front.append({"alpha": alpha, "loss_nats": loss.tolist(), **means})
     return {
         "run_id": run.record.run_id,
         "protocol": run.record.protocol,
@@ -108,24 +97,20 @@ def _front(run: reopen.Reopened, alphas: list[float], stage: int) -> dict[str, A
 
 
 def _show(report: dict[str, Any]) -> None:
-    rows = {}
+    rows, means = {}, {"from_base_nats": "trained", "controls_from_base_nats": "controls"}
     for row in report["front"]:
         change = np.subtract(row["loss_nats"], report["pretrained_nats"])
-        means = [row["from_base_nats"], row["controls_from_base_nats"]]
-        rows[f"alpha {row['alpha']:g}"] = [*(x for x in means if x is not None), *change]
-    controls = report["front"][0]["controls_from_base_nats"] is not None
+        shown = [name for name in means if row[name] is not None]
+        rows[f"alpha {row['alpha']:g}"] = [*(row[name] for name in shown), *change]
     title = "Change of perplexity from the pretrained model, % (below 0: better), towards stage "
     note = "trained, controls: means over these domains"
-    names = ["trained", *["controls"] * controls, *report["domains"]]
+    names = [*(means[name] for name in shown), *report["domains"]]
     reopen.show(f"{title}{report['stage']}", names, rows, note)
 
 
 def _show_records(report: dict[str, Any]) -> None:
-    rows = {f"alpha {row['alpha']:g}": row["nats"].values() for row in report["records"]}
-    rows["the run"] = report["run_nats"].values()
-    paths = [f"record: {row['path']}" for row in report["records"]]
-    heads = [HEADS[m] for m in report["run_nats"]]
-    reopen.show("Change of perplexity, % (below 0: better)", heads, rows, *paths)
+    for made in report["records"]:
+        say(f"record: {made['path']}")
 
 
 # --- every stage, as records ----------------------------------------------------------------------
@@ -134,16 +119,20 @@ def _show_records(report: dict[str, Any]) -> None:
 def _records(run: reopen.Reopened, alphas: list[float]) -> dict[str, Any]:
     """Make the record of every alpha. Those that are there are not made again."""
     if run.record.regime == "joint":
-        what = "the run is joint: one stage has no own step and no backward change"
-        raise ConfigError(what, run.record.run_id, "use it on a sequential or individual run")
+        raise ConfigError(
+            "the run is joint: one stage has no own step and no backward change",
+            run.record.run_id,
+            "use it on a sequential or individual run",
+        )
     found: dict[float, record.Run] = {}
     missing: list[record.Interpolated] = []
     for alpha in alphas:
         of, pin = run.record.run_id, sha256(run.run.path)
         made = record.Interpolated(of=of, alpha=alpha, record_sha256=pin)
         if float(f"{alpha:g}") != alpha or not NAME.fullmatch(made.run_id):
-            what = f"{alpha} makes no name of a record"
-            raise ConfigError(what, "--alpha", "give at most 6 digits")
+            raise ConfigError(
+                f"{alpha} makes no name of a record", "--alpha", "give at most 6 digits"
+            )
         if (path := _place(run, made)).exists():
             found[alpha] = record.load_between(run.run, path)
         else:
@@ -151,12 +140,11 @@ def _records(run: reopen.Reopened, alphas: list[float]) -> dict[str, Any]:
     if missing:
         scores = _matrices(run, [made.alpha for made in missing])
         found |= {made.alpha: _saved(run, made, scores[made.alpha]) for made in missing}
-    records = []
-    for alpha in alphas:
-        row = {"alpha": alpha, "run_id": found[alpha].record.run_id}
-        records.append({**row, "path": str(found[alpha].path), "nats": _summary(found[alpha])})
-    told = {"run_id": run.record.run_id, "protocol": run.record.protocol}
-    return {**told, "run_nats": _summary(run.run), "records": records}
+    records = [
+        {"alpha": alpha, "run_id": found[alpha].record.run_id, "path": str(found[alpha].path)}
+        for alpha in alphas
+    ]
+    return {"run_id": run.record.run_id, "protocol": run.record.protocol, "records": records}
 
 
 def _place(run: reopen.Reopened, made: record.Interpolated) -> Path:
@@ -171,8 +159,11 @@ def _matrices(run: reopen.Reopened, alphas: list[float]) -> dict[float, list[Sco
         run.saved(stage)
     then, now = run.record.provenance.get("numerics"), provenance.NUMERICS
     if then != now:  # row 0 is the run's
-        what = f"the run was scored by numerics {then}, this is {now}"
-        raise DataError(what, run.record.run_id, "run it again")
+        raise DataError(
+            f"the run was scored by numerics {then}, this is {now}",
+            run.record.run_id,
+            "run it again",
+        )
     found: dict[float, list[Scores]] = {alpha: [] for alpha in alphas}
     for alpha, scores in _scored(run, alphas, stages):
         found[alpha].append(scores)
@@ -182,13 +173,9 @@ def _matrices(run: reopen.Reopened, alphas: list[float]) -> dict[float, list[Sco
 def _saved(run: reopen.Reopened, made: record.Interpolated, scores: list[Scores]) -> record.Run:
     """Write the record. Row 0 and what the stages cost are the run's."""
     told, here, documents = run.record, run.inputs.environment, run.run.documents
-    rows, stages, unasked = (
-        [documents[documents["stage"] == 0]],
-        [],
-        {"tasks": {}, "task_seconds": 0.0},
-    )
+    rows, stages = [documents[documents["stage"] == 0]], []
     for stage in told.stages:
-        own: dict[str, Any] = dict(unasked)
+        own: dict[str, Any] = {"tasks": {}, "task_seconds": 0.0}
         if stage.index:
             part = scores[stage.index - 1]
             rows.append(part.rows.assign(stage=stage.index))
@@ -208,14 +195,6 @@ def _saved(run: reopen.Reopened, made: record.Interpolated, scores: list[Scores]
             "notes": notes,
         }
     )
-    table, items = pd.concat(rows, ignore_index=True), run.run.items.iloc[:0]
-    loss_matrix(
-        record.Run(finished, table, items, _place(run, made))
-    )  # row 0 is of the same documents
-    return record.save(finished, table, items, _place(run, made))
-
-
-def _summary(run: record.Run) -> dict[str, float]:
-    """Return the summaries that are shown, nats per token."""
-    found = matrix.summary(loss_matrix(run))
-    return {name: found[name].value for name in HEADS if name in found}
+    parts = finished, pd.concat(rows, ignore_index=True), run.run.items.iloc[:0], _place(run, made)
+    loss_matrix(record.Run(*parts))  # row 0 is of the same documents
+    return record.save(*parts)

@@ -29,8 +29,8 @@ def main(what: str, argv: list[str]) -> int:
     places = ", ".join(MADE[kind][0] for kind in kinds)
     about = f"{ABOUT[what]} They go to RESULTS_DIR/{places}."
     parser = Parser(what, "words", description=about)
-    parser.add_argument("--partial", help="true: leave out runs that may not be printed", **FLAG)
-    parser.add_argument("--force", help="true or not, everything is made again", **FLAG)
+    parser.option("--partial", "true: leave out runs that may not be printed", **FLAG)
+    parser.option("--force", "true or not, everything is made again", **FLAG)
     args = parser.read(argv)
     experiment, words = asked_experiment(args.words, what)
     given = next(w.partition("=")[2] for w in args.words if w.startswith("experiment="))

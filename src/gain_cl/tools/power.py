@@ -51,10 +51,11 @@ def main(argv: list[str]) -> int:
     """Print what can be detected and the cost, or JSON."""
     about = "Effects that an experiment can detect, and hours, before anything is spent."
     parser = Parser("power", "words", "--results-dir", "--json", description=about)
-    pilot_help = "experiment whose finished runs tell noise and speed (default: this one)"
-    parser.add_argument("--pilot", help=pilot_help)
+    parser.option(
+        "--pilot", "experiment whose finished runs tell noise and speed (default: this one)"
+    )
     for name, meaning in STATED.items():
-        parser.add_argument(name, type=positive_number, help=meaning)
+        parser.option(name, meaning, type=positive_number)
     args = parser.read(argv)
     experiment, more = asked_experiment(args.words, "power")
     results = f"results_dir={args.results_dir}"
@@ -186,24 +187,14 @@ def _items(task: str, e: Endpoint, study: Study | None, alpha: float) -> dict[st
 
 
 def _cost(planned: list[Planned], records: list[RunRecord], speed: float | None) -> dict[str, Any]:
-    """Return hours of the runs that are not done, by model and setting."""
-    rows: list[dict[str, Any]] = []
-    for first in (c for c in planned if c.block == 0):
-        states = [c.state for c in planned if (c.model, c.label) == (first.model, first.label)]
-        rows.append(
-            {
-                "model": first.model,
-                "method": first.method,
-                "runs": len(states),
-                "left": sum(state != "done" for state in states),
-                "seconds_a_run": run_seconds(first.config, first.method, records, speed),
-            }
-        )
+    """Return the hours of the runs that are not done."""
+    left = [c for c in planned if c.state != "done"]
+    seconds = sum(run_seconds(c.config, c.method, records, speed) for c in left)
     asked = planned[0].config.tasks.names
     timed = any(s.task_seconds for r in records for s in r.stages)
     left_out = [f"tasks ({', '.join(asked)}): no pilot timed them"] if asked and not timed else []
-    hours = sum(r["left"] * r["seconds_a_run"] for r in rows) / 3600
-    return {"runs": rows, "hours": hours, "left_out": left_out}
+    about = {"runs": len(planned), "left": len(left)}
+    return {**about, "hours": seconds / 3600, "left_out": left_out}
 
 
 # --- as a table -----------------------------------------------------------------------------------
@@ -239,7 +230,6 @@ def _show(told: dict[str, Any], experiment: Experiment, piloted: bool) -> None:
     cost, hours = told["cost"], "not known (--speed N, or a pilot)"
     if not math.isnan(cost["hours"]):
         hours = format.duration(3600 * cost["hours"])
-    left, runs = (sum(r[key] for r in cost["runs"]) for key in ("left", "runs"))
-    say(f"cost: {left} of {runs} runs ahead, {hours} one after the other")
+    say(f"cost: {cost['left']} of {cost['runs']} runs ahead, {hours} one after the other")
     for text in cost["left_out"]:
         say(f"not included: {text}")

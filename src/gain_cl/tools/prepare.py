@@ -25,9 +25,6 @@ from gain_cl.system import hashes, signals
 from gain_cl.tools.command import CONFIGURATION, Parser, print_report
 
 SPLITS: tuple[SplitName, ...] = ("train", "dev", "test")
-WORST = 5
-"""Near duplicates and shared items that are printed; --json lists all."""
-
 Report = dict[str, Any]
 
 
@@ -77,7 +74,6 @@ def examine(config: RunConfig) -> Report:
     model = {"name": config.model.name, **plan.pins["model"], "tokenizer": tokenizer_hash}
     return {
         "run": {"id": plan.run_id, "finished": plan.finished, "record": str(plan.record_path)},
-        "uses": _uses(config),
         "model": {**model, "embedding_rows": rows},
         "domains": {n: _domain(config, domains[n], plan.pins["domains"][n]) for n in names},
         "tasks": plan.pins["tasks"],
@@ -104,23 +100,6 @@ def _domain(config: RunConfig, domain: Domain, pin: dict[str, Any]) -> Report:
         "pin": pin,
         "licence": config.domains[domain.name].licence,
     }
-
-
-def _uses(config: RunConfig) -> list[str]:
-    """Say what a run of this configuration does."""
-    train, asked, stages = config.train, config.eval, len(config.sequence.trained)
-    window = f"the first {asked.window} tokens" if asked.window else "all tokens"
-    every = stages + len(config.sequence.controls)
-    lines = [
-        f"learns {stages} domains, {train.stage_steps * train.batch_tokens:,} tokens each: "
-        f"{train.stage_steps} steps of {train.batch_tokens} tokens",
-        f"scores {window} of {asked.documents} {asked.split} documents of {every} domains, "
-        f"{stages + 1} times",
-    ]
-    if names := ", ".join(config.tasks.names):
-        times = sum(tasks.due(config.tasks.stages, index, stages) for index in range(stages + 1))
-        lines.append(f"scores {names}, {times} times")
-    return lines
 
 
 def _tell(text: str) -> None:
@@ -153,22 +132,8 @@ def render(report: Report) -> None:
     print_table(Table("sources", "Sources", heads, sources))
     for note in report["notes"]:
         say(f"note: {printable(note)}")
-    pairs = [
-        f"{p['share']:.2f}  {p['domain']} {p['split']} {p['document']}: {p['in_domain']} train "
-        f"{p['in_document']}"
-        for p in report["near_duplicates"]
-    ]
-    for shared in report["benchmark_overlap"]:
-        where = f"{shared['domain']} train"
-        pairs += [f"{shared['task']} {i}: {where} {d}" for i, d in shared["found"].items()]
-    for pair in pairs[:WORST]:
-        say(f"  {printable(pair)}")
-    if len(pairs) > WORST:
-        say(f"  and others: {len(pairs):,} in all; --json lists them")
     state = f"finished: {run['record']}" if run["finished"] else "not finished yet"
     say(f"Run {run['id']} ({state})", "bold")
-    for line in report["uses"]:
-        say(f"  {line}")
     count = sum(sum(d["tokens"].values()) for d in domains.values())
     say(f"prepared: {len(domains)} domains, {count:,} tokens, cache {report['cache']}")
 

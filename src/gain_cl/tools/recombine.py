@@ -1,10 +1,10 @@
-"""``python -m gain_cl recombine RUN``: diagonal gains multiply, so stages can be taken out,
-weighted and reordered without training.
+"""``python -m gain_cl recombine RUN``: diagonal gains multiply, so stages can be taken out and
+weighted without training.
 
 Stage k of a run multiplied the weights by diag(f_k), f_k = S_k / S_{k-1}, S_k being its gains (on
 their input or output side). The model of any selection is the product of f_k^w_k: w = 0 leaves a
 stage out, 1 keeps it, 0.5 takes its geometric half. Products of diagonals commute: every order
-gives the same model, which the verb says instead of computing it.
+gives the same model.
 """
 
 from __future__ import annotations
@@ -29,19 +29,14 @@ if TYPE_CHECKING:
 def main(argv: list[str]) -> int:
     """Print perplexity of the recombined model beside the run's, and what each stage contributes to
     each domain."""
-    about = (
-        "Multiply the gains of a run's stages anew, with stages left out, weighted or reordered."
-    )
+    about = "Multiply the gains of a run's stages anew, with stages left out or weighted."
     parser = Parser("recombine", *RUN, description=about)
-    parser.add_argument("--drop", default="", help="stages to leave out, by domain: law,medicine")
-    scale = "powers of stages: medicine=0.5 (1 keeps, 0 drops, -1 undoes)"
-    parser.add_argument("--scale", default="", help=scale)
-    order = "the stages in another order (which changes nothing, as is told)"
-    parser.add_argument("--order", default="", help=order)
-    skip = "skip what each stage contributes (one scoring a stage)"
-    parser.add_argument("--no-contributions", action="store_true", help=skip)
-    to = "write the recombined gains as a PEFT adapter into this new folder"
-    parser.add_argument("--to", help=to)
+    parser.option("--drop", "stages to leave out, by domain: law,medicine", "")
+    parser.option("--scale", "powers of stages: medicine=0.5 (1 keeps, 0 drops, -1 undoes)", "")
+    parser.option(
+        "--no-contributions", "skip what each stage contributes (one scoring a stage)", False
+    )
+    parser.option("--to", "write the recombined gains as a PEFT adapter into this new folder")
     args = parser.read(argv)
     run = reopen.Reopened(load_run(args), args.output_dir)
     weights = _weights(args, run)
@@ -51,7 +46,7 @@ def main(argv: list[str]) -> int:
         report = _recombine(run, weights, contributors, args.to)
     finally:
         run.close()
-    return print_report(report, args.json, lambda told: _show(told, args.order))
+    return print_report(report, args.json, _show)
 
 
 def _weights(args: Any, run: reopen.Reopened) -> dict[str, float]:
@@ -59,44 +54,38 @@ def _weights(args: Any, run: reopen.Reopened) -> dict[str, float]:
     stage."""
     config, stages, run_id = run.config, run.record.trained, run.record.run_id
     if not isinstance(config.adapter, Gain):
-        what = f"method {config.method} has no gains, which alone multiply"
-        raise ConfigError(what, run_id, "use it on a gain_... run")
+        raise ConfigError(
+            f"method {config.method} has no gains, which alone multiply",
+            run_id,
+            "use it on a gain_... run",
+        )
     if run.record.config["adapter"].get("init_from"):
-        what = "the run began from another adapter, which would count as part of its first stage"
-        raise ConfigError(what, run_id, "recombine a run without adapter.init_from")
+        raise ConfigError(
+            "the run began from another adapter, which would count as part of its first stage",
+            run_id,
+            "recombine a run without adapter.init_from",
+        )
     if run.record.regime != "sequential":
-        what = f"the run is {run.record.regime}: it has no stages one after the other"
-        raise ConfigError(what, run_id, "use it on a sequential run")
+        raise ConfigError(
+            f"the run is {run.record.regime}: it has no stages one after the other",
+            run_id,
+            "use it on a sequential run",
+        )
     if args.to is not None:
         from gain_cl.tools import export
 
         export.possible(config, "peft")
         new_folder(Path(args.to))
+    asked = [(name, "=", "0", "--drop") for name in args.drop.split(",") if name]
+    asked += [(*part.partition("="), "--scale") for part in args.scale.split(",") if part]
     weights = dict.fromkeys(stages, 1.0)
-    for name in filter(None, args.drop.split(",")):
-        weights[_known(name, stages, "--drop")] = 0.0
-    for part in filter(None, args.scale.split(",")):
-        name, equals, value = part.partition("=")
+    for name, equals, power, where in asked:
+        if name not in stages:
+            raise ConfigError(f"{name!r} is no stage of this run", where, suggest(name, stages))
         if not equals:
-            raise ConfigError(f"{part!r} has no value", "--scale", "write --scale DOMAIN=0.5")
-        if weights[_known(name, stages, "--scale")] == 0:
-            raise ConfigError(f"{name} is dropped and scaled", "--scale", "name it once")
-        weights[name] = reopen.number(value, "--scale")
-    if args.order:
-        order = [_known(name, stages, "--order") for name in args.order.split(",")]
-        if sorted(order) != sorted(name for name, w in weights.items() if w):
-            what, do = (
-                "the order is not one of the stages that are kept",
-                "name each once, and none that is dropped",
-            )
-            raise ConfigError(what, "--order", do)
+            raise ConfigError(f"{name!r} has no value", where, "write --scale DOMAIN=0.5")
+        weights[name] = reopen.number(power, where)
     return weights
-
-
-def _known(name: str, stages: list[str], where: str) -> str:
-    if name not in stages:
-        raise ConfigError(f"{name!r} is no stage of this run", where, suggest(name, stages))
-    return name
 
 
 def factors(states: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
@@ -113,8 +102,11 @@ def factors(states: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
             past = state.get(f"{name}.past", 1)
             s[name] = (past * (1 + state[name])).double()  # in fp32, as the run did: bit for bit
             if (s[name] == 0).any():
-                what = "a gain is exactly 0: what came before it cannot be told"
-                raise DataError(what, name, "lower train.lr")
+                raise DataError(
+                    "a gain is exactly 0: what came before it cannot be told",
+                    name,
+                    "lower train.lr",
+                )
         found.append({name: t / before.get(name, 1) for name, t in s.items()})
         before = s
     return found
@@ -127,8 +119,9 @@ def product(parts: list[dict[str, Tensor]], powers: Iterable[float]) -> dict[str
     for part, power in zip(parts, powers, strict=True):
         for name, f in part.items():
             if power != int(power) and (f < 0).any():
-                what = f"a stage turned the sign of a gain of {name}"
-                raise DataError(what, "--scale", "use whole powers")
+                raise DataError(
+                    f"a stage turned the sign of a gain of {name}", "--scale", "use whole powers"
+                )
             total[name] = total[name] * f**power
     return {name: (t - 1).float() for name, t in total.items()}
 
@@ -137,13 +130,13 @@ def _recombine(
     run: reopen.Reopened, weights: dict[str, float], contributors: list[str], to: str | None
 ) -> dict[str, Any]:
     parts = factors([run.state(k) for k in range(1, run.last + 1)])
-    run.open(rows=1 + len(contributors))
+    run.open()
     adapter = run.attach(run.loaded)
 
     def score_D(powers: dict[str, float]) -> np.ndarray:
         delta = product(parts, powers.values())
         adapter.load_state(delta)
-        return run.score_D(delta)
+        return run.losses(run.score(delta))
 
     left_out = {name: score_D({**weights, name: 0.0}) for name in contributors}
     losses_D = score_D(weights)
@@ -164,7 +157,7 @@ def _recombine(
     }
 
 
-def _show(report: dict[str, Any], order: str) -> None:
+def _show(report: dict[str, Any]) -> None:
     powers = {name: "" if w == 1 else f"^{w:g}" for name, w in report["weights"].items() if w}
     chosen = " ".join(f"{name}{power}" for name, power in powers.items()) or "nothing"
     loss, names = report["loss_nats"], report["domains"]
@@ -176,7 +169,5 @@ def _show(report: dict[str, Any], order: str) -> None:
         rows = {f"without {name}": row for name, row in left_out.items()}
         note = "above 0: the stage helps the domain; below 0: it hurts it"
         reopen.show("Change of perplexity when a stage is left out, %", names, rows, note)
-    if order:
-        say(f"order {order}: gains commute, so every order of these stages is the same model")
     if report["adapter"]:
         say(f"PEFT adapter: {report['adapter']}")

@@ -46,8 +46,11 @@ class Reopened:
             what, do = "it is interpolated and has no trained state of its own", f"use {made.of}"
             raise ConfigError(what, run.record.run_id, do)
         if isinstance(config.adapter, Given) and not given:
-            what = "its stages were trained elsewhere: it has no trained state of its own"
-            raise ConfigError(what, run.record.run_id, "use a run that gain_cl trained")
+            raise ConfigError(
+                "its stages were trained elsewhere: it has no trained state of its own",
+                run.record.run_id,
+                "use a run that gain_cl trained",
+            )
         if getattr(config.adapter, "init_from", None) is not None:
             # the saved states hold what they began from
             adapter = config.adapter.model_copy(update={"init_from": None})
@@ -59,39 +62,32 @@ class Reopened:
             len(run.record.stages) - 1,
         )
 
-    def open(self, rows: int = 0) -> None:
-        """Load model and domains. DataError: they are not the run's.
-
-        rows: how many times the domains will be scored.
-        """
+    def open(self) -> None:
+        """Load model and domains. DataError: they are not the run's."""
         from rich.console import Console
-        from rich.progress import Progress
 
         made = plan.prepare(self.config.model_copy(update={"resume": "never"}))
         for part in ("model", "domains", "plugins", "checkpoints"):
             if made.pins.get(part) != self.record.pins.get(part):
                 what = f"{part}: not what the run read"
                 raise DataError(what, self.record.run_id, "restore what the run read")
-        self._bar, self._rows = Progress(console=Console(stderr=True), transient=True), 0
-        self._cells = self._bar.add_task("load", total=rows * len(self.names))
-        self._bar.start()
+        self.status = Console(stderr=True).status("load")
+        self.status.start()
         self.inputs = inputs.load_inputs(self.config, made, self)
         self.loaded = self.inputs.loaded
 
     def close(self) -> None:
-        """End the progress display."""
-        if hasattr(self, "_bar"):
-            self._bar.stop()
+        """End the display of what is done."""
+        if hasattr(self, "status"):
+            self.status.stop()
 
     def phase(self, text: str, stage: int = 0) -> None:
         """Show what is being done, see track.Tracker."""
-        self._bar.update(self._cells, description=text)
+        self.status.update(text)
 
     def progress(self, done: int, of: int, unit: str, what: str = "") -> None:
         """Show how far it is, see track.Tracker."""
-        if unit == "cells":
-            done += self._rows * of
-            self._bar.update(self._cells, completed=done, description=f"score {what}")
+        self.status.update(f"{what}: {done} of {of} {unit}")
 
     def place(self, stage: int) -> Path:
         """Return the folder of a stage."""
@@ -105,9 +101,11 @@ class Reopened:
         """Return the folder of a trained state, verified. DataError: it was not kept."""
         folder = self.place(stage)
         if not (folder / resume.ADAPTER).exists():
-            what = "the trained state of this stage is not there"
-            do = "it was not kept (checkpoint.keep_stages=all), or is in another --output-dir"
-            raise DataError(what, str(folder), do)
+            raise DataError(
+                "the trained state of this stage is not there",
+                str(folder),
+                "it was not kept (checkpoint.keep_stages=all), or is in another --output-dir",
+            )
         checkpoint.verify(folder)
         return folder
 
@@ -147,13 +145,12 @@ class Reopened:
         DataError: that is not all it does."""
         loaded, adapter = self.tuned(self.fp32, stage)
         if not (moved := absorb(loaded, adapter)) <= ABSORBED:
-            what = f"folding the adapter moves the logits by {moved:.0e} of the largest"
-            raise DataError(what, f"stage {stage}", "what it does is no change of the weights")
+            raise DataError(
+                f"folding the adapter moves the logits by {moved:.0e} of the largest",
+                f"stage {stage}",
+                "what it does is no change of the weights",
+            )
         return {name: p.detach() for name, p in loaded.model.named_parameters()}
-
-    def score_D(self, weights: dict[str, Tensor], **what: Any) -> np.ndarray:
-        """Return nats per token of every domain, see ``score``."""
-        return self.losses(self.score(weights, **what))
 
     def losses(self, scores: scoring.Scores) -> np.ndarray:
         """Return nats per token of every domain."""
@@ -170,11 +167,9 @@ class Reopened:
         identity["adapter"] = self.config.scientific()["adapter"]
         identity |= {"plugins": self.record.pins["plugins"], "seed": self.config.seed}
         cells, batch = self.folder.parent / "cells", self.config.compute.eval_batch
-        found = scoring.score_domains(
+        return scoring.score_domains(
             self.loaded, self.inputs.domains, self.config.eval, batch, identity, cells, self
         )
-        self._rows += 1
-        return found
 
 
 def absorb(loaded: Loaded, adapter: Adapter) -> float:
@@ -205,8 +200,11 @@ def stage_of(text: str | int | None, last: int) -> int:
     """Return a stage of a run by its number; None: the last."""
     stage = last if text is None else text
     if not str(stage).isdecimal() or not 1 <= int(str(stage)[:9]) <= last:
-        do = "stage 0 is the pretrained model itself"
-        raise ConfigError(f"stage {text!r} is not among 1..{last}", "stage", do)
+        raise ConfigError(
+            f"stage {text!r} is not among 1..{last}",
+            "stage",
+            "stage 0 is the pretrained model itself",
+        )
     return int(stage)
 
 
@@ -214,6 +212,7 @@ def show(
     title: str, names: Iterable[str], rows: dict[str, Any], *notes: str, write: Any = format.percent
 ) -> None:
     """Print losses or their differences (in nats) by label, with a column for each name."""
-    told = {label: [Value(float(x), write=write) for x in row] for label, row in rows.items()}
-    lines = [Row([label, *row]) for label, row in told.items()]
+    lines = [
+        Row([label, *(Value(float(x), write=write) for x in row)]) for label, row in rows.items()
+    ]
     print_table(Table("", title, ["", *names], lines, notes))

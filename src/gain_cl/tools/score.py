@@ -24,11 +24,15 @@ def compose(argv: list[str]) -> RunConfig:
     overrides = [w for w in args.overrides if re.match(r"[~+]*[A-Za-z_][\w.@/-]*=", w)]
     checkpoints = [w for w in args.overrides if w not in overrides]
     if not checkpoints:
-        do = "give folders of PEFT's or transformers', in order"
-        raise ConfigError("no checkpoint is named", "gain_cl score", do)
+        raise ConfigError(
+            "no checkpoint is named",
+            "gain_cl score",
+            "give folders of PEFT's or transformers', in order",
+        )
     if any(word.startswith("method=") for word in overrides):
-        what = "nothing is trained: method= has no meaning here"
-        raise ConfigError(what, "gain_cl score", "leave it out")
+        raise ConfigError(
+            "nothing is trained: method= has no meaning here", "gain_cl score", "leave it out"
+        )
     listed = ",".join(map(presets.quote, checkpoints))
     words = ["method=given", f"++adapter.checkpoints=[{listed}]", *overrides]
     return composition.compose(words, args.config_dir, args.plugin)

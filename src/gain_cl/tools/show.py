@@ -10,10 +10,14 @@ from gain_cl.tools.command import Parser, find_record
 def main(argv: list[str]) -> int:
     """Print the run that a path, a run id or the beginning of one names."""
     parser = Parser("show", "run", "--results-dir", description="Print a finished run.")
-    definitions = "also what GEM, Chaudhry, TRACE and Avalanche make of the matrix"
-    parser.add_argument("--definitions", action="store_true", help=definitions)
-    shipped_help = "a run of the model as shipped: its stage 0 is shown above the run's"
-    parser.add_argument("--shipped", metavar="RUN", help=shipped_help)
+    parser.option(
+        "--definitions", "also what GEM, Chaudhry, TRACE and Avalanche make of the matrix", False
+    )
+    parser.option(
+        "--shipped",
+        "a run of the model as shipped: its stage 0 is shown above the run's",
+        metavar="RUN",
+    )
     args = parser.read(argv)
     path = find_record(args.run, args.results_dir)
     shipped = args.shipped and record.load(find_record(args.shipped, args.results_dir))

@@ -27,8 +27,9 @@ def main(argv: list[str]) -> int:
     """Print the grid; with --missing the command of each run that is not done, a line each."""
     about = "The runs of an experiment: done, running, failed, stopped or missing."
     parser = Parser("status", "words", "--json", description=about)
-    missing = "print the commands of the runs that are not done, one a line"
-    parser.add_argument("--missing", action="store_true", help=missing)
+    parser.option(
+        "--missing", "print the commands of the runs that are not done, one a line", False
+    )
     args = parser.read(argv)
     experiment, more = asked_experiment(args.words, "status")
     found = planned_runs(experiment, more)
@@ -56,8 +57,11 @@ def asked_experiment(words: list[str], verb: str) -> tuple[Experiment, list[str]
     words."""
     names = [w.partition("=")[2] for w in words if w.startswith("experiment=")]
     if len(names) != 1:
-        what = f"{len(names) or 'no'} experiments are named"
-        raise ConfigError(what, f"gain_cl {verb}", "give one experiment=NAME")
+        raise ConfigError(
+            f"{len(names) or 'no'} experiments are named",
+            f"gain_cl {verb}",
+            "give one experiment=NAME",
+        )
     return load_experiment(names[0]), [w for w in words if not w.startswith("experiment=")]
 
 

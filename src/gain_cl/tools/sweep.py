@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import os
 import re
@@ -44,39 +45,12 @@ def _at_least_one(text: str) -> int:
     return number
 
 
-OPTIONS: dict[str, dict[str, Any]] = {
-    "--only": {
-        "type": _listed,
-        "default": [],
-        "help": "methods, models, blockK or beginnings of run ids: only=lora,block0 is LoRA in "
-        "block 0",
-    },
-    "--max-parallel": {
-        "type": _at_least_one,
-        "help": "runs at a time on this machine (default: one for each GPU, else one; Slurm: all)",
-    },
-    "--dry-run": FLAG | {"help": "true: show the grid, the cost and the commands, start nothing"},
-    "--retry-failed": FLAG | {"help": "true: runs that failed before, too"},
-    "--gpus": {
-        "type": _listed,
-        "help": "GPUs to give out, one to a run (default: those of CUDA_VISIBLE_DEVICES, else all; "
-        "none: gpus=)",
-    },
-    "--launcher": {
-        "choices": ["local", "slurm"],
-        "default": "local",
-        "help": "slurm: a job for each run, through submitit",
-    },
-    "--worktree": FLAG | {"default": "true", "help": "false: run the files as they are, not HEAD"},
-}
-
-
 def main(argv: list[str]) -> int:
     """Run what is missing. Exit code: 0 every run asked for is done, 1 some failed, 75 stopped by a
     signal."""
     options = read_options(argv)
     experiment, more = asked_experiment(options.words, "sweep")
-    planned = _only(planned_runs(experiment, more), options.only)
+    planned = _only(planned_runs(experiment, more), options.only or [])
     print_grid(experiment, planned)
     failed = [c for c in planned if c.state == "failed"]
     again = [] if options.retry_failed == "true" else failed
@@ -115,12 +89,23 @@ def read_options(argv: list[str]) -> Any:
     """Return the options of the sweep, slurm.* among them as a dict, and the other words."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = Parser("sweep", "words", description=ABOUT, formatter_class=raw)
-    for name, settings in OPTIONS.items():
-        parser.add_argument(name, **settings)
+    only = "methods, models, blockK or beginnings of run ids: only=lora,block0 is LoRA in block 0"
+    parser.option("--only", only, type=_listed)
+    at_a_time = "runs at a time on this machine (default: one for each GPU, else one; Slurm: all)"
+    parser.option("--max-parallel", at_a_time, type=_at_least_one)
+    parser.option("--dry-run", "true: show grid, cost and commands, start nothing", **FLAG)
+    parser.option("--retry-failed", "true: runs that failed before, too", **FLAG)
+    gpus = "GPUs to give out, one to a run (default: all that are visible; none: gpus=)"
+    parser.option("--gpus", gpus, type=_listed)
+    jobs = "slurm: a job for each run, through submitit"
+    parser.option("--launcher", jobs, "local", choices=["local", "slurm"])
+    head = "false: run the files as they are, not HEAD"
+    parser.option("--worktree", head, **FLAG | {"default": "true"})
     options = parser.read(argv)
     slurm = [w for w in options.words if w.startswith("slurm.")]
     options.words = [w for w in options.words if w not in slurm]
-    options.slurm = dict(w.removeprefix("slurm.").split("=", 1) for w in slurm)
+    told = (w.removeprefix("slurm.").partition("=") for w in slurm)
+    options.slurm = {key: value for key, _, value in told}
     return options
 
 
@@ -138,8 +123,9 @@ def _only(planned: list[Planned], words: list[str]) -> list[Planned]:
         kind = next((i for i, found in enumerate(matches) if found), None)
         if kind is None:
             names = sorted({x for c in planned for x in (c.method, f"block{c.block}", c.model)})
-            do = f"available: {', '.join(names)}, and run ids"
-            raise ConfigError(f"no run is {word!r}", "only", do)
+            raise ConfigError(
+                f"no run is {word!r}", "only", f"available: {', '.join(names)}, and run ids"
+            )
         kinds.setdefault(kind, set()).update(matches[kind])
     return [c for c in planned if all(c.run_id in kind for kind in kinds.values())]
 
@@ -159,15 +145,11 @@ def _cost(todo: list[Planned], seconds: float, untimed: bool) -> str:
 
 
 def _records(planned: list[Planned]) -> list[record.RunRecord]:
-    """Return what the cost is told from: the runs that are done; else whatever runs of these models
-    there are."""
-    models, found = {c.model for c in planned}, []
-    done = [c.record for c in planned if c.state == "done"]
-    for path in done or sorted(planned[0].record.parent.glob("*.json")):
+    """Return the records of the runs that are done, from which the cost is told."""
+    found = []
+    for c in planned:
         with suppress(GainError):  # a damaged one is named where it is read for its numbers
-            r = record.load(path).record
-            if r.model in models and r.interpolated is None:
-                found.append(r)
+            found += [record.load(c.record).record] if c.state == "done" else []
     return found
 
 
@@ -195,8 +177,9 @@ def _launcher(options: Any, output: Path, ahead: int) -> launchers.Launcher:
         most = options.max_parallel or max(1, ahead)
         return launchers.Slurm(output / "slurm", most, parameters, cluster)
     if options.slurm:
-        what, do = "slurm.* goes with launcher=slurm", "give launcher=slurm"
-        raise ConfigError(what, "gain_cl sweep", do)
+        raise ConfigError(
+            "slurm.* goes with launcher=slurm", "gain_cl sweep", "give launcher=slurm"
+        )
     gpus = _gpus() if options.gpus is None else options.gpus
     return launchers.Local(options.max_parallel or max(1, len(gpus)), gpus)
 
@@ -224,18 +207,18 @@ def _minutes(text: str) -> int:
     """Return the minutes of a time of Slurm's: minutes, H:MM:SS, D-H, D-HH:MM:SS."""
     told = re.fullmatch(r"(\d+)|(?:(\d+)-)?(\d+)(?::(\d+):(\d+))?", text)
     if told is None:
-        do = "give minutes, H:MM:SS or D-HH:MM:SS"
-        raise ConfigError(f"{text!r} is no time", "slurm.time", do)
+        raise ConfigError(
+            f"{text!r} is no time", "slurm.time", "give minutes, H:MM:SS or D-HH:MM:SS"
+        )
     plain, days, hours, minutes, seconds = (int(x or 0) for x in told.groups())
     return max(1, plain + 1440 * days + 60 * hours + minutes + (seconds > 0))
 
 
 def _typed(text: str) -> Any:
     """Return a number, true or false, else the text."""
-    for kind in (int, float):
-        with suppress(ValueError):
-            return kind(text)
-    return {"true": True, "false": False}.get(text, text)
+    with suppress(ValueError):
+        return json.loads(text)
+    return text
 
 
 def _gpus() -> list[str]:

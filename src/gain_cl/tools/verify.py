@@ -26,12 +26,12 @@ from gain_cl.config.schema import ADAPTERS, EXECUTION, RunConfig
 from gain_cl.domains import Domain, tokens
 from gain_cl.errors import DataError, GainError, StorageError
 from gain_cl.measure import provenance, record, tasks
-from gain_cl.paper.table import Row, Table, print_table
+from gain_cl.paper.table import Row, Table, print_table, say
 from gain_cl.runs import finish, resume, same
 from gain_cl.stats import answers
 from gain_cl.system import checkpoint, hashes, lock
 from gain_cl.system.files import sha256
-from gain_cl.tools.command import RUN, Parser, load_run, recorded_config
+from gain_cl.tools.command import RUN, Parser, load_run, print_report, recorded_config
 
 SAME = 1e-12
 """Relative: what the order of summing in float64 may change, three digits to spare."""
@@ -99,6 +99,11 @@ class Case:
         if told != found:
             self.fail(f"{what} is {told}, not {found}", where)
 
+    def fields(self, told: object, found: dict[str, Any], of: str = "") -> None:
+        """Raise DataError unless the fields of a part of the record are what was found."""
+        for key, value in found.items():
+            self.equal(f"{key}{of}", getattr(told, key), value)
+
 
 def main(argv: list[str]) -> int:
     """Print the checks. Raises the first failure."""
@@ -109,17 +114,19 @@ def main(argv: list[str]) -> int:
     hashes.trust_nothing()
     case = Case(load_run(args), args.output_dir)
     lines, failure = examine(case)
-    name, files, good = case.record.run_id, len(case.hashed), [x for x in lines if x.state == "ok"]
-    if args.json:
-        told = {"run_id": name, "checks": [x._asdict() for x in lines], "files": files}
-        print(json.dumps(told, indent=1, allow_nan=False))
-    else:
+    name, files = case.record.run_id, len(case.hashed)
+
+    def show(_: Any) -> None:
         rows = [Row([x.check, Text(x.state, STYLES[x.state]), x.finding]) for x in lines]
         print_table(Table("verify", name, ["check", "state", "finding"], rows))
+        if failure is None:
+            good = sum(x.state == "ok" for x in lines)
+            say(f"verified: {good} checks, {files} files hashed")
+
+    report = {"run_id": name, "checks": [x._asdict() for x in lines], "files": files}
+    print_report(report, args.json, show)
     if failure is not None:
         raise failure
-    if not args.json:
-        print(f"verified: {len(good)} checks, {files} files hashed", flush=True)
     return 0
 
 
@@ -153,17 +160,9 @@ def settings(case: Case) -> str:
     """What the record says beside its configuration is what the configuration says."""
     r, c = case.record, case.config
     case.equal("its name", case.run.path.name, f"{r.run_id}.json")
-    told = {
-        "model": c.model.name,
-        "method": c.method,
-        "sequence": c.sequence.name,
-        "seed": c.seed,
-        "regime": c.regime,
-        "trained": c.sequence.trained,
-        "controls": c.sequence.controls,
-    }
-    for key, value in told.items():
-        case.equal(key, getattr(r, key), value)
+    told = {"model": c.model.name, "method": c.method, "sequence": c.sequence.name, "seed": c.seed}
+    told |= {"trained": c.sequence.trained, "controls": c.sequence.controls, "regime": c.regime}
+    case.fields(r, told)
     if missing := {*r.trained, *r.controls} - c.domains.keys():
         case.fail(f"no settings of domain {min(missing)}")
     window = f"first{c.eval.window}" if c.eval.window else "whole"
@@ -187,19 +186,13 @@ def run_id(case: Case) -> str:
     if r.tainted:
         beginning(case)
         return "that of the first attempt; TAINTED since"
-    if added := _added(c.model_dump(mode="json", exclude=set(EXECUTION)), r.config):
-        raise Absent(f"written by a version without the setting {added}: the id cannot be derived")
+    known = c.model_dump(mode="json", exclude=set(EXECUTION))
+    told, given = (pd.json_normalize(settings).columns for settings in (known, r.config))
+    if len(added := told.difference(given)):
+        raise Absent(
+            f"written by a version without the setting {added[0]}: the id cannot be derived"
+        )
     return case.fail(f"its settings and pins give {found}")
-
-
-def _added(known: Any, given: Any) -> str:
-    """Return the first key that a configuration was given by default; empty: none."""
-    for name, value in known.items() if isinstance(known, dict) and isinstance(given, dict) else ():
-        if name not in given:
-            return str(name)
-        if found := _added(value, given[name]):
-            return f"{name}.{found}"
-    return ""
 
 
 def sums(case: Case) -> str:
@@ -210,8 +203,7 @@ def sums(case: Case) -> str:
         index, name = cast("tuple[int, str]", key_of)
         score, where = case.record.stages[index].domains[name], f"{name} at stage {index}"
         counts = {"tokens": part["tokens"].sum(), "bytes": part["bytes"].sum()}
-        for key, count in {**counts, "documents": len(part)}.items():
-            case.equal(f"{key} of {where}", getattr(score, key), count)
+        case.fields(score, {**counts, "documents": len(part)}, f" of {where}")
         nats = math.fsum(part["nll_nats"])
         if not math.isclose(nats, score.nll_nats, rel_tol=SAME):
             case.fail(f"nll_nats of {where} is {score.nll_nats!r}, not {nats!r}")
@@ -259,16 +251,13 @@ def task_counts(case: Case) -> str:
         for name, score in stage.tasks.items():
             own = answers.answers(case.run.items, name, stage.index)
             other = first.setdefault(name, own)
-            if any(
-                not np.array_equal(getattr(own, k), getattr(other, k)) for k in ("items", "gold")
-            ):
+            if [*own.items, *own.gold] != [*other.items, *other.gold]:
                 case.fail(f"{name} has other items at stage {stage.index} than before")
             found = {"items": len(own.items), "correct": answers.correct(own).sum()}
             if (normed := answers.correct_norm(own)) is not None:
                 found["correct_norm"] = normed.sum()
             found |= {"fewshot": wanted.fewshot, "limited": wanted.limit is not None}
-            for key, value in found.items():
-                case.equal(f"{key} of {name} at stage {stage.index}", getattr(score, key), value)
+            case.fields(score, found, f" of {name} at stage {stage.index}")
     return ", ".join(f"{len(own.items):,} of {name}" for name, own in first.items())
 
 

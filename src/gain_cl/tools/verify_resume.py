@@ -66,11 +66,15 @@ def main(argv: list[str]) -> int:
     about = "Carry out a short run undisturbed, then again with kills at random moments, and "
     about += f"compare every result by SHA-256 (default: {' '.join(DEFAULT)})."
     parser = Parser("verify-resume", *CONFIGURATION, description=about)
-    parser.add_argument("--kills", type=int, default=5, help="how many (default: %(default)s)")
-    kinds = "KILL ends the run at once, TERM asks it to save and stop (default: %(default)s)"
-    parser.add_argument("--signal", choices=["KILL", "TERM"], default="KILL", help=kinds)
-    parser.add_argument("--seed", type=int, help="of the moments (default: random, and printed)")
-    parser.add_argument("--keep", help="work in this new or empty folder, and leave it")
+    parser.option("--kills", "how many (default: %(default)s)", 5)
+    parser.option(
+        "--signal",
+        "KILL ends the run at once, TERM asks it to save and stop (default: %(default)s)",
+        "KILL",
+        choices=["KILL", "TERM"],
+    )
+    parser.option("--seed", "of the moments (default: random, and printed)", type=int)
+    parser.option("--keep", "work in this new or empty folder, and leave it")
     args = parser.read(argv)
     if args.kills < 1:
         raise ConfigError(f"--kills {args.kills}", "gain_cl verify-resume", "give 1 or more")
@@ -105,12 +109,12 @@ def _compare(words: list[str], kills: int, kind: signal.Signals, seed: int, fold
     mostly one takes them all."""
     draw, made, resumed, attempts, runs = random.Random(seed), 0, 0, 0, 0
     _say(f"seed {seed}: {' '.join(words)}")
-    begun = time.monotonic()
-    if code := attempt(words, folder / "undisturbed"):
-        raise _failed(f"undisturbed the run ends with exit code {code}", folder / "undisturbed")
+    begun, place = time.monotonic(), folder / "undisturbed"
+    if code := attempt(words, place):
+        raise _failed(f"undisturbed the run ends with exit code {code}", place)
     whole = time.monotonic() - begun
     _say(f"undisturbed: {whole:.1f} s, about {(kills + 2) * whole:.0f} s to go")
-    reference = found = evidence(folder / "undisturbed")
+    reference = found = evidence(place)
     while made < kills and found == reference:
         runs += 1
         place, code = folder / f"interrupted-{runs}", 1
@@ -126,22 +130,27 @@ def _compare(words: list[str], kills: int, kind: signal.Signals, seed: int, fold
             resumed += code != 0 and _saved(place) > 0
             _say(f"kill {made}: {_saved(place)} steps were saved" if code else "finished")
         found = evidence(place)
-    rows = []
+    rows, wrong = [], []
     for name in (names := {**reference, **found}):
         one, two = reference.get(name, "missing"), found.get(name, "missing")
-        equal = "yes" if one == two else Text("NO", "bold red")
+        wrong += [name] if one != two else []
+        equal = Text("NO", "bold red") if one != two else "yes"
         rows.append(Row([name.split("/", 2)[-1], one[:12], two[:12], equal]))
     heads = ["file", "undisturbed", "interrupted", "equal"]
     print_table(Table("verify-resume", "", heads, rows))
     # what was computed comes before what was derived from it
-    wrong = [name for name in names if reference.get(name) != found.get(name)]
     for name in sorted(wrong, key=lambda name: ("/stages/" not in name, name)):
-        where = f"{len(wrong)} of {len(names)} files, seed {seed}"
-        do = "look at compute.threads, on a GPU compute.deterministic=true, plugins, and --keep DIR"
-        raise DataError(f"resume is NOT exact here: {name} differs", where, do)
+        raise DataError(
+            f"resume is NOT exact here: {name} differs",
+            f"{len(wrong)} of {len(names)} files, seed {seed}",
+            "look at compute.threads, on a GPU compute.deterministic=true, plugins, and --keep DIR",
+        )
     if not resumed:
-        do = "give more --kills, or a longer run with train.steps="
-        raise DataError("no kill came after a checkpoint: nothing was resumed", "", do)
+        raise DataError(
+            "no kill came after a checkpoint: nothing was resumed",
+            "",
+            "give more --kills, or a longer run with train.steps=",
+        )
     told = f"{made} kills ({resumed} with a checkpoint to go on from), {len(names)} files compared"
     print(f"resume is exact here: {told}", flush=True)
 
@@ -168,8 +177,11 @@ def attempt(
                     process.wait(PATIENCE_SECONDS)
                 time.sleep(0.005)
         except subprocess.TimeoutExpired:
-            what = f"the run did not stop within {PATIENCE_SECONDS:.0f} s of a signal"
-            raise DataError(what, str(place), "look at its log, which --keep DIR leaves") from None
+            raise DataError(
+                f"the run did not stop within {PATIENCE_SECONDS:.0f} s of a signal",
+                str(place),
+                "look at its log, which --keep DIR leaves",
+            ) from None
         finally:
             with suppress(ProcessLookupError, PermissionError):  # also what it may have started
                 os.killpg(process.pid, signal.SIGKILL)
