@@ -147,21 +147,17 @@ def twin_nan_is_zero() -> None:
 
 def twin_step_skipped() -> None:
     """NaN filtered: a step whose loss is not a number is passed over, as some trainers do."""
-    import math
-
     from gain_cl.runs import train
 
     real = train._gradient
 
-    def gradient(*a: Any) -> float | None:
+    def gradient(*a: Any) -> Any:
         found = real(*a)
         gradients = [p.grad for p in _parameters if p.grad is not None]
-        if found is not None and not (
-            math.isfinite(found) and all(g.isfinite().all() for g in gradients)
-        ):
+        if found is not None and not all(t.isfinite().all() for t in [*found, *gradients]):
             for g in gradients:
                 g.zero_()
-            return 0.0
+            return [t.new_zeros(()) for t in found]
         return found
 
     train._gradient = gradient

@@ -176,11 +176,11 @@ def save_model(net: Any, tokenizer: Any, folder: Path, base: Path | None) -> Non
     both = {**own, **new, **{k: v for k, v in named.items() if v is not None}}
     opened, plain = quiet_transformers().AutoConfig, file.read_text()
     read = opened.from_pretrained(folder, trust_remote_code=False).to_dict()
-    file.write_text(json.dumps(both, indent=2, sort_keys=True) + "\n")
     try:
+        file.write_text(json.dumps(both, indent=2, sort_keys=True, allow_nan=False) + "\n")
         again = opened.from_pretrained(folder, trust_remote_code=False).to_dict()
         same = all(again.get(key) == value for key, value in read.items())
-    except Exception:  # what libraries raise over a key they do not expect is anybody's guess
+    except Exception:  # an infinite value; or what a library raises over a key it does not expect
         same = False
     if not same:  # a family that version 4 does not know
         file.write_text(plain)
@@ -191,7 +191,7 @@ def save_model(net: Any, tokenizer: Any, folder: Path, base: Path | None) -> Non
     if isinstance(extra := settings.get("extra_special_tokens"), list):
         settings["additional_special_tokens"] = extra
         del settings["extra_special_tokens"]
-    file.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+    file.write_text(json.dumps(settings, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def model_files(model: schema.Model) -> dict[str, str]:

@@ -179,11 +179,12 @@ def stage(
                 optimizer.zero_grad()
                 _free(loaded.device)
                 if size == 1:
-                    raise StorageError(
+                    what, where = (
                         "out of memory with one sequence a forward pass",
-                        f"stage {index}, step {step + 1}",
-                        "use compute.gradient_checkpointing=true or a smaller train.block",
+                        f"step {step + 1}",
                     )
+                    do = "use compute.gradient_checkpointing=true or a smaller train.block"
+                    raise StorageError(what, f"stage {index}, step {step + 1}", do)
                 size = (size + 1) // 2
             gradients = [p.grad for p in parameters if p.grad is not None]
             total = torch.nn.utils.get_total_norm(gradients)

@@ -238,7 +238,7 @@ def planned_runs(experiment: Experiment, more: list[str] | None = None) -> list[
             ):
                 own = [*model, f"method={method}"]
                 own += [
-                    f"{key}={value if isinstance(value, str) else json.dumps(value)}"
+                    f"{key}={value if isinstance(value, str) else json.dumps(value, allow_nan=False)}"
                     for key, value in values.items()
                 ]
                 # in block 0 ``once`` replaces those of the same key
