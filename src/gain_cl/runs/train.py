@@ -179,10 +179,7 @@ def stage(
                 optimizer.zero_grad()
                 _free(loaded.device)
                 if size == 1:
-                    what, where = (
-                        "out of memory with one sequence a forward pass",
-                        f"step {step + 1}",
-                    )
+                    what = "out of memory with one sequence a forward pass"
                     do = "use compute.gradient_checkpointing=true or a smaller train.block"
                     raise StorageError(what, f"stage {index}, step {step + 1}", do)
                 size = (size + 1) // 2

@@ -237,10 +237,11 @@ def planned_runs(experiment: Experiment, more: list[str] | None = None) -> list[
                 models, range(experiment.blocks), experiment.settings()
             ):
                 own = [*model, f"method={method}"]
-                own += [
-                    f"{key}={value if isinstance(value, str) else json.dumps(value, allow_nan=False)}"
+                texts = {
+                    key: value if isinstance(value, str) else json.dumps(value, allow_nan=False)
                     for key, value in values.items()
-                ]
+                }
+                own += [f"{key}={text}" for key, text in texts.items()]
                 # in block 0 ``once`` replaces those of the same key
                 once = [] if block else experiment.once
                 keys = {o.partition("=")[0] for o in once}
