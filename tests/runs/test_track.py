@@ -958,10 +958,10 @@ def test_secrets_are_blanked(monkeypatch: Patch) -> None:
         "d": {"e": "aws/canary/canary"},
     }
     assert mirror._public(config) == {
-        "a": ["x *** y"],
-        "b": "https://***@host/x",
+        "a": ["x <the value of $HF_TOKEN> y"],
+        "b": "https://<a password>@host/x",
         "c": 3,
-        "d": {"e": "***"},
+        "d": {"e": "<the value of $aws_secret_access_key>"},
     }
 
 
