@@ -422,7 +422,7 @@ def inside(node: Any, place: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
 def test_a_position_is_what_checkpoints_hold() -> None:
     """The keys of state.json, in order; others in it are passed over, those it lacks are as at the
     beginning."""
-    keys = ["run_id", "stage", "step", "fits", "events", "seconds", "track"]
+    keys = ["run_id", "stage", "step", "fits", "events", "seconds", "track", "changed"]
     attempt = resume.Attempt(resume.Position("x", events=["e"], seconds=5.0))
     state = attempt.move(2, 3, {"bytes": 10, "rows": 1})
     assert list(state) == keys and state["seconds"] >= 5.0
