@@ -71,10 +71,11 @@ def main(argv: list[str] | None = None) -> int:
     """Run one verb and return the exit code. Never raise for a user's mistake."""
     verb, *rest = (sys.argv[1:] if argv is None else argv) or [""]
     try:
-        if int(os.environ.get("WORLD_SIZE") or 1) > 1:
+        ranks = os.environ.get("WORLD_SIZE", "")
+        if verb in ("run", "score", "sweep") and ranks.isdecimal() and int(ranks) > 1:
             if os.environ.get("RANK", "0") != "0":
                 return USAGE  # rank 0 says it
-            what = f"{os.environ['WORLD_SIZE']} processes were started, and gain_cl uses one"
+            what = f"{ranks} processes were started, and gain_cl uses one"
             do = "start it without torchrun; several runs at once: gain_cl sweep max_parallel=N"
             raise ConfigError(what, "WORLD_SIZE", do)
         if verb in VERBS:

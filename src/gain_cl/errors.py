@@ -21,17 +21,19 @@ def printable(text: str) -> str:
 
 
 SECRET_NAME = re.compile(
-    r"TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|KEY|_PASS$|_PAT$|_AUTH$|^PGPASS$", re.IGNORECASE
+    r"(?!.*_(?:FILE|PATH|DIR)$).*(?:TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|KEY|_PASS$|_PAT$|_AUTH$|^PGPASS$)",
+    re.IGNORECASE,
 )
 """Environment variables whose values reach no file and no message."""
-_IN_URL = re.compile(r"(://)[^/\s@]+@|(\b[\w.-]+:)[^\s/:@]+@(?=[\w.-]+)")
+_IN_URL = re.compile(r"(://)[^/\s@]+@|(\b[\w.-]+:)[^\s/:@\\]+@(?=[\w-]+(?:\.\w|[:/]))")
 _ASKED = re.compile(r"([?&](?:\w*token|\w*key|\w*secret|sig|signature|password)=)[^&\s]+", re.I)
 
 
 def scrubbed(text: str) -> str:
     """Return the text without secrets: values of environment variables named so, passwords and
     tokens of URLs. What stands there instead says what was taken."""
-    for name, secret in os.environ.items():
+    known = sorted(os.environ.items(), key=lambda pair: -len(pair[1]))  # one may begin another
+    for name, secret in known:
         if len(secret) >= 8 and SECRET_NAME.search(name) and secret in text:
             text = text.replace(secret, f"<the value of ${name}>")
     text = _IN_URL.sub(r"\1\2<a password>@", text)

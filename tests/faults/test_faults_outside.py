@@ -117,7 +117,7 @@ def test_no_message_holds_a_secret(say: Say, monkeypatch: pytest.MonkeyPatch, na
     "text",
     [
         "https://me:hunter2@host/x",
-        "me:hunter2@host",
+        "me:hunter2@host.org",
         "https://host/x?token=hunter2",
         "https://host/x?a=1&access_token=hunter2&b=2",
     ],
@@ -130,7 +130,7 @@ def test_passwords_in_addresses_are_scrubbed(say: Say, text: str) -> None:
 
 
 def test_plain_text_stays() -> None:
-    text = "a@b.org at 12:30 wrote to user@host: x=1 https://host/a?b=c"
+    text = "a@b.org at 12:30 wrote to user@host: x=1 https://host/a?b=c tasks.names:boolq@100"
     assert scrubbed(text) == text
 
 

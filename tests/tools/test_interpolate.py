@@ -289,9 +289,6 @@ def test_an_experiment_with_alphas(
         run(tmp_path, "method=gain_ffn", lr="0.8"),
         run(tmp_path, "method=lora", lr="0.003"),
     )
-    assert any(
-        "--records makes them" in note for note in compared(capsys, *line, "--alphas")["notes"]
-    )
     interpolate(gain, capsys, "0.25,0.5,1")
     interpolate(lora, capsys, "0.25,64")
     plain, found = compared(capsys, *line), compared(capsys, *line, "--alphas")

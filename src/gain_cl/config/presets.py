@@ -57,12 +57,13 @@ class _Loader(yaml.SafeLoader):
             raise yaml.MarkedYAMLError(problem="more than 100 aliases")
         return super().compose_node(parent, index)
 
-    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-        keys = [key.value for key, _ in node.value]
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        node = super().compose_mapping_node(anchor)
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         if len(set(keys)) < len(keys):
             what = f"{max(keys, key=keys.count)!r} is given twice"
             raise yaml.MarkedYAMLError(problem=what, problem_mark=node.start_mark)
-        return super().construct_mapping(node, deep)
+        return node
 
 
 def read_yaml(file: Path) -> Any:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gain_cl.guards.base import Batch, Guard
 from gain_cl.models import load
+from gain_cl.system import watchdog
 
 if TYPE_CHECKING:
     from gain_cl.adapters.base import Adapter
@@ -107,6 +108,7 @@ def sample(loaded: load.Loaded, count: int, length: int, temperature: float, see
                 (min(SAMPLED_AT_ONCE, count - first), 1), loaded.prefix_id, device=loaded.device
             )
             found, past = [], None
+            watchdog.beat()
             for _ in range(length):
                 out = loaded.model(input_ids=ids_N1, past_key_values=past, use_cache=True)
                 past = out.past_key_values

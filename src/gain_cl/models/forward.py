@@ -15,6 +15,7 @@ import torch
 from gain_cl.errors import ConfigError
 from gain_cl.models import load
 from gain_cl.models.loss import sum_cross_entropy, token_nll
+from gain_cl.system import watchdog
 
 if TYPE_CHECKING:
     from gain_cl.models.load import Loaded
@@ -33,6 +34,7 @@ def loss_sum(
     """Sum of -ln p over the scored tokens (None: all), each sequence starting after the prefix
     token, as in evaluation; its gradient is also that of a guard's token penalty. documents_BT: see
     ``inputs_of``."""
+    watchdog.beat()  # a step may be made of many
     inputs = inputs_of(loaded, tokens_BT, documents_BT)
     rows = np.arange(tokens_BT.size) if scored_BT is None else np.flatnonzero(scored_BT)
     rows_N, targets_N = on_device(rows, loaded), on_device(tokens_BT.reshape(-1)[rows], loaded)

@@ -165,15 +165,12 @@ def stage(
     parameters, model = list(adapter.parameters().values()), loaded.model
     size, place = micro_batch or settings.sequences, place or index
 
-    def prepared(step: int) -> Batch:
-        return guard.mix(batch_at(blocks, step, settings.sequences), place, step)
-
     model.train()
     try:
         started = time.perf_counter()
-        following = prepared(start)
+        following = batch_at(blocks, start, settings.sequences)
         for step in range(start, settings.stage_steps):
-            batch = following
+            batch = guard.mix(following, place, step)
             drawn = seed_of("dropout", seed, place, step)
             while (losses := _gradient(loaded, guard, batch, settings, size, drawn)) is None:
                 optimizer.zero_grad()
@@ -199,7 +196,7 @@ def stage(
             adapter.after_step()
             guard.after_step()
             if step + 1 < settings.stage_steps:
-                following = prepared(step + 1)
+                following = batch_at(blocks, step + 1, settings.sequences)
             loss, norm = _read(told)  # a GPU is waited for here alone, once its step is queued
             if not math.isfinite(loss) or not math.isfinite(norm):
                 raise _not_finite(loss, norm, batch, index, step, blocks)

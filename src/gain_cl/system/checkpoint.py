@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gain_cl.errors import DataError, StorageError
+from gain_cl.system import watchdog
 from gain_cl.system.failpoints import reach
 from gain_cl.system.files import sha256, sync_folder, write_bytes
 from gain_cl.system.hashes import json_sha256
@@ -43,6 +44,7 @@ def save(folder: Path, files: Mapping[str, bytes | Path | Mapping[str, Tensor]])
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
             for name, content in files.items():
+                watchdog.beat()  # a large state takes its time
                 reach("save.before_write")
                 _write(temporary / name, content)
                 reach("save.after_write")

@@ -51,7 +51,7 @@ def owned(folder: Path) -> Iterator[None]:
 
 def holder(folder: Path) -> str | None:
     """Return who holds the run now, "process PID on HOST", or None: nobody."""
-    fcntl = _fcntl()
+    fcntl = posix_locks()
     try:
         handle = os.open(folder / "LOCK", os.O_RDONLY | NO_LINK)
     except OSError:
@@ -65,7 +65,7 @@ def holder(folder: Path) -> str | None:
     return None
 
 
-def _fcntl() -> Any:
+def posix_locks() -> Any:
     """Return the module of POSIX locks. ConfigError on a system without them: Windows."""
     try:
         import fcntl
@@ -109,7 +109,7 @@ def _acquire(folder: Path) -> int:
 
 def _lock(path: Path) -> tuple[int, bool]:
     """Return an open file, and True if this process has locked it; False: another one has."""
-    fcntl = _fcntl()
+    fcntl = posix_locks()
     handle = os.open(path, os.O_RDWR | os.O_CREAT | NO_LINK, 0o644)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -34,6 +34,9 @@ class _Unfailing:
     def write(self, text: str) -> int:
         try:
             return int(self._stream.write(text))
+        except UnicodeEncodeError:  # a terminal of few characters
+            coded = text.encode(self._stream.encoding, "backslashreplace")
+            return self.write(coded.decode(self._stream.encoding))
         except (OSError, ValueError):
             self._drop()
             return len(text)

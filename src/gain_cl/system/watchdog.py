@@ -9,7 +9,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from gain_cl.errors import StorageError
 
@@ -33,20 +33,28 @@ def watching(minutes: float | None, tell: Callable[[StorageError], None]) -> Ite
         return
     over, seconds = threading.Event(), 60 * minutes
 
+    def dying(error: StorageError) -> None:
+        with tempfile.TemporaryFile("w+") as stacks:
+            faulthandler.dump_traceback(stacks)
+            stacks.seek(0)
+            error.facts["stacks"] = stacks.read().splitlines()
+        tell(error)
+
     def watch() -> None:
-        while not over.wait(min(seconds / 4, 10)):
-            if time.monotonic() - _last < seconds:
-                continue
-            what = f"no step or batch ended in {minutes:g} minutes"
-            do = "failure.json has the stacks; the same command goes on from the last checkpoint"
-            error = StorageError(what, "compute.hang_minutes", do)
-            with tempfile.TemporaryFile("w+") as stacks:
-                faulthandler.dump_traceback(stacks)
-                stacks.seek(0)
-                error.facts["stacks"] = stacks.read().splitlines()
-            tell(error)
+        waited, seen = 0.0, _last
+        while waited < seconds:  # what it waited itself: a stopped process does not hang
+            if over.wait(period := min(seconds / 4, 10)):
+                return
+            waited, seen = (waited + period, seen) if seen == _last else (0.0, _last)
+        what = f"no step or batch ended in {minutes:g} minutes"
+        do = "failure.json has the stacks; the same command goes on from the last checkpoint"
+        error = StorageError(what, "compute.hang_minutes", do)
+        last = threading.Thread(target=dying, args=(error,), daemon=True)
+        last.start()
+        last.join(60)  # the disk may be what hangs
+        with suppress(Exception):
             print(f"gain_cl: error: {error}", file=sys.stderr, flush=True)
-            os._exit(error.exit_code)
+        os._exit(error.exit_code)
 
     beat()
     threading.Thread(target=watch, daemon=True, name="watchdog").start()

@@ -7,7 +7,6 @@ Imports torch where it is installed, and works where it is not.
 
 from __future__ import annotations
 
-import fcntl
 import importlib.util
 import os
 import re
@@ -31,6 +30,7 @@ from gain_cl.errors import DataError
 from gain_cl.paper.table import Row, Table, print_table
 from gain_cl.system import hashes
 from gain_cl.system.hub import hub_state
+from gain_cl.system.lock import posix_locks
 from gain_cl.tools.command import Parser, print_report
 
 NEED_MEMORY = 4_100_000_000
@@ -199,6 +199,7 @@ def disk(args: Any) -> Found:
 def file_system(args: Any) -> Found:
     """Locks and rename on the file system of output_dir: what one owner and whole files rest on."""
     folder, advice = _existing(Path(args.output_dir)), "name an output_dir= on another file system"
+    fcntl = posix_locks()
     try:
         with tempfile.TemporaryDirectory(dir=folder, prefix=".tmp-doctor-") as temporary:
             lock = Path(temporary) / "LOCK"
