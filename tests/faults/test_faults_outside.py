@@ -358,6 +358,15 @@ def test_experiments_are_read_as_presets_are(say: Say, text: str, said: str) -> 
     assert code == 64 and said in line
 
 
+def test_a_record_in_which_a_key_stands_twice_is_refused(say: Say) -> None:
+    """Its last value is the sealed one. Who reads the first reads another number."""
+    assert say(*RUN, "output_dir=out", "results_dir=res")[0] == 0
+    (path,) = Path("res/runs").glob("*.json")
+    path.write_text(path.read_text().replace('"seed": 0', '"seed": 7,\n "seed": 0', 1))
+    code, line = say("show", str(path))
+    assert code == 65 and "'seed' is given twice" in line
+
+
 def test_a_damaged_view_is_made_again(say: Say) -> None:
     run = [*RUN, "output_dir=out", "results_dir=res"]
     assert say(*run)[0] == 0

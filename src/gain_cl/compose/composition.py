@@ -216,7 +216,7 @@ def _plain(word: str) -> str:
     """Return an override that Hydra reads: a plain value that begins with ~ or holds another = is
     quoted."""
     key, equals, value = word.partition("=")
-    if equals and re.fullmatch(r"~?[\w./~=:@+-]+", value) and {"~", "="} & {value[0], *value[1:]}:
+    if equals and re.fullmatch(r"~?[\w./~=:@+-]+", value) and {"~", "="} & set(value):
         with contextlib.suppress(Exception):
             _parse([word])
             return word

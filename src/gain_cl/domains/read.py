@@ -34,6 +34,7 @@ from gain_cl.domains.text import (
 )
 from gain_cl.errors import ConfigError, DataError
 from gain_cl.system import hashes, hub, packages
+from gain_cl.system.sealed import unique_keys
 
 TEXT_VERSION = 1
 """Version of the rules below that shape the text of hub and files domains: raise it with them."""
@@ -330,14 +331,6 @@ def _rows(file: Path, columns: list[str], do: str) -> Iterator[tuple[str, dict[s
         raise DataError(what, str(file), "check the file, or delete it to fetch it again") from None
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return a JSON object. ValueError: a key is given twice, and which value counts is unclear."""
-    if len(row := dict(pairs)) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"{max(keys, key=keys.count)!r} is given twice")
-    return row
-
-
 def _json_rows(lines: io.BufferedReader, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield (file and line, object) of JSON lines. Blank lines are skipped."""
     do = "each line is one JSON object"
@@ -346,7 +339,7 @@ def _json_rows(lines: io.BufferedReader, name: str) -> Iterator[tuple[str, dict[
         if not (line := decode(data, where)).strip():
             continue
         try:
-            row = json.loads(line, object_pairs_hook=_once)
+            row = json.loads(line, object_pairs_hook=unique_keys)
         except (ValueError, RecursionError) as error:
             raise DataError(f"bad JSON: {error}", where, do) from None
         if not isinstance(row, dict):

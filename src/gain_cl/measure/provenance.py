@@ -22,6 +22,12 @@ from gain_cl.system.hashes import json_sha256
 NUMERICS = 1
 """Raised whenever the same settings would give other numbers than before; part of every run id."""
 
+GPU_NUMERICS = 2
+"""Raised likewise where a GPU alone gives other numbers. Not in the run id, which is known before
+the device: a run that was begun with other GPU numerics does not go on.
+
+2: LoRA multiplies in bf16 where the model does; AdamW is one kernel."""
+
 PACKAGES = (
     *("torch", "transformers", "tokenizers", "peft", "lm-eval", "datasets", "numpy", "scipy"),
     *("pandas", "safetensors", "gguf", "matplotlib", "pillow"),

@@ -30,7 +30,7 @@ from pydantic import (
 from gain_cl.config.schema import JOINT, Name, Regime
 from gain_cl.errors import DataError, StorageError
 from gain_cl.system.files import sha256, write_all
-from gain_cl.system.sealed import seal_of, sealed_bytes
+from gain_cl.system.sealed import seal_of, sealed_bytes, unique_keys
 
 SCHEMA = 1
 
@@ -241,7 +241,7 @@ def load(path: str | Path) -> Run:
     give = "give the path of a results/runs/<run_id>.json"
     again = "restore the file or run again with force=true"
     try:
-        plain = json.loads(path.read_bytes(), parse_int=_whole)
+        plain = json.loads(path.read_bytes(), parse_int=_whole, object_pairs_hook=unique_keys)
         record = RunRecord.model_validate(plain, strict=True)
         _check(record)
         whole = record.seal == seal_of(plain)  # ValueError: a number is not finite

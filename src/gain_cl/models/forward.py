@@ -116,6 +116,8 @@ def prove_masks(loaded: Loaded, block: int) -> None:
                 if all(part.abs().mean() < most for part in (parts[0], parts[1][half:])):
                     return
             except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+                if "out of memory" in str(error).lower():
+                    raise
                 cause = error
     what = f"{loaded.model.config.model_type} does not keep packed documents apart"
     raise ConfigError(what, "train.pack=mask", "use train.pack=stream") from cause

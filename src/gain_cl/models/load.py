@@ -273,8 +273,8 @@ def _open(
     with _refusals(model.path or model.name, model.attention):
         try:
             return opened(model.attention), []
-        except ValueError:
-            if model.attention != "sdpa":
+        except ValueError as error:  # in these words transformers says that a family has none
+            if model.attention != "sdpa" or "scaled_dot_product_attention" not in str(error):
                 raise
         net = opened("eager")
     return net, [f"{net.config.model_type} has no sdpa: model.attention=eager is used"]

@@ -97,6 +97,9 @@ def load_inputs(config: RunConfig, plan: Plan, tracker: Teller) -> Inputs:
     facts["data"]["validation"] = {
         name: domain.split_hash(config.eval.split) for name, domain in domains.items()
     }
+    kind = device.type
+    if kind == "cuda":
+        kind += f", numerics {provenance.GPU_NUMERICS}"
     machine = {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "threads": torch.get_num_threads(),
@@ -108,7 +111,7 @@ def load_inputs(config: RunConfig, plan: Plan, tracker: Teller) -> Inputs:
         domains=domains,
         taskset=taskset,
         notes=notes,
-        facts={**facts, "tokenizer": loaded.tokenizer_hash, "device": device.type},
+        facts={**facts, "tokenizer": loaded.tokenizer_hash, "device": kind},
         environment={**machine, "micro_batch": config.compute.micro_batch},
         identity={
             "model": config.scientific()["model"],

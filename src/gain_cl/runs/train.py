@@ -164,7 +164,6 @@ def stage(
     """
     parameters, model = list(adapter.parameters().values()), loaded.model
     size, place = micro_batch or settings.sequences, place or index
-
     model.train()
     try:
         started = time.perf_counter()

@@ -18,6 +18,15 @@ def seal_of(value: dict[str, Any]) -> str:
     return json_sha256({k: v for k, v in value.items() if k != "seal"}, compact=True)
 
 
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object (``object_pairs_hook``). ValueError: a key is given twice, and which
+    value counts is unclear."""
+    if len(found := dict(pairs)) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"{max(keys, key=keys.count)!r} is given twice")
+    return found
+
+
 def sealed_bytes(value: dict[str, Any]) -> bytes:
     """Return a JSON object with its seal as the content of a file. ValueError: a number is not
     finite."""

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from rich.filesize import decimal as size
 
 from gain_cl.config.schema import Given
-from gain_cl.errors import ConfigError, suggest
+from gain_cl.errors import ConfigError, DataError, suggest
 from gain_cl.measure import diagnosis
 from gain_cl.measure.diagnosis import (
     DIRECTIONS,
@@ -72,7 +72,8 @@ def main(argv: list[str]) -> int:
     results = path.parents[1] if path.parent.name == "runs" else Path(args.results_dir)
     stages, lost = _stages(run, args.stage)
     patterns = [p for p in args.layers.split(",") if p]
-    found = _diagnose(run, stages, lost, patterns, not args.no_kl)
+    new = _diagnose(run, stages, lost, patterns, not args.no_kl)
+    found = _with_earlier(new, results, args.no_kl)
     written = diagnosis.save_diagnosis(found, results)
 
     from gain_cl.paper.figures import diagnosis as figure
@@ -336,6 +337,22 @@ def _divergence(parts: Parts) -> Divergence:
     ends = [None if math.isnan(x) else max(x, 0.0) for x in (found.low, found.high)]
     tokens = int(sum(t.sum() for _, t in parts.values()))  # no divergence is negative
     return Divergence(nats=found.value, low=ends[0], high=ends[1], documents=found.n, tokens=tokens)
+
+
+def _with_earlier(found: Diagnostics, results: Path, no_kl: bool) -> Diagnostics:
+    """Return it with the stages, and where it was left out the KL, of an earlier diagnosis of the
+    same record."""
+    known: dict[int, Stage] = {}
+    with suppress(DataError):  # of another record
+        earlier = diagnosis.load_diagnosis(results, found.run_id)
+        if earlier and earlier.protocol == found.protocol:
+            known = {stage.index: stage for stage in earlier.stages}
+    for stage in found.stages:
+        before = known.pop(stage.index, None)
+        if no_kl and before:
+            stage.kl, stage.kl_new, stage.kl_controls = before.kl, before.kl_new, before.kl_controls
+    stages = sorted([*found.stages, *known.values()], key=lambda stage: stage.index)
+    return found.model_copy(update={"stages": stages})
 
 
 # --- showing --------------------------------------------------------------------------------------
