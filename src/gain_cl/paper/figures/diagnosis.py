@@ -65,7 +65,7 @@ def build(found: Diagnostics) -> Figure:
     for axes, text in zip(top[:, 0], texts, strict=True):
         axes.set_ylabel(text)
         axes.set_ylim(bottom=0)
-    for axes in top[:2, -1]:
+    for axes in (a for a in top[:2, -1] if a.get_legend_handles_labels()[0]):
         axes.legend(fontsize=6.5, loc="center left", bbox_to_anchor=(1.0, 0.5))
     _heads(parts[1], end)
     return whole
