@@ -59,7 +59,7 @@ format: setup ## apply the formatter and the linter's fixes
 	@$(BIN)/ruff check -q --fix . && $(BIN)/ruff format -q .
 
 bench: setup ## speed and memory of a training step beside peers (6 minutes): make bench ARGS="device=cuda"
-	@$(BIN)/python scripts/bench/bench.py $(ARGS)
+	@$(BIN)/python -m gain_cl bench $(ARGS)
 
 prepare: setup ## fetch, tokenise and check the data of a run, before it starts
 	@$(BIN)/python -m gain_cl prepare $(ARGS)

@@ -1,6 +1,6 @@
 """Tokens a second and memory of a training step, ours beside its peers.
 
-    python scripts/bench/bench.py device=cuda model=qwen2.5_7b block=2048
+    python -m gain_cl bench device=cuda model=qwen2.5_7b block=2048
 
 Weights are random and made on the device, so that nothing is fetched. Each subject runs in a
 process of its own and leaves one row. A row that fails, runs out of memory or out of time says so.
@@ -34,7 +34,7 @@ from gain_cl.tools.command import Parser
 
 SUBJECTS = (
     "forward", "limit", "gain_ffn", "gain_ffn+compile", "gain_ffn+compile+cudnn", "lora", "peft_ia3", "peft_lora", "trl_lora",
-    "trl_lora_plain", "trainer_lora", "gain_attn", "full",
+    "trl_lora_plain", "trainer_lora", "gain_attn", "full", "evaluate",
 )  # fmt: skip
 """Measured unless subjects= names others. bench_rows.py says what each one is."""
 
@@ -63,7 +63,7 @@ def main(argv: list[str]) -> int:
     """Measure every subject, print the table and leave OUT/NAME.json."""
     parser = Parser(
         "bench",
-        usage="python scripts/bench/bench.py [KEY=VALUE ...]",
+        usage="python -m gain_cl bench [KEY=VALUE ...]",
         description="Speed and memory of a training step with random weights. Keys and defaults: "
         + ", ".join(f"{k}={v}" for k, v in KEYS.items() if v != ""),
     )

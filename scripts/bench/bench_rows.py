@@ -1,7 +1,7 @@
 """The subjects of the benchmark, one process each. Every step is timed between two synchronised clocks.
 
 A subject is BASE or BASE+FLAG+FLAG. Bases: forward (a bare forward pass with its loss), limit (frozen forward and backward to the
-inputs: what no adapter can beat), probe (a matrix product and a copy), methods of configs/method through our own training loop,
+inputs: what no adapter can beat), probe (a matrix product and a copy), evaluate (the perplexity of documents), methods of configs/method through our own training loop,
 and peers: peft_ia3, peft_lora, peft_lora_hfloss (a plain loop), trainer_lora, trl_lora (as shipped), trl_lora_plain (without
 gradient checkpointing), trl_liger. Flags: compile (compute.compile=layers), graphs (each layer by CUDA graphs), cudnn (its attention
 first), triton (the gain's product in one kernel), swiglu (SiLU, product and gain in one kernel), liger (its norm, rotary embedding
@@ -172,7 +172,7 @@ class Bench:
 
         self.task, self.base, self.flags, self.device, self.tell = task, base, flags, device, tell
         self.block, self.sequences = task["block"], task["sequences"]
-        method = base if base not in ("forward", "limit", *PEERS) else "gain_ffn"
+        method = base if base not in ("forward", "limit", "evaluate", *PEERS) else "gain_ffn"
         words = [
             f"model={task['model']}", f"method={method}", f"model.dtype={dtype}", "tasks=none", "train.tokens=null",
             "train.steps=1000000", f"train.block={self.block}", f"train.batch_tokens={self.block * self.sequences}",
@@ -249,6 +249,8 @@ class Bench:
             return self._forward()
         if self.base == "limit":
             return self._limit()
+        if self.base == "evaluate":
+            return self._evaluate()
         if self.base.startswith("peft_"):
             return self._plain()
         if self.base in PEERS:
@@ -271,8 +273,17 @@ class Bench:
                 self.model.train(made)
                 yield forward.loss_sum(self.loaded, tokens).item()
 
-    def _limit(self) -> Iterator[Any]:
+    def _evaluate(self) -> Iterator[Any]:
+        """Score a document of one block a row, as a run does after every stage."""
+        from gain_cl.domains.stream import Doc
+        from gain_cl.measure import perplexity
 
+        for tokens in self._batches():
+            ends = np.arange(1, self.block + 1, dtype=np.uint32)
+            rows = [Doc(str(i), row, ends, 0) for i, row in enumerate(tokens)]
+            yield perplexity.score(self.loaded, rows, None, self.block, batch=self.sequences)
+
+    def _limit(self) -> Iterator[Any]:
         from gain_cl.models import forward
         from gain_cl.models.loss import sum_cross_entropy
 
@@ -529,7 +540,7 @@ class Bench:
         q = heads * (getattr(arch, "head_dim", None) or width // heads)
         a = 2 * arch.num_hidden_layers * q * self.block
         p = _matmul_parameters(self.loaded)
-        if self.base == "forward":
+        if self.base in ("forward", "evaluate"):
             return float(2 * p + a)
         if self.base.startswith("full"):
             return float(6 * p + 3 * a)

@@ -50,6 +50,7 @@ usage: python -m gain_cl VERB ... (also: gain-cl VERB ...)
   verify         recompute every number of a finished run and hash its files again
   verify-resume  kill a short run at random moments, resume it and compare with the undisturbed one
   doctor         what this machine has, what it lacks and what to do
+  bench          speed and memory of a step beside peers (a script of the checkout)
   clean          remove caches and abandoned runs, after showing them
 
   --version, --help
@@ -257,7 +258,7 @@ def _tool(name: str, *words: Any) -> int:
 
 TOOLS = (
     "show", "params", "sweep", "status", "compare", "power", "diagnose", "export", "recombine",
-    "interpolate", "prepare", "verify", "verify-resume", "doctor", "clean",
+    "interpolate", "prepare", "verify", "verify-resume", "doctor", "bench", "clean",
 )  # fmt: skip
 """Verbs with a module of their own in tools/."""
 
