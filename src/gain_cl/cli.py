@@ -19,7 +19,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from gain_cl.errors import USAGE, ConfigError, GainError, PreemptedError, StorageError, suggest
-from gain_cl.tools.command import Parser
+from gain_cl.tools.command import CONFIGURATION, Parser
 
 INTERRUPTED = 130
 
@@ -122,9 +122,7 @@ def _version(_: list[str]) -> int:
 
 def _run(argv: list[str]) -> int:
     """Carry out a run, several (-m), or one of Hydra's flags that print and stop."""
-    parser = Parser("run", add_help=False, allow_abbrev=False)
-    parser.add_argument("overrides", nargs="*")
-    parser.add_presets()
+    parser = Parser("run", *CONFIGURATION, add_help=False)
     for flags in (["-m", "--multirun"], ["-h", "--help"], ["--hydra-help"], ["--resolve"]):
         parser.add_argument(*flags, action="store_true")
     parser.add_argument("-c", "--cfg")

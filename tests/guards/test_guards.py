@@ -289,8 +289,8 @@ def test_a_run_with_replay_trains_on_exactly_that_stream(
         f"results_dir={tmp_path}/results",
     )
     bench = Reopened(made, None)
-    bench.open()
-    bench.close()
+    with bench.opened():
+        pass
     streams = training_streams(bench.config, bench.inputs)
     seed = train.seed_of("guard", 0)
 

@@ -485,7 +485,7 @@ def test_verbs(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPat
     assert "no run 'abc'" in refused(capsys, "show", "abc")
     assert "no record" in refused(capsys, "show", "abc.json", code=65)
     assert "unknown model 'gpt3'" in refused(capsys, "params", "model=gpt3")
-    assert "cannot read 'gpt2'" in refused(capsys, "params", "gpt2")
+    assert "unrecognized arguments: gpt2" in refused(capsys, "params", "gpt2")
 
     def interrupt(_: Any) -> int:
         raise KeyboardInterrupt
@@ -505,7 +505,7 @@ def test_traceback_on_request(
 
 
 def test_params_of_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "nothing to count" in refused(capsys, "params", "model=custom")
+    assert "the model has no path" in refused(capsys, "params", "model=custom")
 
 
 def test_params_json(capsys: pytest.CaptureFixture[str]) -> None:
@@ -551,7 +551,7 @@ def test_params_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
         == sum(line.count("refused") for line in rows)
         == 12
     )
-    assert lines[-1] == "oft on a_model_of_some_name_11: PEFT refuses: no Conv1D"
+    assert "oft on a_model_of_some_name_11: PEFT refuses: no Conv1D" in lines
 
 
 def test_params_leave_out_what_trains_nothing(capsys: pytest.CaptureFixture[str]) -> None:

@@ -145,32 +145,26 @@ def test_the_pilot_in_the_lab_book_is_its_records(capsys: pytest.CaptureFixture[
     """Every figure of the pilot's two tables, from the committed records, by the command the lab
     book names."""
     import json
-    import math
 
     assert cli.main(["compare", "experiment=pilot", f"results_dir={ROOT}/results", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     text = (ROOT / "experiments/LOG.md").read_text()
     pilot = text[text.index("## 2026-11-26: the pilot") :]
 
-    def percent(e: dict[str, float], interval: bool = True) -> str:
-        value, low, high = (f"{100 * math.expm1(e[k]):+.1f}" for k in ("value", "low", "high"))
+    def percent(cell: list[float], interval: bool = True) -> str:
+        value, low, high = (f"{x:+.1f}" for x in (cell if interval else cell[:1] * 3))
         return f"{value} ({low} to {high})" if interval else value
 
     assert not found["absent"] and len(found["settings"]) == 25
     for s in found["settings"]:
-        cells = [
-            percent(s["own_step"]),
-            percent(s["backward"]),
-            *(percent(s[m], False) for m in ("backward_net", "from_base", "controls_from_base")),
-        ]
-        assert f"| {s['setting']} | {s['parameters']:,.0f} | {' | '.join(cells)} |" in pilot
-    for e in (e for e in found["equal_skill"] if e["difference"]["low"] is not None):
-        skill, own, other = (
-            f"{100 * math.expm1(e[k]):+.1f}" for k in ("skill", "backward", "reference_backward")
-        )
-        assert (
-            f"| {e['method']} | {skill} | {own} | {other} | {percent(e['difference'])} |" in pilot
-        )
+        cells = [percent(s["own step %"]), percent(s["backward %"])]
+        cells += [percent(s[f"{m} %"], False) for m in ("backward net of controls", "from base")]
+        cells.append(percent(s["controls %"], False))
+        assert f"| {s['setting']} | {s['trains'][0]:,.0f} | {' | '.join(cells)} |" in pilot
+    for e in (e for e in found["skill"] if e["difference %"] and e["difference %"][1] is not None):
+        names = ("at own step %", "backward %", "backward of lora %")
+        cells = [*(percent(e[name], False) for name in names), percent(e["difference %"])]
+        assert f"| {e['method']} | {' | '.join(cells)} |" in pilot
 
 
 @pytest.mark.parametrize("folder", sorted(p.name for p in (ROOT / "results/tables").glob("*")))

@@ -14,7 +14,7 @@ from gain_cl.adapters.gain import GainAdapter
 from gain_cl.config import schema
 from gain_cl.domains import Doc
 from gain_cl.guards.base import Guard
-from gain_cl.measure import perplexity
+from gain_cl.measure import perplexity, scoring
 from gain_cl.runs import train
 
 
@@ -116,7 +116,7 @@ def test_ratios_come_from_sums() -> None:
 
 def test_context_and_stride_change_the_name() -> None:
     names = {
-        perplexity.protocol(schema.Eval(documents=d, window=w, context=c, stride=s), 0)
+        scoring.protocol(schema.Eval(documents=d, window=w, context=c, stride=s), 0)
         for d, w, c, s in [
             (32, 128, 1024, None),
             (64, 128, 1024, None),

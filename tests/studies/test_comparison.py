@@ -715,7 +715,8 @@ def test_compare_runs_on_the_command_line(
         "lora lr=0.001",
         "lora lr=0.003",
     ]
-    assert found["positive_control"]["reached"] and found["equal_skill"][0]["minus"] == "lora"
+    assert found["positive_control"] and found["skill"][0]["method"] == "gain"
+    assert len(found["settings"][0]["own step %"]) == 3  # value, low, high
     assert cli.main(["compare", names[0]]) == 64
     assert cli.main(["compare", names[0], "nosuch", "--results-dir", str(tmp_path)]) == 64
 

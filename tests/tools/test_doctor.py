@@ -23,7 +23,6 @@ from gain_cl import cli
 from gain_cl.compose.composition import compose
 from gain_cl.system import hashes
 from gain_cl.tools import doctor
-from gain_cl.tools.doctor import Finding
 
 CANARY = "cAnArY0123456789"
 NAMES = ["packages", "torch", "memory", "disk", "file system", "package index", "hub"]
@@ -92,6 +91,10 @@ def black_hole() -> Iterator[str]:
         yield f"http://127.0.0.1:{s.getsockname()[1]}"
 
 
+def finding(*texts: str) -> dict[str, str]:
+    return dict(zip(("name", "status", "finding", "advice"), texts, strict=True))
+
+
 def cached(*pins: str) -> None:
     for pin in pins or doctor.default_packages():
         folder = hashes.cache_dir() / "packages" / pin
@@ -113,7 +116,7 @@ def test_json_on_this_machine() -> None:
     for name in ("packages", "torch", "file system"):
         assert found[name]["status"] == "ok", found[name]
     assert found["hub"]["status"] == "warning"
-    assert "ConnectionRefused" in found["hub"]["finding"]
+    assert "not reached (ConnectError)" in found["hub"]["finding"]
     assert found["package index"]["status"] == "warning"
     troubled = any(c["status"] == "problem" for c in found.values())  # this machine may be small
     assert done.returncode == (65 if troubled else 0) and done.stderr.count("\n") == troubled, (
@@ -126,11 +129,11 @@ def test_table_and_exit_code(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     good, bad = (
-        Finding("one", "ok", "fine [red]", ""),
-        Finding("two", "problem", "a\x1b[31m\nb", "mend it"),
+        finding("one", "ok", "fine [red]", ""),
+        finding("two", "problem", "a\x1b[31m\nb", "mend it"),
     )
     monkeypatch.setattr(
-        doctor, "examine", lambda places: [good, Finding("three", "warning", "so so", "look"), bad]
+        doctor, "examine", lambda places: [good, finding("three", "warning", "so so", "look"), bad]
     )
     assert cli.main(["doctor"]) == 65
     out, err = capsys.readouterr()
@@ -148,8 +151,8 @@ def test_a_check_that_fails_is_a_finding(
 
     monkeypatch.setattr(doctor, "CHECKS", (broken, doctor.memory))
     first, second = doctor.examine(places)
-    assert first == Finding("broken", "warning", "could not be checked (ValueError)", "")
-    assert second.name == "memory"
+    assert first == finding("broken", "warning", "could not be checked (ValueError)", "")
+    assert second["name"] == "memory"
 
 
 def test_nothing_is_left_on_disk(places: argparse.Namespace, tmp_path: Path) -> None:
@@ -293,7 +296,7 @@ def test_any_answer_is_an_answer(
 ) -> None:
     with server(status) as url:
         monkeypatch.setattr(constants, "ENDPOINT", url)
-        assert doctor.hub(places)[:2] == ("ok", "127.0.0.1 answers; no login")
+        assert doctor.hub(places)[:2] == ("ok", "answers; no login")
 
 
 @pytest.mark.parametrize("status", [500, 503, 407])
@@ -302,7 +305,7 @@ def test_trouble_is_told(
 ) -> None:
     with server(status) as url:
         monkeypatch.setattr(constants, "ENDPOINT", url)
-        assert doctor.hub(places)[:2] == ("warning", f"127.0.0.1: HTTP {status}; no login")
+        assert doctor.hub(places)[:2] == ("warning", f"HTTP {status}; no login")
 
 
 def test_a_silent_server_is_given_up(
@@ -313,19 +316,14 @@ def test_a_silent_server_is_given_up(
         monkeypatch.setattr(constants, "ENDPOINT", url)
         assert doctor.hub(places)[:2] == (
             "warning",
-            "127.0.0.1: not reached (TimeoutError); no login",
+            "not reached (ReadTimeout); no login",
         )
-
-
-@pytest.mark.parametrize("url", ["file:///etc/passwd", "ftp://127.0.0.1", "127.0.0.1", ""])
-def test_only_web_servers_are_asked(url: str) -> None:
-    assert doctor.reach(url) == "no http or https address"
 
 
 def test_offline_as_the_libraries_understand_it(
     places: argparse.Namespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(doctor, "reach", never)
+    monkeypatch.setattr("huggingface_hub.get_session", never)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert doctor.hub(places)[:2] == ("ok", "not asked; no login")
 
@@ -335,7 +333,7 @@ def never(*_: object, **__: object) -> str:
 
 
 def test_offline_asks_nobody(places: argparse.Namespace, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "reach", never)
+    monkeypatch.setattr("huggingface_hub.get_session", never)
     monkeypatch.setattr("subprocess.run", never)
     places.offline = True
     assert [check(places)[0] for check in (doctor.package_index, doctor.hub)] == ["ok"] * 2
@@ -345,7 +343,7 @@ def test_offline_asks_nobody(places: argparse.Namespace, monkeypatch: pytest.Mon
 def test_where_a_login_is_found(
     places: argparse.Namespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(doctor, "reach", lambda url: "")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf/token").write_text("")
     assert doctor.hub(places)[1].endswith("; no login")
@@ -451,20 +449,3 @@ def test_no_secret_is_shown(
     out, err = capfd.readouterr()
     assert "; login" in " ".join(out.split())
     assert CANARY.lower() not in (out + err).lower()
-
-
-@pytest.mark.parametrize(
-    "url",
-    [
-        f"https://user:{CANARY}@host/x",
-        f"https://{CANARY}@host",
-        f"https://user:{CANARY[:8]}/{CANARY[8:]}@host",
-        f"https://{CANARY[:8]}/{CANARY[8:]}@host",
-        f"https://{CANARY[:8]}?{CANARY[8:]}@host",
-        f"https://{CANARY[:8]}#{CANARY[8:]}@host",
-        f"https://host/{CANARY}",
-        f"https://host/?key={CANARY}",
-    ],
-)
-def test_of_an_address_only_the_host_is_shown(url: str) -> None:
-    assert doctor.host(url) in ("host", "the server")

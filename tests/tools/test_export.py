@@ -512,7 +512,7 @@ adapters.register("shift", Shift)
             "self_attn.o_proj.bias is not a parameter of both the folded model and a "
             "LlamaForCausalLM",
         ),
-        ("false", "another model"),
+        ("false", "what it does is no change of the weights"),
     ],
 )
 def test_a_checkpoint_that_would_be_another_model_is_not_written(
@@ -537,7 +537,7 @@ def test_a_checkpoint_that_would_be_another_model_is_not_written(
     ]
     assert cli.main(["run", *SMALL, *words, *places]) == 0, capsys.readouterr().err
     path = capsys.readouterr().out.splitlines()[-1].removeprefix("record: ")
-    assert cli.main(["export", path, "to=merged", f"dir={tmp_path}/merged"]) == 64
+    assert cli.main(["export", path, "to=merged", f"dir={tmp_path}/merged"]) in (64, 65)
     assert message in capsys.readouterr().err and not (tmp_path / "merged").exists()
 
 

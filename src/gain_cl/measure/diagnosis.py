@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from gain_cl.errors import DataError, StorageError
 from gain_cl.measure.record import Part, first_line
@@ -42,8 +42,7 @@ class Divergence(Part):
 
 class Gains(Part):
     """The gains s of one layer whose change is a diagonal. drift: mean |s - 1|. rms: of s - 1.
-    counts: how many are in each bin of EDGES. heads: drift of each head's inputs, where it is an
-    attention output projection with gains on its input."""
+    counts: how many are in each bin of EDGES. heads: in old ones, drift of each head's inputs."""
 
     side: str
     drift: float
@@ -51,7 +50,7 @@ class Gains(Part):
     least: float
     largest: float
     counts: list[int]
-    heads: list[float] | None
+    heads: list[float] | None = None
 
 
 class Layer(Part):
@@ -67,11 +66,11 @@ class Layer(Part):
     shape: tuple[int, int]
     norm: float
     relative: float | None
-    residual: dict[str, float | None] | None
-    own: dict[str, float | None] | None
-    intruders: int | None
-    cosines: list[float] | None
-    heads: list[float] | None
+    residual: dict[str, float | None] | None = None
+    own: dict[str, float | None] | None = None
+    intruders: int | None = None
+    cosines: list[float] | None = None
+    heads: list[float] | None = None
     gains: Gains | None
 
 
@@ -88,7 +87,8 @@ class Stage(Part):
     total_relative: the same divided by that of all parameters. analysed: how many layers the next
     four speak of. residual: mean over layers by k. chance: that of changes in random directions.
     own: that of W. intruders: sum over layers. kl: by domain. kl_new: mean over the domains learned
-    up to this stage. kl_controls: mean over the controls."""
+    up to this stage. kl_controls: mean over the controls. seconds: in old
+    ones."""
 
     index: int
     domain: str
@@ -101,17 +101,16 @@ class Stage(Part):
     own: dict[str, float | None]
     intruders: int | None
     analysed: int
-    kl: dict[str, Divergence] | None
-    kl_new: Divergence | None
-    kl_controls: Divergence | None
-    seconds: float
+    kl: dict[str, Divergence] | None = None
+    kl_new: Divergence | None = None
+    kl_controls: Divergence | None = None
+    seconds: float = 0.0
 
 
 class Diagnostics(Part):
     """All that was found about a run. record_sha256: of the record that was diagnosed. last: index
-    of the run's last stage. directions, top, threshold, edges: the settings of the module.
-    estimate_seconds: in old ones, as printed before it began. peak_bytes: of the process (of the
-    GPU where there is one)."""
+    of the run's last stage. directions, top, threshold, edges: the settings of the module. seconds:
+    that it took. estimate_seconds, peak_bytes, device, threads: in old ones."""
 
     schema_version: int = SCHEMA
     run_id: str
@@ -121,17 +120,17 @@ class Diagnostics(Part):
     dtype: str
     protocol: str
     last: int
-    directions: list[int]
+    directions: list[int] = Field(list(DIRECTIONS))
     top: int = TOP
     threshold: float = THRESHOLD
-    edges: list[float]
+    edges: list[float] = Field(list(EDGES))
     stages: list[Stage]
     not_kept: list[int]
     estimate_seconds: float = 0.0
     seconds: float
-    peak_bytes: int
-    device: str
-    threads: int
+    peak_bytes: int = 0
+    device: str = ""
+    threads: int = 0
 
     @property
     def end(self) -> Stage | None:

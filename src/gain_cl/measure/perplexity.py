@@ -27,7 +27,6 @@ from gain_cl.models.loss import token_divergence, token_nll
 from gain_cl.system import signals
 
 if TYPE_CHECKING:
-    from gain_cl.config.schema import Eval
     from gain_cl.domains import Doc
     from gain_cl.models.load import Loaded
 
@@ -42,15 +41,6 @@ class Window(NamedTuple):
     owner: int
     inputs: np.ndarray
     targets: np.ndarray
-
-
-def protocol(settings: Eval, prefix_id: int) -> str:
-    """Return the name of the measure. Two numbers are comparable only if their protocols are
-    equal."""
-    window = f"first{settings.window}" if settings.window else "whole"
-    stride = f"-stride{settings.stride}" if settings.stride else ""
-    what = f"ppl-{settings.split}-{window}x{settings.documents}"
-    return f"{what}-prefix{prefix_id}-ctx{settings.context}{stride}"
 
 
 def windows(

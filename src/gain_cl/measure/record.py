@@ -109,9 +109,9 @@ class StageRecord(Part):
 
 
 class Interpolated(Part):
-    """What ``interpolate --records`` makes a record of: W_base + alpha (W_stage - W_base) of every
-    stage of a run. It stands in the provenance. The configuration is the run's. record_sha256: of
-    the run's record."""
+    """What an older version made a record of, by ``interpolate --records``: W_base + alpha (W_stage
+    - W_base) of every stage of a run. It stands in the provenance. The configuration is the run's.
+    record_sha256: of the run's record."""
 
     of: str  # run_id
     alpha: float = Field(allow_inf_nan=False)
@@ -266,23 +266,6 @@ def load(path: str | Path) -> Run:
         what = f"per-item values cannot be read: {first_line(error)}"
         raise DataError(what, str(beside), again) from None
     return Run(record, documents, items, path)
-
-
-def between(run: Run) -> list[Run]:
-    """Return the records that ``interpolate --records`` made of a run, sorted by alpha. They lie
-    beside its own."""
-    paths = run.path.parent.glob(f"{run.record.run_id}-alpha*.json")
-    return sorted((load_between(run, path) for path in paths), key=lambda found: found.record.alpha)
-
-
-def load_between(run: Run, path: Path) -> Run:
-    """Read one of them. DataError: it was made of another record than the run's is now."""
-    found = load(path)
-    made = found.record.interpolated
-    if made is None or (made.of, made.record_sha256) != (run.record.run_id, sha256(run.path)):
-        do = "move it away; interpolate --records makes it again"
-        raise DataError(f"it is not interpolated from {run.path}", str(path), do)
-    return found
 
 
 def _tables(path: Path) -> tuple[pd.DataFrame, pd.DataFrame]:

@@ -102,6 +102,15 @@ def known_score(folder: Path, key: str) -> Score | None:
     return None if found is None else (pd.DataFrame(found["rows"]), found["facts"])
 
 
+def protocol(settings: Eval, prefix_id: int) -> str:
+    """Return the name of the measure. Two numbers are comparable only if their protocols are
+    equal."""
+    window = f"first{settings.window}" if settings.window else "whole"
+    stride = f"-stride{settings.stride}" if settings.stride else ""
+    what = f"ppl-{settings.split}-{window}x{settings.documents}"
+    return f"{what}-prefix{prefix_id}-ctx{settings.context}{stride}"
+
+
 def score_domain(loaded: Loaded, domain: Domain, settings: Eval, batch: int) -> pd.DataFrame:
     """Score the first settings.documents documents of settings.split in hash order by the protocol
     of settings. Return a row per document (perplexity.score)."""

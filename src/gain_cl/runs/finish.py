@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from gain_cl import errors
-from gain_cl.measure import provenance, record
+from gain_cl.measure import provenance, record, scoring
 from gain_cl.runs import heatmap, same
 from gain_cl.runs.plan import Plan
 from gain_cl.system import checkpoint
@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 def write_record(inputs: Inputs, attempt: Attempt, learner: Learner) -> record.Run:
     """Write the record of a run from its stages, and the views of it. Return it as read from
     disk."""
-    from gain_cl.measure import perplexity
-
     config, plan = inputs.config, inputs.plan
     stages = [attempt.stages[index] for index in range(len(config.stages) + 1)]
     attempts, facts, model = same.read_attempts(plan.folder), inputs.facts, inputs.loaded
@@ -44,7 +42,7 @@ def write_record(inputs: Inputs, attempt: Attempt, learner: Learner) -> record.R
         regime=config.regime,
         trained=config.sequence.trained,
         controls=config.sequence.controls,
-        protocol=perplexity.protocol(config.eval, model.prefix_id),
+        protocol=scoring.protocol(config.eval, model.prefix_id),
         config=config.model_dump(mode="json"),
         pins={
             **plan.pins,

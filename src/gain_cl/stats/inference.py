@@ -285,21 +285,6 @@ def detectable_equivalence(sd: float, n: int, power: float = 0.8, alpha: float =
     return _root(missing, needed[-1] + 10) * sd / np.sqrt(n) if n > 1 else np.nan
 
 
-def detectable_flips(
-    n_items: int, discordant_share: float, power: float = 0.8, alpha: float = 0.05
-) -> float:
-    """Return the smallest true change of accuracy (a share: 0.02 is 2 points) that a two-sided
-    McNemar test finds with this power when this share of the items changes its answer (normal
-    approximation, Connor 1987); nan if all flips one way would not do."""
-    a, b = float(scipy.stats.norm.ppf(1 - alpha / 2)), float(scipy.stats.norm.ppf(power))
-
-    def missing(change: float) -> float:
-        noise = a * np.sqrt(discordant_share) + b * np.sqrt(discordant_share - change**2)
-        return float(change * np.sqrt(n_items) - noise)
-
-    return _root(missing, discordant_share) if missing(discordant_share) > 0 else np.nan
-
-
 def _root(missing: Callable[[float], float], highest: float) -> float:
     """Return where ``missing`` is 0 between 0 and ``highest``."""
     return float(scipy.optimize.brentq(missing, 0, highest))

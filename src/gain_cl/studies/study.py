@@ -142,9 +142,6 @@ class Compared(NamedTuple):
         return len(self.values)
 
 
-INTERPOLATED = "fronts hold interpolated models (alpha), which the experiment did not declare"
-
-
 # --- making a study -------------------------------------------------------------------------------
 
 
@@ -152,12 +149,11 @@ def studies_of(
     experiment: Experiment,
     planned: Sequence[Planned],
     runs: Mapping[str, Run] | None = None,
-    alphas: bool = False,
 ) -> dict[str, Study]:
     """Return a study of each model of an experiment, of its finished runs.
 
-    runs: those that were read, by run id; None: all that are done. alphas: with what ``interpolate
-    --records`` made of them. DataError: none is finished."""
+    runs: those that were read, by run id; None: all that are done. DataError:
+    none is finished."""
     if runs is None:
         runs = {c.run_id: record.load(c.record) for c in planned if c.state == "done"}
     found: dict[str, dict[tuple[str, int], Run]] = {}
@@ -170,23 +166,17 @@ def studies_of(
             "results",
             f"python -m gain_cl sweep experiment={experiment.name}",
         )
-    return {m: study_of_experiment(experiment, done, alphas) for m, done in found.items()}
+    return {m: study_of_experiment(experiment, done) for m, done in found.items()}
 
 
-def study_of_experiment(
-    experiment: Experiment, runs: Mapping[tuple[str, int], Run], alphas: bool = False
-) -> Study:
-    """Return the study of the finished runs of an experiment with one model.
-
-    runs: (label of the setting, block) -> run. alphas: with records that were interpolated from
-    them, further settings of a method, of which nothing was declared."""
+def study_of_experiment(experiment: Experiment, runs: Mapping[tuple[str, int], Run]) -> Study:
+    """Return the study of the finished runs of an experiment with one model. runs: (label of the
+    setting, block) -> run."""
     settings: list[Setting] = []
     absent: Counter[str] = Counter()
     for method, values in experiment.settings():
         mine = [run for key, run in runs.items() if key[0] == setting_label(method, values)]
         absent[method] += experiment.blocks - len(mine)
-        if alphas:
-            mine += [r for run in mine for r in record.between(run) if r.record.alpha != 1]
         settings += _by_alpha(method, values, mine)
     chosen = {s.method: s for s in reversed(settings) if s.values == experiment.chosen_of(s.method)}
     methods = [m for m in experiment.methods if any(s.method == m for s in settings)]
@@ -202,7 +192,6 @@ def study_of_experiment(
             skill=None if experiment.skill is None else math.log1p(experiment.skill / 100),
             alpha=experiment.alpha,
             absent=dict(+absent),
-            notes=[] if all(s.trained for s in settings) else [INTERPOLATED],
         )
     )
 

@@ -13,7 +13,6 @@ import shutil
 import stat
 import tempfile
 import time
-from collections.abc import Iterable
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,11 +20,10 @@ from typing import Any
 
 from rich.filesize import decimal as size
 
-from gain_cl.errors import ConfigError, InUseError, StorageError
-from gain_cl.paper.table import Row, Table, print_table, say
+from gain_cl.errors import ConfigError
 from gain_cl.system import hashes, lock
 from gain_cl.system.terminal import printable
-from gain_cl.tools.command import Parser, print_report
+from gain_cl.tools.command import Parser, print_report, print_rows
 
 DAY = 86_400
 
@@ -63,20 +61,14 @@ class Item:
         self.bytes, self.changed = extent(self.parts)
         self.days = max(0.0, time.time() - self.changed) / DAY
 
-    def remove(self) -> bool:
-        """Remove it. False: its run went on meanwhile, and it stays."""
-        try:
-            with lock.owned(self.path) if self.is_run else nullcontext():
-                if self.is_run and extent(self.parts)[1] > self.changed:
-                    return False
-                for path in self.parts:
-                    _remove(path)
-        except InUseError:
-            return False
+    def remove(self) -> None:
+        """Remove it. InUseError: its run goes on again."""
+        with lock.owned(self.path) if self.is_run else nullcontext():
+            for path in self.parts:
+                _remove(path)
         if self.is_run:
             with suppress(OSError):  # somebody started the run anew
                 self.path.rmdir()
-        return True
 
 
 def extent(parts: list[Path]) -> tuple[int, float]:
@@ -92,8 +84,7 @@ def extent(parts: list[Path]) -> tuple[int, float]:
 
 
 def main(argv: list[str]) -> int:
-    """Show, or remove and tell. ConfigError: a folder that cannot be one of runs. StorageError:
-    something could not be removed."""
+    """Show, or remove and tell. ConfigError: a folder that cannot be one of runs."""
     about = "Show what abandoned runs and caches hold that can go; --yes removes it."
     parser = Parser("clean", "--output-dir", "--results-dir", "--json", description=about)
     parser.set_defaults(output_dir="runs")
@@ -108,120 +99,56 @@ def main(argv: list[str]) -> int:
     if not 0 <= args.days < float("inf"):
         raise ConfigError(f"--days {args.days} is no age", "gain_cl clean", "give 0 or more days")
     output, results = Path(args.output_dir).expanduser(), Path(args.results_dir).expanduser()
-    items, left = plan(output, results, args.days, args.cache)
-    kept = remove(items) if args.yes else items
-    left += [f"left alone: {item.path} changed meanwhile" for item in kept if args.yes]
+    items = plan(output, results, args.days, args.cache)
     total = sum(item.bytes for item in items)
-    told = [
-        {"path": str(i.path), "bytes": i.bytes, "days": round(i.days, 2), "why": i.why}
+    told: list[dict[str, Any]] = [
+        {"path": str(i.path), "bytes": i.bytes, "days": round(i.days, 1), "why": i.why}
         for i in items
     ]
-    gone = total - sum(item.bytes for item in kept)
-    report = {"items": told, "left": left, "bytes": total, "removed_bytes": gone}
-    return print_report(report, args.json, lambda told: _show(told, args.yes))
+    for item in items if args.yes else ():
+        item.remove()
+
+    def show(_: Any) -> None:
+        if told:
+            print_rows("clean", "", [{**row, "bytes": size(row["bytes"])} for row in told])
+        more = f"removed {size(total)}" if args.yes else f"{size(total)}; --yes removes it"
+        print(more if told else "nothing to remove")
+
+    report = {"items": told, "bytes": total, "removed_bytes": total * args.yes}
+    return print_report(report, args.json, show)
 
 
-def _show(report: dict[str, Any], removed: bool) -> None:
-    rows = [
-        Row([item["path"], size(item["bytes"]), f"{item['days']:.1f}", item["why"]])
-        for item in report["items"]
-    ]
-    if rows:
-        print_table(Table("clean", "", ["path", "bytes", "days", "why"], rows))
-    for line in report["left"]:
-        say(printable(line))
-    if not rows:
-        say("nothing to remove")
-    elif removed:
-        say(f"removed {size(report['removed_bytes'])}")
-    else:
-        say(f"{len(rows)} to remove, {size(report['bytes'])}; --yes removes it")
-
-
-def plan(
-    output: Path, results: Path, days: float = 7.0, cache: bool = False
-) -> tuple[list[Item], list[str]]:
-    """Return what can go, largest first, and which runs are left alone and why. Reads only.
-    ConfigError: no folder of runs."""
-    items: list[Item] = []
-    left: list[str] = []
+def plan(output: Path, results: Path, days: float = 7.0, cache: bool = False) -> list[Item]:
+    """Return what can go, largest first. Reads only. ConfigError: no folder of runs."""
     records, home = results / "runs", hashes.cache_dir()
-    if output.exists():
-        _refuse(output, records)
-    for folder in filter(_is_run, _children(output)):
-        if owner := lock.holder(folder):
-            left.append(f"left alone: {folder} is in use by {owner}")
-        elif results.resolve().is_relative_to(folder.resolve()):
-            left.append(f"left alone: {folder} holds {results}")
-        elif (records / f"{folder.name}.json").exists():
-            continue
-        elif (folder / "matrix.csv").exists():  # which is written after the record
-            left.append(f"left alone: {folder} is finished, with its record not in {records}")
-        else:
-            failed = "failed and " if (folder / "failure.json").exists() else ""
-            parts = [path for path in _children(folder) if path.name != "LOCK"]
-            parts.sort(key=lambda path: path.name != "ckpt")  # a run half removed starts anew
-            item = Item(folder, f"abandoned run: {failed}has no record", parts, is_run=True)
-            items += [item] if item.days >= days else []
-    places = {output: None, output / "cells": CELLS}
-    if cache:
-        _no_home(home, "GAIN_CL_CACHE")
-        places |= {home / name: names for name, names in CACHES.items()}
-    for place, names in places.items():
-        children = _children(place)
-        old = [
-            Item(path, "left by a killed process", [path])
-            for path in children
-            if LEFTOVER.fullmatch(path.name)
-        ]
-        items += [item for item in old if item.days >= 1]
-        if cache and names:
-            parts = [path for path in children if names.fullmatch(path.name)]
-            items += [Item(place, "cache: made again when needed", parts)] if parts else []
-    return sorted(items, key=lambda i: (-i.bytes, i.path)), left
-
-
-def remove(items: Iterable[Item]) -> list[Item]:
-    """Remove each item. Return those whose run went on meanwhile, which stay. StorageError, after
-    trying all: one could not be removed."""
-    kept: list[Item] = []
-    failure: OSError | StorageError | None = None
-    for item in items:
-        try:
-            kept += [] if item.remove() else [item]
-        except (OSError, StorageError) as error:
-            failure = failure or error
-    if isinstance(failure, OSError):
-        where = printable(failure.filename)
-        raise StorageError(f"cannot remove: {failure.strerror}", where, "check the permissions")
-    if failure:
-        raise failure
-    return kept
-
-
-def _refuse(output: Path, records: Path) -> None:
-    """Raise ConfigError for a folder in which nothing should be removed."""
-    _no_home(output, "--output-dir")
-    there = _children(output)
-    known = [
-        p
-        for p in there
-        if _is_run(p) or p.name in ("cells", "multirun") or LEFTOVER.fullmatch(p.name)
-    ]
+    for folder in (output, *[home] * cache):
+        if Path.home().resolve().is_relative_to(folder.resolve()):
+            what, do = "not in the root or a home folder", "name the folder of gain_cl alone"
+            raise ConfigError(what, printable(folder), do)
+    there, runs = _children(output), [path for path in _children(output) if _is_run(path)]
+    known = runs or not there or (output / "cells").exists() or (output / "multirun").exists()
     inside = output.resolve().is_relative_to(records.resolve())
-    if inside or not output.is_dir() or (there and not known):
+    if output.exists() and (inside or not known or not output.is_dir()):
         where, do = f"--output-dir {printable(output)}", "name the output_dir of runs"
         raise ConfigError("it is no folder of runs", where, do)
-
-
-def _no_home(folder: Path, where: str) -> None:
-    """Raise ConfigError for the root, /home, a home folder."""
-    if Path.home().resolve().is_relative_to(folder.resolve()):
-        raise ConfigError(
-            "not in the root or a home folder",
-            f"{where} {printable(folder)}",
-            "name the folder of gain_cl alone",
-        )
+    found: list[tuple[float, Item]] = []
+    for folder in runs:
+        finished = (folder / "matrix.csv").exists() or (records / f"{folder.name}.json").exists()
+        holds = results.resolve().is_relative_to(folder.resolve())
+        if not finished and not holds and not lock.holder(folder):
+            # checkpoints first: a run half removed starts anew
+            parts = sorted(_children(folder), key=lambda path: path.name != "ckpt")
+            parts = [path for path in parts if path.name != "LOCK"]
+            found.append((days, Item(folder, "abandoned run: has no record", parts, is_run=True)))
+    places = {output: None, output / "cells": CELLS if cache else None}
+    places |= {home / name: names for name, names in CACHES.items() if cache}
+    for place, names in places.items():
+        children = _children(place)
+        for path in (path for path in children if LEFTOVER.fullmatch(path.name)):
+            found.append((1, Item(path, "left by a killed process", [path])))
+        if parts := [path for path in children if names and names.fullmatch(path.name)]:
+            found.append((0, Item(place, "cache: made again when needed", parts)))
+    return sorted((i for least, i in found if i.days >= least), key=lambda i: (-i.bytes, i.path))
 
 
 def _is_folder(path: Path) -> bool:

@@ -56,6 +56,10 @@ CONFIGURATION = ("overrides", "--config-dir", "--plugin")
 FLAG: dict[str, Any] = {"choices": ["true", "false"], "default": "false"}
 """Settings of an option that is on or off: dry_run=true."""
 
+STYLES = {"ok": "green", "warning": "yellow", "not there": "dim"}
+STYLES |= dict.fromkeys(("problem", "FAILED"), "bold red")
+"""What became of a check -> its colour."""
+
 
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are ours: one line, exit 64.
@@ -82,11 +86,6 @@ class Parser(argparse.ArgumentParser):
         elif default is not None:
             settings["type"] = type(default)
         self.add_argument(name, help=about, default=default, **settings)
-
-    def add_presets(self) -> None:
-        """Add --config-dir and --plugin."""
-        for name in CONFIGURATION[1:]:
-            self.add_argument(name, **SHARED[name])
 
     def read(self, argv: list[str]) -> Any:
         """Return the arguments, in any order. KEY=VALUE is --KEY VALUE, unless it overrides a
@@ -129,24 +128,23 @@ def load_run(args: Any) -> Run:
     """Return the finished run that the arguments name."""
     from gain_cl.measure import record
 
-    return record.load(find_record(args.run, args.results_dir))
+    run = record.load(find_record(args.run, args.results_dir))
+    if (made := run.record.interpolated) is not None:
+        what = "it is interpolated and has no trained state of its own"
+        raise ConfigError(what, run.record.run_id, f"use {made.of}")
+    return run
 
 
-def recorded_config(told: RunRecord, **update: Any) -> RunConfig:
-    """Return the settings of a record, some of them replaced. DataError: they are not those of this
-    version."""
-    from pydantic import ValidationError
-
+def recorded_config(told: RunRecord) -> RunConfig:
+    """Return the settings of a record. DataError: they are not those of this version."""
     from gain_cl.config.schema import RunConfig
+    from gain_cl.measure.record import first_line
 
     try:
-        return RunConfig.model_validate({**told.config, **update})
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise DataError(
-            f"config.{where}: {first['msg']}", told.run_id, "use the gain_cl that wrote the record"
-        ) from None
+        return RunConfig.model_validate(told.config)
+    except ValueError as error:
+        what, do = f"config.{first_line(error)}", "use the gain_cl that wrote the record"
+        raise DataError(what, told.run_id, do) from None
 
 
 def print_report(report: Any, as_json: bool, show: Callable[[Any], object]) -> int:
@@ -157,6 +155,16 @@ def print_report(report: Any, as_json: bool, show: Callable[[Any], object]) -> i
     else:
         show(report)
     return 0
+
+
+def print_rows(name: str, title: str, rows: list[dict[str, Any]]) -> None:
+    """Print rows of the same keys as a table, what became of a check in colour."""
+    from rich.text import Text
+
+    from gain_cl.paper.table import Row, Table, print_table
+
+    cells = [Row([Text(str(x), STYLES.get(x, "")) for x in row.values()]) for row in rows]
+    print_table(Table(name, title, list(rows[0]), cells))
 
 
 def new_folder(folder: Path) -> Path:

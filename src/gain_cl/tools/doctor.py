@@ -1,37 +1,31 @@
 """``python -m gain_cl doctor``: what this machine has, what it lacks and what to do.
 
 A check is a function of the arguments that returns (status, finding, advice). To add one, write it
-and name it in ``CHECKS``. No value of a secret is printed, and no address but its host name.
-Imports torch where it is installed, and works where it is not.
+and name it in ``CHECKS``. No value of a secret is printed, and no address. Imports torch where it
+is installed, and works where it is not.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import os
-import re
 import shutil
 import subprocess
 import sys
 import tempfile
-import urllib.error
-import urllib.request
 from collections.abc import Callable
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NamedTuple
-from urllib.parse import urlsplit
+from typing import Any
 
 from rich.filesize import decimal as size
-from rich.text import Text
 
 from gain_cl.errors import DataError
-from gain_cl.paper.table import Row, Table, print_table
 from gain_cl.system import hashes
 from gain_cl.system.hub import hub_state
 from gain_cl.system.lock import posix_locks
-from gain_cl.tools.command import Parser, print_report
+from gain_cl.tools.command import Parser, print_report, print_rows
 
 NEED_MEMORY = 4_100_000_000
 """Bytes the default run takes at its peak (docs/example: 4.05 GB)."""
@@ -44,18 +38,9 @@ ANSWER_SECONDS = 4
 INDEX_SECONDS = 9
 """pip starts slowly and may ask several indexes."""
 
-STYLES = {"ok": "green", "warning": "yellow", "problem": "bold red"}
-"""Status -> its colour. After a warning runs go on; a problem would stop one."""
-
 Found = tuple[str, str, str]
-"""(status, finding, advice) of a check; advice is the next step, or empty."""
-
-
-class Finding(NamedTuple):
-    name: str
-    status: str
-    finding: str
-    advice: str
+"""(status, finding, advice) of a check. Status: ok; warning: runs go on; problem: it would stop
+one. Advice is the next step, or empty."""
 
 
 def main(argv: list[str]) -> int:
@@ -66,31 +51,24 @@ def main(argv: list[str]) -> int:
     parser.option("--offline", "ask no server", False)
     args = parser.read(argv)
     found = examine(args)
-
-    def show(_: Any) -> None:
-        rows = [Row([f.name, Text(f.status, STYLES[f.status]), *f[2:]]) for f in found]
-        print_table(Table("doctor", "", ["check", "status", "finding", "what to do"], rows))
-
-    print_report({"checks": [f._asdict() for f in found]}, args.json, show)
-    if problems := [f.name for f in found if f.status == "problem"]:
-        raise DataError(
-            f"{len(problems)} of {len(found)} checks found a problem",
-            ", ".join(problems),
-            "do what stands beside it",
-        )
+    print_report({"checks": found}, args.json, lambda _: print_rows("doctor", "", found))
+    if problems := [f["name"] for f in found if f["status"] == "problem"]:
+        what = f"{len(problems)} of {len(found)} checks found a problem"
+        raise DataError(what, ", ".join(problems), "do what stands beside it")
     return 0
 
 
-def examine(args: Any) -> list[Finding]:
+def examine(args: Any) -> list[dict[str, str]]:
     """Make every check. One that fails is a finding, too. Of its exception only the class is told:
     a text may hold a secret."""
     findings = []
     for check in CHECKS:
         try:
-            found = check(args)
+            told = check(args)
         except Exception as error:
-            found = ("warning", f"could not be checked ({type(error).__name__})", "")
-        findings.append(Finding(check.__name__.replace("_", " "), *found))
+            told = ("warning", f"could not be checked ({type(error).__name__})", "")
+        named = zip(("status", "finding", "advice"), told, strict=True)
+        findings.append({"name": check.__name__.replace("_", " "), **dict(named)})
     return findings
 
 
@@ -231,15 +209,12 @@ def package_index(args: Any) -> Found:
         return status, f"this Python has no pip; {found}", "run: python -m ensurepip"
     name, _, version = (lacking or pins)[0].partition("==")
     pip = [sys.executable, "-m", "pip", "--no-input", "--disable-pip-version-check", "--retries=0"]
+    pip += [f"--timeout={ANSWER_SECONDS}", "index", "versions", name]
     try:
-        done = subprocess.run(
-            [*pip, f"--timeout={ANSWER_SECONDS}", "index", "versions", name],
-            capture_output=True, text=True, timeout=INDEX_SECONDS, stdin=subprocess.DEVNULL,
-        )  # fmt: skip
+        done = subprocess.run(pip, capture_output=True, text=True, timeout=INDEX_SECONDS)
     except subprocess.TimeoutExpired:
         return status, f"no answer in {INDEX_SECONDS} s; {found}", advice
-    offered = re.search(r"^Available versions: (.*)$", done.stdout, re.MULTILINE)
-    if offered is None or version not in offered[1].split(", "):
+    if version not in done.stdout.replace(",", " ").split():
         return status, f"pip does not find {name} {version}; {found}", advice
     return "ok", f"answers; {found}", ""
 
@@ -256,39 +231,22 @@ def default_packages() -> list[str]:
 
 def hub(args: Any) -> Found:
     """Whether the hub answers, and whether there is a login, not what it is."""
+    from huggingface_hub import get_session
+
     url, offline, login = hub_state()
     told = "login" if login else "no login"
     advice = "" if login else "gated models need one: hf auth login, or HF_TOKEN"
     if args.offline or offline:
         return "ok", f"not asked; {told}", advice
-    if trouble := reach(url):
+    try:
+        answer = get_session().head(url, timeout=ANSWER_SECONDS).status_code
+        trouble = f"HTTP {answer}" if answer >= 500 or answer == 407 else ""
+    except Exception as error:  # its words may hold a password
+        trouble = f"not reached ({type(error).__name__})"
+    if trouble:
         network = "check the network and the proxy variables; the default run needs no hub"
-        return "warning", f"{host(url)}: {trouble}; {told}", network
-    return "ok", f"{host(url)} answers; {told}", advice
-
-
-def host(url: str) -> str:
-    """Return the name of the server and nothing else of an address: a login in it, however it is
-    misspelt, stays out."""
-    parts = urlsplit(url)
-    hidden = "@" in parts.path + parts.query + parts.fragment
-    return "the server" if hidden else parts.hostname or ""
-
-
-def reach(url: str) -> str:
-    """Return empty when a web server answers under the address, else why not, in words of ours: its
-    own may hold a password."""
-    if not url.startswith(("http://", "https://")):
-        return "no http or https address"
-    request = urllib.request.Request(url, method="HEAD", headers={"User-Agent": "gain_cl doctor"})
-    try:  # not urlopen, which keeps the first proxies it saw
-        urllib.request.build_opener().open(request, timeout=ANSWER_SECONDS).close()
-    except urllib.error.HTTPError as error:
-        error.close()
-        return f"HTTP {error.code}" if error.code >= 500 or error.code == 407 else ""
-    except Exception as error:
-        return f"not reached ({type(getattr(error, 'reason', error)).__name__})"
-    return ""
+        return "warning", f"{trouble}; {told}", network
+    return "ok", f"answers; {told}", advice
 
 
 CHECKS: tuple[Callable[[Any], Found], ...] = (

@@ -11,52 +11,60 @@ import os
 import re
 import shutil
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gain_cl import domains
 from gain_cl.config.schema import Full, Gain, RunConfig
 from gain_cl.errors import ConfigError, GainError, StorageError
 from gain_cl.measure import scoring
+from gain_cl.measure.record import DomainScore
 from gain_cl.models import convert, source
-from gain_cl.paper.table import say
+from gain_cl.paper.table import render, say
 from gain_cl.system.files import write_all
 from gain_cl.tools.command import Parser, load_run, new_folder
 from gain_cl.tools.reopen import Reopened, absorb, stage_of
 
 if TYPE_CHECKING:
     from gain_cl.adapters.base import Adapter
-    from gain_cl.measure.record import DomainScore, Run
+    from gain_cl.measure.record import Run
     from gain_cl.models.load import Loaded
 
 DTYPES = ("float32", "bfloat16", "float16")
 DOCUMENTS = 4
 """Scored documents of each trained domain on which the merge is measured."""
-GAP = 1e-2
-"""Difference of a logit, as a share of the largest, beyond which folding in fp32 is no rounding."""
 
 
-@dataclass(frozen=True)
-class MergeError:
-    """Loss on the same tokens, in nats per token: of the unmerged model computing in dtype, and of
-    the merged weights rounded to dtype. why: it was not measured."""
+class Merge(NamedTuple):
+    """Scores of the same tokens: of the unmerged model computing in dtype, and of the merged
+    weights rounded to dtype. why: it was not measured."""
 
     dtype: str
-    unmerged: float = 0.0
-    merged: float = 0.0
-    why: str = ""
+    unmerged: DomainScore | None
+    merged: DomainScore | None
+    why: str
+
+    @property
+    def told(self) -> list[str]:
+        """Return the losses in nats per token and their difference, in words."""
+        if self.unmerged is None or self.merged is None:
+            return ["", "", f"not measured: {self.why}"]
+        a, b = self.unmerged.loss_nats, self.merged.loss_nats
+        return [f"{a:.6f}", f"{b:.6f}", f"{b - a:+.1e}"]
 
 
-@dataclass(frozen=True)
-class Exported:
+class Exported(NamedTuple):
     """folder: what was written. gap: by how much folding in fp32 moves the logits, as a share of
-    the largest (None: nothing can be merged). tokens: on which ``merge`` was measured."""
+    the largest (None: nothing can be merged)."""
 
     folder: Path
     gap: float | None
-    merge: list[MergeError]
-    tokens: int = 0
+    merge: list[Merge]
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens the merge was measured on."""
+        return max((m.merged.tokens for m in self.merge if m.merged), default=0)
 
 
 def main(argv: list[str]) -> int:
@@ -76,8 +84,8 @@ def main(argv: list[str]) -> int:
     if done.gap is not None:
         say(f"folded against unfolded, fp32: {done.gap:.1e} of the largest logit")
     for m in done.merge:
-        found = f"{m.merged - m.unmerged:+.1e} nats per token, on {done.tokens:,} tokens"
-        say(f"merge error in {m.dtype}: " + (f"not measured ({m.why})" if m.why else found))
+        unit = f" nats per token, on {done.tokens:,} tokens" if m.merged else ""
+        say(f"merge error in {m.dtype}: {m.told[-1]}{unit}")
     say(f"{'adapter' if args.to == 'peft' else 'checkpoint'}: {done.folder}")
     return 0
 
@@ -108,13 +116,10 @@ def export(
             loaded, adapter = opened.tuned(opened.fp32, stage)
             write_adapter(adapter, loaded, opened.config, work)
             del loaded, adapter
-        done = _measured(opened, stage, folder, work, dtype if to == "merged" else "")
+        done = Exported(folder, *_measured(opened, stage, work, dtype if to == "merged" else ""))
         text = card(opened, stage, f"{to} {dtype}", done)
         write_all({work / "README.md": text.encode()})
         _publish(work, folder)
-    except OSError as error:
-        do = "free space or name another folder"
-        raise StorageError(f"cannot write: {error.strerror}", str(folder), do) from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return done
@@ -132,13 +137,9 @@ def write_adapter(adapter: Adapter, loaded: Loaded, config: RunConfig, folder: P
 def possible(config: RunConfig, to: str) -> None:
     """Raise ConfigError for what is known without torch to have no such form."""
     adapter, packed = config.adapter, config.model.load_in
-    told = f"model.load_in={packed}: "
-    if packed and to == "merged":
-        what = "what was trained beside quantised weights is not merged into others"
-        raise ConfigError(told + what, "to=merged", "to=peft works, but for multiplicative_lora")
-    if packed and adapter.kind == "multiplicative_lora":
-        what = "W B of a LoRA would be of other weights than those it was trained with"
-        raise ConfigError(told + what, "to=peft", "train without model.load_in")
+    if packed and (to == "merged" or adapter.kind == "multiplicative_lora"):
+        what = f"model.load_in={packed}: what was trained beside quantised weights is not merged"
+        raise ConfigError(what, f"to={to}", "to=peft works, but for multiplicative_lora")
     if to == "peft" and isinstance(adapter, Full):
         what = f"adapter full (select={adapter.select})"
     elif to == "peft" and isinstance(adapter, Gain) and adapter.basis == "random":
@@ -157,74 +158,61 @@ def _base(config: RunConfig) -> tuple[str, str | None]:
     return model.path, model.revision
 
 
-def _measured(run: Reopened, stage: int, folder: Path, work: Path, wanted: str) -> Exported:
+def _measured(
+    run: Reopened, stage: int, work: Path, wanted: str
+) -> tuple[float | None, list[Merge]]:
     """Measure the merge in every dtype, and write the merged model of the wanted one (empty: none)
     into ``work``."""
     import torch
 
     if run.config.model.load_in is not None:
         why = "nothing is merged into quantised weights"
-        return Exported(folder, None, [MergeError(dtype, why=why) for dtype in DTYPES])
-    gap, tokens, merge, weights = 0.0, 0, list[MergeError](), dict[str, Any]()
+        return None, [Merge(dtype, None, None, why) for dtype in DTYPES]
+    gap, merge, weights = 0.0, list[Merge](), dict[str, Any]()
     for dtype in DTYPES:
         try:
             loaded, adapter = run.tuned(run.fp32.model_copy(update={"dtype": dtype}), stage)
-            texts, why = _texts(run, loaded)
-            above = _score(run.config, loaded, texts)
+            above, why = _score(run, loaded)
             if weights:
                 adapter.absorb()  # gives the parameters their names back
                 with torch.no_grad():
                     for name, weight in loaded.model.named_parameters():
                         weight.copy_(weights[name])
-            elif (gap := absorb(loaded, adapter)) <= GAP:
-                weights = dict(loaded.model.named_parameters())
-                tokens = above.tokens if above else 0
             else:
-                what = f"folding the adapter moves the logits by {gap:.0e} of the largest"
-                raise ConfigError(
-                    f"{what}: it would be another model", "export", "its absorb is wrong"
-                )
+                gap = absorb(loaded, adapter)
+                weights = dict(loaded.model.named_parameters())
             if wanted == dtype:
                 _save(loaded, work, source.locate_model(run.config.model))
-            below = _score(run.config, loaded, texts)
+            merge.append(Merge(dtype, above, _score(run, loaded)[0], why))
         except (GainError, RuntimeError) as error:
             # not every device computes in every dtype, and float16 overflows
             if dtype in (DTYPES[0], wanted):
                 raise
-            above, below, why = None, None, str(error).split("\n")[0]
-        nats = (above.loss_nats, below.loss_nats) if above and below else (0.0, 0.0)
-        merge.append(MergeError(dtype, *nats, why))
-    return Exported(folder, gap, merge, tokens)
+            merge.append(Merge(dtype, None, None, str(error).split("\n")[0]))
+    return gap, merge
 
 
-def _texts(run: Reopened, loaded: Loaded) -> tuple[list[Any], str]:
-    """Return the trained domains, or why there are none: a record can be exported where its data is
+def _score(run: Reopened, loaded: Loaded) -> tuple[DomainScore | None, str]:
+    """Return the sums over the first scored documents of the trained domains by the run's protocol,
+    cut at eval.context tokens, or why there are none: a record can be exported where its data is
     not."""
-    pins, found = run.record.pins["domains"], []
-    try:
-        for name in run.record.trained:
-            text, reader = run.config.domains[name], (loaded.tokenizer, loaded.tokenizer_hash)
-            found.append(domains.prepare_domain(text, *reader, pins[name], loaded.prefix_id))
-    except GainError as error:
-        return [], error.what
-    return found, ""
-
-
-def _score(config: RunConfig, loaded: Loaded, texts: list[Any]) -> DomainScore | None:
-    """Return the sums over the first scored documents by the run's protocol, cut at eval.context
-    tokens."""
     import pandas as pd
 
     from gain_cl.measure import perplexity
 
-    if not texts:
-        return None
-    most, batch = config.eval, config.compute.eval_batch
+    config, most, rows = run.config, run.config.eval, []
     window = min(most.window or most.context, most.context)
     few = {"documents": min(DOCUMENTS, most.documents), "window": window}
-    few_of = most.model_copy(update=few)
-    rows = [scoring.score_domain(loaded, text, few_of, batch) for text in texts]
-    return perplexity.total(pd.concat(rows))
+    for name in run.record.trained:
+        text, reader = config.domains[name], (loaded.tokenizer, loaded.tokenizer_hash)
+        pin = run.record.pins["domains"][name]
+        try:
+            domain = domains.prepare_domain(text, *reader, pin, loaded.prefix_id)
+        except GainError as error:
+            return None, error.what
+        settings, batch = most.model_copy(update=few), config.compute.eval_batch
+        rows.append(scoring.score_domain(loaded, domain, settings, batch))
+    return perplexity.total(pd.concat(rows)), ""
 
 
 def _save(loaded: Loaded, folder: Path, base: Path | None) -> None:
@@ -246,8 +234,7 @@ def _save(loaded: Loaded, folder: Path, base: Path | None) -> None:
     try:
         convert.save_model(net, loaded.tokenizer, folder, base)
     except SafetensorError as error:
-        do = "free space or name another folder"
-        raise StorageError(f"cannot write: {error}", str(folder), do) from error
+        raise StorageError(f"cannot write: {error}", str(folder), "free space") from error
 
 
 def _publish(work: Path, folder: Path) -> None:
@@ -270,70 +257,22 @@ def card(run: Reopened, stage: int, form: str, made: Exported) -> str:
 
     form: peft or merged, and the dtype.
     """
-    r, c, (base, revision) = run.record, run.config, _base(run.config)
+    r, (base, revision) = run.record, _base(run.config)
     of = {"joint": r.trained, "individual": r.trained[stage - 1 : stage]}
-    learned = ", ".join(of.get(r.regime, r.trained[:stage]))
-    about = r.provenance
-    facts = {
-        "form": form,
-        "run": f"{r.run_id}, stage {stage} of {run.last}",
-        "base model": f"{c.model.name}: {_words(r.pins['model'])}",
-        "method": f"{r.method}: {_words(c.adapter.model_dump(mode='json'))}",
-        "begun from": _words(r.pins.get("init_from", {})),
-        "guard": _words(c.guard.model_dump(mode="json")),
-        "learned, in order": f"{learned} ({r.regime}, handover={c.handover})",
-        "trainable parameters": f"{r.trainable_parameters:,} of {r.total_parameters:,}",
-        "code": f"gain_cl {about.get('gain_cl')}, commit {about.get('commit')}"
-        f"{' with changes' if about.get('dirty') else ''}",
-        "tainted": ", ".join(r.tainted),
-    }
-    scores = []
-    for name in run.names:
-        found = [r.stages[k].domains.get(name) for k in (0, stage)]
-        scores.append([name, *(f"{x.perplexity:.4g}" if x else "not scored" for x in found)])
-    merge = []
-    for m in made.merge:
-        numbers = [f"{m.unmerged:.6f}", f"{m.merged:.6f}", f"{m.merged - m.unmerged:+.1e}"]
-        merge.append([m.dtype, *(["", "", f"not measured: {m.why}"] if m.why else numbers)])
-    named = f"base_model: {base}\n" if revision and re.fullmatch(r"[\w./-]+", base) else ""
-    load = 'AutoModelForCausalLM.from_pretrained("THIS_FOLDER", dtype="auto")  # transformers'
-    if peft := form.startswith("peft"):
-        at = f'"{base}", revision="{revision}"' if revision else '"FOLDER OF THE BASE MODEL"'
-        load = f"""base = AutoModelForCausalLM.from_pretrained({at})  # transformers
-    PeftModel.from_pretrained(base, "THIS_FOLDER")  # peft"""
-    return f"""---
-library_name: {"peft" if peft else "transformers"}
-{named}pipeline_tag: text-generation
-tags: [gain_cl, continual-learning]
----
-
-# {md(r.model)} after {md(learned)}
-
-{_table(["", ""], [[key, fact] for key, fact in facts.items() if fact])}
-
-## Perplexity
-
-Protocol {md(r.protocol)}, as the run recorded it.
-
-{_table(["domain", "base", "after this stage"], scores)}
-
-## Merge error
-
-Mean loss in nats per token on {made.tokens:,} tokens: of the unmerged model computing in a dtype,
-and of weights merged in float32 and rounded once to it.
-
-{_table(["dtype", "unmerged", "merged", "difference"], merge)}
-
-## How to load it
-
-    {load}
-"""
-
-
-def _table(heads: list[str], rows: list[list[str]]) -> str:
-    """Return a Markdown table."""
-    cells = [heads, ["---"] * len(heads), *([md(cell) for cell in row] for row in rows)]
-    return "\n".join(f"| {' | '.join(row)} |" for row in cells)
+    return render(
+        "card.md.j2",
+        r=r,
+        c=run.config,
+        made=made,
+        md=md,
+        form=form,
+        stage=stage,
+        learned=", ".join(of.get(r.regime, r.trained[:stage])),
+        peft=form.startswith("peft"),
+        base=base,
+        named=revision and re.fullmatch(r"[\w./-]+", base),
+        at=f'"{base}", revision="{revision}"' if revision else '"FOLDER OF THE BASE MODEL"',
+    )
 
 
 def md(text: object) -> str:
@@ -341,7 +280,3 @@ def md(text: object) -> str:
     there escaped."""
     line = "".join(c if c.isprintable() else " " for c in " ".join(str(text).split()))
     return re.sub(r"([\\`*_{}\[\]<>()#+!|~&$])", r"\\\1", line)
-
-
-def _words(settings: dict[str, Any]) -> str:
-    return ", ".join(f"{k}={v}" for k, v in settings.items() if v is not None)

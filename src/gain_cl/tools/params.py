@@ -7,7 +7,7 @@ import copy
 import functools
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ from pydantic import TypeAdapter
 from gain_cl.compose import composition
 from gain_cl.config import presets
 from gain_cl.config.schema import ADAPTERS, Adapter, Given, Model, Peft
-from gain_cl.errors import ConfigError, GainError, suggest
+from gain_cl.errors import GainError
 from gain_cl.tools.command import Parser, print_report
 
 if TYPE_CHECKING:
@@ -26,78 +26,60 @@ Counts = dict[str, dict[str, Any]]
 """model -> {"total": parameters, "methods": {method: trainable parameters, or why there are
 none}}"""
 
+KINDS: dict[str, tuple[str, TypeAdapter[Any]]] = {
+    "model": ("model", TypeAdapter(Model)),
+    "method": ("adapter", TypeAdapter(Adapter)),
+}
+"""Group of presets -> the section that it fills."""
+
 
 def main(argv: list[str]) -> int:
     """Print the table, or JSON."""
     about = "Trainable parameters of models and methods, counted without weights from the presets."
     parser = Parser("params", "--json", "--config-dir", "--plugin", description=about)
-    parser.add_argument("filters", nargs="*", metavar="model=A,B method=A,B", help="only these")
+    for group in KINDS:
+        parser.option(f"--{group}", f"{group}=A,B: only these", "")
     args = parser.read(argv)
-    table = count(args.filters, args.config_dir, args.plugin)
+    table = count(args.model, args.method, args.config_dir, args.plugin)
     return print_report(table, args.json, print_counts)
 
 
 def count(
-    filters: Iterable[str] = (),
-    config_dirs: Iterable[str | Path] = (),
-    plugins: Iterable[str | Path] = (),
+    models: str = "",
+    methods: str = "",
+    config_dirs: Sequence[str | Path] = (),
+    plugins: Sequence[str | Path] = (),
 ) -> Counts:
-    """Return total and trainable parameters of models x methods.
-
-    filters: ``model=A,B`` and ``method=A,B``. Without them, every preset whose architecture is
-    known and that trains something.
-    """
-    config_dirs = list(config_dirs)
-    wanted = _filters(filters, config_dirs)
+    """Return total and trainable parameters of models x methods: A,B. Without them, every preset
+    whose architecture is known and that trains something."""
     composition.load_plugins(plugins)
-    adapters, models = {}, {}
     # a model does not depend on the method nor the reverse: their product need not be composed
     with composition.session(config_dirs) as load:
-        for name in wanted.get("method") or presets.names("method", config_dirs):
-            adapter = _section(load, "method", name, config_dirs, TypeAdapter(Adapter))
-            if "method" in wanted or not isinstance(adapter, Given):
-                adapters[name] = adapter
-        for name in wanted.get("model") or presets.names("model", config_dirs):
-            given = name != "custom"  # which is a path to be given
-            model = (
-                _section(load, "model", name, config_dirs, TypeAdapter(Model)) if given else None
-            )
-            if model is not None and (model.arch or model.path or model.package):
-                models[name] = model
-            elif "model" in wanted:
-                do = (
-                    "give model.path= to a run, which says how many train, or write a preset "
-                    "that has it (--config-dir)"
-                )
-                raise ConfigError(
-                    "a preset without path and arch, nothing to count", f"model={name}", do
-                )
+
+        def sections(group: str, chosen: str) -> dict[str, Any]:
+            names = filter(None, chosen.split(",")) if chosen else presets.names(group, config_dirs)
+            key, kind = KINDS[group]
+            found = {}
+            for name in names:
+                try:
+                    found[name] = kind.validate_python(load((), None, f"{group}/{name}")[key])
+                except Exception:
+                    if chosen or name != "custom":  # which is a path to be given
+                        # what is wrong with it is told as a run would
+                        config = composition.compose([f"{group}={name}"], config_dirs)
+                        found[name] = getattr(config, key)
+            return found
+
+        adapters, known = sections("method", methods), sections("model", models)
+    if not methods:
+        adapters = {name: a for name, a in adapters.items() if not isinstance(a, Given)}
+    if not models:
+        known = {name: model for name, model in known.items() if model.arch is not None}
     counted: dict[str, Any] = {}
-    table: Counts = {}
-    for name, model in models.items():
-        if model.arch is None and "model" not in wanted:
-            continue
-        same = repr((model.arch or model, model.roles))  # qwen2.5 is qwen2.5_7b
-        if same not in counted:
-            counted[same] = count_row(model, adapters)
-        table[name] = counted[same]
-    return table
-
-
-def _section(
-    load: composition.Load,
-    group: str,
-    name: str,
-    config_dirs: list[str | Path],
-    kind: TypeAdapter[Any],
-) -> Any:
-    """Return the typed section that a preset fills. What is wrong with it is told as a run
-    would."""
-    key = "adapter" if group == "method" else "model"
-    try:
-        return kind.validate_python(load((), None, f"{group}/{name}")[key])
-    except Exception:
-        return getattr(composition.compose([f"{group}={name}"], config_dirs), key)
+    for model in known.values():
+        if (same := repr((model.arch or model, model.roles))) not in counted:
+            counted[same] = count_row(model, adapters)  # qwen2.5 is qwen2.5_7b
+    return {name: counted[repr((m.arch or m, m.roles))] for name, m in known.items()}
 
 
 DEPTH = ("num_hidden_layers", "n_layer")
@@ -127,9 +109,9 @@ def count_row(model: Model, adapters: dict[str, Any]) -> dict[str, Any]:
 
     def extrapolated(adapter: Any) -> int | str:
         first, second = trained(1, adapter), trained(2, adapter)
-        if isinstance(first, int) and isinstance(second, int):
-            return first + (depth - 1) * (second - first)
-        return first if isinstance(first, str) else second
+        if isinstance(first, str) or isinstance(second, str):
+            return first
+        return first + (depth - 1) * (second - first)
 
     total = trained(depth, None)
     alike = depth > 2 and extrapolated(None) == total
@@ -167,33 +149,15 @@ def _attached(loaded: Loaded, adapter: Any) -> int | str:
 
 
 def print_counts(counted: Counts) -> None:
-    """Print methods as rows and models as columns."""
-    from gain_cl.paper.table import Row, Table, Value, count, print_table, say
+    """Print methods as rows and models as columns, and why a method is refused."""
+    from gain_cl.paper.table import Row, Table, Value, count, print_table
 
-    def number(n: int | str) -> Value | str:
-        return "refused" if isinstance(n, str) else Value(n, write=count)
-
-    methods = list(dict.fromkeys(m for of in counted.values() for m in of["methods"]))
-    rows = [Row(["total", *(number(of["total"]) for of in counted.values())])]
-    rows += [Row([m, *(number(of["methods"][m]) for of in counted.values())]) for m in methods]
-    print_table(Table("params", "trainable parameters", ["method", *counted], rows))
-    for name, of in counted.items():
-        for method, value in of["methods"].items():
-            if isinstance(value, str):
-                say(f"{method} on {name}: {value}", "dim")
-
-
-def _filters(filters: Iterable[str], config_dirs: list[str | Path]) -> dict[str, list[str]]:
-    found: dict[str, list[str]] = {}
-    for text in filters:
-        group, equals, names = text.partition("=")
-        if not equals or group not in ("model", "method"):
-            raise ConfigError(
-                f"cannot read {text!r}", "gain_cl params", "write model=A,B or method=A,B"
-            )
-        known = presets.names(group, config_dirs)
-        found[group] = [n.strip() for n in names.split(",") if n.strip()]
-        for name in found[group]:
-            if name not in known:
-                raise ConfigError(f"unknown {group} {name!r}", text, suggest(name, known))
-    return found
+    numbers = {name: {"total": of["total"], **of["methods"]} for name, of in counted.items()}
+    rows, notes = [], []
+    for method in next(iter(numbers.values()), {}):
+        of_models = {name: of[method] for name, of in numbers.items()}
+        refused = {name: why for name, why in of_models.items() if isinstance(why, str)}
+        notes += [f"{method} on {name}: {why}" for name, why in refused.items()]
+        cells = [n if isinstance(n, str) else Value(n, write=count) for n in of_models.values()]
+        rows.append(Row([method, *("refused" if isinstance(c, str) else c for c in cells)]))
+    print_table(Table("params", "trainable parameters", ["method", *counted], rows, notes))

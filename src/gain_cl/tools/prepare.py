@@ -8,6 +8,7 @@ tokenizers do.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -45,7 +46,7 @@ def examine(config: RunConfig) -> Report:
     plan = runs.prepare(config)
     # what is wrong with local text or a model's files shows before torch is imported
     checks.inputs(config)
-    names, trained = [*config.sequence.trained, *config.sequence.controls], config.sequence.trained
+    trained, pins = config.sequence.trained, plan.pins["domains"]
     _tell(f"{config.model.name}: files and tokenizer")
     folder = source.locate_model(config.model)
     arch = config.model.arch or {} if folder is None else source.read_config(folder)
@@ -54,12 +55,11 @@ def examine(config: RunConfig) -> Report:
     rows = load.vocabulary(config.model)
     prefix_id, _ = load.special_tokens(config.model, tokenizer, rows)
     domains: dict[str, Domain] = {}
-    for number, name in enumerate(names, start=1):
-        signals.poll()
-        _tell(f"{name}: text and tokens ({number} of {len(names)})")
-        given, pin = config.domains[name], plan.pins["domains"][name]
-        domains[name] = texts.prepare_domain(given, tokenizer, tokenizer_hash, pin, prefix_id)
-    warnings = texts.check_domains(
+    for name in [*trained, *config.sequence.controls]:
+        _tell(f"{name}: text and tokens")
+        reader = tokenizer, tokenizer_hash, pins[name], prefix_id
+        domains[name] = texts.prepare_domain(config.domains[name], *reader)
+    notes = texts.check_domains(
         domains, config.train, config.eval, rows, config.only_scored,
         tokenizer, "unknown" in config.allow_change,
     )  # fmt: skip
@@ -75,27 +75,31 @@ def examine(config: RunConfig) -> Report:
     return {
         "run": {"id": plan.run_id, "finished": plan.finished, "record": str(plan.record_path)},
         "model": {**model, "embedding_rows": rows},
-        "domains": {n: _domain(config, domains[n], plan.pins["domains"][n]) for n in names},
+        "domains": {name: _domain(config, d, pins[name]) for name, d in domains.items()},
         "tasks": plan.pins["tasks"],
         "eval": {"split": config.eval.split, "documents": config.eval.documents},
         "near_duplicates": [asdict(n) for n in near],
         "benchmark_overlap": [asdict(s) for s in shared],
-        "notes": warnings + overlap.notes(near, shared, config.eval),
+        "notes": notes + overlap.notes(near, shared, config.eval),
         "cache": str(hashes.cache_dir()),
     }
 
 
 def _domain(config: RunConfig, domain: Domain, pin: dict[str, Any]) -> Report:
-    trained, train = domain.name in config.sequence.trained, config.train
-    share = train.stage_steps * train.batch_tokens / domain.n_tokens("train")
+    """Return what there is of a domain, by split, and the share of it that is learned."""
+    counts: dict[str, Callable[[SplitName], Any]] = {
+        "documents": domain.n_documents,
+        "tokens": domain.n_tokens,
+        "prompt_tokens": domain.n_prompt_tokens,
+        "bytes": domain.n_bytes,
+        "split_sha256": domain.split_hash,
+    }
+    trained = domain.name in config.sequence.trained
+    learned = config.train.stage_steps * config.train.batch_tokens * trained
     return {
         "trained": trained,
-        "documents": {split: domain.n_documents(split) for split in SPLITS},
-        "tokens": {split: domain.n_tokens(split) for split in SPLITS},
-        "prompt_tokens": {split: domain.n_prompt_tokens(split) for split in SPLITS},
-        "bytes": {split: domain.n_bytes(split) for split in SPLITS},
-        "split_sha256": {split: domain.split_hash(split) for split in SPLITS},
-        "learned_share": share if trained else 0.0,
+        **{name: {split: of(split) for split in SPLITS} for name, of in counts.items()},
+        "learned_share": learned / domain.n_tokens("train"),
         "hash": domain.hash,
         "pin": pin,
         "licence": config.domains[domain.name].licence,
@@ -103,6 +107,8 @@ def _domain(config: RunConfig, domain: Domain, pin: dict[str, Any]) -> Report:
 
 
 def _tell(text: str) -> None:
+    """Tell a step on stderr, unless a signal asked to stop."""
+    signals.poll()
     print(text, file=sys.stderr, flush=True)
 
 
@@ -111,35 +117,18 @@ def _tell(text: str) -> None:
 
 def render(report: Report) -> None:
     """Print the report. The last line sums it up."""
-    domains, run = report["domains"], report["run"]
-    rows, sources, notes = [], [], []
+    domains, run, rows = report["domains"], report["run"], []
     for name, d in domains.items():
-        documents, tokens = (
-            " / ".join(f"{d[of][s]:,}" for s in SPLITS) for of in ("documents", "tokens")
-        )
-        size = " / ".join(f"{d['bytes'][s] / 1e6:.1f}" for s in SPLITS)
-        label, share = (
-            (name, f"{d['learned_share']:.1%}") if d["trained"] else (f"{name} (control)", None)
-        )
-        rows.append(Row([label, documents, tokens, size, share]))
-        sources.append(Row([name, d["hash"][:12], _source(d["pin"]), d["licence"]]))
-        if prompts := sum(d["prompt_tokens"].values()):
-            of = f"{prompts / sum(d['tokens'].values()):.0%} of the tokens are prompts"
-            notes.append(f"{name}: instruction data, {of}, read and not scored; MB are completions")
-    heads = ["domain", "documents", "tokens", "MB", "learned"]
-    print_table(Table("domains", "Domains (train / dev / test)", heads, rows, notes))
-    heads = ["domain", "tokens' hash", "source as pinned", "licence"]
-    print_table(Table("sources", "Sources", heads, sources))
+        label = name if d["trained"] else f"{name} (control)"
+        counts = (" / ".join(f"{x:,}" for x in d[of].values()) for of in ("documents", "tokens"))
+        source = d["pin"].get("package") or d["pin"].get("path") or d["pin"]["kind"]
+        share = f"{d['learned_share']:.1%}" if d["trained"] else None
+        rows.append(Row([label, *counts, share, d["hash"][:12], source, d["licence"]]))
+    heads = ["domain", "documents", "tokens", "learned", "tokens' hash", "source", "licence"]
+    print_table(Table("domains", "Domains (train / dev / test)", heads, rows))
     for note in report["notes"]:
         say(f"note: {printable(note)}")
     state = f"finished: {run['record']}" if run["finished"] else "not finished yet"
     say(f"Run {run['id']} ({state})", "bold")
     count = sum(sum(d["tokens"].values()) for d in domains.values())
     say(f"prepared: {len(domains)} domains, {count:,} tokens, cache {report['cache']}")
-
-
-def _source(pin: dict[str, Any]) -> str:
-    """Say in a few words what identifies a text."""
-    name = pin.get("package") or pin.get("path") or pin["kind"]
-    keys = ("sha256", "members_sha256", "revision", "seed")
-    return ", ".join([name, *(f"{key} {str(pin[key])[:12]}" for key in keys if key in pin)])

@@ -19,7 +19,7 @@ from gain_cl.config.schema import Gain
 from gain_cl.errors import ConfigError, DataError, suggest
 from gain_cl.paper.table import say
 from gain_cl.stats import format
-from gain_cl.tools import reopen
+from gain_cl.tools import export, reopen
 from gain_cl.tools.command import RUN, Parser, load_run, new_folder, print_report
 
 if TYPE_CHECKING:
@@ -39,56 +39,41 @@ def main(argv: list[str]) -> int:
     parser.option("--to", "write the recombined gains as a PEFT adapter into this new folder")
     args = parser.read(argv)
     run = reopen.Reopened(load_run(args), args.output_dir)
-    weights = _weights(args, run)
-    kept = [name for name, w in weights.items() if w]
-    contributors = [] if args.no_contributions or len(kept) < 2 else kept
-    try:
-        report = _recombine(run, weights, contributors, args.to)
-    finally:
-        run.close()
-    return print_report(report, args.json, _show)
-
-
-def _weights(args: Any, run: reopen.Reopened) -> dict[str, float]:
-    """Return domain -> power of its stage. ConfigError: a run without gains, a name that is no
-    stage."""
-    config, stages, run_id = run.config, run.record.trained, run.record.run_id
-    if not isinstance(config.adapter, Gain):
-        raise ConfigError(
-            f"method {config.method} has no gains, which alone multiply",
-            run_id,
-            "use it on a gain_... run",
-        )
-    if run.record.config["adapter"].get("init_from"):
-        raise ConfigError(
-            "the run began from another adapter, which would count as part of its first stage",
-            run_id,
-            "recombine a run without adapter.init_from",
-        )
-    if run.record.regime != "sequential":
-        raise ConfigError(
-            f"the run is {run.record.regime}: it has no stages one after the other",
-            run_id,
-            "use it on a sequential run",
-        )
+    _check(run)
     if args.to is not None:
-        from gain_cl.tools import export
-
-        export.possible(config, "peft")
+        export.possible(run.config, "peft")
         new_folder(Path(args.to))
-    asked = [(name, "=", "0", "--drop") for name in args.drop.split(",") if name]
-    asked += [(*part.partition("="), "--scale") for part in args.scale.split(",") if part]
+    return print_report(_recombine(run, _weights(args, run.record.trained), args), args.json, _show)
+
+
+def _check(run: reopen.Reopened) -> None:
+    """Raise ConfigError for a run whose stages are no factors."""
+    r = run.record
+    if not isinstance(run.config.adapter, Gain):
+        what = f"method {r.method} has no gains, which alone multiply"
+    elif r.config["adapter"].get("init_from"):
+        what = "the run began from another adapter, which would count as part of its first stage"
+    elif r.regime != "sequential":
+        what = f"the run is {r.regime}: it has no stages one after the other"
+    else:
+        return
+    raise ConfigError(what, r.run_id, "use it on a sequential run of a gain_... method")
+
+
+def _weights(args: Any, stages: list[str]) -> dict[str, float]:
+    """Return domain -> power of its stage."""
     weights = dict.fromkeys(stages, 1.0)
-    for name, equals, power, where in asked:
+    asked = [(f"{name}=0", "--drop") for name in args.drop.split(",") if name]
+    asked += [(part, "--scale") for part in args.scale.split(",") if part]
+    for part, where in asked:
+        name, _, power = part.partition("=")
         if name not in stages:
             raise ConfigError(f"{name!r} is no stage of this run", where, suggest(name, stages))
-        if not equals:
-            raise ConfigError(f"{name!r} has no value", where, "write --scale DOMAIN=0.5")
-        weights[name] = reopen.number(power, where)
+        weights[name] = reopen.number(power, f"{where} {part}")
     return weights
 
 
-def factors(states: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+def factors(states: Iterable[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
     """Return f_k = S_k / S_{k-1} of every stage, float64, by layer.
 
     states: trained states after stages 1 .. T, each {layer: delta} and, after handover=restart,
@@ -102,11 +87,8 @@ def factors(states: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
             past = state.get(f"{name}.past", 1)
             s[name] = (past * (1 + state[name])).double()  # in fp32, as the run did: bit for bit
             if (s[name] == 0).any():
-                raise DataError(
-                    "a gain is exactly 0: what came before it cannot be told",
-                    name,
-                    "lower train.lr",
-                )
+                what = "a gain is exactly 0: what came before it cannot be told"
+                raise DataError(what, name, "lower train.lr")
         found.append({name: t / before.get(name, 1) for name, t in s.items()})
         before = s
     return found
@@ -118,32 +100,29 @@ def product(parts: list[dict[str, Tensor]], powers: Iterable[float]) -> dict[str
     total: dict[str, Any] = dict.fromkeys(parts[0], 1)
     for part, power in zip(parts, powers, strict=True):
         for name, f in part.items():
-            if power != int(power) and (f < 0).any():
-                raise DataError(
-                    f"a stage turned the sign of a gain of {name}", "--scale", "use whole powers"
-                )
             total[name] = total[name] * f**power
+            if total[name].isnan().any():
+                what = f"a stage turned the sign of a gain of {name}"
+                raise DataError(what, "--scale", "use whole powers")
     return {name: (t - 1).float() for name, t in total.items()}
 
 
-def _recombine(
-    run: reopen.Reopened, weights: dict[str, float], contributors: list[str], to: str | None
-) -> dict[str, Any]:
+def _recombine(run: reopen.Reopened, weights: dict[str, float], args: Any) -> dict[str, Any]:
+    """Score the recombined model, and the same without each of its stages."""
     parts = factors([run.state(k) for k in range(1, run.last + 1)])
-    run.open()
-    adapter = run.attach(run.loaded)
+    kept = [name for name, w in weights.items() if w]
+    left_out = [] if args.no_contributions or len(kept) < 2 else kept
+    with run.opened() as loaded:
+        adapter = run.attach(loaded)
 
-    def score_D(powers: dict[str, float]) -> np.ndarray:
-        delta = product(parts, powers.values())
-        adapter.load_state(delta)
-        return run.losses(run.score(delta))
+        def score_D(powers: dict[str, float]) -> np.ndarray:
+            adapter.load_state(product(parts, powers.values()))
+            return run.losses_D(powers=powers)
 
-    left_out = {name: score_D({**weights, name: 0.0}) for name in contributors}
-    losses_D = score_D(weights)
-    if to is not None:
-        from gain_cl.tools import export
-
-        export.write_adapter(adapter, run.loaded, run.config, Path(to))
+        without = {name: score_D({**weights, name: 0.0}) for name in left_out}
+        losses_D = score_D(weights)
+        if args.to is not None:
+            export.write_adapter(adapter, loaded, run.config, Path(args.to))
     recorded = run.record.losses()
     loss = {"pretrained": recorded[0], "run": recorded[-1], "recombined": losses_D}
     return {
@@ -152,22 +131,21 @@ def _recombine(
         "weights": weights,
         "domains": run.names,
         "loss_nats": {name: row.tolist() for name, row in loss.items()},
-        "contribution_nats": {name: (x - losses_D).tolist() for name, x in left_out.items()},
-        "adapter": to,
+        "contribution_nats": {name: (x - losses_D).tolist() for name, x in without.items()},
+        "adapter": args.to,
     }
 
 
 def _show(report: dict[str, Any]) -> None:
-    powers = {name: "" if w == 1 else f"^{w:g}" for name, w in report["weights"].items() if w}
-    chosen = " ".join(f"{name}{power}" for name, power in powers.items()) or "nothing"
+    powers = (f"{name}^{power:g}" for name, power in report["weights"].items() if power)
     loss, names = report["loss_nats"], report["domains"]
-    reopen.show(f"Perplexity of {chosen}", names, loss, write=format.perplexity)
-    against = ("pretrained", "run")
-    change = {f"against {of}": np.subtract(loss["recombined"], loss[of]) for of in against}
-    reopen.show("Change of perplexity, % (below 0: better)", names, change)
+    title = f"Perplexity of {' '.join(powers) or 'nothing'}"
+    reopen.show(title, names, loss, write=format.perplexity)
+    change = {of: np.subtract(loss["recombined"], loss[of]) for of in ("pretrained", "run")}
+    reopen.show("Change of perplexity against, % (below 0: better)", names, change)
     if left_out := report["contribution_nats"]:
-        rows = {f"without {name}": row for name, row in left_out.items()}
         note = "above 0: the stage helps the domain; below 0: it hurts it"
-        reopen.show("Change of perplexity when a stage is left out, %", names, rows, note)
+        title = "Change of perplexity when a stage is left out, %"
+        reopen.show(title, names, left_out, note)
     if report["adapter"]:
         say(f"PEFT adapter: {report['adapter']}")

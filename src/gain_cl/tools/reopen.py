@@ -3,9 +3,9 @@ score it as the run was scored: for recombine, interpolate, diagnose and export.
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ import numpy as np
 
 from gain_cl import adapters
 from gain_cl.compose import composition
-from gain_cl.config.schema import Given, Model
+from gain_cl.config.schema import Model
 from gain_cl.errors import ConfigError, DataError
 from gain_cl.measure import record, scoring
 from gain_cl.paper.table import Row, Table, Value, print_table
@@ -36,34 +36,22 @@ class Reopened:
     """The pretrained model of a run, its domains and the trained state of its stages. Axes: D
     domains."""
 
-    def __init__(self, run: record.Run, output_dir: str | None = None, given: bool = False) -> None:
-        """given: whether stages that were trained elsewhere will do, too."""
-        self.run, self.record = run, run.record
-        config = recorded_config(run.record)
+    def __init__(self, run: record.Run, output_dir: str | None = None) -> None:
+        self.run, self.record, config = run, run.record, recorded_config(run.record)
         if output_dir:
             config = config.model_copy(update={"output_dir": output_dir})
-        if (made := run.record.interpolated) is not None:
-            what, do = "it is interpolated and has no trained state of its own", f"use {made.of}"
-            raise ConfigError(what, run.record.run_id, do)
-        if isinstance(config.adapter, Given) and not given:
-            raise ConfigError(
-                "its stages were trained elsewhere: it has no trained state of its own",
-                run.record.run_id,
-                "use a run that gain_cl trained",
-            )
         if getattr(config.adapter, "init_from", None) is not None:
             # the saved states hold what they began from
             adapter = config.adapter.model_copy(update={"init_from": None})
             config = config.model_copy(update={"adapter": adapter})
         composition.load_plugins(config.plugins)
         self.config, self.folder = config, Path(config.output_dir) / run.record.run_id
-        self.names, self.last = (
-            [*run.record.trained, *run.record.controls],
-            len(run.record.stages) - 1,
-        )
+        self.names, self.last = run.record.trained + run.record.controls, len(run.record.stages) - 1
 
-    def open(self) -> None:
-        """Load model and domains. DataError: they are not the run's."""
+    @contextmanager
+    def opened(self) -> Iterator[Loaded]:
+        """Load model and domains, and show what is done for the block. DataError: they are not the
+        run's."""
         from rich.console import Console
 
         made = plan.prepare(self.config.model_copy(update={"resume": "never"}))
@@ -71,15 +59,10 @@ class Reopened:
             if made.pins.get(part) != self.record.pins.get(part):
                 what = f"{part}: not what the run read"
                 raise DataError(what, self.record.run_id, "restore what the run read")
-        self.status = Console(stderr=True).status("load")
-        self.status.start()
-        self.inputs = inputs.load_inputs(self.config, made, self)
-        self.loaded = self.inputs.loaded
-
-    def close(self) -> None:
-        """End the display of what is done."""
-        if hasattr(self, "status"):
-            self.status.stop()
+        with Console(stderr=True).status("load") as self.status:
+            self.inputs = inputs.load_inputs(self.config, made, self)
+            self.loaded = self.inputs.loaded
+            yield self.loaded
 
     def phase(self, text: str, stage: int = 0) -> None:
         """Show what is being done, see track.Tracker."""
@@ -144,67 +127,54 @@ class Reopened:
         """Return every parameter of the model after a stage in fp32, the adapter folded in.
         DataError: that is not all it does."""
         loaded, adapter = self.tuned(self.fp32, stage)
-        if not (moved := absorb(loaded, adapter)) <= ABSORBED:
-            raise DataError(
-                f"folding the adapter moves the logits by {moved:.0e} of the largest",
-                f"stage {stage}",
-                "what it does is no change of the weights",
-            )
+        absorb(loaded, adapter)
         return {name: p.detach() for name, p in loaded.model.named_parameters()}
 
-    def losses(self, scores: scoring.Scores) -> np.ndarray:
-        """Return nats per token of every domain."""
-        return np.array([scores.domains[d].loss_nats for d in self.names])
-
-    def score(self, weights: dict[str, Tensor], **what: Any) -> scoring.Scores:
-        """Score every domain by the model as it is now. weights, what: all that makes it differ
-        from the base."""
-        digest = hashlib.sha256()
-        for name, tensor in sorted(weights.items()):
-            digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
-            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-        identity = {**self.inputs.identity, "weights": digest.hexdigest(), **what}
-        identity["adapter"] = self.config.scientific()["adapter"]
-        identity |= {"plugins": self.record.pins["plugins"], "seed": self.config.seed}
+    def losses_D(self, **what: Any) -> np.ndarray:
+        """Score the model as it is now, and return nats per token of every domain. what: all that
+        makes it differ from the base, beside the trained states."""
+        states = [checkpoint.manifest(self.place(k)) for k in range(1, self.last + 1)]
+        identity = {**self.inputs.identity, "run": self.record.run_id, "states": states, **what}
         cells, batch = self.folder.parent / "cells", self.config.compute.eval_batch
-        return scoring.score_domains(
+        scores = scoring.score_domains(
             self.loaded, self.inputs.domains, self.config.eval, batch, identity, cells, self
         )
+        return np.array([scores.domains[d].loss_nats for d in self.names])
 
 
 def absorb(loaded: Loaded, adapter: Adapter) -> float:
-    """Fold an adapter into the weights of its model. Return by how much that moves the logits of 64
-    tokens, as a share of the largest."""
+    """Fold an adapter into the weights of its fp32 model. Return by how much that moves the logits
+    of 64 tokens, as a share of the largest. DataError: it is more than rounding."""
     import torch
 
     ids_BT = torch.arange(64, device=loaded.device)[None] % loaded.vocabulary
     with torch.no_grad():
         before = loaded.model(ids_BT).logits
         adapter.absorb()
-        moved = (loaded.model(ids_BT).logits - before).abs().max() / before.abs().max()
-    return float(moved)
+        moved = float((loaded.model(ids_BT).logits - before).abs().max() / before.abs().max())
+    if not moved <= ABSORBED:
+        what = f"folding the adapter moves the logits by {moved:.0e} of the largest"
+        raise DataError(what, "absorb", "what it does is no change of the weights")
+    return moved
 
 
 def number(text: str, key: str) -> float:
     """Return a finite number of the command line."""
     try:
-        value = float(text)
+        if math.isfinite(value := float(text)):
+            return value
     except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        raise ConfigError(f"{text!r} is no number", key, "give a finite number")
-    return value
+        pass
+    raise ConfigError(f"{text!r} is no number", key, "give a finite number")
 
 
 def stage_of(text: str | int | None, last: int) -> int:
     """Return a stage of a run by its number; None: the last."""
-    stage = last if text is None else text
-    if not str(stage).isdecimal() or not 1 <= int(str(stage)[:9]) <= last:
-        raise ConfigError(
-            f"stage {text!r} is not among 1..{last}",
-            "stage",
-            "stage 0 is the pretrained model itself",
-        )
+    if text is None:
+        return last
+    if (stage := str(text)) not in map(str, range(1, last + 1)):
+        do = "stage 0 is the pretrained model itself"
+        raise ConfigError(f"stage {text!r} is not among 1..{last}", "stage", do)
     return int(stage)
 
 

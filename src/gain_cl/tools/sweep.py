@@ -6,16 +6,16 @@ import argparse
 import json
 import math
 import os
-import re
 import shlex
 import shutil
 import subprocess
-from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from gain_cl.errors import PREEMPTED, ConfigError, GainError
+import pandas as pd
+
+from gain_cl.errors import PREEMPTED, ConfigError, GainError, suggest
 from gain_cl.measure import record
 from gain_cl.paper.table import say
 from gain_cl.stats import format
@@ -55,10 +55,7 @@ def main(argv: list[str]) -> int:
     failed = [c for c in planned if c.state == "failed"]
     again = [] if options.retry_failed == "true" else failed
     todo = [c for c in planned if c.state != "done" and c not in again]
-    records = _records(planned)
-    timed = any(s.task_seconds for r in records for s in r.stages)
-    untimed = not timed and any(c.config.tasks.names for c in todo)
-    say(_cost(todo, _left(todo, planned, records), untimed))
+    say(_cost(todo, planned))
     for c in failed:
         say(f"failed before: {sweep.title(c)}: {sweep.reason(c)}")
     if again:
@@ -112,58 +109,41 @@ def read_options(argv: list[str]) -> Any:
 def _only(planned: list[Planned], words: list[str]) -> list[Planned]:
     """Return the runs that match a word of each kind that was given: models, methods, blocks,
     beginnings of run ids."""
-    kinds: dict[int, set[str]] = {}
+    kinds: dict[str, set[str]] = {}
     for word in words:
-        matches = [
-            {c.run_id for c in planned if c.model == word},
-            {c.run_id for c in planned if word in (c.method, c.label)},
-            {c.run_id for c in planned if word == f"block{c.block}"},
-            {c.run_id for c in planned if c.run_id.startswith(word)},
-        ]
-        kind = next((i for i, found in enumerate(matches) if found), None)
-        if kind is None:
-            names = sorted({x for c in planned for x in (c.method, f"block{c.block}", c.model)})
-            raise ConfigError(
-                f"no run is {word!r}", "only", f"available: {', '.join(names)}, and run ids"
-            )
-        kinds.setdefault(kind, set()).update(matches[kind])
-    return [c for c in planned if all(c.run_id in kind for kind in kinds.values())]
+        matches = [(kind, c.run_id) for c in planned for kind in _kinds(c, word)]
+        if not matches:
+            names = {x for c in planned for x in (c.method, f"block{c.block}", c.model)}
+            raise ConfigError(f"no run is {word!r}", "only", suggest(word, names))
+        for kind, run_id in matches:
+            kinds.setdefault(kind, set()).add(run_id)
+    return [c for c in planned if all(c.run_id in found for found in kinds.values())]
+
+
+def _kinds(run: Planned, word: str) -> list[str]:
+    """Return as what a word names a run: at most one."""
+    named = {run.model: "model", run.method: "method", run.label: "method"}
+    named[f"block{run.block}"] = "block"
+    return [named[word]] if word in named else ["id"] * run.run_id.startswith(word)
 
 
 # --- what it costs --------------------------------------------------------------------------------
 
 
-def _cost(todo: list[Planned], seconds: float, untimed: bool) -> str:
-    """Return how many runs are ahead, and how long they take."""
+def _cost(todo: list[Planned], planned: list[Planned]) -> str:
+    """Return how many runs are ahead, and how long they take by the records of those that are done,
+    each from its last saved stage on."""
     if not todo:
         return "nothing to run"
-    cost = f"{format.counted(len(todo), 'run')} ahead: "
-    if math.isnan(seconds):
-        return f"{cost}cost not known before a run is done"
-    less = ", tasks not included: none was timed yet" if untimed else ""
-    return f"{cost}{format.duration(seconds)} one after the other{less}"
-
-
-def _records(planned: list[Planned]) -> list[record.RunRecord]:
-    """Return the records of the runs that are done, from which the cost is told."""
-    found = []
+    records = []
     for c in planned:
         with suppress(GainError):  # a damaged one is named where it is read for its numbers
-            found += [record.load(c.record).record] if c.state == "done" else []
-    return found
-
-
-def _left(
-    some: Sequence[Planned], planned: Sequence[Planned], records: list[record.RunRecord]
-) -> float:
-    """Return the seconds that some planned runs will take together, each from its last saved stage
-    on; of those that share stage 0, one scores it."""
-    shared, seconds = {sweep.baseline(c) for c in planned if sweep.scored(c)}, 0.0
-    for c in some:
-        saved = max(sweep.saved(c), int(sweep.baseline(c) in shared))
-        seconds += run_seconds(c.config, c.method, records, saved=saved)
-        shared.add(sweep.baseline(c))
-    return seconds
+            records += [record.load(c.record).record] if c.state == "done" else []
+    left = [run_seconds(c.config, c.method, records, saved=sweep.saved(c)) for c in todo]
+    ahead = f"{format.counted(len(todo), 'run')} ahead: "
+    if math.isnan(seconds := sum(left)):
+        return f"{ahead}cost not known before a run is done"
+    return f"{ahead}{format.duration(seconds)} one after the other"
 
 
 # --- how it is run --------------------------------------------------------------------------------
@@ -204,14 +184,13 @@ def _parameters(given: dict[str, str]) -> tuple[dict[str, Any], str]:
 
 
 def _minutes(text: str) -> int:
-    """Return the minutes of a time of Slurm's: minutes, H:MM:SS, D-H, D-HH:MM:SS."""
-    told = re.fullmatch(r"(\d+)|(?:(\d+)-)?(\d+)(?::(\d+):(\d+))?", text)
-    if told is None:
-        raise ConfigError(
-            f"{text!r} is no time", "slurm.time", "give minutes, H:MM:SS or D-HH:MM:SS"
-        )
-    plain, days, hours, minutes, seconds = (int(x or 0) for x in told.groups())
-    return max(1, plain + 1440 * days + 60 * hours + minutes + (seconds > 0))
+    """Return the minutes of a time of Slurm's: minutes, H:MM:SS, D-HH:MM:SS."""
+    try:
+        told = f"{text} min" if text.isdecimal() else text.replace("-", " days ")
+        return max(1, math.ceil(pd.Timedelta(told).total_seconds() / 60))
+    except ValueError:
+        do = "give minutes, H:MM:SS or D-HH:MM:SS"
+        raise ConfigError(f"{text!r} is no time", "slurm.time", do) from None
 
 
 def _typed(text: str) -> Any:
@@ -246,8 +225,7 @@ def _jobs(
         return []
     environment: dict[str, str] = {}
     committed = options.worktree == "true" and options.dry_run == "false"
-    root = sweep.checkout() if committed else None
-    if root is not None:
+    if committed and (root := sweep.checkout()) is not None:
         with lock.one_launcher(todo[0].claims):
             tree = sweep.worktree(root, output / "sweeps")
         before = filter(None, [os.environ.get("PYTHONPATH")])
@@ -261,9 +239,8 @@ def _jobs(
         environment["OMP_NUM_THREADS"] = str(threads)
     if todo[0].config.track.backend == "wandb" and "track.group" not in given:
         words.append(f"track.group={experiment.name}")
-    jobs = []
-    for c in todo:
-        log = output / "sweeps" / experiment.name / f"{c.run_id}.log"
-        command = ["-m", "gain_cl", "run", *c.overrides, *words]
-        jobs.append(launchers.Job(c, command, environment, log))
-    return jobs
+    logs, run = output / "sweeps" / experiment.name, ["-m", "gain_cl", "run"]
+    return [
+        launchers.Job(c, [*run, *c.overrides, *words], environment, logs / f"{c.run_id}.log")
+        for c in todo
+    ]
