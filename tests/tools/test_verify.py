@@ -419,9 +419,9 @@ PLANTED: dict[str, tuple[str, Plant]] = {
         "beginning: tokens.smoke_b was",
         lambda m: begun(m, lambda first: first["facts"]["data"]["tokens"].update(smoke_b="0" * 64)),
     ),
-    "a bit of the tokens": (
-        "cached tokens: SHA-256.tokens was",
-        lambda m: flipped(token_array(m, "tokens.npy")),
+    "a bit of the cached documents": (
+        "cached documents: SHA-256 was",
+        lambda m: flipped(token_array(m, "ids.npy")),
     ),
     "a pin of tokens": (
         "beginning: tokens.smoke_a was ffff",
@@ -447,8 +447,8 @@ def test_other_documents_than_the_text_has(run: Made) -> None:
     """Consistent in the record and its values: only the text itself shows it."""
     other_documents(run)
     failed = {name: finding for name, (state, finding) in run.lines().items() if state == "FAILED"}
-    assert failed.keys() == {"stages", "cached tokens"}
-    assert failed["cached tokens"].startswith("first documents of smoke_c was")
+    assert failed.keys() == {"stages", "cached documents"}
+    assert failed["cached documents"].startswith("first documents of smoke_c was")
 
 
 def test_values_of_another_run(run: Made, capsys: pytest.CaptureFixture[str]) -> None:

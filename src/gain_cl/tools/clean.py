@@ -1,6 +1,7 @@
-"""``python -m gain_cl clean``: abandoned runs, leftovers and caches.
+"""``python -m gain_cl clean``: show what abandoned runs, leftovers and caches hold that can go, and
+remove it with --yes.
 
-It shows what can go and how much that is, and removes it with ``--yes``. What it may remove is
+What it may remove is
 known by its form: a run by its id, a cache entry by its name. Anything else in the same folders
 stays, and so do results/, finished runs, runs in use, and whatever a link points to. Torch-free.
 """
@@ -85,8 +86,7 @@ def extent(parts: list[Path]) -> tuple[int, float]:
 
 def main(argv: list[str]) -> int:
     """Show, or remove and tell. ConfigError: a folder that cannot be one of runs."""
-    about = "Show what abandoned runs and caches hold that can go; --yes removes it."
-    parser = Parser("clean", "--output-dir", "--results-dir", "--json", description=about)
+    parser = Parser("clean", "--output-dir", "--results-dir", "--json")
     parser.set_defaults(output_dir="runs")
     parser.option(
         "--days",

@@ -9,6 +9,7 @@ import argparse
 import glob
 import json
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -64,13 +65,16 @@ STYLES |= dict.fromkeys(("problem", "FAILED"), "bold red")
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are ours: one line, exit 64.
 
-    verb: as it is called; shared: names in SHARED; settings: as for argparse.
+    verb: as it is called; shared: names in SHARED; settings: as for argparse. What the verb does is
+    told by the first paragraph of its module.
     """
 
     def __init__(self, verb: str, *shared: str, **settings: Any) -> None:
         self.verb, self.known, self.overridden = verb, list[str](), "overrides" in shared
-        prog = f"python -m gain_cl {verb}"
-        super().__init__(prog, **{"allow_abbrev": False, **settings})
+        module = sys.modules.get(f"gain_cl.tools.{verb.replace('-', '_')}")
+        about = str(module and module.__doc__).partition("\n\n")[0].partition("``: ")[2]
+        given = {"allow_abbrev": False, "description": about, **settings}
+        super().__init__(f"python -m gain_cl {verb}", **given)
         for name in shared:
             self.add_argument(name, **SHARED[name])
 

@@ -1,5 +1,5 @@
-"""``python -m gain_cl compare RUN ... | experiment=NAME``: settings side by side, fronts, equal
-skill, and a verdict per endpoint."""
+"""``python -m gain_cl compare RUN ... | experiment=NAME``: settings side by side, of runs or of the
+finished runs of an experiment, with intervals, fronts, equal skill and a verdict per endpoint."""
 
 from __future__ import annotations
 
@@ -22,9 +22,7 @@ from gain_cl.tools.status import asked_experiment
 
 def main(argv: list[str]) -> int:
     """Print the comparison, or JSON: the same tables as data."""
-    about = "Compare runs (RUN RUN ...), or the finished runs of an experiment (experiment=NAME): "
-    about += "intervals, fronts, equal skill, a verdict per endpoint."
-    parser = Parser("compare", "words", "--results-dir", "--json", description=about)
+    parser = Parser("compare", "words", "--results-dir", "--json")
     parser.option(
         "--skill",
         "own step in %% at which methods are matched (default: the middle of what both reach)",

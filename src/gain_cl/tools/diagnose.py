@@ -55,9 +55,7 @@ Shares = dict[str, float | None]
 def main(argv: list[str]) -> int:
     """Print a summary, write results/diagnostics/RUN_ID.json and diagnostics.png and .pdf into the
     run's folder."""
-    about = "What a run changed in the weights: norm, directions, gains; and its KL divergence "
-    about += "from the pretrained model."
-    parser = Parser("diagnose", *RUN, description=about)
+    parser = Parser("diagnose", *RUN)
     parser.option(
         "--stage", "a stage, or all whose trained state was kept (default: %(default)s)", "all"
     )
@@ -184,12 +182,10 @@ class _Pretrained:
             found = {"cosines": cosines, "intruders": sum(c < THRESHOLD for c in cosines)}
             found["residual"] = _residuals(weights.residual_energies(change_OI, left_OR))
             found["own"] = _residuals(weights.residual_energies(base_OI, left_OR))
-        if name in self.projections:
-            energies = (x.double().square().sum(0) for x in (change_OI, base_OI))
-            parts = [weights.by_head(x, self.heads) for x in energies]
-            if None not in parts:
-                pairs = zip(*parts, strict=True)
-                found["heads"] = [math.sqrt(c / w) if w else 0.0 for c, w in pairs]
+        if name in self.projections and self.heads and base_OI.shape[1] % self.heads == 0:
+            parts = (x.double().square().sum(0) for x in (change_OI, base_OI))
+            change_H, base_H = (x.reshape(self.heads, -1).sum(1) for x in parts)
+            found["heads"] = (change_H / base_H).nan_to_num(0.0, 0.0).sqrt().tolist()
         return Layer(
             name=name,
             role=role,

@@ -1,4 +1,5 @@
-"""``python -m gain_cl doctor``: what this machine has, what it lacks and what to do.
+"""``python -m gain_cl doctor``: what this machine has, what it lacks and what to do. Exit
+code 65: a run would stop.
 
 A check is a function of the arguments that returns (status, finding, advice). To add one, write it
 and name it in ``CHECKS``. No value of a secret is printed, and no address. Imports torch where it
@@ -45,8 +46,7 @@ one. Advice is the next step, or empty."""
 
 def main(argv: list[str]) -> int:
     """Print the findings. DataError (exit 65): one of them would stop a run."""
-    about = "Say what this machine has, lacks and what to do. Exit code 65: a run would stop."
-    parser = Parser("doctor", "--json", "--output-dir", "--results-dir", description=about)
+    parser = Parser("doctor", "--json", "--output-dir", "--results-dir")
     parser.set_defaults(output_dir="runs")
     parser.option("--offline", "ask no server", False)
     args = parser.read(argv)

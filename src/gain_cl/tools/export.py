@@ -1,7 +1,9 @@
-"""``python -m gain_cl export``: what a run has learned, as files that others load without gain_cl.
+"""``python -m gain_cl export``: what a run has learned, as files that others load without gain_cl:
+to=peft, the adapter alone, in PEFT's format; to=merged, an ordinary transformers checkpoint. With a
+model card and the measured merge error.
 
-to=peft: the adapter alone, in PEFT's format. to=merged: an ordinary transformers checkpoint, base
-weights and the saved fp32 state multiplied in fp32, never weights already merged, and rounded once.
+What is merged are base weights and the saved fp32 state, multiplied in fp32, never weights already
+merged, and rounded once.
 Importing this module imports neither torch nor peft.
 """
 
@@ -69,9 +71,7 @@ class Exported(NamedTuple):
 
 def main(argv: list[str]) -> int:
     """Write the model after a stage, and print what was measured."""
-    about = "Write the model after a stage: to=peft, the adapter in PEFT's format; to=merged, an "
-    about += "ordinary transformers checkpoint. With a model card and the measured merge error."
-    parser = Parser("export", "run", "--results-dir", "--output-dir", description=about)
+    parser = Parser("export", "run", "--results-dir", "--output-dir")
     parser.add_argument("--to", choices=["peft", "merged"], required=True, help="to=peft|merged")
     parser.add_argument("--stage", help="stage=K (default: the last)")
     parser.add_argument("--dir", type=Path, help="dir=DIR, a new folder (default: exports/...)")

@@ -17,10 +17,9 @@ from gain_cl.tools.command import RUN, Parser, load_run, print_report
 
 def main(argv: list[str]) -> int:
     """Print the front: change of perplexity against the pretrained model for every alpha."""
-    about = "Score the models between the pretrained one and a stage's (WiSE-FT), without training."
-    parser = Parser("interpolate", *RUN, description=about)
-    about = "shares of the change of the weights (default: %(default)s)"
-    parser.option("--alpha", about, "0,0.25,0.5,0.75,1")
+    parser = Parser("interpolate", *RUN)
+    shares = "shares of the change of the weights (default: %(default)s)"
+    parser.option("--alpha", shares, "0,0.25,0.5,0.75,1")
     parser.option("--stage", "stage whose model is the far end (default: the last)", type=int)
     args = parser.read(argv)
     run = reopen.Reopened(load_run(args), args.output_dir)

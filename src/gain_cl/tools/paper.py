@@ -1,5 +1,7 @@
 """``python -m gain_cl tables | figures | report | paper experiment=NAME``: what is printed of an
-experiment, from its records alone."""
+experiment, from its records alone: tables as Markdown, LaTeX and CSV, with every number as tidy.csv
+and those a text quotes as LaTeX commands; figures as PDF and PNG; one HTML page that needs no
+network. They go to RESULTS_DIR/tables, figures, reports."""
 
 from __future__ import annotations
 
@@ -8,13 +10,6 @@ from gain_cl.paper.table import say
 from gain_cl.tools.command import FLAG, Parser
 from gain_cl.tools.status import asked_experiment
 
-ABOUT = {
-    "tables": "Tables of an experiment as Markdown, LaTeX and CSV, every number as tidy.csv, "
-    "those a text quotes as LaTeX commands.",
-    "figures": "Figures of an experiment as PDF and PNG.",
-    "report": "One HTML page of an experiment that needs no network.",
-    "paper": "Tables, figures and report of an experiment.",
-}
 MADE = {
     "tables": ("tables", build.made_tables),
     "figures": ("figures", build.made_figures),
@@ -26,9 +21,7 @@ MADE = {
 def main(what: str, argv: list[str]) -> int:
     """Make one kind, or all three. DataError names the runs that may not be printed."""
     kinds = list(MADE) if what == "paper" else [what]
-    places = ", ".join(MADE[kind][0] for kind in kinds)
-    about = f"{ABOUT[what]} They go to RESULTS_DIR/{places}."
-    parser = Parser(what, "words", description=about)
+    parser = Parser(what, "words", description=__doc__)
     parser.option("--partial", "true: leave out runs that may not be printed", **FLAG)
     parser.option("--force", "true or not, everything is made again", **FLAG)
     args = parser.read(argv)

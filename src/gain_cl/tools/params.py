@@ -1,5 +1,5 @@
-"""Trainable parameters of every model and method, from the presets alone: nothing is downloaded, no
-weight is allocated."""
+"""``python -m gain_cl params``: trainable parameters of models and methods, from the presets alone:
+nothing is downloaded, no weight is allocated."""
 
 from __future__ import annotations
 
@@ -35,8 +35,7 @@ KINDS: dict[str, tuple[str, TypeAdapter[Any]]] = {
 
 def main(argv: list[str]) -> int:
     """Print the table, or JSON."""
-    about = "Trainable parameters of models and methods, counted without weights from the presets."
-    parser = Parser("params", "--json", "--config-dir", "--plugin", description=about)
+    parser = Parser("params", "--json", "--config-dir", "--plugin")
     for group in KINDS:
         parser.option(f"--{group}", f"{group}=A,B: only these", "")
     args = parser.read(argv)

@@ -39,8 +39,7 @@ STATED = {
 
 def main(argv: list[str]) -> int:
     """Print what can be detected and the cost, or JSON."""
-    about = "Effects that an experiment can detect, and hours, before anything is spent."
-    parser = Parser("power", "words", "--results-dir", "--json", description=about)
+    parser = Parser("power", "words", "--results-dir", "--json")
     parser.option(
         "--pilot", "experiment whose finished runs tell noise and speed (default: this one)"
     )
@@ -107,8 +106,6 @@ def _effect(
     return {
         "endpoint": e.name,
         "what": contrast(e).removesuffix(", against 0"),
-        "kind": e.kind,
-        "margin": e.margin,
         "unit": "%" if losses else ("nats" if e.metric.startswith("margin") else "share"),
         "block_sd": block_sd,
         "document_se": document_se,

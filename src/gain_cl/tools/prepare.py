@@ -31,9 +31,7 @@ Report = dict[str, Any]
 
 def main(argv: list[str]) -> int:
     """Print the report. DataError (exit 65): a run could not use the data."""
-    about = "Fetch, tokenise and check the model, domains and tasks of a run (same overrides as "
-    about += "run), and report what they share."
-    parser = Parser("prepare", *CONFIGURATION, "--json", description=about)
+    parser = Parser("prepare", *CONFIGURATION, "--json")
     args = parser.read(argv)
     config = composition.compose(args.overrides, args.config_dir, args.plugin)
     with signals.listening():
@@ -76,8 +74,6 @@ def examine(config: RunConfig) -> Report:
         "run": {"id": plan.run_id, "finished": plan.finished, "record": str(plan.record_path)},
         "model": {**model, "embedding_rows": rows},
         "domains": {name: _domain(config, d, pins[name]) for name, d in domains.items()},
-        "tasks": plan.pins["tasks"],
-        "eval": {"split": config.eval.split, "documents": config.eval.documents},
         "near_duplicates": [asdict(n) for n in near],
         "benchmark_overlap": [asdict(s) for s in shared],
         "notes": notes + overlap.notes(near, shared, config.eval),

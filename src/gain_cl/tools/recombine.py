@@ -29,8 +29,7 @@ if TYPE_CHECKING:
 def main(argv: list[str]) -> int:
     """Print perplexity of the recombined model beside the run's, and what each stage contributes to
     each domain."""
-    about = "Multiply the gains of a run's stages anew, with stages left out or weighted."
-    parser = Parser("recombine", *RUN, description=about)
+    parser = Parser("recombine", *RUN)
     parser.option("--drop", "stages to leave out, by domain: law,medicine", "")
     parser.option("--scale", "powers of stages: medicine=0.5 (1 keeps, 0 drops, -1 undoes)", "")
     parser.option(

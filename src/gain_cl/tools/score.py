@@ -1,7 +1,8 @@
 """``python -m gain_cl score A B ...``: matrix and statistics of checkpoints that were trained
-elsewhere, as a run's.
+elsewhere, as a run's: folders or ORG/NAME@COMMIT, adapters of PEFT or whole models, in order, among
+the overrides of a run.
 
-Each is a PEFT adapter or a whole model, and stands in the place of a trained stage: the k-th
+Each stands in the place of a trained stage: the k-th
 learned the k-th domain. The result is a record like any other: show, verify and tables take it.
 """
 
@@ -18,9 +19,7 @@ from gain_cl.tools.command import CONFIGURATION, Parser
 
 def compose(argv: list[str]) -> RunConfig:
     """Return the run that scores the checkpoints on a command line."""
-    about = "Score checkpoints trained elsewhere: folders or ORG/NAME@COMMIT, adapters of PEFT or "
-    about += "whole models, in order, among the overrides of a run."
-    args = Parser("score", *CONFIGURATION, description=about).read(argv)
+    args = Parser("score", *CONFIGURATION).read(argv)
     overrides = [w for w in args.overrides if re.match(r"[~+]*[A-Za-z_][\w.@/-]*=", w)]
     checkpoints = [w for w in args.overrides if w not in overrides]
     if not checkpoints:

@@ -9,7 +9,7 @@ from gain_cl.tools.command import Parser, find_record
 
 def main(argv: list[str]) -> int:
     """Print the run that a path, a run id or the beginning of one names."""
-    parser = Parser("show", "run", "--results-dir", description="Print a finished run.")
+    parser = Parser("show", "run", "--results-dir")
     parser.option(
         "--definitions", "also what GEM, Chaudhry, TRACE and Avalanche make of the matrix", False
     )

@@ -25,8 +25,7 @@ STYLE = {
 
 def main(argv: list[str]) -> int:
     """Print the grid; with --missing the command of each run that is not done, a line each."""
-    about = "The runs of an experiment: done, running, failed, stopped or missing."
-    parser = Parser("status", "words", "--json", description=about)
+    parser = Parser("status", "words", "--json")
     parser.option(
         "--missing", "print the commands of the runs that are not done, one a line", False
     )

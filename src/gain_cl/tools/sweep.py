@@ -1,8 +1,11 @@
-"""``python -m gain_cl sweep experiment=NAME``: run what an experiment lacks."""
+"""``python -m gain_cl sweep experiment=NAME``: run what an experiment lacks, what is missing or
+was stopped, each run in a process of its own. slurm.KEY=VALUE are parameters of submitit:
+slurm.partition=gpu slurm.time=240 (minutes). Other KEY=VALUE words are overrides of every run
+(output_dir=, results_dir=, compute.threads=, track=wandb). Started again, or beside another
+launcher, it runs nothing twice."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
@@ -25,14 +28,6 @@ from gain_cl.studies.experiments import Experiment, Planned, planned_runs
 from gain_cl.system import lock
 from gain_cl.tools.command import FLAG, Parser
 from gain_cl.tools.status import asked_experiment, print_grid, run_command
-
-ABOUT = """\
-Run the runs of an experiment that are missing or were stopped, each in a process of its own.
-
-slurm.KEY=VALUE are parameters of submitit: slurm.partition=gpu slurm.time=240 (minutes).
-Other KEY=VALUE words are overrides of every run (output_dir=, results_dir=, compute.threads=,
-track=wandb). Started again, or beside another launcher, it runs nothing twice.
-"""
 
 
 def _listed(text: str) -> list[str]:
@@ -84,8 +79,7 @@ def main(argv: list[str]) -> int:
 
 def read_options(argv: list[str]) -> Any:
     """Return the options of the sweep, slurm.* among them as a dict, and the other words."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = Parser("sweep", "words", description=ABOUT, formatter_class=raw)
+    parser = Parser("sweep", "words")
     only = "methods, models, blockK or beginnings of run ids: only=lora,block0 is LoRA in block 0"
     parser.option("--only", only, type=_listed)
     at_a_time = "runs at a time on this machine (default: one for each GPU, else one; Slurm: all)"

@@ -71,10 +71,7 @@ Compared = Iterator[tuple[Any, ...]]
 
 def main(argv: list[str]) -> int:
     """Print the checks. Raises the first failure."""
-    about = (
-        "Recompute every number of a finished run from its raw values, and hash its files again."
-    )
-    args = Parser("verify", *RUN, description=about).read(argv)
+    args = Parser("verify", *RUN).read(argv)
     hashes.trust_nothing()
     case = Case(load_run(args), args.output_dir)
     lines, failure = examine(case)
@@ -290,29 +287,25 @@ def beginning(case: Case) -> Compared:
 # --- what the run read, where it still lies -------------------------------------------------------
 
 
-def cached_tokens(case: Case) -> Compared:
-    """The scored documents are the first of their split in the tokens that the record pins, which
-    are what was written."""
-    wanted, pins, files = case.config.eval, case.record.pins["tokens"], dict[str, Path]()
+def cached_documents(case: Case) -> Compared:
+    """The scored documents are the first of their split in the cached text that the record pins."""
+    wanted, pins, rows = case.config.eval, case.record.pins["tokens"], case.run.documents
+    absent = True
     for path in (hashes.cache_dir() / "tokens").glob("*/meta.json"):
         meta = read_sealed(path) or {"hash": None}
         for name in [name for name in pins if meta["hash"] == pins[name]]:
-            files = {array: path.with_name(f"{array}.npy") for array in meta["sha256"]}
-            yield "SHA-256", meta["sha256"], {a: sha256(file) for a, file in files.items()}, path
-            arrays = {a: np.load(f, mmap_mode="r", allow_pickle=False) for a, f in files.items()}
-            domain = Domain(name, case.config.domains[name].split, meta["hash"], arrays)
-            meant = []
-            for d in domain.split_documents(wanted.split)[: wanted.documents]:
-                count = min(len(d.tokens) - d.prompt, wanted.window or len(d.tokens))
-                meant.append([d.id, count, int(d.ends[d.prompt + count - 1])])
-            rows = case.run.documents.query("stage == 0 and domain == @name")
-            scored = rows[["document", "tokens", "bytes"]].to_numpy().tolist()
-            yield f"first documents of {name}", scored, meant
-    if not files:
+            absent, file = False, path.with_name("ids.npy")
+            yield "SHA-256", meta["sha256"]["ids"], sha256(file), file
+            ids = {"ids": np.load(file, allow_pickle=False)}
+            domain = Domain(name, case.config.domains[name].split, meta["hash"], ids)
+            scored = rows["document"][(rows["stage"] == 0) & (rows["domain"] == name)].tolist()
+            first = domain.ids(wanted.split)[: wanted.documents]
+            yield f"first documents of {name}", scored, first
+    if absent:
         raise Absent(f"no tokens of this run in {hashes.cache_dir()}")
 
 
 CHECKS: tuple[Callable[[Case], Compared], ...] = (
     settings, run_id, sums, task_counts, training, attempts, matrix_file, stages, metrics,
-    beginning, cached_tokens,
+    beginning, cached_documents,
 )  # fmt: skip

@@ -2,7 +2,7 @@
 matrices alone.
 
 W: a linear layer's pretrained weight, dW = W_tuned - W, both in nn.Linear's layout. Axes: O
-outputs, I inputs, R = min(O, I) singular directions, H heads.
+outputs, I inputs, R = min(O, I) singular directions.
 """
 
 from __future__ import annotations
@@ -86,11 +86,3 @@ def scaling(base_OI: Tensor, tuned_OI: Tensor) -> Scaling | None:
         if left_over <= EXACT * t.norm() and left_over <= 0.1 * (t - w).norm():
             return Scaling(side, s.flatten())
     return None
-
-
-def by_head(values_I: Tensor, heads: int) -> list[float] | None:
-    """Return (H,) sums over the inputs that a head feeds, of an attention output projection; None
-    when they do not divide."""
-    if heads < 1 or len(values_I) % heads:
-        return None
-    return values_I.reshape(heads, -1).sum(1).tolist()
