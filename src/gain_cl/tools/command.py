@@ -57,9 +57,10 @@ CONFIGURATION = ("overrides", "--config-dir", "--plugin")
 FLAG: dict[str, Any] = {"choices": ["true", "false"], "default": "false"}
 """Settings of an option that is on or off: dry_run=true."""
 
-STYLES = {"ok": "green", "warning": "yellow", "not there": "dim"}
-STYLES |= dict.fromkeys(("problem", "FAILED"), "bold red")
-"""What became of a check -> its colour."""
+STYLES = dict.fromkeys(("ok", "done"), "green") | dict.fromkeys(("not there", "missing"), "dim")
+STYLES |= dict.fromkeys(("warning", "stopped"), "yellow") | {"running": "cyan"}
+STYLES |= dict.fromkeys(("problem", "FAILED", "failed"), "bold red")
+"""What became of a check or a run -> its colour."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -162,7 +163,7 @@ def print_report(report: Any, as_json: bool, show: Callable[[Any], object]) -> i
 
 
 def print_rows(name: str, title: str, rows: list[dict[str, Any]]) -> None:
-    """Print rows of the same keys as a table, what became of a check in colour."""
+    """Print rows of the same keys as a table, what became of a check or a run in colour."""
     from rich.text import Text
 
     from gain_cl.paper.table import Row, Table, print_table

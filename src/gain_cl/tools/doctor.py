@@ -22,10 +22,9 @@ from typing import Any
 
 from rich.filesize import decimal as size
 
-from gain_cl.errors import DataError
-from gain_cl.system import hashes
+from gain_cl.errors import DataError, GainError
+from gain_cl.system import hashes, lock
 from gain_cl.system.hub import hub_state
-from gain_cl.system.lock import posix_locks
 from gain_cl.tools.command import Parser, print_report, print_rows
 
 NEED_MEMORY = 4_100_000_000
@@ -103,8 +102,7 @@ def torch(_: Any) -> Found:
     try:
         import torch
     except (ImportError, OSError):  # OSError: its libraries do not load
-        what = "it cannot be imported" if _installed("torch") else "not installed"
-        return "problem", what, "make setup, or pip install torch"
+        return "problem", "it cannot be imported", "make setup, or pip install torch"
     cuda = torch.cuda.is_available()
     gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count() * cuda)]
     about = [f"cuda:{i} {gpu.name}, {size(gpu.total_memory)}" for i, gpu in enumerate(gpus)]
@@ -155,16 +153,12 @@ def _existing(path: Path) -> Path:
 
 def disk(args: Any) -> Found:
     """Free space where a run writes, and whether it may write there."""
-    places = {"output_dir": args.output_dir, "results_dir": args.results_dir}
-    least, closed = float("inf"), []
-    for name, place in {**places, "GAIN_CL_CACHE": hashes.cache_dir()}.items():
-        folder = _existing(Path(place))
-        least = min(least, shutil.disk_usage(folder).free)
-        try:
-            tempfile.TemporaryFile(dir=folder).close()
-        except OSError:
-            closed.append(f"{name} {folder}")
-    found, advice = f"{size(int(least))} free", "free space (clean shows what can go), or move "
+    given = {"output_dir": args.output_dir, "results_dir": args.results_dir}
+    given |= {"GAIN_CL_CACHE": hashes.cache_dir()}
+    places = {name: _existing(Path(place)) for name, place in given.items()}
+    least = min(shutil.disk_usage(folder).free for folder in places.values())
+    closed = [f"{n} {folder}" for n, folder in places.items() if not os.access(folder, os.W_OK)]
+    found, advice = f"{size(least)} free", "free space (clean shows what can go), or move "
     advice += "output_dir=, results_dir=, GAIN_CL_CACHE"
     if closed:
         return "problem", f"not writable: {', '.join(closed)}", advice
@@ -175,21 +169,17 @@ def disk(args: Any) -> Found:
 
 
 def file_system(args: Any) -> Found:
-    """Locks and rename on the file system of output_dir: what one owner and whole files rest on."""
+    """Locks on the file system of output_dir: what one owner rests on."""
     folder, advice = _existing(Path(args.output_dir)), "name an output_dir= on another file system"
-    fcntl = posix_locks()
     try:
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".tmp-doctor-") as temporary:
-            lock = Path(temporary) / "LOCK"
-            with open(lock, "wb") as first, open(lock, "rb") as second:
-                fcntl.flock(first, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                with suppress(BlockingIOError):
-                    fcntl.flock(second, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    return "problem", f"{folder}: two can hold one lock, and one run", advice
-            os.replace(lock, lock.with_name("new"))
-    except OSError as error:
-        return "problem", f"{folder}: {error.strerror or type(error).__name__}", advice
-    return "ok", f"{folder}: locks and rename work (on one machine)", ""
+        temporary = tempfile.TemporaryDirectory(dir=folder, prefix=".tmp-doctor-")
+        with temporary as place, lock.owned(Path(place)):
+            held = lock.holder(Path(place))
+    except (GainError, OSError) as error:
+        return "problem", f"{folder}: {error}", advice
+    if held is None:
+        return "problem", f"{folder}: two can hold one lock, and one run", advice
+    return "ok", f"{folder}: locks work (on one machine)", ""
 
 
 # --- servers --------------------------------------------------------------------------------------

@@ -7,20 +7,10 @@ import shlex
 from collections import Counter
 from collections.abc import Sequence
 
-from rich.text import Text
-
 from gain_cl.errors import ConfigError
-from gain_cl.paper.table import Row, Table, print_table, say
+from gain_cl.paper.table import say
 from gain_cl.studies.experiments import Experiment, Planned, load_experiment, planned_runs
-from gain_cl.tools.command import Parser, print_report
-
-STYLE = {
-    "done": "green",
-    "running": "cyan",
-    "failed": "bold red",
-    "stopped": "yellow",
-    "missing": "dim",
-}
+from gain_cl.tools.command import Parser, print_report, print_rows
 
 
 def main(argv: list[str]) -> int:
@@ -37,16 +27,10 @@ def main(argv: list[str]) -> int:
             if run.state != "done":
                 print(run_command(run, more))
         return 0
-    rows = [
-        {
-            "model": r.model,
-            "setting": r.label,
-            "block": r.block,
-            "run_id": r.run_id,
-            "state": r.state,
-        }
-        for r in found
-    ]
+    rows = []
+    for run in found:
+        about = {"model": run.model, "setting": run.label, "block": run.block}
+        rows.append({**about, "run_id": run.run_id, "state": run.state})
     report = {"experiment": experiment.name, "runs": rows}
     return print_report(report, args.json, lambda _: print_grid(experiment, found))
 
@@ -71,17 +55,13 @@ def run_command(run: Planned, more: list[str]) -> str:
 
 def print_grid(experiment: Experiment, found: Sequence[Planned]) -> None:
     """Print settings by blocks with the state of each run, and how many are in which."""
-    states = {run.run_id: run.state for run in found}
-    blocks = sorted({run.block for run in found})
-    grid: dict[tuple[str, str], dict[int, Planned]] = {}
+    blocks = {f"block {k}": "" for k in sorted({run.block for run in found})}
+    grid: dict[tuple[str, str], dict[str, str]] = {}
     for run in found:
-        grid.setdefault((run.model, run.label), {})[run.block] = run
-    rows = []
-    for names, mine in grid.items():
-        told = [states[mine[k].run_id] if k in mine else "" for k in blocks]
-        cells = [Text(state, STYLE.get(state, "")) for state in told]
-        rows.append(Row([*names, *cells, mine[min(mine)].run_id]))
-    heads = ["model", "setting", *(f"block {k}" for k in blocks), f"run id in block {blocks[0]}"]
-    print_table(Table("status", f"{experiment.name}: {experiment.question}", heads, rows))
-    counts = ", ".join(f"{n} {state}" for state, n in Counter(states.values()).items())
+        names = {"model": run.model, "setting": run.label}
+        row = {**names, **blocks, "first run id": run.run_id}
+        grid.setdefault((run.model, run.label), row)[f"block {run.block}"] = run.state
+    print_rows("status", f"{experiment.name}: {experiment.question}", [*grid.values()])
+    told = Counter(row[block] for row in grid.values() for block in blocks if row[block])
+    counts = ", ".join(f"{n} {state}" for state, n in told.items())
     say(f"{len(found)} runs: {counts}")
