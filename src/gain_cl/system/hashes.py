@@ -47,12 +47,6 @@ def _sha256(path: str, *stamp: int) -> str:
 _trusting = True
 
 
-def trust_nothing() -> None:
-    """Make this process hash each file itself, whatever was remembered of it: for verify."""
-    global _trusting
-    _trusting = False
-
-
 @contextlib.contextmanager
 def doubting() -> Iterator[None]:
     """Trust nothing for the block."""

@@ -119,14 +119,12 @@ def find_record(name: str, results_dir: Path | str) -> Path:
     found = {path.stem: path for path in sorted(folder.glob(f"{glob.escape(name)}*.json"))}
     if name in found:
         return found[name]
-    # a run goes before what was interpolated from it
-    runs = [path for stem, path in found.items() if stem.rpartition("-alpha")[0] not in found]
-    if len(runs) != 1:
-        what = f"{len(runs)} runs begin with {name!r}" if runs else f"no run {name!r}"
+    if len(found) != 1:
+        what = f"{len(found)} runs begin with {name!r}" if found else f"no run {name!r}"
         options = list(found) or [path.stem for path in folder.glob("*.json")]
         do = suggest(name, options) or "give the path of a record"
         raise ConfigError(what, str(folder), do)
-    return runs[0]
+    return next(iter(found.values()))
 
 
 def load_run(args: Any) -> Run:

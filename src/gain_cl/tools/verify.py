@@ -72,7 +72,6 @@ Compared = Iterator[tuple[Any, ...]]
 def main(argv: list[str]) -> int:
     """Print the checks. Raises the first failure."""
     args = Parser("verify", *RUN).read(argv)
-    hashes.trust_nothing()
     case = Case(load_run(args), args.output_dir)
     lines, failure = examine(case)
     name, good = case.record.run_id, sum(line["state"] == "ok" for line in lines)
