@@ -18,6 +18,7 @@ import tempfile
 import time
 from contextlib import nullcontext, suppress
 from pathlib import Path
+from typing import Any
 
 from gain_cl.compose.composition import compose
 from gain_cl.compose.messages import key_of
@@ -81,8 +82,10 @@ def main(argv: list[str]) -> int:
     place = new_folder(Path(args.keep)) if args.keep else Path(config.output_dir)
     place.mkdir(parents=True, exist_ok=True)
     print(f"seed {seed}: {' '.join(words)}", file=sys.stderr, flush=True)
-    temporary = tempfile.TemporaryDirectory(dir=place, prefix=".tmp-verify-resume-")
-    with signals.listening(), nullcontext(place) if args.keep else temporary as folder:
+    work: Any = nullcontext(place)
+    if not args.keep:
+        work = tempfile.TemporaryDirectory(dir=place, prefix=".tmp-verify-resume-")
+    with signals.listening(), work as folder:
         kind = getattr(signal, f"SIG{args.signal}")
         _compare(words, args.kills, kind, random.Random(seed), Path(folder).absolute())
     return 0
