@@ -93,11 +93,22 @@ def snapshot_folder(repo: str, sha: str, repo_type: RepoType) -> Path:
     return Path(constants.HF_HUB_CACHE).expanduser() / name / "snapshots" / sha
 
 
-def hub_state() -> tuple[str, bool, bool]:
-    """Return (address of the hub, True if it may not be asked, True if there is a login)."""
-    from huggingface_hub import constants, get_token
+def hub_state() -> tuple[bool, bool]:
+    """Return (True if the hub may not be asked, True if there is a login)."""
+    from huggingface_hub import get_token
 
-    return constants.ENDPOINT, _offline(), get_token() is not None
+    return _offline(), get_token() is not None
+
+
+def hub_trouble(seconds: float) -> str:
+    """Return empty when the hub answers, else why not, in words that hold no password."""
+    from huggingface_hub import constants, get_session
+
+    try:
+        status = get_session().head(constants.ENDPOINT, timeout=seconds).status_code
+    except Exception as error:
+        return f"not reached ({type(error).__name__})"
+    return f"HTTP {status}" if status >= 500 or status == 407 else ""
 
 
 def _offline() -> bool:

@@ -24,7 +24,7 @@ from rich.filesize import decimal as size
 
 from gain_cl.errors import DataError, GainError
 from gain_cl.system import hashes, lock
-from gain_cl.system.hub import hub_state
+from gain_cl.system.hub import hub_state, hub_trouble
 from gain_cl.tools.command import Parser, print_report, print_rows
 
 NEED_MEMORY = 4_100_000_000
@@ -221,19 +221,12 @@ def default_packages() -> list[str]:
 
 def hub(args: Any) -> Found:
     """Whether the hub answers, and whether there is a login, not what it is."""
-    from huggingface_hub import get_session
-
-    url, offline, login = hub_state()
+    offline, login = hub_state()
     told = "login" if login else "no login"
     advice = "" if login else "gated models need one: hf auth login, or HF_TOKEN"
     if args.offline or offline:
         return "ok", f"not asked; {told}", advice
-    try:
-        answer = get_session().head(url, timeout=ANSWER_SECONDS).status_code
-        trouble = f"HTTP {answer}" if answer >= 500 or answer == 407 else ""
-    except Exception as error:  # its words may hold a password
-        trouble = f"not reached ({type(error).__name__})"
-    if trouble:
+    if trouble := hub_trouble(ANSWER_SECONDS):
         network = "check the network and the proxy variables; the default run needs no hub"
         return "warning", f"{trouble}; {told}", network
     return "ok", f"answers; {told}", advice
