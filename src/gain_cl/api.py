@@ -3,7 +3,6 @@ on any model."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -74,12 +73,7 @@ def compare(*runs_or_paths: Run | str | Path) -> pd.DataFrame:
             "trainable_parameters": int(s.one(lambda run: run.record.trainable_parameters)),
         }
         for metric in COMPARED:
-            found = level(s, metric)
-            value = (
-                (math.nan,) * 3
-                if found is None
-                else (found.estimate.value, found.estimate.low, found.estimate.high)
-            )
-            row |= zip((metric, f"{metric}_low", f"{metric}_high"), value, strict=True)
+            e = level(s, metric).estimate
+            row |= {metric: e.value, f"{metric}_low": e.low, f"{metric}_high": e.high}
         rows.append(row)
     return pd.DataFrame(rows)

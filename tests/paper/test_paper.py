@@ -314,7 +314,7 @@ def test_a_hand_made_table_in_every_format() -> None:
             Row(
                 [
                     "gain_ffn",
-                    Value(-1.25, -2.5, 0.0, lambda x: f"{x:+.1f}", bold=True),
+                    Value(-1.25, lambda x: f"{x:+.1f}", -2.5, 0.0, bold=True),
                     Value(63360, write=lambda x: f"{x:,.0f}"),
                 ],
                 ["run-1"],

@@ -23,7 +23,7 @@ from gain_cl.errors import DataError
 from gain_cl.measure import record
 from gain_cl.paper import show
 from gain_cl.paper.table import print_table
-from gain_cl.paper.tables.matrix import colour, in_terminal
+from gain_cl.paper.tables.matrix import in_terminal
 from gain_cl.runs import finish, heatmap
 from gain_cl.stats import format, matrix
 from gain_cl.system.terminal import console
@@ -105,19 +105,6 @@ def test_narrow_terminals_lose_no_number(run: record.Run, width: int) -> None:
     assert shown == pytest.approx(sorted(run.matrix.to_numpy().ravel()), abs=0.0051)
     for name in [*synthetic.OFFLINE, *synthetic.CONTROLS]:
         assert name in text  # in full in the head of one of the tables
-
-
-def test_colour_only_in_a_terminal(run: record.Run) -> None:
-    assert "\x1b" not in printed(run)
-    coloured = printed(run, force_terminal=True, color_system="256", legacy_windows=False)
-    assert "38;5;33m" in coloured  # blue: the learned cells fell by more than 10%
-    assert re.sub(r"\x1b\[[0-9;]*m", "", coloured) == printed(run)
-
-
-def test_colour_follows_the_change() -> None:
-    assert colour(-0.2, False) != colour(0.2, False)
-    assert colour(0.005, False) == colour(math.nan, False) == "default"
-    assert colour(-0.2, True).startswith("bold")
 
 
 @pytest.mark.parametrize("perplexity", [1.5, 455.6, 49_152.0, 3e9])

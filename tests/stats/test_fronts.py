@@ -54,20 +54,9 @@ def simulated(
                     }
                     for axis, mean in enumerate((x, float(truth(name, x)) + shift))
                 ]
-                points.append(
-                    [
-                        (
-                            sum(z.sum() / t.sum() for z, t in p.values()),
-                            inference.resampled(p, 0, resamples),
-                        )
-                        for p in parts
-                    ]
-                )
-            (x0, xs), (y0, ys) = (
-                ([p[axis][0] for p in points], np.stack([p[axis][1] for p in points], axis=1))
-                for axis in (0, 1)
-            )
-            found[name].append(Front(np.array(x0), np.array(y0), xs, ys, n, name))
+                points.append([inference.resampled(p, 0, resamples) for p in parts])
+            xs, ys = (np.stack([p[axis] for p in points], axis=1) for axis in (0, 1))
+            found[name].append(Front(xs, ys, n, name))
     return found
 
 
@@ -148,12 +137,9 @@ def test_equal_cost() -> None:
     cost, y = np.array([1e6, 1e4, 1e5]), np.array([3.0, 1.0, 2.0])
     assert math.isclose(fronts.at_equal(cost, y, 10**4.5), 1.5)
     assert np.allclose(fronts.at_equal(cost, np.stack([y, 2 * y]), 1e5), [2, 4])
-    assert math.isclose(
-        fronts.at_equal(np.array([1.0, 3.0]), np.array([1.0, 2.0]), 2.0, log=False), 1.5
-    )
     assert math.isnan(fronts.at_equal(cost, y, 1e7))
     for bad in ([1e4, 1e4], [1e4]):
-        with pytest.raises(ValueError, match="settings"):
+        with pytest.raises(ValueError, match=r"increasing|2"):
             fronts.at_equal(np.array(bad), y[: len(bad)], 1e4)
 
 
@@ -212,7 +198,7 @@ def test_matched_is_paired_and_signed() -> None:
 
 def test_matched_without_documents_uses_blocks_alone() -> None:
     f = simulated(np.random.default_rng(3), blocks=3, block_sd=0.002)
-    bare = {name: [Front(x.x, x.y, name=name) for x in side] for name, side in f.items()}
+    bare = {name: [Front(x.x[:1], x.y[:1], name=name) for x in side] for name, side in f.items()}
     m = fronts.matched(bare["a"], bare["b"], -0.14)
     assert m.documents is None and math.isnan(m.over_documents.low) and not m.reason
     assert m.over_blocks == inference.blocks(m.differences)
@@ -224,14 +210,13 @@ def test_matched_refuses_what_is_out_of_reach() -> None:
     assert (
         "a does not reach" in m.reason and math.isnan(m.over_documents.value) and math.isfinite(m.b)
     )
-    edge = float(f["a"][0].x.min()) + 1e-6  # half of the resamples learn less than this
+    edge = float(f["a"][0].x[0].min()) + 1e-6  # half of the resamples learn less than this
     m = fronts.matched(f["a"], f["b"], edge)
     assert "of the resamples of documents do not reach" in m.reason
     assert math.isfinite(m.over_documents.value) and math.isnan(m.over_documents.low)
-    weak = Front(np.array([-0.01, -0.02]), np.array([0.0, 0.01]), name="weak")
-    m = fronts.matched(
-        [weak], [Front(SETTINGS["b"], np.asarray(truth("b", SETTINGS["b"])), name="b")]
-    )
+    weak = Front(np.array([[-0.01, -0.02]]), np.array([[0.0, 0.01]]), name="weak")
+    b = Front(SETTINGS["b"][None], np.asarray(truth("b", SETTINGS["b"]))[None], name="b")
+    m = fronts.matched([weak], [b])
     assert (
         m.skill == pytest.approx(-0.018) and m.reason == ""
     )  # 9/10 of what the weak one learns at most; b answers with its least

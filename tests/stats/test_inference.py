@@ -139,7 +139,7 @@ def test_resamples_equal_drawing_documents_again() -> None:
             d: tuple(np.repeat(x, inference._counts(3, d, 12, 20)[r]) for x in pair)
             for d, pair in parts.items()
         }
-        assert math.isclose(inference.resampled(parts, 3, 20)[r], value(drawn), rel_tol=1e-12)  # type: ignore[arg-type]
+        assert math.isclose(inference.resampled(parts, 3, 20)[1 + r], value(drawn), rel_tol=1e-12)  # type: ignore[arg-type]
         assert math.isclose(deviations[r], value(drawn) - value(parts), abs_tol=1e-14)  # type: ignore[arg-type]
         assert math.isclose(
             math.sqrt(variances[r]), inference.error(drawn).standard_error, rel_tol=1e-9

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterator
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -14,12 +14,25 @@ from gain_cl.measure.record import Run
 from gain_cl.paper import figures, tables
 from gain_cl.paper.figures import style
 from gain_cl.paper.gather import Book
-from gain_cl.paper.table import GAP, as_csv, change_of, latex, markdown, of, p_value, written
+from gain_cl.paper.table import (
+    GAP,
+    Value,
+    as_csv,
+    change_of,
+    count,
+    latex,
+    markdown,
+    of,
+    p_value,
+    plain,
+    written,
+)
+from gain_cl.paper.tables import domains, main
 from gain_cl.runs import heatmap
 from gain_cl.stats.format import change
 from gain_cl.stats.matrix import summary
 from gain_cl.studies import verdicts
-from gain_cl.studies.study import Compared, Setting, Study, difference, level, loss_matrix
+from gain_cl.studies.study import Study, difference, level, loss_matrix
 from gain_cl.system import files
 
 Files = dict[str, bytes]
@@ -35,12 +48,12 @@ def made_tables(book: Book) -> Files:
         writers = {"md": markdown, "tex": latex, "csv": as_csv}
         found |= {f"{t.name}.{kind}": write(t) for kind, write in writers.items()}
     quoted = numbers(book)
-    found["tidy.csv"] = written([LONG, *long_rows(book)])
+    found["tidy.csv"] = written([LONG.split(), *long_rows(book)])
     found["numbers.csv"] = written([["name", "value"], *quoted.items()])
     found["numbers.tex"] = macros(book.experiment.name, quoted)
     if book.gaps:
         found["PARTIAL.txt"] = "".join(f"{GAP}{gap}\n" for gap in book.gaps)
-    records = [["run", "model", "setting", "block", "commit", "sha256"]]
+    records = [RECORDS.split()]
     for c in book.printed:
         run = book.runs[c.run_id]
         about = [c.run_id, c.model, c.label, str(c.block), commit(run)]
@@ -54,7 +67,7 @@ def made_figures(book: Book) -> Files:
     found: Files = {}
     captions = [f"- {GAP}{gap}" for gap in book.gaps]
     for name, caption, figure in (*drawn(book), *heat_maps(book)):
-        found |= {f"{name}.pdf": style.vector(figure), f"{name}.png": style.png(figure)}
+        found |= {f"{name}.{kind}": style.written(figure, kind) for kind in ("pdf", "png")}
         captions.append(f"- `{name}`: {caption}")
     found["captions.md"] = ("\n".join(captions) + "\n").encode()
     return found
@@ -67,7 +80,7 @@ def made_report(book: Book) -> Files:
     return {"index.html": report.page(book)}
 
 
-def drawn(book: Book) -> Iterable[tuple[str, str, Figure]]:
+def drawn(book: Book) -> Iterator[tuple[str, str, Figure]]:
     """Yield (name, caption, figure) of all there is something to draw for."""
     for model, study in book.studies.items():
         for name, module in figures.ALL.items():
@@ -77,15 +90,14 @@ def drawn(book: Book) -> Iterable[tuple[str, str, Figure]]:
                 yield named, module.CAPTION, style.partial(figure, len(book.gaps))
 
 
-def heat_maps(book: Book) -> Iterable[tuple[str, str, Figure]]:
+def heat_maps(book: Book) -> Iterator[tuple[str, str, Figure]]:
     """Yield the same of the matrix of each run of a chosen setting."""
     caption = "perplexity, its colour the change from the pretrained model."
     for study in book.studies.values():
-        for s in study.chosen.values():
-            for run in s.runs.values():
-                figure = heatmap.draw_matrix(run, s.label, style.DOUBLE)
-                name = f"matrix-{run.record.run_id}"
-                yield name, f"{s.label}: {caption}", style.partial(figure, len(book.gaps))
+        for s, run in study.chosen_runs:
+            figure = heatmap.draw_matrix(run, s.label, style.DOUBLE)
+            partial = style.partial(figure, len(book.gaps))
+            yield f"matrix-{run.record.run_id}", f"{s.label}: {caption}", partial
 
 
 TABLES = "main endpoints settings skill domains blocks tasks models parameters published"
@@ -107,38 +119,24 @@ def replace_files(folder: Path, made: Files) -> None:
 
 # --- numbers --------------------------------------------------------------------------------------
 
-LONG = [
-    "experiment",
-    "model",
-    "method",
-    "setting",
-    "block",
-    "seed",
-    "run",
-    "stage",
-    "after",
-    "kind",
-    "name",
-    "metric",
-    "value",
-]
+LONG = "experiment model method setting block seed run stage after kind name metric value"
+RECORDS = "run model setting block commit sha256"
+"""Heads of tidy.csv and records.csv."""
 
 
-def long_rows(book: Book) -> list[list[object]]:
-    """Return a row for every number: sums and losses of each domain, counts of each task, training,
+def long_rows(book: Book) -> Iterator[list[object]]:
+    """Yield a row for every number: sums and losses of each domain, counts of each task, training,
     summaries of the run, its cost."""
-    rows: list[list[object]] = []
     for c in book.printed:
         run = book.runs[c.run_id]
         about = [book.experiment.name, c.model, c.method, c.label, c.block]
         about += [run.record.seed, c.run_id]
         for place, values in _numbers_of(run):
-            known = {k: "" if math.isnan(x) else f"{x:.12g}" for k, x in values.items()}
-            rows += [[*about, *place, metric, text] for metric, text in known.items()]
-    return rows
+            for metric, x in values.items():
+                yield [*about, *place, metric, "" if math.isnan(x) else f"{x:.12g}"]
 
 
-def _numbers_of(run: Run) -> Iterable[tuple[list[object], dict[str, float]]]:
+def _numbers_of(run: Run) -> Iterator[tuple[list[object], dict[str, float]]]:
     """Yield (stage, after, kind, name) and the numbers there."""
     r = run.record
     for s in r.stages:
@@ -170,65 +168,48 @@ def numbers(book: Book) -> dict[str, str]:
     found: dict[str, str] = {}
     for model, study in book.studies.items():
         start = "" if len(book.studies) == 1 else f"{model} "
-        found |= {f"{start}{name}": text for name, text in _numbers(study).items()}
+        for name, v in _quoted(study):
+            if isinstance(v, str):
+                found[f"{start}{name}"] = v
+                continue
+            values = {"": v.value, " low": v.low, " high": v.high}
+            shown = ((end, x) for end, x in values.items() if not math.isnan(x))
+            found |= {f"{start}{name}{end}": v.write(x) for end, x in shown}
     if book.gaps:
         found["gaps"] = str(len(book.gaps))
     return found
 
 
-def _numbers(study: Study) -> dict[str, str]:
-    found: dict[str, str] = {"blocks": str(len(study.blocks))}
-    scored = tables.main.scored(study)
-    metrics = [*tables.main.METRICS, *(f"{m}:{t}" for t in scored for m in ("margin", "accuracy"))]
+def _quoted(study: Study) -> Iterator[tuple[str, Value | str]]:
+    yield "blocks", str(len(study.blocks))
+    metrics = [*main.METRICS, *main.task_metrics(study)]
     for method, s in study.chosen.items():
-        for metric in metrics:
-            found |= _quoted(f"{method} {metric}", metric, level(s, metric), len(s.runs))
-        for d in tables.domains.domain_names(study):
-            change = tables.domains.from_base(s, d)
-            found |= _quoted(f"{method} from_base of {d}", "from_base", change)
-        found[f"{method} trains"] = f"{tables.main.parameters(s):,.0f}"
-        found[f"{method} minutes"] = f"{tables.main.minutes(s):.1f}"
+        for m in metrics:
+            yield f"{method} {m}", of(m, level(s, m), blocks=len(s.runs))
+        for d in domains.domain_names(study):
+            yield f"{method} from_base of {d}", of("from_base", domains.from_base(s, d))
+        yield f"{method} trains", Value(main.parameters(s), count)
+        yield f"{method} minutes", Value(main.minutes(s), plain(1))
         for block in s.runs:
-            for metric in ("own_step", "backward"):
-                if value := change_of(s.value(metric, block)):
-                    found[f"{method} {metric} block {block[0]}"] = value.shown
-    for a, b in _pairs(study):
-        for metric in metrics:
-            name, shared = (
-                f"{a.method} minus {b.method} {metric}",
-                len(a.runs.keys() & b.runs.keys()),
-            )
-            found |= _quoted(name, metric, difference(a, b, metric), shared)
-    for j in verdicts.judge(study):
-        name = f"endpoint {j.endpoint.name}"
-        found |= _quoted(name, j.endpoint.metric, j.compared)
-        found |= {
-            f"{name} {k}": p_value(p)
-            for k, p in (("p", j.tests.difference), ("p equal", j.tests.equivalence))
-            if not math.isnan(p)
-        }
-        found[f"{name} verdict"] = j.verdict
-    return found
-
-
-def _quoted(name: str, metric: str, found: Compared | None, blocks: int = 0) -> dict[str, str]:
-    """Return a value and the ends of its interval, by name."""
-    v = of(metric, found, blocks=blocks)
-    if v is None:
-        return {}
-    ends = {} if math.isnan(v.low) else {f"{name} low": v.low, f"{name} high": v.high}
-    return {k: v.write(x) for k, x in {name: v.value, **ends}.items()}
-
-
-def _pairs(study: Study) -> list[tuple[Setting, Setting]]:
-    """Return every two chosen settings: the reference second, else the one that is named later
-    first."""
+            for m in ("own_step", "backward"):
+                yield f"{method} {m} block {block[0]}", change_of(s.value(m, block))
+    # every two: the reference second, else the one that is named later first
     ordered = sorted(study.chosen.values(), key=lambda s: s.method != study.reference)
     pairs = [(a, b) for i, a in enumerate(ordered) for b in ordered[:i]]
-    return sorted(pairs, key=lambda pair: pair[1].method != study.reference)
+    for a, b in sorted(pairs, key=lambda pair: pair[1].method != study.reference):
+        for m in metrics:
+            shared = len(a.runs.keys() & b.runs.keys())
+            less = of(m, difference(a, b, m), blocks=shared)
+            yield f"{a.method} minus {b.method} {m}", less
+    for j in verdicts.judge(study):
+        name = f"endpoint {j.endpoint.name}"
+        yield name, of(j.endpoint.metric, j.compared)
+        yield f"{name} p", Value(j.tests.difference, p_value)
+        yield f"{name} p equal", Value(j.tests.equivalence, p_value)
+        yield f"{name} verdict", j.verdict
 
 
-_DIGITS = ["Zero", "One", "Two", "Three", "Four", "Five", "Six", "Seven", "Eight", "Nine"]
+_DIGITS = "Zero One Two Three Four Five Six Seven Eight Nine"
 
 
 def macros(experiment: str, quoted: dict[str, str]) -> str:
@@ -237,7 +218,9 @@ def macros(experiment: str, quoted: dict[str, str]) -> str:
     lines, taken = [], dict[str, str]()
     for name, text in quoted.items():
         words = re.findall(r"[A-Za-z]+|\d", f"{experiment} {name}")
-        command = "".join(_DIGITS[int(w)] if w.isdigit() else w[0].upper() + w[1:] for w in words)
+        command = "".join(
+            _DIGITS.split()[int(w)] if w.isdigit() else w[0].upper() + w[1:] for w in words
+        )
         command = command[0].lower() + command[1:]
         if taken.setdefault(command, name) != name:
             raise DataError(

@@ -44,16 +44,16 @@ def gather(
 
     DataError names every run that is missing, failed, running, stale, tainted, limited, damaged or
     unlike the others; partial: such runs are left out and listed."""
-    planned = planned_runs(experiment, more)
+    planned, more = planned_runs(experiment, more), more or []
     runs: dict[str, Run] = {}
     gaps: list[str] = []
     for c in planned:
         name = f"{c.model} {c.label} block {c.block}"
         try:
             run = record.load(c.record) if c.state == "done" else None
-            if fault := c.state if run is None else _fault(run, c):
+            if fault := _fault(run, c) if run else c.state:
                 gaps.append(f"{name} is {fault} ({c.run_id})")
-            elif run is not None:
+            elif run:
                 runs[c.run_id] = run
         except GainError as error:
             gaps.append(f"{name}: {error.what} ({error.where})")
@@ -63,23 +63,17 @@ def gather(
             gaps.append(f"mixed {what}: {odd.run_id} has {value}")
             del runs[odd.run_id]
     if gaps and not partial:
-        several = f"; {len(gaps) - 5} more" if len(gaps) > 5 else ""
+        several = ["..."] if len(gaps) > 5 else []
         raise DataError(
             f"{len(gaps)} of {len(planned)} runs may not enter a table: "
-            f"{'; '.join(gaps[:5])}{several}",
+            f"{'; '.join(gaps[:5] + several)}",
             f"experiment {experiment.name}",
             "run or fix them, or give partial=true to show gaps",
         )
-    words = [w for w in more or [] if w.partition("=")[0] not in ("results_dir", "output_dir")]
-    return Book(
-        experiment,
-        planned,
-        studies_of(experiment, planned, runs),
-        runs,
-        planned[0].record.parent.parent,
-        gaps,
-        [f"experiment={given or experiment.name}", *words],
-    )
+    words = [w for w in more if not w.startswith(("results_dir=", "output_dir="))]
+    words.insert(0, f"experiment={given or experiment.name}")
+    studies, results = studies_of(experiment, planned, runs), planned[0].record.parents[1]
+    return Book(experiment, planned, studies, runs, results, gaps, words)
 
 
 def _fault(run: Run, planned: Planned) -> str | None:

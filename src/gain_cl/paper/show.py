@@ -93,11 +93,11 @@ def render(
         why = "changed between attempts of this run, by allow_change"
         write(f"TAINTED: {'; '.join(r.tainted)} ({why})", "bold")
     write()
-    show(matrix.in_terminal(r, None if shipped is None else shipped.record))
+    show(matrix.in_terminal(r, shipped.record if shipped else None))
     show(summarised(summary(losses)))
-    ages = forgetting_by_age(losses)
-    if losses.stages >= 3 and ages:  # of two stages it is the backward change
-        show(by_age({a: losses.estimate(c) for a, c in ages.items()}, losses.stages))
+    ages = {a: losses.estimate(c) for a, c in forgetting_by_age(losses).items()}
+    if len(ages) > 1:  # of two stages it is the backward change
+        show(by_age(ages))
     if definitions and (found := published(losses)):
         write(
             "The same matrix by other definitions, nats per token, with their signs "
@@ -107,14 +107,11 @@ def render(
             write(f"  {name:<27}{value:+.4f}")
         write()
     first, last = (
-        sum(stage.domains[d].bits_per_byte for d in r.trained) / len(r.trained)
-        for stage in (r.stages[0], r.stages[-1])
+        np.mean([s.domains[d].bits_per_byte for d in r.trained])
+        for s in (r.stages[0], r.stages[-1])
     )
-    write(
-        f"bits per byte, mean over trained domains: {first:.4f} pretrained, {last:.4f} after "
-        f"stage {r.stages[-1].index}"
-    )
-    write()
+    ends = f"{first:.4f} pretrained, {last:.4f} after stage {r.stages[-1].index}"
+    write(f"bits per byte, mean over trained domains: {ends}\n")
     for task in dict.fromkeys(t for s in r.stages for t in s.tasks):
         _task(run, task, write, show)
     units = "test documents and task items" if len(run.items) else "test documents"
@@ -126,8 +123,7 @@ def render(
     if r.notes:
         write("\n" + "\n".join(f"note: {note}" for note in r.notes))
     if reasons := demonstration([r]):
-        write()
-        write(DEMONSTRATION, "bold")
+        write(f"\n{DEMONSTRATION}", "bold")
         write(f"  ({'; '.join(reasons)})")
     write()
     for label, path in files.items():
@@ -139,10 +135,10 @@ def demonstration(records: Sequence[RunRecord]) -> list[str]:
 
     The rule: fewer than STUDY_TOKENS training tokens in some stage, or a single run (one seed of
     one method says nothing of the spread between seeds)."""
-    tokens = [s.train.tokens for r in records for s in r.stages if s.train is not None]
+    tokens = min((s.train.tokens for r in records for s in r.stages if s.train), default=0)
     reasons = []
-    if tokens and min(tokens) < STUDY_TOKENS:
-        reasons.append(f"{min(tokens):,} training tokens per domain, a study has {STUDY_TOKENS:,}")
+    if tokens < STUDY_TOKENS:
+        reasons.append(f"{tokens:,} training tokens per domain, a study has {STUDY_TOKENS:,}")
     if len(records) < 2:
         reasons.append("one run of one seed")
     return reasons
@@ -167,22 +163,18 @@ def checked_matrix(run: Run) -> LossMatrix:
 def summarised(found: dict[str, Estimate]) -> Table:
     """Return a row for each metric, in % and in nats per token."""
     rows = []
-    for name, (label, compares) in ROWS.items():
-        if name not in found:
-            continue
-        e = found[name]
+    for name in (k for k in ROWS if k in found):
+        (label, compares), e = ROWS[name], found[name]
         in_nats = valued(e, lambda x: signed(x, 4))
-        rows.append(Row([label, percent(e), in_nats, Value(e.n, write=plain(0)), compares]))
+        rows.append(Row([label, percent(e), in_nats, Value(e.n), compares]))
     title = "Change of perplexity, mean over domains (below 0: better)"
     return Table("summary", title, ["", "%", "nats", "docs", "from to"], rows)
 
 
-def by_age(found: dict[int, Estimate], stages: int) -> Table:
-    """Return a row for each number of stages since a domain was learned: stages - age domains are
-    that old."""
+def by_age(found: dict[int, Estimate]) -> Table:
+    """Return a row for each number of stages since a domain was learned."""
     rows = [
-        Row([*(Value(n, write=plain(0)) for n in (age, stages - age, e.n)), percent(e)])
-        for age, e in found.items()
+        Row([*map(Value, (age, len(found) + 1 - age, e.n)), percent(e)]) for age, e in found.items()
     ]
     title = (
         "Forgetting by stages since a domain was learned: change of perplexity (above 0: forgotten)"
@@ -195,14 +187,14 @@ def _task(run: Run, task: str, write: Callable[[str], None], show: Callable[[Tab
     over its items."""
     of = {s.index: s.tasks[task] for s in run.record.stages if task in s.tasks}
     ends = sorted({min(of), max(of)})
-    score = of[ends[0]]
+    score, cut = of[ends[0]], max(s.truncated for s in of.values())
     shots = f", {score.fewshot}-shot" if score.fewshot else ""
     write(f"{task}: {score.items} items{shots}, {' and '.join(f'stage {s}' for s in ends)}")
     if score.limited:
         write("  limited for debugging: not for a table")
-    if truncated := max(s.truncated for s in of.values()):
+    if cut:
         write(
-            f"  {truncated} of {score.items} items did not fit the model's context: their "
+            f"  {cut} of {score.items} items did not fit the model's context: their "
             "beginning was cut"
         )
     try:
@@ -213,7 +205,7 @@ def _task(run: Run, task: str, write: Callable[[str], None], show: Callable[[Tab
         return
     rows = []
     for name in (k for k in SCORES if k in levels[0]):
-        cells = [Value(x[name].value, write=plain(3)) for x in levels]
+        cells = [Value(x[name].value, plain(3)) for x in levels]
         cells += [valued(change[name], nats)] if change else []
         rows.append(Row([SCORES[name], *cells]))
     heads = ["", *(f"stage {s}" for s in ends), *["change"][: len(change)]]
@@ -235,9 +227,8 @@ def _cost(r: RunRecord) -> str:
     trains = [s.train for s in r.stages if s.train is not None]
     tokens, learning = sum(t.tokens for t in trains), sum(t.seconds for t in trains)
     whole = r.provenance.get("seconds")
-    share = (
-        f" ({100 * r.trainable_parameters / r.total_parameters:.3g}%)" if r.total_parameters else ""
-    )
+    trainable, whole_model = r.trainable_parameters, r.total_parameters
+    share = f"{100 * trainable / max(whole_model, 1):.3g}%"
     speed = f", {tokens / learning:,.0f} tokens/s" if learning > 0 else ""
     parts = {
         "learning": learning,
@@ -248,7 +239,7 @@ def _cost(r: RunRecord) -> str:
     if isinstance(whole, int | float):
         times = f"{format.duration(float(whole))} ({times})"
     return (
-        f"trainable parameters: {r.trainable_parameters:,} of {r.total_parameters:,}{share}\n"
+        f"trainable parameters: {trainable:,} of {whole_model:,} ({share})\n"
         f"training tokens: {tokens:,} in {len(trains)} stages{speed}\n"
         f"time: {times}\n"
         f"peak memory: {r.peak_memory_bytes / 1e9:.2f} GB\n"

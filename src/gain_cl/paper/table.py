@@ -21,8 +21,8 @@ import math
 import re
 import textwrap
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from markupsafe import Markup
 from rich.box import SIMPLE_HEAD
@@ -33,7 +33,6 @@ from rich.text import Text
 
 from gain_cl import errors
 from gain_cl.stats import format
-from gain_cl.stats.format import counted
 from gain_cl.stats.matrix import Estimate
 from gain_cl.studies.study import Compared, Study, lower_is_better
 from gain_cl.system.terminal import console, printable
@@ -46,17 +45,23 @@ HEAD, LONG, PROSE, NARROW = 11, 24, "p{2.6cm}", 16
 this is set as PROSE in LaTeX. NARROW: a terminal breaks a column of text no narrower than this."""
 
 
-@dataclass(frozen=True)
-class Value:
-    """A number with its 95% interval, in the unit it is shown in (nan: there is none). write: how
-    it is shown; bold: a test says so; style: what only the terminal shows, in rich's words."""
+def number(x: float) -> str:
+    """Return six digits, so that the last bits of a sum, which differ between processors, do not
+    show; whole numbers in full; empty for nan."""
+    if math.isnan(x):
+        return ""
+    return f"{x:.0f}" if float(x).is_integer() and abs(x) < 1e15 else f"{x:.6g}"
+
+
+class Value(NamedTuple):
+    """A number in the unit it is shown in (nan: there is none), how it is shown, and its 95%
+    interval. bold: a test says so."""
 
     value: float
+    write: Callable[[float], str] = number
     low: float = math.nan
     high: float = math.nan
-    write: Callable[[float], str] = lambda x: f"{x:g}"
     bold: bool = False
-    style: str = ""
 
     @property
     def shown(self) -> str:
@@ -66,7 +71,7 @@ class Value:
     @property
     def between(self) -> str:
         """Return its interval; empty where there is none."""
-        if math.isnan(self.low) or math.isnan(self.high):
+        if math.isnan(self.low + self.high):
             return ""
         return f"{self.write(self.low)} to {self.write(self.high)}"
 
@@ -78,8 +83,7 @@ Entry = Value | Text | str | None
 """What stands in a cell of a table: a number, text, or nothing."""
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """cells: a Value, text or None (nothing) for each column; runs: ids of the runs that its
     numbers come from; rule: a line above."""
 
@@ -96,25 +100,21 @@ class Table:
     title: str
     columns: Sequence[str]
     rows: Sequence[Row]
-    notes: Sequence[str] = field(default_factory=list)
+    notes: Sequence[str] = ()
 
 
 # --- numbers --------------------------------------------------------------------------------------
 
 
-def of(
-    metric: str, found: Compared | None, bold: bool = False, interval: bool = True, blocks: int = 0
-) -> Value | None:
+def of(metric: str, found: Compared, bold: bool = False, blocks: int = 0) -> Value:
     """Return a summary or difference in the unit its metric is shown in: % of perplexity; of a
     task's margin nats, of its accuracy points (100 times the share).
 
     blocks: how many blocks the table speaks of. A task that fewer blocks have scored has an
     interval over items alone, which is left out."""
-    if found is None or math.isnan(found.estimate.value):
-        return None
     e = found.estimate
-    if not interval or found.blocks < blocks:
-        e = replace(e, low=math.nan, high=math.nan)
+    if found.blocks < blocks:
+        e = Estimate(e.value)
     if lower_is_better(metric):
         return percent(e, bold)
     if metric.startswith("margin"):
@@ -124,7 +124,7 @@ def of(
 
 def valued(e: Estimate, write: Callable[[float], str], bold: bool = False) -> Value:
     """Return an estimate as it is shown."""
-    return Value(e.value, e.low, e.high, write, bold)
+    return Value(e.value, write, e.low, e.high, bold)
 
 
 def percent(e: Estimate, bold: bool = False) -> Value:
@@ -132,21 +132,14 @@ def percent(e: Estimate, bold: bool = False) -> Value:
     return valued(e.map(format.change), signed, bold)
 
 
-def known(x: float, write: Callable[[float], str]) -> Value | None:
-    """Return a number without an interval; None of nan."""
-    return None if math.isnan(x) else Value(x, write=write)
-
-
-def change_of(nats: float) -> Value | None:
-    """Return a difference of losses as a change of perplexity in %; None of nan."""
-    return known(format.change(nats), signed)
+def change_of(nats: float) -> Value:
+    """Return a difference of losses as a change of perplexity in %."""
+    return Value(format.change(nats), signed)
 
 
 def signed(x: float, digits: int = 1) -> str:
     """Return +1.2, -10.3, +0.0; +1e+03 from 1000 on."""
-    if abs(x) >= 1000:
-        return f"{x:+.0e}"
-    return f"{round(x, digits) + 0.0:+.{digits}f}"
+    return f"{x:+.0e}" if abs(x) >= 1000 else f"{round(x, digits) + 0.0:+.{digits}f}"
 
 
 def nats(x: float) -> str:
@@ -175,6 +168,15 @@ def say(text: str = "", style: str = "", out: Console | None = None) -> None:
     out.print(errors.printable(text), style=style, markup=False, highlight=False, soft_wrap=True)
 
 
+class _Column(NamedTuple):
+    """A column as the terminal shows it. width: what it takes at least; look: for rich."""
+
+    head: str
+    cells: list[Text]
+    width: int
+    look: dict[str, Any]
+
+
 def print_table(t: Table, out: Console | None = None) -> None:
     """Print title, table and notes. Where the width does not take the intervals beside their
     numbers they stand below them, and where it does not take all columns these follow in further
@@ -182,17 +184,30 @@ def print_table(t: Table, out: Console | None = None) -> None:
     out = out or console()
     if t.title:
         say(t.title, out=out)
-    cells = [row.cells for row in t.rows]
-    every = [j for j in range(len(t.columns)) if not j or any(c[j] != "" for c in cells)]
-    groups, beside = [every], _shown(t, every, True)[1] <= out.width
-    if not beside:
-        groups = [every[:1]]
-        for j in every[1:]:
-            if len(groups[-1]) > 1 and _shown(t, [*groups[-1], j], False)[1] > out.width:
-                groups.append(every[:1])
-            groups[-1].append(j)
+    every = range(len(t.columns))
+    shown = [j for j in every if not j or any(row.cells[j] != "" for row in t.rows)]
+
+    def fit(columns: Sequence[_Column]) -> bool:
+        return sum(c.width + 2 for c in columns) - 2 <= out.width
+
+    for apart in (" ", "\n"):
+        first, *rest = (_column(t, j, apart) for j in shown)
+        if fit([first, *rest]):
+            break
+    groups = [[first]]
+    for column in rest:
+        if len(groups[-1]) > 1 and not fit([*groups[-1], column]):
+            groups.append([first])
+        groups[-1].append(column)
     for group in groups:
-        out.print(_shown(t, group, beside)[0])
+        made = RichTable(box=SIMPLE_HEAD, padding=(0, 0, 0, 1), pad_edge=False, show_edge=False)
+        for c in group:
+            made.add_column(Text(c.head), overflow="fold", **c.look)
+        for i, row in enumerate(t.rows):
+            if row.rule and i:
+                made.add_section()
+            made.add_row(*(c.cells[i] for c in group))
+        out.print(made)
         out.print()
     for note in t.notes:
         out.print(Text(printable(note)), style="dim")
@@ -200,36 +215,22 @@ def print_table(t: Table, out: Console | None = None) -> None:
         out.print()
 
 
-def _shown(t: Table, columns: Sequence[int], beside: bool) -> tuple[RichTable, int]:
-    """Return columns of a table as the terminal shows them, and how wide they are at least.
-
-    beside: an interval stands beside its number, else below it."""
-    shown = RichTable(box=SIMPLE_HEAD, padding=(0, 0, 0, 1), pad_edge=False, show_edge=False)
-    texts: list[list[Text]] = []
-    least = -2
-    for j in columns:
-        made = [_text(row.cells[j], " " if beside else "\n") for row in t.rows]
-        wide = max((cell_len(x) for text in made for x in text.plain.split("\n")), default=0)
-        head = _head(printable(t.columns[j]), wide)
-        wide = max(wide, *map(cell_len, head))
-        most = NARROW if texts else 2 * LONG  # the first column says what a row is
-        left = textual(t, j)
-        whole = not left or wide <= most
-        least += 2 + (wide if whole else most)
-        side: Any = "left" if left else "right"
-        shown.add_column(Text("\n".join(head)), justify=side, no_wrap=whole, overflow="fold")
-        texts.append(made)
-    for row, cells in zip(t.rows, zip(*texts, strict=True), strict=True):
-        if row.rule and shown.rows:
-            shown.add_section()
-        shown.add_row(*cells)
-    return shown, least
+def _column(t: Table, j: int, apart: str) -> _Column:
+    """Return a column of a table. apart: what stands between a number and its interval."""
+    cells = [_text(row.cells[j], apart) for row in t.rows]
+    wide = max((cell_len(x) for text in cells for x in text.plain.split("\n")), default=0)
+    head = _head(printable(t.columns[j]), wide)
+    wide = max(wide, *map(cell_len, head))
+    most = NARROW if j else 2 * LONG  # the first column says what a row is
+    left = textual(t, j)
+    whole = not left or wide <= most
+    look = {"justify": "left" if left else "right", "no_wrap": whole}
+    return _Column("\n".join(head), cells, wide if whole else most, look)
 
 
-def _text(c: Entry, before: str) -> Text:
-    """Return a cell for the terminal. before: what stands before an interval."""
+def _text(c: Entry, apart: str) -> Text:
     if isinstance(c, Value):
-        return Text(c.text().replace(" (", f"{before}("), "bold" if c.bold else c.style)
+        return Text(c.text().replace(" (", f"{apart}("), "bold" if c.bold else "")
     return Text("-" if c is None else printable(c), getattr(c, "style", ""))
 
 
@@ -239,12 +240,11 @@ def _text(c: Entry, before: str) -> Text:
 def markdown(t: Table) -> str:
     """Return a heading, the table, its notes and its runs."""
     columns = []
-    for j, entries in enumerate(zip(t.columns, *(row.cells for row in t.rows), strict=True)):
-        texts, left = [_md(c) for c in entries], textual(t, j)
+    for j, head in enumerate(t.columns):
+        texts, left = [_md(c) for c in (head, *(row.cells[j] for row in t.rows))], textual(t, j)
         width = max(3, *map(len, texts))
-        rule = "-" * (width + 1) + ("-" if left else ":")
         head, *rest = (f" {x.ljust(width) if left else x.rjust(width)} " for x in texts)
-        columns.append([head, rule, *rest])
+        columns.append([head, "-" * (width + 1) + ("-" if left else ":"), *rest])
     lines = [f"|{'|'.join(line)}|" for line in zip(*columns, strict=True)]
     return render("table.md.j2", t=t, lines=lines, runs=named(t), escaped=_escaped).rstrip() + "\n"
 
@@ -273,22 +273,15 @@ def latex(t: Table) -> str:
     """Return a tabular with booktabs rules, to be \\input inside a table; the runs of each row as a
     comment behind it. So that more of it fits, heads are broken, intervals stand below their
     numbers, long text is set in a narrow column. A partial one says so at its foot."""
-    columns, sides = [], ""
-    for j, head in enumerate(t.columns):
-        side, cells = "l" if textual(t, j) else "r", [row.cells[j] for row in t.rows]
-        texts = [_cell(c) for c in cells]
-        if side == "l" and any(len(str(c or "")) > LONG for c in cells):
-            broken = (x.replace(r"\_", r"\_\allowbreak{}") for x in texts)
-            texts = [f"{{\\raggedright {x}\\par}}" for x in broken]
-            sides += PROSE
-        else:
-            sides += side
-        lines = [x.translate(_TEX) for x in _head(head, HEAD)]
-        columns.append([_stacked(lines, side, "b"), *texts])
-    head, *rows = (" & ".join(line) for line in zip(*columns, strict=True))
+    sides = []
+    for j in range(len(t.columns)):
+        long = any(len(str(row.cells[j] or "")) > LONG for row in t.rows)
+        sides.append(("p" if long else "l") if textual(t, j) else "r")
     gaps = sum(note.startswith(GAP) for note in t.notes)
-    partial = f"PARTIAL: {counted(gaps, 'gap')}" if gaps else ""
-    return render("table.tex.j2", t=t, sides=sides, head=head, rows=rows, partial=partial)
+    given: dict[str, Any] = {"translate": _translate, "math": _math, "PROSE": PROSE}
+    given["heads"] = [[_translate(x) for x in _head(head, HEAD)] for head in t.columns]
+    given["partial"] = gaps and format.counted(gaps, "gap")
+    return render("table.tex.j2", t=t, sides=sides, **given)
 
 
 def as_csv(t: Table) -> str:
@@ -310,14 +303,6 @@ def written(rows: Sequence[Sequence[Any]]) -> str:
     return out.getvalue()
 
 
-def number(x: float) -> str:
-    """Return six digits, so that the last bits of a sum, which differ between processors, do not
-    show; whole numbers in full; empty for nan."""
-    if math.isnan(x):
-        return ""
-    return f"{x:.0f}" if float(x).is_integer() and abs(x) < 1e15 else f"{x:.6g}"
-
-
 def over_units(study: Study) -> str:
     """Return what the intervals of a study are over."""
     if len(study.blocks) == 1:
@@ -326,8 +311,9 @@ def over_units(study: Study) -> str:
 
 
 def textual(t: Table, j: int) -> bool:
-    """True if a column holds text alone, which stands on the left."""
-    return not any(isinstance(row.cells[j], Value) for row in t.rows)
+    """True if a column holds no number: it stands on the left."""
+    cells = (row.cells[j] for row in t.rows)
+    return all(not isinstance(c, Value) or math.isnan(c.value) for c in cells)
 
 
 def named(t: Table) -> list[tuple[str, Sequence[str]]]:
@@ -368,24 +354,11 @@ _TEX = str.maketrans(
 _NUMBER = re.compile(r"[-+]?[<]?[\d,]*\.?\d+(?:e[-+]?\d+)?")
 
 
+def _translate(text: str) -> str:
+    return text.translate(_TEX)
+
+
 def _math(text: str, bold: bool = False) -> str:
     """Return text with its numbers set as numbers."""
     left, right = (r"$\mathbf{", "}$") if bold else ("$", "$")
     return _NUMBER.sub(lambda m: left + m.group().replace(",", "{,}") + right, text)
-
-
-def _cell(c: Entry) -> str:
-    """Return a number above its interval, or text."""
-    if not isinstance(c, Value):
-        return "--" if c is None else str(c).translate(_TEX)
-    if c.shown == "-":
-        return "--"
-    below = [f"\\scriptsize {_math(c.between)}"] if c.between else []
-    return _stacked([_math(c.shown, c.bold), *below], "r", "t")
-
-
-def _stacked(lines: Sequence[str], side: str, at: str) -> str:
-    """Return lines below each other, beside the others' first (at t) or last (b) line."""
-    if len(lines) < 2:
-        return "".join(lines)
-    return f"\\begin{{tabular}}[{at}]{{@{{}}{side}@{{}}}}" + r"\\".join(lines) + r"\end{tabular}"

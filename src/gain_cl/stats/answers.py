@@ -112,8 +112,7 @@ def auc(a: Answers) -> float | None:
     answer. None unless the task is binary and has both answers."""
     if not a.binary or len(np.unique(a.gold)) < 2:
         return None
-    score, one = preference(a), a.gold == 1
-    return float(_auc(score[one], score[~one]))
+    return float(_auc(*(preference(a)[a.gold == k] for k in (1, 0))))
 
 
 def _auc(ones: np.ndarray, zeros: np.ndarray) -> np.ndarray:
@@ -130,38 +129,42 @@ def balanced_accuracy(a: Answers) -> float | None:
 
 
 def level(items: pd.DataFrame, task: str, stage: int) -> dict[str, Estimate]:
-    """Return accuracy, accuracy_norm (Wilson intervals), margin (t), auc and balanced_accuracy
+    """Return accuracy, accuracy_norm (Wilson intervals), margin, balanced_accuracy (t) and auc
     (bootstrap) of one stage, with 95% intervals over items. What is undefined is left out."""
     return _estimates(answers(items, task, stage))
 
 
 def change(items: pd.DataFrame, task: str, from_stage: int, to_stage: int) -> dict[str, Estimate]:
-    """Return later minus earlier of accuracy, accuracy_norm, margin (paired t over items), auc and
-    balanced_accuracy (seeded bootstrap of pairs within each answer), with 95% intervals. What is
+    """Return later minus earlier of accuracy, accuracy_norm, margin, balanced_accuracy (paired t
+    over items) and auc (seeded bootstrap of pairs within each answer), with 95% intervals. What is
     undefined is left out."""
     return _estimates(*_pair(items, task, from_stage, to_stage))
 
 
 def _estimates(*stages: Answers) -> dict[str, Estimate]:
     """Return the estimates of one stage, or of the second minus the first of two."""
+    gold, one = stages[0].gold, len(stages) == 1
 
     def value(of: Callable[[Answers], np.ndarray | float | None]) -> Any:
         """Return the value of the stage or the difference; None where a stage has none."""
         found = [of(a) for a in stages]
         if any(v is None for v in found):
             return None
-        first, last = np.asarray(found[0], np.float64), np.asarray(found[-1], np.float64)
-        return last if len(stages) == 1 else last - first
+        values = np.asarray(found, np.float64)
+        return values[0] if one else values[1] - values[0]
 
-    gold = stages[0].gold
-    share, lowest = (_share, 0.0) if len(stages) == 1 else (_share_change, -1.0)
-    found = {"accuracy": share(value(correct)), "margin": _mean(value(margin))}
+    def share(right: np.ndarray) -> Estimate:
+        return _share(right) if one else _mean([right], -1.0)
+
+    right = value(correct)
+    found = {"accuracy": share(right), "margin": _mean([value(margin)])}
     if (normed := value(correct_norm)) is not None:
         found["accuracy_norm"] = share(normed)
     if (ranked := value(auc)) is not None:
         found["auc"] = _ranked(float(ranked), [preference(a) for a in stages], gold)
-    if (balanced := value(balanced_accuracy)) is not None:
-        found["balanced_accuracy"] = _balanced(float(balanced), value(correct), gold, lowest)
+    if value(balanced_accuracy) is not None:
+        groups = [right[gold == k] for k in np.unique(gold)]
+        found["balanced_accuracy"] = _mean(groups, 0.0 if one else -1.0)
     return found
 
 
@@ -197,42 +200,45 @@ def _pair(
 # --- intervals ------------------------------------------------------------------------------------
 
 
-def _mean(x: np.ndarray) -> Estimate:
-    """Return the mean with a t-interval."""
-    return t_interval({"": (x, np.ones(len(x)))})
-
-
 def _share(right: np.ndarray) -> Estimate:
     """Return a share with its Wilson interval, which does not shrink to a point at 0 and 1."""
     n = len(right)
-    found = scipy.stats.binomtest(int(right.sum()), n).proportion_ci(0.95, method="wilson")
-    return Estimate(float(right.mean()), float(found.low), float(found.high), n)
+    low, high = scipy.stats.binomtest(int(right.sum()), n).proportion_ci(0.95, method="wilson")
+    return Estimate(float(right.mean()), float(low), float(high), n)
 
 
-def _constant(x: np.ndarray, lowest: float) -> tuple[float, float]:
-    """Return 95% bounds of the mean of n values in lowest..1 that are all the same. No spread was
+def _mean(groups: list[np.ndarray], lowest: float | None = None) -> Estimate:
+    """Return the mean over groups of items of the mean of their values, with its t-interval over
+    items (matrix.linearised: variances add over groups).
+
+    lowest: the values are in lowest..1. Where those of each group are all the same no spread was
     seen, which does not mean that there is none: n items can hide a share of others
     (Clopper-Pearson, two-sided), and these can be as far off as the range allows."""
-    hidden = 1 - ((1 - 0.95) / 2) ** (1 / len(x))
-    return float(x[0] - hidden * (x[0] - lowest)), float(x[0] + hidden * (1 - x[0]))
+    parts = {str(k): (x / len(groups), np.ones(len(x))) for k, x in enumerate(groups)}
+    found = t_interval(parts)
+    if lowest is None or any(len(x) < 2 or np.ptp(x) > 0 for x in groups):
+        return found
+    first, n = np.array([(x[0], len(x)) for x in groups]).T
+    hidden = 1 - 0.025 ** (1 / n)
+    low, high = (float(np.mean(first + hidden * (end - first))) for end in (lowest, 1))
+    return Estimate(found.value, low, high, found.n)
 
 
-def _share_change(x: np.ndarray) -> Estimate:
-    """Return a difference of two shares on the same items. x: (I,) later minus earlier of 1 where
-    right. The interval is that of the paired t-test."""
-    if np.ptp(x) > 0 or len(x) < 2:
-        return _mean(x)
-    return Estimate(float(x[0]), *_constant(x, -1.0), len(x))
+def _ranked(value: float, scores: list[np.ndarray], gold: np.ndarray) -> Estimate:
+    """Return the AUC of one stage, or of the second minus the first, with its percentile interval.
+    Items are drawn again within each answer and bring their scores, (I,) preferences, of each
+    stage."""
 
+    def statistic(ones: np.ndarray, zeros: np.ndarray, axis: int) -> np.ndarray:
+        ones, zeros = (np.moveaxis(x, axis, -1).astype(np.int64) for x in (ones, zeros))
+        found = [_auc(s[ones], s[zeros]) for s in scores]
+        return found[0] if len(scores) == 1 else found[1] - found[0]
 
-def _bootstrap(
-    value: float, samples: tuple[np.ndarray, ...], statistic: Callable[..., np.ndarray], n: int
-) -> Estimate:
-    """Return the percentile interval of a statistic of independent samples, one for each answer."""
-    if min(map(len, samples)) < 2:
-        return Estimate(value, np.nan, np.nan, n)
-    found = scipy.stats.bootstrap(
-        samples,
+    n, sides = len(gold), [np.flatnonzero(gold == k) for k in (1, 0)]
+    if min(map(len, sides)) < 2:
+        return Estimate(value, n=n)
+    low, high = scipy.stats.bootstrap(
+        sides,
         statistic,
         n_resamples=RESAMPLES,
         batch=max(1, 2_000_000 // n),  # 16 MB of float64 a batch
@@ -240,36 +246,7 @@ def _bootstrap(
         method="percentile",
         rng=np.random.default_rng(SEED),
     ).confidence_interval
-    return Estimate(value, float(found.low), float(found.high), n)
-
-
-def _ranked(value: float, scores: list[np.ndarray], gold: np.ndarray) -> Estimate:
-    """Return the AUC of one stage, or of the second minus the first, with its interval. scores:
-    (I,) preferences at each stage. A drawn item brings its scores of both stages."""
-
-    def statistic(ones: np.ndarray, zeros: np.ndarray, axis: int) -> np.ndarray:
-        ones, zeros = (np.moveaxis(x, axis, -1).astype(np.int64) for x in (ones, zeros))
-        found = [_auc(s[ones], s[zeros]) for s in scores]
-        return found[0] if len(scores) == 1 else found[1] - found[0]
-
-    sides = np.flatnonzero(gold == 1), np.flatnonzero(gold == 0)
-    found = _bootstrap(value, sides, statistic, len(gold))
     # Bit for bit the same answers change by exactly nothing.
-    same = len(scores) == 2 and np.array_equal(scores[0], scores[1])
-    if found.low == found.high and not same:  # no resample differs: the spread is unseen
-        return Estimate(value, np.nan, np.nan, found.n)
-    return found
-
-
-def _balanced(value: float, x: np.ndarray, gold: np.ndarray, lowest: float) -> Estimate:
-    """Return the mean over answers of the mean of x on their items, with its interval. x: (I,) 1
-    where right (lowest 0), or the change of it (lowest -1)."""
-    groups = tuple(x[gold == k] for k in np.unique(gold))
-    if all(np.ptp(g) == 0 for g in groups):
-        low, high = np.mean([_constant(g, lowest) for g in groups], axis=0)
-        return Estimate(value, float(low), float(high), len(x))
-
-    def statistic(*resampled: np.ndarray, axis: int) -> np.ndarray:
-        return np.asarray(sum(g.mean(axis) for g in resampled) / len(resampled))
-
-    return _bootstrap(value, groups, statistic, len(x))
+    if low == high and not (len(scores) == 2 and np.array_equal(scores[0], scores[1])):
+        return Estimate(value, n=n)  # no resample differs: the spread is unseen
+    return Estimate(value, float(low), float(high), n)

@@ -30,13 +30,13 @@ ROUNDING = 1e-12
 
 
 class Error(NamedTuple):
-    """A standard error with its degrees of freedom.
+    """A standard error with its degrees of freedom. Without arguments: not known.
 
     least: a floor under the standard error. It is the error that the shared documents alone give
     the mean over blocks. Blocks that agree by chance cannot make an interval narrower than that."""
 
-    standard_error: float
-    df: float
+    standard_error: float = np.nan
+    df: float = np.nan
     least: float = 0.0
 
 
@@ -50,10 +50,10 @@ def combined(parts: Sequence[Parts], weights: Sequence[float]) -> Parts:
     total: Parts = {}
     for part, weight in zip(parts, weights, strict=True):
         for domain, (z, tokens) in part.items():
-            before, length = total.get(domain, (np.zeros(len(z)), tokens))
+            before, length = total.get(domain, (0.0, tokens))
             if not np.array_equal(length, tokens):
                 raise ValueError(f"{domain}: the documents differ between the summaries")
-            total[domain] = before + weight * np.asarray(z, dtype=np.float64), length
+            total[domain] = before + weight * z, tokens
     return total
 
 
@@ -61,8 +61,7 @@ def combined(parts: Sequence[Parts], weights: Sequence[float]) -> Parts:
 def _counts(seed: int, domain: str, n: int, resamples: int) -> np.ndarray:
     """Return (resamples, n) how often each unit is drawn. It depends on these four alone: whatever
     is compared meets the same draws."""
-    rng = np.random.default_rng([seed, n, *domain.encode()])
-    draws = (rng.integers(n, size=n) for _ in range(resamples))
+    draws = np.random.default_rng([seed, n, *domain.encode()]).integers(n, size=(resamples, n))
     return np.stack([np.bincount(d, minlength=n).astype(np.uint8) for d in draws])
 
 
@@ -98,9 +97,9 @@ def shared_error(parts: Sequence[Parts]) -> Error:
 
 
 def resampled(parts: Parts, seed: int = 0, resamples: int = RESAMPLES) -> np.ndarray:
-    """Return (resamples,) values of the summary when documents are drawn again within each domain,
-    for fronts."""
-    return linearised(parts)[0] + _sample(parts, seed, resamples)[0]
+    """Return (1 + resamples,) values for fronts: the summary, then as it is when documents are
+    drawn again within each domain."""
+    return linearised(parts)[0] + np.insert(_sample(parts, seed, resamples)[0], 0, 0.0)
 
 
 def bootstrap_t(
@@ -119,21 +118,19 @@ def bootstrap_t(
     resamples without spread reach into the tails.
     """
     value, se, df = linearised(parts)
+    n, tails = sum(len(z) for z, _ in parts.values()), (1 + np.array([-1, 1]) * confidence) / 2
+    if not se > ROUNDING:
+        return Estimate(value, n=n)
     deviations, variances = _sample(parts, seed, resamples)
-    n, low, high = sum(len(z) for z, _ in parts.values()), np.nan, np.nan
-    if se > ROUNDING:
-        spread = variances > 1e-9 * se**2  # else all drawn units agree up to rounding
-        t = deviations / np.sqrt(np.where(spread, variances, 1))
-        t = np.where(spread, t, np.copysign(np.inf, deviations))
-        student = scipy.stats.t.ppf((1 + confidence) / 2, df)
-        with np.errstate(invalid="ignore"):  # between two infinite values
-            low, high = np.quantile(
-                t, [(1 - confidence) / 2, (1 + confidence) / 2], method="weibull"
-            )
-        if np.isfinite(low + high):
-            low, high = min(low, -student), max(high, student)
-        else:
-            low = high = np.nan
+    spread = variances > 1e-9 * se**2  # else all drawn units agree up to rounding
+    t = deviations / np.sqrt(np.where(spread, variances, 1))
+    t = np.where(spread, t, np.copysign(np.inf, deviations))
+    with np.errstate(invalid="ignore"):  # between two infinite values
+        low, high = np.quantile(t, tails, method="weibull")
+    if not np.isfinite(low + high):
+        return Estimate(value, n=n)
+    student = scipy.stats.t.ppf(tails, df)
+    low, high = min(low, student[0]), max(high, student[1])
     return Estimate(value, float(value - high * se), float(value - low * se), n)
 
 
@@ -152,8 +149,8 @@ class _Blocks(NamedTuple):
 
     value: float
     se: float
-    df: tuple[float, float]
-    share: tuple[float, float]
+    df: np.ndarray
+    share: np.ndarray
 
     def tail(self, t: float) -> float:
         """Return the chance of t or more under the null."""
@@ -165,11 +162,12 @@ def _fit(differences: np.ndarray, documents: Error | None) -> _Blocks:
     x, (w, df, least) = np.asarray(differences, dtype=np.float64), documents or Error(0.0, 1.0)
     n, value = len(x), float(x.mean()) if len(x) else np.nan
     if n < 2 or not x.std(ddof=1) > ROUNDING + 1e-9 * np.abs(x).max() or not w >= 0:
-        return _Blocks(value, np.nan, (1.0, 1.0), (np.nan, np.nan))
+        return _Blocks(value, np.nan, np.ones(2), np.full(2, np.nan))
     v = float(x.var(ddof=1) / n)
-    w = max(w**2, least**2 - v)
+    variances = np.array([v, max(w**2, least**2 - v)])
+    whole = float(variances.sum())
     return _Blocks(
-        value, float(np.sqrt(v + w)), (n - 1, df if w > 0 else n - 1), (v / (v + w), w / (v + w))
+        value, whole**0.5, np.where(variances > 0, [n - 1, df], n - 1), variances / whole
     )
 
 
@@ -263,11 +261,11 @@ def detectable(sd: float, n: int, power: float = 0.8, alpha: float = 0.05) -> fl
     t)."""
     t = scipy.stats.t.ppf(1 - alpha / 2, n - 1)
 
-    def missing(shift: float) -> float:  # scipy says nan where the tail of the wrong sign vanishes
+    def found(shift: float) -> float:  # scipy says nan where the tail of the wrong sign vanishes
         nct = scipy.stats.nct(n - 1, shift)
-        return float(nct.sf(t) + np.nan_to_num(nct.cdf(-t))) - power
+        return float(nct.sf(t) + np.nan_to_num(nct.cdf(-t)))
 
-    return _root(missing, 3 * t + 5) * sd / np.sqrt(n) if n > 1 else np.nan
+    return _root(found, power, 3 * t + 5) * sd / np.sqrt(n)
 
 
 def detectable_equivalence(sd: float, n: int, power: float = 0.8, alpha: float = 0.05) -> float:
@@ -275,16 +273,17 @@ def detectable_equivalence(sd: float, n: int, power: float = 0.8, alpha: float =
     this power, in the unit of sd: the mean is normal, sd's estimate an independent chi, over which
     the power is averaged."""
     chi2 = scipy.stats.chi2.ppf((np.arange(2000) + 0.5) / 2000, n - 1)
-    needed = scipy.stats.t.ppf(1 - alpha, n - 1) * np.sqrt(
-        chi2 / max(n - 1, 1)
-    )  # in standard errors
+    spread = np.sqrt(chi2 / max(n - 1, 1))
+    needed = scipy.stats.t.ppf(1 - alpha, n - 1) * spread  # in standard errors
 
-    def missing(margin: float) -> float:
-        return float(np.mean(np.maximum(2 * scipy.stats.norm.cdf(margin - needed) - 1, 0))) - power
+    def found(margin: float) -> float:
+        return float(np.mean(np.maximum(2 * scipy.stats.norm.cdf(margin - needed) - 1, 0)))
 
-    return _root(missing, needed[-1] + 10) * sd / np.sqrt(n) if n > 1 else np.nan
+    return _root(found, power, needed[-1] + 10) * sd / np.sqrt(n)
 
 
-def _root(missing: Callable[[float], float], highest: float) -> float:
-    """Return where ``missing`` is 0 between 0 and ``highest``."""
-    return float(scipy.optimize.brentq(missing, 0, highest))
+def _root(found: Callable[[float], float], wanted: float, highest: float) -> float:
+    """Return where ``found`` rises to ``wanted`` between 0 and ``highest``; nan if it does not."""
+    if not found(highest) > wanted:
+        return np.nan
+    return float(scipy.optimize.brentq(lambda x: found(x) - wanted, 0, highest))

@@ -26,18 +26,20 @@ def run_seconds(
     on after them."""
     stages, names = len(config.stages), len(config.sequence.trained + config.sequence.controls)
     ahead = range(saved, stages + 1)
-    train_tokens = config.stage.stage_steps * config.train.batch_tokens * sum(map(bool, ahead))
+    trains = config.stage.stage_steps * config.train.batch_tokens * sum(map(bool, ahead))
     text = config.eval.documents * (config.eval.window or config.eval.context)
     scored = len(ahead) * names * text
-    records = [r for r in records if r.model == config.model.name]
-    every = [s for r in records for s in r.stages]
+    every = [s for r in records if r.model == config.model.name for s in r.stages]
     timed = sum(t.items for s in every if s.task_seconds for t in s.tasks.values())
     due = sum(tasks.due(config.tasks.stages, i, stages) for i in ahead)
-    per_item = sum(s.task_seconds for s in every) / max(1, timed)
-    answering = due * _task_items(config) * per_item
+    counts = (tasks.parse_task(name) for name in config.tasks.names)
+    items = sum(tasks.STOCK[task].items if n is None else n for task, n in counts)
+    answering = due * items * sum(s.task_seconds for s in every) / max(1, timed)
     if speed is not None:
-        return train_tokens / speed + scored / (2 * speed) + answering
-    mine = [s for r in records if r.method == method for s in r.stages] or every
+        return trains / speed + scored / (2 * speed) + answering
+    mine = [
+        s for r in records if (r.model, r.method) == (config.model.name, method) for s in r.stages
+    ] or every
     trained = [s.train for s in mine if s.train is not None]
     if not trained:
         return math.nan
@@ -45,10 +47,4 @@ def run_seconds(
     per_score = sum(s.eval_seconds for s in mine) / sum(
         d.tokens for s in mine for d in s.domains.values()
     )
-    return train_tokens * per_token + scored * per_score + answering
-
-
-def _task_items(config: RunConfig) -> int:
-    """Return the items of all tasks of one scored stage."""
-    counts = [tasks.parse_task(name) for name in config.tasks.names]
-    return sum(tasks.STOCK[task].items if count is None else count for task, count in counts)
+    return trains * per_token + scored * per_score + answering

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -24,6 +23,7 @@ from gain_cl.config import presets
 from gain_cl.config.schema import Finite, Name, RunConfig, Section
 from gain_cl.errors import ConfigError, suggest
 from gain_cl.measure import tasks
+from gain_cl.measure.record import first_line
 from gain_cl.runs import plan
 from gain_cl.stats.matrix import METRICS
 from gain_cl.system import lock
@@ -31,8 +31,7 @@ from gain_cl.system import lock
 Values = dict[str, Any]
 """Keys of a run's configuration and what a setting gives them."""
 
-LOSSES = tuple(f.__name__ for f in METRICS)
-ITEMS = ("margin", "accuracy")
+METRIC = rf"^({'|'.join(f.__name__ for f in METRICS)}|(margin|accuracy):.+)$"
 
 
 class Endpoint(Section):
@@ -41,7 +40,7 @@ class Endpoint(Section):
 
     name: Name
     # of matrix.METRICS, or margin:TASK, accuracy:TASK (change from the pretrained model to the end)
-    metric: str
+    metric: str = Field(pattern=METRIC)
     of: Name  # method
     minus: Name | None = None  # method; None: against 0
     # the methods' chosen settings, or equal own step, interpolated on their fronts
@@ -52,12 +51,6 @@ class Endpoint(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Endpoint:
-        metric, _, task = self.metric.partition(":")
-        if self.metric not in LOSSES and not (metric in ITEMS and task):
-            raise ValueError(
-                f"metric {self.metric!r} is unknown; use one of {', '.join(LOSSES)}, margin:TASK, "
-                "accuracy:TASK"
-            )
         if self.at == "matched" and (self.metric != "backward" or self.minus is None):
             raise ValueError(
                 "at: matched compares the backward change of two methods; give metric: backward "
@@ -65,7 +58,7 @@ class Endpoint(Section):
             )
         if self.kind == "equivalence" and self.margin is None:
             raise ValueError("kind: equivalence needs margin:")
-        if metric == "accuracy" and self.margin is not None and self.margin >= 1:
+        if self.metric.startswith("accuracy") and (self.margin or 0) >= 1:
             raise ValueError("margin: of an accuracy is a share; 2 points are 0.02")
         return self
 
@@ -97,41 +90,38 @@ class Experiment(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Experiment:
-        if len(set(self.models)) < len(self.models):
-            raise ValueError("models: one is named twice")
-        if self.models and any(o.startswith("model=") for o in (*self.overrides, *self.once)):
-            raise ValueError("models: and an override model= exclude each other")
+        settings = self.settings()
         for method, values in self.chosen.items():
-            if method not in self.methods:
-                raise ValueError(f"chosen: {method} is not among the methods")
-            if values not in list(_grid(self.methods[method])):
+            if (method, values) not in settings:
                 raise ValueError(f"chosen: {method} has no setting {values}")
         for named in (self.reference, *(m for e in self.endpoints for m in (e.of, e.minus))):
             if named and named not in self.methods:
                 raise ValueError(f"{named} is not among the methods: {', '.join(self.methods)}")
-        for e in (e for e in self.endpoints if e.at == "matched" and e.minus):
+        for e in (e for e in self.endpoints if e.at == "matched"):
             if self.skill is None:
                 raise ValueError(
                     f"endpoint {e.name} is at: matched; declare skill: (own step in %, such as -10)"
                 )
-            sizes = [len(list(_grid(self.methods[m]))) for m in (e.of, e.minus) if m]
-            if len(set(sizes)) > 1:  # choosing the best of more settings flatters (fronts.py)
+            a, b = (sum(method == m for method, _ in settings) for m in (e.of, e.minus))
+            if a != b:  # choosing the best of more settings flatters (fronts.py)
                 raise ValueError(
-                    f"endpoint {e.name}: {e.of} has {sizes[0]} settings, {e.minus} {sizes[1]}; "
-                    "give both as many"
+                    f"endpoint {e.name}: {e.of} has {a} settings, {e.minus} {b}; give both as many"
                 )
-        names = [e.name for e in self.endpoints]
-        if len(set(names)) < len(names):
+        if len({e.name for e in self.endpoints}) < len(self.endpoints):
             raise ValueError("two endpoints have the same name")
         return self
 
     def settings(self) -> list[tuple[str, Values]]:
         """Return (method, values) of every setting, in the order of the file."""
-        return [(method, values) for method, grid in self.methods.items() for values in _grid(grid)]
+        return [
+            (method, dict(zip(grid, values, strict=True)))
+            for method, grid in self.methods.items()
+            for values in itertools.product(*grid.values())
+        ]
 
     def chosen_of(self, method: str) -> Values:
         """Return the setting that stands for a method."""
-        return self.chosen.get(method, next(_grid(self.methods[method])))
+        return self.chosen.get(method) or dict(self.settings()[::-1])[method]
 
 
 @dataclass(frozen=True)
@@ -173,10 +163,6 @@ class Planned:
         return "stopped" if (self.folder / "run.json").exists() else "missing"
 
 
-def _grid(axes: dict[str, list[Any]]) -> Iterator[Values]:
-    return (dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values()))
-
-
 def shipped_experiments() -> Path:
     """Return experiments/ beside the shipped presets: inside the installed package, else in the
     checkout."""
@@ -190,24 +176,19 @@ def load_experiment(name: str) -> Experiment:
     places = [given] if given.suffix == ".yaml" else [f / f"{name}.yaml" for f in folders]
     file = next((p for p in places if p.is_file()), None)
     if file is None:
-        there = sorted({p.stem for f in folders for p in f.glob("*.yaml")})
+        there = {p.stem for f in folders for p in f.glob("*.yaml")}
         do = suggest(name, there) or "give the path of its YAML file"
         raise ConfigError(f"no experiment {name!r}", str(places[0]), do)
     try:
         plain = presets.read_yaml(file)
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise ConfigError(f"not YAML: {error}", str(file), "fix the file") from None
-    if not isinstance(plain, dict):
-        raise ConfigError(
-            "an experiment is a mapping of keys", str(file), "see experiments/pilot.yaml"
-        )
-    try:
         return Experiment.model_validate({"name": file.stem, **plain})
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        what = f"not YAML: {error}"
+    except TypeError:
+        what = "an experiment is a mapping of keys"
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "experiment"
-        message = first["msg"].removeprefix("Value error, ")
-        raise ConfigError(f"{where}: {message}", str(file), "fix the experiment") from None
+        what = first_line(error).replace("Value error, ", "").removeprefix(": ")
+    raise ConfigError(what, str(file), "fix the file")
 
 
 def latin_order(size: int, block: int) -> list[int]:
@@ -228,8 +209,7 @@ def planned_runs(experiment: Experiment, more: list[str] | None = None) -> list[
     more = list(more or [])
     options = [f"--config-dir={d}" for d in experiment.config_dirs]
     options += [f"--plugin={p}" for p in experiment.plugins]
-    domains: int | None = None
-    found: dict[str, Planned] = {}
+    domains, found = 0, dict[str, Planned]()
     try:
         with composition.composer(experiment.config_dirs, experiment.plugins) as compose:
             models = [[f"model={m}"] for m in experiment.models] or [[]]
@@ -237,16 +217,13 @@ def planned_runs(experiment: Experiment, more: list[str] | None = None) -> list[
                 models, range(experiment.blocks), experiment.settings()
             ):
                 own = [*model, f"method={method}"]
-                texts = {
-                    key: value if isinstance(value, str) else json.dumps(value, allow_nan=False)
-                    for key, value in values.items()
-                }
-                own += [f"{key}={text}" for key, text in texts.items()]
+                for key, value in values.items():
+                    text = value if isinstance(value, str) else json.dumps(value, allow_nan=False)
+                    own.append(f"{key}={text}")
                 # in block 0 ``once`` replaces those of the same key
-                once = [] if block else experiment.once
-                keys = {o.partition("=")[0] for o in once}
-                own += [o for o in experiment.overrides if o.partition("=")[0] not in keys]
-                own += once
+                once = {o.partition("=")[0]: o for o in experiment.once if not block}
+                own += [o for o in experiment.overrides if o.partition("=")[0] not in once]
+                own += once.values()
                 if experiment.blocks > 1:
                     domains = domains or len(compose([*own, *more]).sequence.domains)
                     order = ",".join(map(str, latin_order(domains, block)))
@@ -254,28 +231,15 @@ def planned_runs(experiment: Experiment, more: list[str] | None = None) -> list[
                 config = compose([*own, *more])
                 if block == 0:
                     _scores_what_is_declared(experiment, config)
-                made = plan.prepare(config)
-                run = Planned(
-                    config.model.name,
-                    method,
-                    values,
-                    block,
-                    [*own, *options],
-                    config,
-                    made.run_id,
-                    made.record_path,
-                    made.folder,
-                )
+                made, name = plan.prepare(config), config.model.name
+                about = made.run_id, made.record_path, made.folder
+                run = Planned(name, method, values, block, [*own, *options], config, *about)
                 if (other := found.setdefault(run.run_id, run)) is not run:
-                    raise ConfigError(
-                        f"two settings are the same run: {other.label} and {run.label}",
-                        "methods",
-                        "remove one",
-                    )
+                    what = f"two settings are the same run: {other.label} and {run.label}"
+                    raise ConfigError(what, "methods", "remove one")
     except ConfigError as error:
-        raise ConfigError(
-            error.what, f"experiment {experiment.name}: {error.where}", error.do
-        ) from error
+        where = f"experiment {experiment.name}: {error.where}"
+        raise ConfigError(error.what, where, error.do) from error
     return list(found.values())
 
 

@@ -11,6 +11,7 @@ margin:TASK, accuracy:TASK (change from the pretrained model to the end; above 0
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -25,12 +26,14 @@ from gain_cl.errors import DataError
 from gain_cl.measure import record
 from gain_cl.measure.record import Run
 from gain_cl.stats import answers, fronts, inference
-from gain_cl.stats.matrix import METRICS, Estimate, LossMatrix, Parts
+from gain_cl.stats.matrix import METRICS, Coefficients, Estimate, LossMatrix, Parts, linearised
 from gain_cl.studies.experiments import Endpoint, Experiment, Planned, Values, setting_label
 from gain_cl.studies.shared import MEASURED, unlike
 
 Block = tuple[int, tuple[str, ...]]
 """(seed, order of the domains)"""
+Metric = str | Callable[[LossMatrix], Coefficients]
+"""The name of a metric, or a summary of the matrix itself."""
 
 
 @dataclass(frozen=True)
@@ -59,19 +62,19 @@ class Setting:
     def matrices(self) -> dict[Block, LossMatrix]:
         return {block: loss_matrix(run) for block, run in self.runs.items()}
 
-    def parts(self, metric: str, block: Block) -> Parts | None:
+    def parts(self, metric: Metric, block: Block) -> Parts | None:
         """Return what the metric is a ratio of in a block; None where it does not exist."""
-        name, _, task = metric.partition(":")
-        if task:
-            return _item_parts(self.runs[block], name, task)
+        if isinstance(metric, str) and ":" in metric:
+            name, _, task = metric.partition(":")
+            return item_change(self.runs[block], name, task)
         matrix = self.matrices[block]
-        coefficients = _METRIC[name](matrix)
+        coefficients = (_METRIC[metric] if isinstance(metric, str) else metric)(matrix)
         return None if coefficients is None else matrix.contributions(coefficients)
 
     def value(self, metric: str, block: Block) -> float:
         """Return the metric in a block; nan where it does not exist."""
         parts = self.parts(metric, block)
-        return math.nan if parts is None else ratio(parts)
+        return math.nan if parts is None else linearised(parts)[0]
 
     def one(self, what: Callable[[Run], float]) -> float:
         """Return the mean over the blocks of a fact of each run."""
@@ -109,6 +112,10 @@ class Study:
     def runs(self) -> list[Run]:
         return [run for s in self.settings for run in s.runs.values()]
 
+    @property
+    def chosen_runs(self) -> list[tuple[Setting, Run]]:
+        return [(s, run) for s in self.chosen.values() for run in s.runs.values()]
+
     def of(self, method: str) -> list[Setting]:
         """Return the settings of a method."""
         return [s for s in self.settings if s.method == method]
@@ -128,14 +135,15 @@ class Study:
 
 
 class Compared(NamedTuple):
-    """A summary, or a difference of two (paired within blocks), over so many blocks; its estimate's
-    n are documents or items."""
+    """A summary, or a difference of two (paired within blocks), over so many blocks (0: there is
+    none).
 
-    estimate: Estimate
-    values: np.ndarray  # a block each
-    documents: (
-        inference.Error
-    )  # standard error over documents; of several blocks, what they share of it
+    estimate: its n are documents or items. values: (blocks,). documents: standard error over
+    documents; of several blocks, what they share of it."""
+
+    estimate: Estimate = Estimate()
+    values: np.ndarray = np.array([])
+    documents: inference.Error = inference.Error()
 
     @property
     def blocks(self) -> int:
@@ -161,11 +169,8 @@ def studies_of(
         if c.run_id in runs:
             found.setdefault(c.model, {})[c.label, c.block] = runs[c.run_id]
     if not found:
-        raise DataError(
-            f"no run of {experiment.name} is finished",
-            "results",
-            f"python -m gain_cl sweep experiment={experiment.name}",
-        )
+        do = f"python -m gain_cl sweep experiment={experiment.name}"
+        raise DataError(f"no run of {experiment.name} is finished", "results", do)
     return {m: study_of_experiment(experiment, done) for m, done in found.items()}
 
 
@@ -177,16 +182,16 @@ def study_of_experiment(experiment: Experiment, runs: Mapping[tuple[str, int], R
     for method, values in experiment.settings():
         mine = [run for key, run in runs.items() if key[0] == setting_label(method, values)]
         absent[method] += experiment.blocks - len(mine)
-        settings += _by_alpha(method, values, mine)
-    chosen = {s.method: s for s in reversed(settings) if s.values == experiment.chosen_of(s.method)}
-    methods = [m for m in experiment.methods if any(s.method == m for s in settings)]
+        settings += _settings(method, [(values, run) for run in mine])
+    methods = {s.method for s in settings}
+    reference = experiment.reference if experiment.reference in methods else settings[-1].method
     return _checked(
         Study(
             name=experiment.name,
             question=experiment.question,
             settings=settings,
-            chosen={m: chosen[m] for m in experiment.methods if m in chosen},
-            reference=experiment.reference if experiment.reference in methods else methods[-1],
+            chosen={s.method: s for s in settings if s.values == experiment.chosen_of(s.method)},
+            reference=reference,
             endpoints=experiment.endpoints,
             forgets=experiment.forgets,
             skill=None if experiment.skill is None else math.log1p(experiment.skill / 100),
@@ -199,26 +204,20 @@ def study_of_experiment(experiment: Experiment, runs: Mapping[tuple[str, int], R
 def study_of_runs(runs: Iterable[Run]) -> Study:
     """Return the study of runs named by hand: those that differ in seed and order alone are blocks
     of one setting. Nothing is declared."""
-    by_method: dict[str, list[tuple[Run, dict[str, Any]]]] = {}
+    by_method: dict[str, list[tuple[Values, Run]]] = {}
     for run in runs:
         plain = RunConfig.model_validate(run.record.config).scientific()
         flat: Any = pd.json_normalize(plain).to_dict("records")[0]
-        by_method.setdefault(run.record.method, []).append((run, flat))
+        by_method.setdefault(run.record.method, []).append((flat, run))
     settings: list[Setting] = []
     for method, mine in by_method.items():
         keys = [
             key
-            for key in mine[0][1]
-            if len({repr(flat.get(key)) for _, flat in mine}) > 1
-            and key != "seed"
-            and not key.startswith(("sequence.", "domains."))
+            for key in mine[0][0]
+            if len({repr(flat.get(key)) for flat, _ in mine}) > 1
+            and not re.match(r"seed$|sequence\.|domains\.", key)
         ]
-        groups: dict[str, tuple[Values, list[Run]]] = {}
-        for run, flat in mine:
-            values = {key: flat.get(key) for key in keys}
-            groups.setdefault(repr(values), (values, []))[1].append(run)
-        for values, group in groups.values():
-            settings += _by_alpha(method, values, group)
+        settings += _settings(method, [({k: flat.get(k) for k in keys}, run) for flat, run in mine])
     return _checked(
         Study(
             name="runs",
@@ -229,21 +228,18 @@ def study_of_runs(runs: Iterable[Run]) -> Study:
     )
 
 
-def _by_alpha(method: str, values: Values, runs: list[Run]) -> list[Setting]:
-    """Return a setting of each alpha, trained runs (1, which is not said) first."""
-    found: dict[float, dict[Block, Run]] = {}
-    for run in runs:
-        blocks = found.setdefault(run.record.alpha, {})
-        block = run.record.seed, tuple(run.record.trained)
-        if block in blocks:
-            raise DataError(
-                f"two runs of {method} are the same", run.record.run_id, "name each once"
-            )
-        blocks[block] = run
-    return [
-        Setting(method, values if a == 1 else {**values, "alpha": a}, found[a])
-        for a in sorted(found, key=lambda a: (a != 1, a))
-    ]
+def _settings(method: str, told: list[tuple[Values, Run]]) -> list[Setting]:
+    """Return a setting for all runs of the same values; what is interpolated (alpha) is a setting
+    of its own, after those that were trained."""
+    found: dict[str, Setting] = {}
+    told = sorted(told, key=lambda pair: (pair[1].record.alpha != 1, pair[1].record.alpha))
+    for values, run in told:
+        r = run.record
+        mine = values if r.alpha == 1 else {**values, "alpha": r.alpha}
+        runs = found.setdefault(repr(mine), Setting(method, mine, {})).runs
+        if runs.setdefault((r.seed, tuple(r.trained)), run) is not run:
+            raise DataError(f"two runs of {method} are the same", r.run_id, "name each once")
+    return list(found.values())
 
 
 BUDGET = ("tokens", "block", "batch_tokens", "schedule", "pack")
@@ -263,9 +259,8 @@ def _checked(study: Study) -> Study:
     for task in {task for run in runs for s in run.record.stages for task in s.tasks}:
         asked: dict[Any, str] = {}
         for run in runs:
-            items = run.items.item[run.items.task == task]
-            if len(items):
-                key = run.record.config["tasks"]["fewshot"], *sorted(set(items))
+            if items := set(run.items.item[run.items.task == task]):
+                key = run.record.config["tasks"]["fewshot"], frozenset(items)
                 asked.setdefault(key, run.record.run_id)
         if len(asked) > 1:
             raise DataError(
@@ -303,60 +298,45 @@ def loss_matrix(run: Run) -> LossMatrix:
         ) from error
 
 
-def _item_parts(run: Run, name: str, task: str) -> Parts | None:
+def item_change(run: Run, name: str, task: str, stage: int = -1) -> Parts | None:
     """Return the change of each item's margin (nats) or correctness from the pretrained model to
-    the end; None where it was not scored at both."""
-    ends = [run.record.stages[0], run.record.stages[-1]]
-    if not all(task in s.tasks and not s.tasks[task].limited for s in ends):
+    the end (or another stage); None where it was not scored at both."""
+    ends = [run.record.stages[0], *run.record.stages[stage:][:1]]
+    if len(ends) < 2 or any(task not in s.tasks or s.tasks[task].limited for s in ends):
         return None
     of = answers.margin if name == "margin" else answers.correct
-    before, after = (
-        np.asarray(of(answers.answers(run.items, task, s.index)), dtype=np.float64) for s in ends
-    )
-    return {task: (after - before, np.ones(len(after)))}
+    values = [of(answers.answers(run.items, task, s.index)).astype(float) for s in ends]
+    return {task: (values[-1] - values[0], np.ones(len(values[0])))}
 
 
 # --- summaries and differences --------------------------------------------------------------------
 
 
-def level(setting: Setting, metric: str) -> Compared | None:
+def level(setting: Setting, metric: Metric) -> Compared:
     """Return a setting's summary: over documents of its one run, or over its blocks and their
     documents."""
-    parts = [setting.parts(metric, block) for block in setting.runs]
-    return compared([p for p in parts if p is not None])
+    return compared([setting.parts(metric, block) for block in setting.runs])
 
 
-def difference(a: Setting, b: Setting, metric: str) -> Compared | None:
+def difference(a: Setting, b: Setting, metric: Metric) -> Compared:
     """Return a minus b, paired within the blocks that both have."""
-    return compared(paired((a.parts(metric, k), b.parts(metric, k)) for k in a.runs if k in b.runs))
+    pairs = [(a.parts(metric, k), b.parts(metric, k)) for k in a.runs if k in b.runs]
+    return compared([inference.combined([x, y], [1, -1]) for x, y in pairs if x and y])
 
 
-def paired(pairs: Iterable[tuple[Parts | None, Parts | None]]) -> list[Parts]:
-    """Return the parts of first minus second, of the pairs that have both."""
-    return [
-        inference.combined([x, y], [1, -1]) for x, y in pairs if x is not None and y is not None
-    ]
-
-
-def compared(parts: Sequence[Parts]) -> Compared | None:
+def compared(blocks: Sequence[Parts | None]) -> Compared:
     """Return the mean over blocks of a summary or paired difference (inference.combined), whose
-    parts in each block are given, with its interval over documents of the one block, or over blocks
-    and the documents they share; None without any."""
-    if not parts:
-        return None
-    values = np.array([ratio(part) for part in parts])
+    parts in each block are given (None: not there), with its interval over documents of the one
+    block, or over blocks and the documents they share."""
+    if not (parts := [p for p in blocks if p]):
+        return Compared()
+    values = np.array([linearised(p)[0] for p in parts])
     mean = inference.combined(parts, [1 / len(parts)] * len(parts))
     if len(parts) == 1:
-        return Compared(inference.bootstrap_t(parts[0]), values, inference.error(mean))
+        return Compared(inference.bootstrap_t(mean), values, inference.error(mean))
     documents = inference.shared_error(parts)
     found = inference.blocks(values, documents=documents)
-    units = sum(len(z) for z, _ in mean.values())
-    return Compared(Estimate(found.value, found.low, found.high, units), values, documents)
-
-
-def ratio(parts: Parts) -> float:
-    """Return the summary that parts make up."""
-    return sum(float(z.sum() / n.sum()) for z, n in parts.values())
+    return Compared(replace(found, n=sum(len(z) for z, _ in mean.values())), values, documents)
 
 
 def lower_is_better(metric: str) -> bool:
@@ -373,7 +353,7 @@ def margin_nats(metric: str, margin: float | None) -> float:
 def plane(settings: Iterable[Setting]) -> list[tuple[Setting, Estimate, Estimate]]:
     """Return the settings that have both, with their own step and backward change in nats."""
     found = [(s, level(s, "own_step"), level(s, "backward")) for s in settings]
-    return [(s, x.estimate, y.estimate) for s, x, y in found if x is not None and y is not None]
+    return [(s, x.estimate, y.estimate) for s, x, y in found if x.blocks and y.blocks]
 
 
 def on_front(study: Study) -> set[str]:
@@ -381,7 +361,7 @@ def on_front(study: Study) -> set[str]:
     learns more and forgets less."""
     found = set()
     for method in study.methods:
-        there = plane(study.of(method))
-        own, back = (np.array([row[k].value for row in there]) for k in (1, 2))
-        found |= {there[i][0].label for i in fronts.efficient(own, back)} if there else set()
+        if there := plane(study.of(method)):
+            points = np.array([(x.value, y.value) for _, x, y in there])
+            found |= {there[i][0].label for i in fronts.efficient(*points.T)}
     return found

@@ -29,7 +29,7 @@ class Judged(NamedTuple):
     with what limits it. skill: own step in nats at which a matched endpoint was read."""
 
     endpoint: Endpoint
-    compared: Compared | None
+    compared: Compared
     tests: Tests
     verdict: Verdict
     why: str
@@ -79,22 +79,17 @@ def judge(study: Study) -> tuple[Judged, ...]:
     for e in study.endpoints:
         found, why, skill = measured[e.name]
         said: Verdict = "inconclusive"
-        if found is not None and not (why := _undecided(study, e, found.blocks)):
-            better = lower_is_better(e.metric)
-            said = inference.verdict(
-                found.estimate.value, tests[e.name], e.kind, better, study.alpha
-            )
+        if not (why := why or _undecided(study, e, found.blocks)):
+            better, value = lower_is_better(e.metric), found.estimate.value
+            said = inference.verdict(value, tests[e.name], e.kind, better, study.alpha)
         judged.append(Judged(e, found, tests[e.name], said, why, skill))
     return tuple(judged)
 
 
-def _tests(e: Endpoint, found: Compared | None) -> Tests:
-    if found is None or found.blocks < 2:
-        return Tests(math.nan, math.nan)
-    margin = margin_nats(e.metric, e.margin)
+def _tests(e: Endpoint, found: Compared) -> Tests:
     return Tests(
         inference.t_test(found.values, found.documents),
-        math.nan if math.isnan(margin) else inference.tost(found.values, margin, found.documents),
+        inference.tost(found.values, margin_nats(e.metric, e.margin), found.documents),
     )
 
 
@@ -110,23 +105,24 @@ def _undecided(study: Study, e: Endpoint, blocks: int) -> str:
     return f"two blocks: a verdict takes {FEWEST}" if blocks < FEWEST else ""
 
 
-def _measure(study: Study, e: Endpoint) -> tuple[Compared | None, str, float | None]:
+def _measure(study: Study, e: Endpoint) -> tuple[Compared, str, float | None]:
     """Return an endpoint's difference, or why there is none; and the own step where it was read."""
     if e.at == "matched" and e.minus is not None:
         # what was interpolated was not declared
         declared = replace(study, settings=[s for s in study.settings if s.trained])
         if absent := [m for m in (e.of, e.minus) if not declared.of(m)]:
-            return None, f"no finished run of {', '.join(absent)}", study.skill
+            return Compared(), f"no finished run of {', '.join(absent)}", study.skill
         found = equal.match_skill(declared, e.of, e.minus)
         if found.reason:
-            return None, found.reason, study.skill
+            return Compared(), found.reason, study.skill
         estimate = replace(equal.interval_of(found), n=found.over_documents.n)
-        documents = found.documents or inference.Error(math.nan, math.nan)
+        documents = found.documents or inference.Error()
         return Compared(estimate, found.differences, documents), "", found.skill
-    if absent := [m for m in (e.of, e.minus) if m is not None and m not in study.chosen]:
-        return None, f"no finished run of the chosen setting of {', '.join(absent)}", None
-    a = study.chosen[e.of]
-    measured = (
-        level(a, e.metric) if e.minus is None else difference(a, study.chosen[e.minus], e.metric)
-    )
-    return measured, "" if measured else f"{e.metric} does not exist for these runs", None
+    sides = [m for m in (e.of, e.minus) if m is not None]
+    if absent := [m for m in sides if m not in study.chosen]:
+        reason = f"no finished run of the chosen setting of {', '.join(absent)}"
+        return Compared(), reason, None
+    a, *b = (study.chosen[m] for m in sides)
+    measured = difference(a, b[0], e.metric) if b else level(a, e.metric)
+    reason = "" if measured.blocks else f"{e.metric} does not exist for these runs"
+    return measured, reason, None

@@ -9,7 +9,7 @@ from typing import Any
 
 from gain_cl.errors import ConfigError
 from gain_cl.measure import diagnosis, record
-from gain_cl.paper.table import Row, Table, Value, known, of, percent, print_table, say
+from gain_cl.paper.table import Row, Table, Value, of, percent, print_table, say
 from gain_cl.paper.tables import endpoints, fronts
 from gain_cl.paper.tables import main as main_table
 from gain_cl.stats import format
@@ -121,7 +121,7 @@ def _equal_cost(study: Study, name: Any, results_dir: Path) -> Table:
             for metric in ("own_step", "backward")
         ]
         changes = [None if f.reason else percent(equal.interval_of(f)) for f in found]
-        at = known(found[0].skill, lambda x: f"{x:.4g}")
+        at = Value(found[0].skill, lambda x: f"{x:.4g}")
         rows.append(Row([m, at, *changes, found[0].reason]))
     title = (
         f"Change of perplexity at equal {name}, minus {study.reference} (interpolated over "
@@ -133,7 +133,7 @@ def _equal_cost(study: Study, name: Any, results_dir: Path) -> Table:
 def _differences(study: Study) -> Table:
     """Return the chosen settings against the reference's."""
     reference = study.chosen[study.reference]
-    metrics = [m for m in main_table.METRICS if level(reference, m) is not None]
+    metrics = [m for m in main_table.METRICS if level(reference, m).blocks]
     rows = [
         Row([s.label, *(of(m, difference(s, reference, m)) for m in metrics)], s.ids)
         for s in study.chosen.values()

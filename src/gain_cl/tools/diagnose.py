@@ -304,7 +304,7 @@ def _show(found: Diagnostics, paths: list[Path]) -> None:
             Value(x, write=lambda x: f"{x:.3g}") for x in (s.total_norm, 100 * s.total_relative)
         ]
         kl = [
-            None if x is None else Value(x.nats, x.low or 0.0, x.high or math.nan, plain(4))
+            None if x is None else Value(x.nats, plain(4), x.low or 0.0, x.high or math.nan)
             for x in (s.kl_new, s.kl_controls)
         ]
         rows.append(Row([f"{s.index} {s.domain}", *norms, *_shares(s.residual), count, *kl]))

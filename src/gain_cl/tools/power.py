@@ -17,7 +17,7 @@ import numpy as np
 from scipy import stats
 
 from gain_cl.config.schema import RunConfig
-from gain_cl.paper.table import Row, Table, known, plain, print_table, say
+from gain_cl.paper.table import Row, Table, Value, plain, print_table, say
 from gain_cl.paper.tables.endpoints import contrast
 from gain_cl.stats import format, inference
 from gain_cl.studies.costs import run_seconds
@@ -131,7 +131,7 @@ def _noise(
         seen = level(chosen[e.of], e.metric)
     elif e.of in chosen and e.minus in chosen:
         seen = difference(chosen[e.of], chosen[e.minus], e.metric)
-    if seen is not None and study is not None:
+    if seen and seen.blocks and study is not None:
         sources.append(f"pilot of {format.counted(seen.blocks, 'block')}")
         block_sd = float(np.std(seen.values, ddof=1)) if seen.blocks > 1 else math.nan
         first = study.runs[0].record
@@ -164,8 +164,8 @@ def _show(told: dict[str, Any], experiment: Experiment) -> None:
         ["*: as the experiment has it; floor: set by what all blocks share, the test set"],
     )
     for e in told["effects"]:
-        sizes = [known(x, lambda x: f"{x:.3g}") for x in (*e["detectable"].values(), e["floor"])]
-        noise = [known(e[key], plain(4)) for key in ("block_sd", "document_se")]
+        sizes = [Value(x, lambda x: f"{x:.3g}") for x in (*e["detectable"].values(), e["floor"])]
+        noise = [Value(e[key], plain(4)) for key in ("block_sd", "document_se")]
         rows.append(Row([e["endpoint"], *sizes, e["unit"], *noise]))
         notes.append(f"{e['endpoint']}: {e['what']}; noise: {e['noise']}")
     print_table(Table("power", title, heads, rows, notes))

@@ -5,8 +5,8 @@ from __future__ import annotations
 from matplotlib.figure import Figure
 
 from gain_cl.paper.figures import style
-from gain_cl.stats.matrix import Estimate, Parts, forgetting_by_age
-from gain_cl.studies.study import Setting, Study, compared
+from gain_cl.stats.matrix import Estimate, forgetting_by_age
+from gain_cl.studies.study import Setting, Study, level
 
 CAPTION = (
     "Change of perplexity since a domain was learned (%; above 0: forgotten) by the "
@@ -19,11 +19,9 @@ CAPTION = (
 
 def by_age(setting: Setting) -> dict[int, Estimate]:
     """Return age -> forgetting in nats per token."""
-    parts: dict[int, list[Parts]] = {}
-    for m in setting.matrices.values():
-        for age, coefficients in forgetting_by_age(m).items():
-            parts.setdefault(age, []).append(m.contributions(coefficients))
-    return {age: c.estimate for age, some in parts.items() if (c := compared(some))}
+    ages = {age for m in setting.matrices.values() for age in forgetting_by_age(m)}
+    found = {a: level(setting, lambda m, a=a: forgetting_by_age(m).get(a)) for a in sorted(ages)}  # type: ignore[misc]
+    return {age: c.estimate for age, c in found.items()}
 
 
 @style.rules()
@@ -35,14 +33,11 @@ def build(study: Study) -> Figure | None:
     if not lines:
         return None
     ages = max(max(found) for _, found in lines)
-    figure = style.new(style.DOUBLE if ages > 2 or len(lines) > 4 else style.SINGLE, 2.8)
-    axes = figure.subplots()
+    figure, (axes,) = style.panels([""], 2.5, ages > 2 or len(lines) > 4)
     style.courses(axes, study, lines)
     style.zero(axes)
-    axes.set_xlim(0.5, ages + 0.5)
-    axes.set_xticks(range(1, ages + 1))
+    axes.set(xlim=(0.5, ages + 0.5), xticks=range(1, ages + 1))
     style.percent_axis(axes, "y")
     axes.set_xlabel("Stages since the domain was learned")
     axes.set_ylabel("Change of perplexity since learned, %")
-    style.legend(figure, {s.label: style.look(study, s.method) for s, _ in lines})
-    return style.finish(figure)
+    return style.finish(figure, style.looks(study, (s for s, _ in lines)))

@@ -35,26 +35,24 @@ def build(study: Study) -> Figure | None:
     lines = {m: rows for m in study.methods if (rows := measured(study, m))}
     if not lines:
         return None
-    figure = style.new(style.DOUBLE, 3.8)
-    axes: Any = figure.subplots()
+    figure, (axes,) = style.panels([""], 3.5, wide=True)
     looks = {method: style.look(study, method) for method in lines}
     for method, rows in lines.items():
-        line = {"color": looks[method]["color"], "linestyle": looks[method]["linestyle"]}
+        line = {k: v for k, v in looks[method].items() if k != "marker"}
         axes.plot([x.value for _, x, _ in rows], [y.value for *_, y in rows], label=method, **line)
         bare: dict[str, Any] = {"color": line["color"], "linestyle": ""}
         for s, x, y in rows:
             if not s.trained:
                 axes.plot(x.value, y.value, marker=".", markersize=3, zorder=3, **bare)
                 continue
-            for at, of, across in ((x, y, False), (y, x, True)):
-                style.points(axes, [at.value], [of], across=across, marker="", alpha=0.6, **bare)
+            style.points(axes, [y.value], [x], across=True, alpha=0.6, **bare)
+            style.points(axes, [x.value], [y], alpha=0.6, **bare)
             fill = line["color"] if study.chosen.get(method) is s else style.PAPER
             mark = {"markersize": 5.5, "markerfacecolor": fill, "gid": s.label, "zorder": 3}
             axes.plot(x.value, y.value, marker=looks[method]["marker"], **mark, **bare)
     style.zero(axes, color=style.FAINT)
-    soft = {"color": style.SOFT}
     if study.skill is not None:
-        dashed = {**soft, "linewidth": 0.8, "linestyle": (0, (4, 2))}
+        dashed = {"color": style.SOFT, "linewidth": 0.8, "linestyle": style.DASHED}
         axes.axvline(study.skill, zorder=1, gid="skill", **dashed)
         skill = style.signed(round(change(study.skill), 6))
         looks[f"methods are matched at {skill}%"] = dashed
@@ -63,6 +61,5 @@ def build(study: Study) -> Figure | None:
     axes.set_xlabel("Own step: change of perplexity in a domain's own stage, %")
     axes.set_ylabel("Backward change of perplexity, to the end, %")
     title = "↙ better: learned more (left), forgot less (low)"
-    axes.set_title(title, loc="left", fontsize=style.SMALL, **soft)
-    style.legend(figure, looks)
-    return style.finish(figure)
+    axes.set_title(title, loc="left", fontsize=style.SMALL, color=style.SOFT)
+    return style.finish(figure, looks)

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from gain_cl.measure import diagnosis
-from gain_cl.measure.diagnosis import EDGES, Gains
+from gain_cl.measure.diagnosis import EDGES
 from gain_cl.paper.figures import style
 from gain_cl.studies.study import Setting, Study
 
@@ -38,18 +38,16 @@ def maps(study: Study) -> list[Map]:
     diagnosed."""
     found = []
     for s in study.chosen.values():
-        of = [diagnosis.load_diagnosis(r.path.parents[1], r.record.run_id) for r in s.runs.values()]
-        roles: dict[str, dict[int, list[Gains]]] = {}
-        for x in (x for d in of if d is not None and d.end is not None for x in d.end.layers):
+        of = (diagnosis.load_diagnosis(r.path.parents[1], r.record.run_id) for r in s.runs.values())
+        roles: dict[str, dict[int, list[np.ndarray]]] = {}
+        for x in (x for d in of if d and d.end for x in d.end.layers):
             if x.gains is not None:
-                roles.setdefault(x.role, {}).setdefault(x.block or 0, []).append(x.gains)
+                counts = np.array(x.gains.counts)
+                numbers = np.append(counts / counts.sum(), x.gains.drift)
+                roles.setdefault(x.role, {}).setdefault(x.block or 0, []).append(numbers)
         for role, layers in roles.items():
-            drift = [np.mean([g.drift for g in gains]) for gains in layers.values()]
-            share = [
-                np.mean([np.array(g.counts) / sum(g.counts) for g in gains], axis=0)
-                for gains in layers.values()
-            ]
-            found.append(Map(s, role, np.array(list(layers)), np.array(drift), np.array(share).T))
+            *share, drift = np.array([np.mean(numbers, axis=0) for numbers in layers.values()]).T
+            found.append(Map(s, role, np.array([*layers]), drift, np.array(share)))
     return found
 
 
@@ -62,27 +60,25 @@ def build(study: Study) -> Figure | None:
     found = maps(study)
     if not found:
         return None
-    columns = len(found)
-    figure = style.new(max(style.DOUBLE, WIDE * columns), 3.5)
+    figure = Figure((max(style.DOUBLE, WIDE * len(found)), 3.5), layout="constrained")
     shape: Any = {"squeeze": False, "sharex": "col", "sharey": "row", "height_ratios": [1, 2.2]}
-    top, low = figure.subplots(2, columns, **shape)
+    top, low = figure.subplots(2, len(found), **shape)
     most = max(float(m.share.max()) for m in found)
     used = np.flatnonzero(sum(m.share.sum(1) for m in found))
     for m, above, under in zip(found, top, low, strict=True):
         above.plot(m.blocks, 100 * m.drift, **style.look(study, m.setting.method), markersize=2.5)
-        style.title(above, f"{m.setting.label}\n{m.role}", style.SMALL)
-        edges = np.arange(m.blocks.min(), m.blocks.max() + 2) - 0.5
-        cells = np.full((len(m.share), len(edges) - 1), np.nan)
+        above.set_title(style.name(f"{m.setting.label}\n{m.role}", 24), fontsize=style.SMALL)
+        cells = np.full((len(m.share), m.blocks.max() - m.blocks.min() + 1), np.nan)
         cells[:, m.blocks - m.blocks.min()] = 100 * np.where(m.share > 0, m.share, np.nan)
-        shown = under.pcolormesh(
-            edges, np.arange(len(cells) + 1), cells, cmap="YlGnBu", vmin=0, vmax=100 * most
-        )
+        sides = m.blocks.min() - 0.5, m.blocks.max() + 0.5, 0, len(cells)
+        look: Any = {"cmap": "YlGnBu", "vmin": 0, "vmax": 100 * most, "aspect": "auto"}
+        shown = under.imshow(cells, origin="lower", extent=sides, interpolation="nearest", **look)
         under.axhline(EDGES.index(1.0) + 1, color=style.SOFT, linewidth=0.5)
         under.locator_params(axis="x", integer=True, nbins=6, min_n_ticks=1)
         under.set_xlabel("Transformer block")
-    labelled = [k for k, e in enumerate(EDGES) if e == 1 or round(abs(e - 1), 6) >= 0.01]
-    names = [style.signed(round(100 * (EDGES[k] - 1), 6)) for k in labelled]
-    low[0].set_yticks([k + 1 for k in labelled], names, fontsize=6)
+    edges = np.round(np.subtract(EDGES, 1), 6)
+    every = np.flatnonzero((edges == 0) | (abs(edges) > 0.005))
+    low[0].set_yticks(every + 1, [style.signed(100 * x) for x in edges[every]], fontsize=6)
     low[0].set_ylim(max(used.min() - 0.5, 0), min(used.max() + 1.5, len(EDGES) + 1))
     low[0].set_ylabel("s − 1, %")
     top[0].set_ylabel("Mean |s − 1|, %")

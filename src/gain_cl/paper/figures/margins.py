@@ -5,17 +5,15 @@ from __future__ import annotations
 import math
 from functools import partial
 from operator import add
-from typing import NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
 
-from gain_cl.measure.record import Run
 from gain_cl.paper.figures import style
 from gain_cl.paper.tables.main import scored
 from gain_cl.stats import answers
 from gain_cl.stats.matrix import Estimate
-from gain_cl.studies.study import Setting, Study, compared
+from gain_cl.studies.study import Compared, Setting, Study, compared, item_change
 
 CAPTION = (
     "Margin (log-odds of the right answer among the choices, nats; higher is better), "
@@ -27,35 +25,19 @@ CAPTION = (
 )
 
 
-class Scored(NamedTuple):
-    """Mean margin (nats) after each stage scored; its interval is that of the change from stage 0,
-    which has none."""
-
-    stages: dict[int, Estimate]
-    blocks: int
-
-
-def by_stage(run: Run, task: str) -> dict[int, np.ndarray]:
-    """Return stage -> (items,) margins, of the stages in which all items were scored; empty unless
-    the pretrained model and another are among them."""
-    stages = [s.index for s in run.record.stages if task in s.tasks and not s.tasks[task].limited]
-    if stages[:1] != [0] or len(stages) < 2:
-        return {}
-    return {t: answers.margin(answers.answers(run.items, task, t)) for t in stages}
-
-
-def margins(setting: Setting, task: str) -> Scored | None:
-    """Return the mean margins of a setting, by stage. None: no block has the task."""
-    of = [found for run in setting.runs.values() if (found := by_stage(run, task))]
-    stages = {}
-    for t in sorted({t for margin in of for t in margin}):
-        there = [margin for margin in of if t in margin]
-        base = float(np.mean([margin[0].mean() for margin in there]))
-        change = compared([{task: (m[t] - m[0], np.ones(len(m[0])))} for m in there])
-        if change is not None:
-            alone = Estimate(base, np.nan, np.nan, len(there[0][0]))
-            stages[t] = change.estimate.map(partial(add, base)) if t else alone
-    return Scored(stages, len(of)) if of else None
+def margins(setting: Setting, task: str) -> dict[int, Compared]:
+    """Return the mean margin (nats) after each stage that was scored; its interval is that of the
+    change from stage 0, which has none. Empty: no block has the task before and after."""
+    found: dict[int, Compared] = {}
+    runs = setting.runs.values()
+    for t in range(1, max(len(run.record.stages) for run in runs)):
+        pairs = [(run, p) for run in runs if (p := item_change(run, "margin", task, t))]
+        if pairs:
+            before = [answers.margin(answers.answers(run.items, task, 0)) for run, _ in pairs]
+            base, c = float(np.mean(before)), compared([p for _, p in pairs])
+            found[0] = Compared(Estimate(base, n=len(before[0])), c.values)
+            found[t] = c._replace(estimate=c.estimate.map(partial(add, base)))
+    return found
 
 
 @style.rules()
@@ -63,29 +45,25 @@ def build(study: Study) -> Figure | None:
     """Return a panel for each task: mean margin in nats by stage, a line for each method's chosen
     setting, with 95% intervals of the change from the pretrained model, paired over items. None
     when no run was scored on a task before and after."""
-    chosen = study.chosen.values()
-    lines = {
-        task: found
-        for task in sorted(scored(study))
-        if (found := [(s, of) for s in chosen if (of := margins(s, task)) is not None])
-    }
-    if not lines:
+    panels: dict[str, list[tuple[Setting, dict[int, Estimate]]]] = {}
+    for task in sorted(scored(study)):
+        found = [(s, m) for s in study.chosen.values() if (m := margins(s, task))]
+        if found:
+            first = found[0][1][0]
+            title = f"{task}, {first.estimate.n} items"
+            if len(study.blocks) > 1:
+                title += f", {first.blocks} of {len(study.blocks)} blocks"
+            panels[title] = [(s, {t: c.estimate for t, c in m.items()}) for s, m in found]
+    if not panels:
         return None
-    shown = {s.label: style.look(study, s.method) for found in lines.values() for s, _ in found}
-    width = style.DOUBLE if len(lines) > 1 or len(shown) > 4 else style.SINGLE
-    figure = style.new(width, 0.3 + 2.3 * style.rows_of(len(lines)))
-    every = style.grid(figure, len(lines))
-    for axes, (task, found) in zip(every, lines.items(), strict=True):
-        last = max(max(of.stages) for _, of in found)
-        style.courses(axes, study, [(s, of.stages) for s, of in found], longest=math.inf)
-        base = found[0][1].stages[0]
-        axes.axhline(base.value, color=style.SOFT, linewidth=0.6, linestyle=":", zorder=0)
-        axes.set_xlim(-0.5, last + 0.5)
+    looks = style.looks(study, (s for lines in panels.values() for s, _ in lines))
+    figure, every = style.panels([*panels], 2.3, len(looks) > 4)
+    for axes, lines in zip(every, panels.values(), strict=True):
+        last = max(max(stages) for _, stages in lines)
+        style.courses(axes, study, lines, longest=math.inf)
+        base = lines[0][1][0].value
+        axes.axhline(base, color=style.SOFT, linewidth=0.6, linestyle=":", zorder=0)
+        axes.set(xlim=(-0.5, last + 0.5), xlabel="Stage (0: pretrained)")
         axes.set_xticks(range(0, last + 1, math.ceil((last + 1) / 9)))
-        blocks = max(of.blocks for _, of in found)
-        several = f", {blocks} of {len(study.blocks)} blocks" if len(study.blocks) > 1 else ""
-        style.title(axes, f"{task}, {base.n} items{several}")
-        axes.set_xlabel("Stage (0: pretrained)")
     every[0].set_ylabel("Mean margin, nats")
-    style.legend(figure, shown)
-    return style.finish(figure)
+    return style.finish(figure, looks)

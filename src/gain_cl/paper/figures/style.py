@@ -7,7 +7,7 @@ import functools
 import io
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +30,10 @@ SOFT, FAINT, PAPER = "#5f5f5f", "#d9d9d9", "#ffffff"
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#7f7f7f")
 """Okabe and Ito's, which colour-blind readers can tell apart; grey for their yellow, which is too
 pale for a line on white."""
-MARKERS = ("o", "s", "^", "D", "v", "X", "P", "<", "*")
+MARKERS = "os^DvXP<*"
 """One more than colours, so that no two of 72 methods look the same, in grey either while there are
 nine or fewer."""
+DASHED = (0, (4, 2))
 
 
 rules = functools.partial(mpl.rc_context, fname=Path(__file__).with_name("paper.mplstyle"))
@@ -40,14 +41,42 @@ rules = functools.partial(mpl.rc_context, fname=Path(__file__).with_name("paper.
 the reader's matplotlibrc says, and paper.mplstyle."""
 
 
-def new(width: float, height: float) -> Figure:
-    """Return an empty figure, in inches, whose parts make room for each other."""
-    return Figure(figsize=(width, height), layout="constrained")
+def panels(
+    titles: Sequence[str], high: float, wide: bool = False, **shared: Any
+) -> tuple[Figure, list[Any]]:
+    """Return a figure whose parts make room for each other, and an axes for each title: one row of
+    them while it holds four, else the columns, four or three, that leave fewer gaps. high: of a
+    row, in inches; wide: two columns of text also for a single panel."""
+    count = len(titles)
+    columns = count if count <= 4 else min((4, 3), key=lambda n: -count % n)
+    rows = math.ceil(count / columns)
+    size = DOUBLE if wide or count > 1 else SINGLE, 0.3 + high * rows
+    figure = Figure(size, layout="constrained")
+    every = figure.subplots(rows, columns, squeeze=False, **shared).ravel()
+    for axes in every[count:]:
+        axes.remove()
+    for axes, text in zip(every, titles, strict=False):
+        room = (size[0] / columns - 0.4) * 72  # points
+        axes.set_title(name(text, int(room / (0.6 * TEXT))))
+    return figure, list(every[:count])
 
 
-def finish(figure: Figure) -> Figure:
+def finish(figure: Figure, looks: dict[str, dict[str, Any]] | None = None) -> Figure:
     """Return the figure with its layout made once and for all, so that it is the same in every
-    format."""
+    format.
+
+    looks: label -> how its line looks, for a legend beneath everything, in as few rows as the
+    figure's width allows and with even columns; the figure grows by its height."""
+    handles = [Line2D([], [], label=name(x, 44), **how) for x, how in (looks or {}).items()]
+    where: Any = {"loc": "outside lower center", "columnspacing": 1.2, "handlelength": 2.2}
+    count = len(handles)
+    for columns in sorted({-(-count // k) for k in range(1, count + 1)}, reverse=True):
+        made = figure.legend(handles=handles, ncols=columns, **where)
+        box = made.get_window_extent()
+        if columns == 1 or box.width < 0.98 * figure.bbox.width:
+            figure.set_figheight(figure.get_figheight() + box.height / figure.dpi)
+            break
+        made.remove()
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
     return figure
@@ -78,8 +107,13 @@ def look(study: Study, method: str) -> dict[str, Any]:
     return {
         "color": COLOURS[place % len(COLOURS)],
         "marker": MARKERS[place % len(MARKERS)],
-        "linestyle": "-" if place < len(COLOURS) else (0, (4, 1.5)),
+        "linestyle": "-" if place < len(COLOURS) else DASHED,
     }
+
+
+def looks(study: Study, settings: Iterable[Setting]) -> dict[str, dict[str, Any]]:
+    """Return those of settings, by label."""
+    return {s.label: look(study, s.method) for s in settings}
 
 
 def name(text: str, width: int = 200) -> str:
@@ -87,44 +121,6 @@ def name(text: str, width: int = 200) -> str:
     _, -, ., else anywhere."""
     pattern = rf"(?m).{{1,{width}}}(?:(?<=[ _.-])|$)|.{{1,{width}}}"
     return "\n".join(line.strip() for line in re.findall(pattern, printable(text)))
-
-
-def legend(figure: Figure, looks: dict[str, dict[str, Any]]) -> None:
-    """Draw the legend beneath everything, in as few rows as the figure's width allows and with even
-    columns; the figure grows by its height. looks: label -> how its line looks."""
-    handles = [Line2D([], [], label=name(label, 44), **how) for label, how in looks.items()]
-    where: Any = {"loc": "outside lower center", "columnspacing": 1.2, "handlelength": 2.2}
-    for columns in sorted({-(-len(looks) // k) for k in range(1, len(looks) + 1)}, reverse=True):
-        made = figure.legend(handles=handles, ncols=columns, **where)
-        box = made.get_window_extent()
-        if columns == 1 or box.width < 0.98 * figure.bbox.width:
-            break
-        made.remove()
-    figure.set_figheight(figure.get_figheight() + box.height / figure.dpi)
-
-
-def columns_of(panels: int) -> int:
-    """Return the columns of ``grid``: one row while it holds four, else whichever of four and three
-    leaves fewer gaps."""
-    return panels if panels <= 4 else min((4, 3), key=lambda n: -panels % n)
-
-
-def rows_of(panels: int) -> int:
-    return math.ceil(panels / columns_of(panels))
-
-
-def grid(figure: Figure, panels: int, **shared: Any) -> list[Any]:
-    """Return so many axes of equal size, row by row."""
-    every = figure.subplots(rows_of(panels), columns_of(panels), squeeze=False, **shared).ravel()
-    for axes in every[panels:]:
-        axes.remove()
-    return list(every[:panels])
-
-
-def title(axes: Any, text: str, size: float = TEXT) -> None:
-    """Write over a panel, in lines that fit its width."""
-    room = axes.figure.get_figwidth() / axes.get_gridspec().ncols - 0.4  # inches
-    axes.set_title(name(text, int(room / (0.6 * size / 72))), fontsize=size)
 
 
 # --- values ---------------------------------------------------------------------------------------
@@ -148,15 +144,11 @@ def points(
     has no caps (few blocks can be compatible with anything)."""
     value, low, high = np.array([(e.value, e.low, e.high) for e in estimates]).T
     bars = np.minimum([value - low, high - value], longest)
-    cut = (bars == longest).any(0)
-    at = np.asarray(at)
-    x, y = (value, at) if across else (at, value)
-    axis, thin = "xerr" if across else "yerr", {"elinewidth": 0.8}
-    whole = {axis: np.where(cut, np.nan, bars), "capsize": 1.5, "capthick": 0.8}
-    axes.errorbar(x, y, **whole, **thin, **look)
-    if cut.any():
-        bare = {axis: bars[:, cut], "fmt": "none", "ecolor": look.get("color")}
-        axes.errorbar(x[cut], y[cut], **bare, **thin)
+    whole = (bars != longest).all(0)
+    x, y, side = (value, at, "xerr") if across else (at, value, "yerr")
+    drawn = axes.errorbar(x, y, **{side: bars}, elinewidth=0.8, capthick=0.8, **look)
+    for caps in drawn.lines[1]:
+        caps.set_data(*caps.get_xydata()[whole].T)
 
 
 def courses(
@@ -216,6 +208,3 @@ def written(figure: Figure, kind: str, dpi: int = 200) -> bytes:
     out = io.BytesIO()
     figure.savefig(out, format=kind, dpi=dpi, metadata=METADATA[kind])
     return out.getvalue()
-
-
-vector, svg, png = (functools.partial(written, kind=kind) for kind in ("pdf", "svg", "png"))

@@ -15,14 +15,13 @@ from gain_cl.paper.tables import (
     main,
     matrix,
     models,
-    parameters,
     published,
     tasks,
 )
 
 OF_EACH = (main, endpoints, fronts, domains, blocks, tasks, published)
 """Those of each model, named after it where there are several."""
-ALL = (*OF_EACH[:-1], models, parameters, published, matrix)
+ALL = (*OF_EACH[:-1], models, published, matrix)
 
 
 def build_tables(book: Book) -> list[Table]:

@@ -15,20 +15,19 @@ def build(study: Study) -> list[Table]:
     """Return nothing of a study with one block."""
     if len(study.blocks) == 1:
         return []
-    rows = []
-    reference = study.chosen.get(study.reference)
+    rows, reference = [], study.chosen.get(study.reference)
     for block in study.blocks:
         there = [s for s in study.chosen.values() if block in s.runs]
         for s in there:
-            values = {m: s.value(m, block) for m in SHOWN}
-            less: list[float] = [math.nan] * 2
+            values = [s.value(m, block) for m in SHOWN]
+            less = [math.nan] * 2
             if reference is not None and s is not reference and block in reference.runs:
-                less = [values[m] - reference.value(m, block) for m in ("own_step", "backward")]
-            cells = map(change_of, (*values.values(), *less))
+                less = [values[i] - reference.value(m, block) for i, m in enumerate([*SHOWN][:2])]
+            cells = map(change_of, (*values, *less))
             run_id = s.runs[block].record.run_id
             rows.append(Row([str(block[0]), s.label, *cells], [run_id], s is there[0]))
     order = [f"Block {seed}, seed {seed}: {', '.join(order)}." for seed, order in study.blocks]
-    differences = [f"{h} minus {study.reference} %" for h in ("own step", "backward")]
-    heads = ["block", "method", *(f"{h} %" for h in SHOWN.values()), *differences]
+    heads = ["block", "method", *(f"{h} %" for h in SHOWN.values())]
+    heads += [f"{h} minus {study.reference} %" for h in ("own step", "backward")]
     title = f"{study.model}: every block (seed and order of the domains)"
     return [Table("blocks", title, heads, rows, order)]

@@ -7,38 +7,35 @@ import math
 import numpy as np
 
 from gain_cl.paper.table import Row, Table, Value, of, over_units, plain
-from gain_cl.studies.study import Compared, Setting, Study, compared
-
-ENDS = ("after its stage", "at the end")
+from gain_cl.stats.matrix import Coefficients, LossMatrix
+from gain_cl.studies.study import Compared, Setting, Study, level
 
 
 def build(study: Study) -> list[Table]:
     """Return perplexities, and changes from the pretrained model."""
-    names, model = domain_names(study), study.model
-    first = next(iter(study.settings[0].matrices.values()))
-    base = [math.exp(first.loss[0, first.domains.index(d)]) for d in names]
-    rows = [
-        Row(["pretrained", *(Value(x, write=plain(2)) for x in base)], study.settings[0].ids[:1])
-    ]
-    rows += [
-        Row([f"{s.label}, {when}", *(_mean(s, d, when) for d in names)], s.ids, when == ENDS[0])
-        for s in study.chosen.values()
-        for when in ENDS
-    ]
-    notes = [
-        "Perplexity: exp of the loss in nats per token, mean over blocks of the loss. "
-        "Controls are never trained."
-    ]
-    title = f"{model}: perplexity of each domain"
+    names, first, chosen = domain_names(study), study.settings[0], study.chosen.values()
+    matrix = next(iter(first.matrices.values()))
+    base = (_perplexity([matrix.loss[0, matrix.domains.index(d)]]) for d in names)
+    rows = [Row(["pretrained", *base], first.ids[:1])]
+    for s in chosen:
+        for when in ("after its stage", "at the end"):
+            ended = when == "at the end"
+            losses = ([_loss(m, d, ended) for m in s.matrices.values()] for d in names)
+            rows.append(Row([f"{s.label}, {when}", *map(_perplexity, losses)], s.ids, not ended))
+    note = "Perplexity: exp of the loss in nats per token, mean over blocks of the loss. "
+    notes = [note + "Controls are never trained."]
+    title = f"{study.model}: perplexity of each domain"
     levels = Table("domains", title, ["model", *names], rows, notes)
     rows = [
-        Row([s.label, *(of("from_base", from_base(s, d)) for d in names)], s.ids)
-        for s in study.chosen.values()
+        Row([s.label, *(of("from_base", from_base(s, d)) for d in names)], s.ids) for s in chosen
     ]
-    title = f"{model}: change of each domain's perplexity from the pretrained model to the end, %"
+    change = "change of each domain's perplexity from the pretrained model to the end, %"
     over = "the domain's documents" if len(study.blocks) == 1 else over_units(study)
     notes = [f"95% intervals over {over}."]
-    return [levels, Table("domains-change", title, ["method", *names], rows, notes)]
+    return [
+        levels,
+        Table("domains-change", f"{study.model}: {change}", ["method", *names], rows, notes),
+    ]
 
 
 def domain_names(study: Study) -> list[str]:
@@ -47,22 +44,24 @@ def domain_names(study: Study) -> list[str]:
     return [*r.trained, *r.controls]
 
 
-def _mean(s: Setting, domain: str, when: str) -> Value | None:
-    losses = []
-    for m in s.matrices.values():
-        j = m.domains.index(domain)
-        if when == ENDS[1]:
-            if m.regime != "individual":  # else there is no model that has seen them all
-                losses.append(m.loss[-1, j])
-        elif m.regime != "joint" and domain in m.trained:
-            losses.append(m.loss[m.trained.index(domain) + 1, j])
-    return Value(math.exp(float(np.mean(losses))), write=plain(2)) if losses else None
+def _loss(m: LossMatrix, domain: str, ended: bool) -> float:
+    """Return a domain's loss at the end, or after its stage; nan where there is no such model."""
+    if m.regime == ("individual" if ended else "joint") or not (ended or domain in m.trained):
+        return math.nan
+    stage = m.stages if ended else m.trained.index(domain) + 1
+    return float(m.loss[stage, m.domains.index(domain)])
 
 
-def from_base(s: Setting, domain: str) -> Compared | None:
-    """Return the change of one domain's loss from the pretrained model to the end; None where
+def _perplexity(losses: list[float]) -> Value:
+    known = [x for x in losses if not math.isnan(x)]
+    return Value(math.exp(np.mean(known)) if known else math.nan, plain(2))
+
+
+def from_base(s: Setting, domain: str) -> Compared:
+    """Return the change of one domain's loss from the pretrained model to the end; nothing where
     domains were learned alone."""
-    matrices = s.matrices.values()
-    if any(m.regime == "individual" for m in matrices):
-        return None
-    return compared([m.contributions(m.mean_change([m.stages], [0], [domain])) for m in matrices])
+
+    def change(m: LossMatrix) -> Coefficients:
+        return None if m.regime == "individual" else m.mean_change(m.stages, 0, [domain])
+
+    return level(s, change)

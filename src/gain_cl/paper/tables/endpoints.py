@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from gain_cl.paper.table import Entry, Row, Table, Value, count, known, of, p_value
+import math
+
+from gain_cl.paper.table import Entry, Row, Table, Value, count, of, p_value
 from gain_cl.stats import format
 from gain_cl.studies import verdicts
 from gain_cl.studies.experiments import Endpoint
@@ -18,18 +20,12 @@ def build(study: Study) -> list[Table]:
         e, c = j.endpoint, j.compared
         at = f" at an own step of {format.percent(j.skill)}%" if j.skill is not None else ""
         kind = e.kind if e.margin is None else f"{e.kind}, margin {e.margin:g}"
-        sides = [
-            s
-            for m in (e.of, e.minus)
-            if m
-            for s in study.of(m)
-            if e.at == "matched" or s is study.chosen.get(m)
-        ]
-        p = [known(x, p_value) for x in (j.tests.difference, j.tests.equivalence)]
-        n: list[Entry] = [None, None]
-        if c is not None:
-            n = [Value(x, write=count) for x in (c.blocks, c.estimate.n)]
-        cells = [e.name, f"{contrast(e)}{at}", kind, of(e.metric, c), *p, *n, j.verdict, j.why]
+        sides = [s for m in (e.of, e.minus) if m for s in study.of(m)]
+        if e.at == "chosen":
+            sides = [s for s in sides if s is study.chosen.get(s.method)]
+        numbers: list[Entry] = [of(e.metric, c), *(Value(x, p_value) for x in j.tests)]
+        numbers += [Value(x or math.nan, count) for x in (c.blocks, c.estimate.n)]
+        cells: list[Entry] = [e.name, f"{contrast(e)}{at}", kind, *numbers, j.verdict, j.why]
         rows.append(Row(cells, [r for s in sides for r in s.ids]))
     notes = [
         "p and verdict are adjusted over the declared endpoints (Holm, alpha "

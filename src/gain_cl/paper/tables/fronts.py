@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from gain_cl.paper.table import Entry, Row, Table, Value, change_of, count, of, percent
-from gain_cl.paper.tables.main import METRICS, parameters
+from gain_cl.paper.table import Entry, Row, Table, Value, change_of, of, percent
+from gain_cl.paper.tables.main import METRICS, sizes
 from gain_cl.studies import equal
 from gain_cl.studies.study import Study, level, on_front
 
@@ -11,22 +11,22 @@ from gain_cl.studies.study import Study, level, on_front
 def build(study: Study) -> list[Table]:
     """Return the settings, and where methods have fronts what they forget at equal own step."""
     matched = skill(study)
-    read = any(isinstance(row.cells[4], Value) for row in matched.rows)
-    return [settings(study), *[matched][:read]]
+    return [settings(study), *[matched][: any(row.cells[4] for row in matched.rows)]]
 
 
 def settings(study: Study) -> Table:
-    """Return a row for each setting of each method."""
-    levels = {s.label: {m: level(s, m) for m in METRICS} for s in study.settings}
-    shown = [m for m in METRICS if any(x[m] is not None for x in levels.values())]
-    on = on_front(study)
-    rows = []
-    for before, s in zip([study.settings[0], *study.settings], study.settings, strict=False):
-        numbers = [Value(x, write=count) for x in (len(s.runs), parameters(s))]
-        found = levels[s.label]
-        summaries = [of(m, found[m], interval=m in ("own_step", "backward")) for m in shown]
+    """Return a row for each setting of each method, with intervals of own step and backward."""
+    levels = {m: [level(s, m) for s in study.settings] for m in METRICS}
+    shown = [m for m, found in levels.items() if any(c.blocks for c in found)]
+    on, rows, before = on_front(study), list[Row](), study.settings[0]
+    for i, s in enumerate(study.settings):
+        values = {m: of(m, levels[m][i]) for m in shown}
+        for m in values.keys() - {"own_step", "backward"}:
+            values[m] = Value(*values[m][:2])
         star = "*" if s.label in on else ""
-        rows.append(Row([s.label, *numbers, *summaries, star], s.ids, s.method != before.method))
+        cells: list[Entry] = [s.label, *sizes(s), *values.values(), star]
+        rows.append(Row(cells, s.ids, s.method != before.method))
+        before = s
     notes = [
         "Change of perplexity, mean over domains; below 0 is better. *: no other setting of "
         "its method learns more and forgets less."
@@ -42,20 +42,14 @@ def skill(study: Study, at: float | None = None) -> Table:
     rows = []
     for m in study.others:
         found = equal.match_skill(study, m, study.reference, at)
-        runs = [r for name in (m, study.reference) for s in study.of(name) for r in s.ids]
         cells: list[Entry] = [None] * 4
         if not found.reason:
             read = map(change_of, (found.skill, found.a, found.b))
             cells = [*read, percent(equal.interval_of(found))]
-        rows.append(Row([m, *cells, found.reason], runs))
-    heads = [
-        "method",
-        "at own step %",
-        "backward %",
-        f"backward of {study.reference} %",
-        "difference %",
-        "why not",
-    ]
+        sides = study.of(m) + study.of(study.reference)
+        rows.append(Row([m, *cells, found.reason], [r for s in sides for r in s.ids]))
+    heads = ["method", "at own step %", "backward %", f"backward of {study.reference} %"]
+    heads += ["difference %", "why not"]
     notes = [
         "Read off both fronts by monotone interpolation; 95% intervals over the blocks that "
         "have both, of one block over documents."

@@ -20,44 +20,37 @@ METRICS = {
 
 def build(study: Study) -> list[Table]:
     """Return a row for each method at its chosen setting."""
-    heads = METRICS | {
-        f"{kind}:{t}": f"{t} {kind}, {unit}"
-        for t in scored(study)
-        for kind, unit in (("margin", "nats"), ("accuracy", "points"))
-    }
-    chosen = study.chosen.values()
-    levels = {m: [level(s, m) for s in chosen] for m in heads}
-    shown = [m for m in heads if any(levels[m])]
-    won = wins(study)
+    chosen, won = study.chosen.values(), wins(study)
+    heads, levels = METRICS | task_metrics(study), {}
+    for m in heads:
+        found = [level(s, m) for s in chosen]
+        if any(c.blocks for c in found):
+            levels[m] = found
     bold = {(better, e.metric) for better, e in won}
     rows = []
     for i, s in enumerate(chosen):
-        numbers = [Value(x, write=count) for x in (len(s.runs), parameters(s))]
-        cells = [of(m, levels[m][i], (s.method, m) in bold, blocks=len(s.runs)) for m in shown]
+        cells = (of(m, found[i], (s.method, m) in bold, len(s.runs)) for m, found in levels.items())
         memory = s.one(lambda run: run.record.peak_memory_bytes / 1e9)
-        cost = [Value(minutes(s), write=plain(1)), Value(memory, write=plain(2))]
-        rows.append(Row([s.label, *numbers, *cells, *cost], s.ids))
-    notes = [
-        "Change of perplexity, mean over domains; below 0 is better. 95% intervals over "
-        f"{over_units(study)}."
-    ]
-    if "learned" in shown:
+        cost = [Value(minutes(s), plain(1)), Value(memory, plain(2))]
+        rows.append(Row([s.label, *sizes(s), *cells, *cost], s.ids))
+    over = f"95% intervals over {over_units(study)}."
+    notes = [f"Change of perplexity, mean over domains; below 0 is better. {over}"]
+    if "learned" in levels:
         notes.append(
             "Own step: from just before a domain's stage to its end, relearning included; "
             "learned: from the pretrained model on."
         )
     for better, e in won:
-        notes.append(
-            f"Bold: {better} is better in {e.metric} than {e.minus if better == e.of else e.of}, "
-            f"by the test of {e.name}."
-        )
-    if blocks := sorted({c.blocks for m in shown if m not in METRICS for c in levels[m] if c}):
+        other = e.minus if better == e.of else e.of
+        said = f"{better} is better in {e.metric} than {other}, by the test of {e.name}."
+        notes.append(f"Bold: {said}")
+    if blocks := sorted({c.blocks for m in levels if ":" in m for c in levels[m]} - {0}):
         where = f"in {' or '.join(map(str, blocks))} of {len(study.blocks)} blocks"
         notes.append(
             f"Margin, accuracy: change from the pretrained model, {where}; above 0 is better. "
             "Intervals over items: tasks table."
         )
-    columns = ["method", "blocks", "trains", *(heads[m] for m in shown)]
+    columns = ["method", "blocks", "trains", *(heads[m] for m in levels)]
     columns += ["training min", "memory GB"]
     title = f"{study.model}: methods at their chosen settings"
     return [Table("main", title, columns, rows, notes)]
@@ -73,6 +66,11 @@ def wins(study: Study) -> list[tuple[str, Endpoint]]:
     ]
 
 
+def sizes(s: Setting) -> list[Value]:
+    """Return how many blocks a setting has, and how many parameters it trains."""
+    return [Value(x, count) for x in (len(s.runs), parameters(s))]
+
+
 def parameters(s: Setting) -> float:
     """Return how many parameters a setting trains."""
     return s.one(lambda run: run.record.trainable_parameters)
@@ -86,3 +84,9 @@ def minutes(s: Setting) -> float:
 def scored(study: Study) -> list[str]:
     """Return the tasks that some run scored."""
     return list(dict.fromkeys(t for run in study.runs for x in run.record.stages for t in x.tasks))
+
+
+def task_metrics(study: Study) -> dict[str, str]:
+    """Return the metrics of the tasks that some run scored, and what they are called."""
+    units = {"margin": "nats", "accuracy": "points"}
+    return {f"{k}:{t}": f"{t} {k}, {unit}" for t in scored(study) for k, unit in units.items()}

@@ -2,36 +2,27 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
-
 import numpy as np
 
 from gain_cl.measure.record import RunRecord
-from gain_cl.paper.table import Row, Table, Value, change_of, known, plain, signed
+from gain_cl.paper.table import Row, Table, Value, change_of, plain, signed
 from gain_cl.stats import format
 from gain_cl.studies.study import Study
 
 
 def build(studies: dict[str, Study]) -> list[Table]:
     """Return the matrix of each run of a chosen setting."""
-    return [
-        of_run(run.record, s.label)
-        for study in studies.values()
-        for s in study.chosen.values()
-        for run in s.runs.values()
-    ]
+    chosen = (pair for study in studies.values() for pair in study.chosen_runs)
+    return [of_run(run.record, s.label) for s, run in chosen]
 
 
 def of_run(r: RunRecord, label: str) -> Table:
     """Return the matrix as files and the report show it. label: what its setting is called."""
     rows = [
-        Row(
-            [title(s.index, s.domain), *(known(float(x), plain(2)) for x in row)],
-            [] if s.index else [r.run_id],
-        )
-        for s, row in zip(r.stages, np.exp(r.losses()), strict=True)
+        Row([title(s.index, s.domain), *(Value(x, plain(2)) for x in row)])
+        for s, row in zip(r.stages, np.exp(r.losses()).tolist(), strict=True)
     ]
+    rows[0] = rows[0]._replace(runs=[r.run_id])
     rows.append(Row(["from base %", *map(change_of, changes(r)["from base %"])], rule=True))
     heading = f"{r.model}, {label}, seed {r.seed}: perplexity after each stage ({r.protocol})"
     notes = [f"Never trained: {', '.join(r.controls)}."] if r.controls else []
@@ -39,36 +30,30 @@ def of_run(r: RunRecord, label: str) -> Table:
 
 
 def in_terminal(r: RunRecord, shipped: RunRecord | None = None) -> Table:
-    """Return the matrix as ``show`` prints it. An entry has a star where its domain was learned and
-    a colour by its change since stage 0. Rows below say in % what became of each domain.
+    """Return the matrix as ``show`` prints it. An entry has a star where its domain was learned.
+    Rows below say in % what became of each domain.
 
     shipped: a run whose untouched model stands above stage 0."""
-    losses, names = r.losses(), [*r.trained, *r.controls]
-
-    def perplexities(label: str, values: Iterable[float], learned: str | None = None) -> Row:
-        shown = zip(names, values, losses[0], strict=True)
-        return Row([label, *(entry(x, x - base, d == learned) for d, x, base in shown)])
-
-    rows = [
-        perplexities(title(s.index, s.domain), x, s.domain)
-        for s, x in zip(r.stages, losses, strict=True)
-    ]
+    names = [*r.trained, *r.controls]
+    stages = [(title(s.index, s.domain), s, s.domain) for s in r.stages]
     joint = r.regime == "joint"
     notes = ["stage 1 learned all domains together" if joint else "* learned in this stage"]
     if shipped is not None:
-        above = (shipped.stages[0].domains[d].loss_nats for d in names)
-        rows.insert(0, perplexities("as shipped", above))
+        stages.insert(0, ("as shipped", shipped.stages[0], None))
         notes.append(f"as shipped: {shipped.model}, stage 0 of {shipped.run_id}")
     if r.controls:
         notes.append(f"never trained: {', '.join(r.controls)}")
-    notes.append("colours: blue below stage 0, orange above")
+    learned, other = (lambda x, end=end: format.perplexity(x) + end for end in "* ")
+    rows = []
+    for label, stage, own in stages:
+        losses = ((d, stage.domains[d].loss_nats) for d in names)
+        rows.append(Row([label, *(Value(x, learned if d == own else other) for d, x in losses)]))
     for label, values in changes(r).items():
         if np.isfinite(values).any():
-            cells = (known(format.change(x), lambda y: f"{signed(y)} ") for x in values)
+            cells = (Value(format.change(x), lambda y: f"{signed(y)} ") for x in values)
             rows.append(Row([label, *cells], rule=label == "own step %" or joint))
-    return Table(
-        "matrix", "Perplexity after each stage", ["stage", *names], rows, ["; ".join(notes)]
-    )
+    heading = "Perplexity after each stage"
+    return Table("matrix", heading, ["stage", *names], rows, ["; ".join(notes)])
 
 
 def changes(r: RunRecord) -> dict[str, np.ndarray]:
@@ -90,18 +75,3 @@ def changes(r: RunRecord) -> dict[str, np.ndarray]:
 def title(index: int, domain: str | None) -> str:
     """Return what a stage is called: 0 pretrained, 3 law."""
     return f"{index} {domain or 'pretrained'}"
-
-
-def entry(loss: float, change_nats: float, learned: bool) -> Value:
-    """Return the perplexity of a loss in nats per token, for the terminal."""
-    mark = "*" if learned else " "
-    style = colour(change_nats, learned)
-    return Value(loss, write=lambda x: format.perplexity(x) + mark, style=style)
-
-
-def colour(change_nats: float, learned: bool) -> str:
-    """Return blue where perplexity fell since stage 0 and orange where it rose, which colour-blind
-    readers can tell apart: none within 1%; bold where the domain was learned."""
-    fell = "color(33)" if change_nats < 0 else "color(202)"
-    seen = math.isfinite(change_nats) and abs(change_nats) >= 0.01
-    return f"{'bold ' if learned else ''}{fell if seen else 'default'}"

@@ -47,26 +47,27 @@ def build(study: Study) -> list[Table]:
         "the pretrained one is not known: both are here.",
     ]
 
-    def row(words: Sequence[str], values: Sequence[Entry], settings: Sequence[Setting]) -> Row:
-        return Row([*words, *values, None][:6], [r for s in settings for r in s.ids])
-
     rows = []
+
+    def add(words: Sequence[str], values: Sequence[Entry], settings: Sequence[Setting]) -> None:
+        rows.append(Row([*words, *values, None][:6], [r for s in settings for r in s.ids]))
+
     for metric, words in LEVELS.items():
         found = [of(metric, level(s, metric), blocks=len(s.runs)) for s in both]
-        if metric != "accuracy:boolq" or found[0] is not None:
-            rows.append(row((*words, STATUS), found, both))
+        if metric != "accuracy:boolq" or found[0].shown != "-":
+            add((*words, STATUS), found, both)
     for method, (text, said) in MATCHED.items():
-        if method in study.chosen:
-            match = equal.match_skill(study, gain.method, method)
-            if match.reason:
-                notes.append(f"{text}: {match.reason}.")
-            value = None if match.reason else percent(equal.interval_of(match))
-            sides = [*study.of(gain.method), *study.of(method)]
-            rows.append(row((text, said, "-", STATUS), [value, None], sides))
-    trained: list[Entry] = [Value(parameters(s), write=count) for s in both]
+        if method not in study.chosen:
+            continue
+        match = equal.match_skill(study, gain.method, method)
+        if match.reason:
+            notes.append(f"{text}: {match.reason}.")
+        value = None if match.reason else percent(equal.interval_of(match))
+        sides = study.of(gain.method) + study.of(method)
+        add((text, said, "-", STATUS), [value, None], sides)
     status = f"{STATUS}; GPT-2 Large: deduced from the counts"
     what = ("trained parameters", "46K to 230K (GPT-2 Large)", "-", status)
-    rows.append(row(what, trained, both))
+    add(what, [Value(parameters(s), count) for s in both], both)
     heads = ["what", "GAIN, published", "LoRA, published", "status"]
     heads += [f"{gain.label}, ours", f"{lora.label if lora else 'lora'}, ours"]
     title = f"{study.model}: ours beside the published headline numbers"

@@ -5,24 +5,13 @@ from __future__ import annotations
 from gain_cl.measure.record import Run
 from gain_cl.paper.table import Entry, Row, Table, Value, count, nats, p_value, plain, valued
 from gain_cl.stats import answers, inference
+from gain_cl.stats.matrix import Estimate
 from gain_cl.studies.study import Study
 
-HEADS = [
-    "task",
-    "method",
-    "block",
-    "items",
-    "accuracy before %",
-    "after %",
-    "lost",
-    "gained",
-    "p (McNemar)",
-    "AUC before",
-    "AUC change",
-    "margin before, nats",
-    "after, nats",
-    "change, nats",
-]
+HEADS = (
+    "task|method|block|items|accuracy before %|after %|lost|gained|p (McNemar)|AUC before|"
+    "AUC change|margin before, nats|after, nats|change, nats"
+)
 NOTES = [
     "lost, gained: items answered right before and not after, and the reverse.",
     "AUC: chance that a yes item leans to yes more than a no item does; 0.5 is no "
@@ -42,7 +31,7 @@ def build(study: Study) -> list[Table]:
         if task in run.record.stages[0].tasks
     ]
     title = f"{study.model}: tasks before and after"
-    return [Table("tasks", title, HEADS, rows, NOTES)] if rows else []
+    return [Table("tasks", title, HEADS.split("|"), rows, NOTES)] if rows else []
 
 
 def _numbers(run: Run, task: str) -> list[Entry]:
@@ -50,12 +39,12 @@ def _numbers(run: Run, task: str) -> list[Entry]:
     before, after = (answers.level(run.items, task, i) for i in ends)
     change, f = answers.change(run.items, task, *ends), answers.flips(run.items, task, *ends)
     return [
-        Value(f.items, write=count),
-        *(Value(100 * x["accuracy"].value, write=plain(1)) for x in (before, after)),
-        *(Value(x, write=count) for x in (f.lost, f.gained)),
-        Value(inference.mcnemar(f.lost, f.gained), write=p_value),
-        Value(before["auc"].value, write=plain(3)) if "auc" in before else None,
-        valued(change["auc"], nats) if "auc" in change else None,
-        *(Value(x["margin"].value, write=nats) for x in (before, after)),
+        Value(f.items, count),
+        *(Value(100 * x["accuracy"].value, plain(1)) for x in (before, after)),
+        *(Value(x, count) for x in (f.lost, f.gained)),
+        Value(inference.mcnemar(f.lost, f.gained), p_value),
+        Value(before.get("auc", Estimate()).value, plain(3)),
+        valued(change.get("auc", Estimate()), nats),
+        *(Value(x["margin"].value, nats) for x in (before, after)),
         valued(change["margin"], nats),
     ]
