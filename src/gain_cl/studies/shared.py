@@ -21,21 +21,12 @@ MEASURED: Facts = {
 }
 """What runs must share to be compared."""
 
-PACKAGES = [
-    "torch",
-    "transformers",
-    "tokenizers",
-    "peft",
-    "lm-eval",
-    "datasets",
-    "numpy",
-    "safetensors",
-]
+PACKAGES = "torch transformers tokenizers peft lm-eval datasets numpy safetensors"
 """Packages that numbers come from."""
 
 COMPUTED: Facts = {
     "schema": lambda r: r.schema_version,
-    "packages": lambda r: {name: r.provenance.get("packages", {}).get(name) for name in PACKAGES},
+    "packages": lambda r: {p: r.provenance.get("packages", {}).get(p) for p in PACKAGES.split()},
     "dtype": MEASURED["dtype"],
     "device type": lambda r: str(r.provenance.get("device", "")).split(":")[0],
 }

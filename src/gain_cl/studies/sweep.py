@@ -60,8 +60,7 @@ def worktree(root: Path, folder: Path) -> Path:
         shutil.rmtree(path, ignore_errors=True)
         _git(root, "worktree", "prune")
         _git(root, "worktree", "add", "--force", "--detach", str(path), commit)
-    if _git(path, "diff", "--name-only", commit):  # it was made in part, or touched
-        _git(path, "reset", "--quiet", "--hard", commit)
+    _git(path, "reset", "--quiet", "--hard", commit)  # it was made in part, or touched
     return path
 
 
@@ -278,12 +277,10 @@ def reason(run: Planned) -> str:
 
 def last_line(log: Path) -> str:
     """Return what a run said last: its error, where it ended with one."""
-    lines: list[str] = []
-    with suppress(OSError):
-        text = log.read_text(encoding="utf-8", errors="replace")
-        lines = [line for line in text.splitlines() if line.strip()]
+    text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
+    lines = [line.strip() for line in text.splitlines() if line.strip()] or ["it said nothing"]
     errors = [line for line in lines[-20:] if "error:" in line.lower()]
-    return (errors or lines or ["it said nothing"])[-1].strip()[:500]
+    return (errors or lines)[-1][:500]
 
 
 def baseline(run: Planned) -> str:

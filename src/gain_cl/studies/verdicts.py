@@ -116,8 +116,8 @@ def _measure(study: Study, e: Endpoint) -> tuple[Compared, str, float | None]:
         if found.reason:
             return Compared(), found.reason, study.skill
         estimate = replace(equal.interval_of(found), n=found.over_documents.n)
-        documents = found.documents or inference.Error()
-        return Compared(estimate, found.differences, documents), "", found.skill
+        measured = Compared(estimate, found.differences, found.documents or inference.Error())
+        return measured, "", found.skill
     sides = [m for m in (e.of, e.minus) if m is not None]
     if absent := [m for m in sides if m not in study.chosen]:
         reason = f"no finished run of the chosen setting of {', '.join(absent)}"
