@@ -45,7 +45,7 @@ def build(found: Diagnostics) -> Figure:
     for role, column in zip(roles, panels.T, strict=False):
         column[0].set_title(printable(role))
         column[-1].set_xlabel("block")
-        for axes, (name, of) in zip(column, rows.items(), strict=True):
+        for axes, of in zip(column, rows.values(), strict=True):
             for s, colour in zip(found.stages, shades, strict=True):
                 layers = [x for x in s.layers if x.role == role]
                 values = np.array([of(x) for x in layers], dtype=np.float64)  # nan: a gap
