@@ -262,13 +262,6 @@ def test_what_could_not_be_folded_afterwards_is_refused_beforehand(
         )
 
 
-def test_osf_trains_nothing_on_gpt2() -> None:
-    """It decomposes nn.Linear alone, and says nothing of a Conv1D."""
-    for keys in ({}, {"target_modules": ["c_attn"]}):
-        with pytest.raises(ConfigError, match=r"OSF trains nothing \(adapter OSF on gpt2\)"):
-            adapters.build_adapter(peft_adapter("OSF", **keys)).attach(tiny("gpt2"))
-
-
 def test_any_other_type_from_the_command_line() -> None:
     """As docs/methods.md has it: the keys of the preset's own type go first."""
     text = (ROOT / "docs/methods.md").read_text()

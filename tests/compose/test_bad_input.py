@@ -457,10 +457,10 @@ DATA_ = [
     Bad("hub revision main", MINE, 64, ["domains.mine.source.revision='main' is no " "commit of " "org/name", "mine.yaml:1", "pin a 40-hex"],
         hub("org/name", "main")),
     Bad("no network and not cached", MINE, 74,
-        ["org/name is not wholly in the local hub " "cache and " "HF_HUB_OFFLINE is set " "(missing: " "data/*.parquet)",
+        ["org/name is not wholly in the local hub " "cache", "HF_HUB_OFFLINE", "(missing: " "data/*.parquet)",
          "on a machine with network run: hf download org/name " "--repo-type " "dataset " "--revision " f"{COMMIT}"],
         hub("org/name", COMMIT)),
-    Bad("no network, tried", MINE, 74, ["the hub cannot be " "reached (", "hf download org/name " "--repo-type dataset " f"--revision {COMMIT}"],
+    Bad("no network, tried", MINE, 74, ["cannot be " "fetched (", "hf download org/name " "--repo-type dataset " f"--revision {COMMIT}"],
         hub("org/name", COMMIT), {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}),
 ]  # fmt: skip
 
@@ -520,18 +520,10 @@ def model(
 
 
 M = ["model.path=m", "sequence=smoke", "tasks=none"]
-WIDE = {
-    "model": {"type": "BPE", "vocab": {str(i): i for i in range(300)}, "merges": []},
-    "added_tokens": [{"id": 300, "content": "<e>"}],
-}
 MODELS = [
-    Bad("no end token", M, 65, ["the tokenizer " "has no end " "token (m)", "set model.separator_token_id"],
-        model(named={"tokenizer_class": "PreTrainedTokenizerFast"})),
-    Bad("another model's tokenizer", M, 65, ["token id 299 has no " "embedding row " "(8 rows) " "(m/tokenizer.json)", "another model's " "tokenizer"],
-        model(tokenizer=WIDE)),
     Bad("pickle weights only", M, 65, ["only pickle weights " "(pytorch_model.bin) (m)", "convert them to " "safetensors"],
         model(weights="pytorch_model.bin")),
-    Bad("weights cut off", M, 65, ["the weights are cut " "off or no " "safetensors file " "(m/model.safetensors)", "download the " "model again"],
+    Bad("weights cut off", M, 65, ["the weights are cut " "off or no " "safetensors file (", "(m/model.safetensors)", "download the " "model again"],
         model(cut=1)),
     Bad("needs remote code", M, 65, ["the model needs code " "from its " "repository " "(m/config.json)", "gain_cl never runs it"],
         model(model_type="mystery", auto_map={"AutoModelForCausalLM": "modeling.Mystery"})),
@@ -546,7 +538,7 @@ MODELS = [
         ["no module matches c_proj " "(adapter.config.target_modules)", "there is: down_proj, " "o_proj, q_proj"], model()),
     Bad("one of PEFT's targets does not match", [*M, "method=lora", "adapter.config.r=2", "adapter.config.target_modules=[q_proj,k_proj]"], 64,
         ["no module matches k_proj " "(adapter.config.target_modules)", "there is: down_proj, " "o_proj, q_proj"], model()),
-    Bad("4-bit base with merging", M, 65, ["the weights are quantised " "(bitsandbytes, 4 " "bit) (m)", "nothing can be " "merged into " "quantised"],
+    Bad("4-bit base with merging", M, 65, ["the weights are quantised " "(bitsandbytes) (m)", "nothing can be " "merged into " "quantised"],
         model(quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})),
 ]  # fmt: skip
 

@@ -210,7 +210,7 @@ def test_files_that_are_no_model_are_refused_before_torch(
     run = [*RUN, f"model.path={folder}"]
 
     tokenizer.write_text("{}")
-    assert "it holds no tokenizer" in say(*run)[1]
+    assert "transformers cannot load it" in say(*run)[1]
     tokenizer.write_text(text)
 
     import torch

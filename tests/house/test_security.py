@@ -743,7 +743,7 @@ def test_the_second_wall_holds(
     for call in (
         lambda: load.load_model(given, torch.device("cpu")),
         lambda: load.load_tokenizer(given),
-        lambda: load.tokenizer_hash(tmp_path / "m"),
+        lambda: load.tokenizer_of(tmp_path / "m", "m"),
         lambda: load.parameters_of(tmp_path / "m", "float32"),
         lambda: load.vocabulary(given),
         lambda: load.meta_model(given),

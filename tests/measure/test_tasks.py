@@ -723,56 +723,6 @@ def test_an_item_is_done_when_all_its_choices_are(local: None, loaded: Any) -> N
         assert done * min(sizes) <= answered
 
 
-def test_time_left_counts_what_score_counts(local: None, loaded: Any, tmp_path: Path) -> None:
-    """A tracker is told items by score and items by the stage, and takes its pace from the stage:
-    half the time is left after the first of two, nothing after the last."""
-    import io
-
-    from rich.console import Console
-
-    import synthetic
-    from gain_cl.measure import record
-    from gain_cl.runs import track
-
-    names = ["boolq", "arc_easy"]
-    now, left, rest = 0.0, [], []
-    taskset = build(loaded, *names)
-    config = synthetic.config(["a"], [], tasks=names)
-
-    def tell(done: int, of: int) -> None:
-        nonlocal now
-        now += 1.0
-        tracker.progress(done, of, "items")
-        rest.append(tracker.left()[0])
-
-    with track.Tracker(
-        config,
-        "r",
-        tmp_path,
-        steps_total=0,
-        cells_total=0,
-        console=Console(file=io.StringIO()),
-        clock=lambda: now,
-    ) as tracker:
-        for stage in (0, 1):
-            tracker.phase("run tasks", stage=stage)
-            begun = now
-            scores, _ = score(taskset, loaded, tell)
-            row = record.StageRecord(
-                index=stage,
-                domain="a" if stage else None,
-                domains={},
-                tasks=scores,
-                train=None,
-                eval_seconds=0,
-                task_seconds=now - begun,
-            )
-            tracker.stage(row)
-            left.append(tracker.left())
-    assert left == [(pytest.approx(now / 2), True), (0.0, True)]
-    assert rest[-2] > 0
-
-
 def test_no_tasks(loaded: Any) -> None:
     scores, rows = score(build(loaded), loaded)
     assert scores == {} and len(rows) == 0

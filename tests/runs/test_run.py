@@ -438,7 +438,7 @@ def gpt2(folder: Path) -> list[str]:
     ("words", "said"),
     [
         (["method=oft"], "PEFT refuses: .*OFT on gpt2"),
-        ([*OTHER_TYPE, "adapter.peft_type=OSF"], "OSF trains nothing"),
+        ([*OTHER_TYPE, "adapter.peft_type=OSF"], "trains nothing on this model"),
         (["method=lora", "adapter.config.target_modules=[wte]"], "changes the input embedding"),
     ],
     ids=["OFT", "OSF", "embedding"],
@@ -532,10 +532,6 @@ def test_qwen_from_a_seeded_hub_cache(tmp_path: Path) -> None:
     assert made.record.model == "qwen2.5_7b" and made.record.config["model"]["dtype"] == "bfloat16"
     assert made.record.pins["model"] == {"hub": "Qwen/Qwen2.5-7B", "revision": QWEN}
     assert any("was chosen on smollm2, not on qwen2.5_7b" in n for n in made.record.notes)
-    assert any(
-        "model.arch.num_hidden_layers=28 is not what the weights say, 2" in n
-        for n in made.record.notes
-    )
     assert made.record.trainable_parameters == 2 * (32 + 48)
 
 
@@ -576,8 +572,6 @@ def test_unusable_models(tmp_path: Path) -> None:
         source.inspect_model(
             save(tmp_path / "remote", model_type="mystery", auto_map={"AutoModel": "x.Y"})
         )
-    with pytest.raises(DataError, match="token id 256 has no embedding row"):
-        source.inspect_model(save(tmp_path / "rows", vocab_size=100))
     pickled = save(tmp_path / "pickle")
     (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
     with pytest.raises(DataError, match=r"only pickle weights \(pytorch_model.bin\)"):
@@ -604,18 +598,6 @@ def test_a_folder_that_opens_other_files_is_refused(tmp_path: Path) -> None:
         source.inspect_model(other)
 
 
-def test_a_folder_is_inspected_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Again only when a file of it has changed, or its weights matter."""
-    folder, read = save(tmp_path / "net"), []
-    monkeypatch.setattr(source, "weight_shapes", lambda f: read.append(f) or {})
-    for weights in (True, True, False):
-        source.inspect_model(folder, weights)["vocab_size"] = 1  # the caller's own
-    assert len(read) == 2 and source.inspect_model(folder)["vocab_size"] == 257
-    (folder / "tokenizer.json").write_text("{")
-    with pytest.raises(DataError, match=r"tokenizer\.json is not JSON"):
-        source.inspect_model(folder)
-
-
 def test_end_token_and_prefix(tmp_path: Path) -> None:
     folder = save(tmp_path / "endless")
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
@@ -631,6 +613,8 @@ def test_end_token_and_prefix(tmp_path: Path) -> None:
         torch.device("cpu"),
     )
     assert (ready.prefix_id, ready.separator_id) == (5, 6)
+    with pytest.raises(DataError, match="token ids reach 256, the model has 100 embedding rows"):
+        load.special_tokens(model, ready.tokenizer, 100)
     with pytest.raises(DataError, match="prefix_token_id=999 has no embedding row"):
         load.load_model(
             model.model_copy(update={"prefix_token_id": 999, "separator_token_id": 6}),
@@ -700,7 +684,7 @@ def test_devices() -> None:
     with pytest.raises(ConfigError, match="no device"):
         load.device_of("toaster", "float32")
     if not torch.cuda.is_available():
-        with pytest.raises(ConfigError, match="cuda is not available"):
+        with pytest.raises(ConfigError, match="'cuda' cannot be used"):
             load.device_of("cuda", "float32")
 
 

@@ -94,7 +94,7 @@ def test_archive_is_fetched_once_and_read_as_pinned(
         ("demo/data/b.txt", b"second"),
     ]
     told = capsys.readouterr().err
-    assert told.count("\n") == 1 and told.startswith("fetching demo==1.0 ... ") and "MB" in told
+    assert told == "fetching demo==1.0 ...\n"
     wheel(index).unlink()
     assert len(list(packages.members(file))) == 2  # from the cache, in silence
     assert capsys.readouterr().err == ""
@@ -150,15 +150,12 @@ def test_no_such_package(index: Path) -> None:
             packages.archive(PackageFile(package=name, members="*"))
 
 
-def test_only_wheels_are_fetched_without_a_hash(tmp_path: Path) -> None:
+def test_only_wheels_are_fetched_without_a_hash(index: Path) -> None:
     """pip runs a source archive's build script to read its metadata: never for bytes that are not
     pinned."""
-    loose = list(packages._pip_attempts(PackageFile(package="demo==1.0", members="*"), tmp_path))
-    assert loose and all("--only-binary=:all:" in arguments for arguments in loose)
-    (pinned,) = packages._pip_attempts(
-        PackageFile(package="demo==1.0", members="*", sha256="0" * 64), tmp_path
-    )
-    assert "--require-hashes" in pinned
+    sdist(index)
+    with pytest.raises(StorageError, match="No matching distribution"):
+        packages.archive(PackageFile(package="demo==1.0", members="*"))
 
 
 def test_damaged_archive_and_missing_member(cache: Path) -> None:
@@ -175,11 +172,19 @@ def test_damaged_archive_and_missing_member(cache: Path) -> None:
         list(packages.members(PackageFile(package="demo==1.0", members="*.txt")))
 
 
-def test_members_stay_within_a_folder_and_match_from_the_end() -> None:
-    pattern = packages._member_pattern("data/*.txt")
-    assert pattern.fullmatch("data/a.txt") and pattern.fullmatch("top/demo/data/a.txt")
-    assert not pattern.fullmatch("data/deep/a.txt") and not pattern.fullmatch("mydata/a.txt")
-    assert packages._member_pattern("*.py").fullmatch("a/b/c.py")
+def test_members_stay_within_a_folder_and_match_from_the_end(cache: Path) -> None:
+    wheel(cache / "packages" / "demo==1.0")
+
+    def found(glob: str) -> list[str]:
+        return [
+            name for name, _ in packages.members(PackageFile(package="demo==1.0", members=glob))
+        ]
+
+    assert found("data/*.txt") == ["demo/data/a.txt", "demo/data/b.txt"]
+    assert found("data/*/*.txt") == ["demo/data/deep/c.txt"]
+    assert found("*.py") == ["demo/__init__.py"]
+    with pytest.raises(DataError, match="no member matches"):
+        found("ata/*.txt")
 
 
 def test_extract_writes_one_named_file(cache: Path, tmp_path: Path) -> None:
@@ -293,7 +298,7 @@ DATA = {f"data/train-0000{i}-of-00003.parquet": f"part {i}" for i in range(3)}
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("hub")
-    for name in ("org/model", "org/gated", "org/busy", "org/flipped"):
+    for name in ("org/model", "org/gated", "org/flipped"):
         repository(root, "models", name, MODEL)
     repository(root, "datasets", "org/data", DATA)
     return root
@@ -306,9 +311,8 @@ def test_snapshot_online_then_from_the_cache(site: Path, tmp_path: Path) -> None
             ["snapshot", "org/model", SHA, PATTERNS, "model"],
             ["snapshot", "org/model", SHA, ["*.gguf"], "model"],
             ["files", "org/data", SHA, ["data/train-*.parquet"], "dataset"],
-            ["snapshot", "org/busy", SHA, PATTERNS, "model"],
         ]
-        first, absent, files, busy = hub(calls, tmp_path / "hf", HF_ENDPOINT=address)
+        first, absent, files = hub(calls, tmp_path / "hf", HF_ENDPOINT=address)
         assert first["ok"] == wanted
         assert (
             "no file matching *.gguf" in absent["error"]
@@ -319,7 +323,6 @@ def test_snapshot_online_then_from_the_cache(site: Path, tmp_path: Path) -> None
         assert not any(
             "train-00002" in line for line in log
         )  # only as many files as were asked for
-        assert busy["ok"] == wanted, busy  # one 503 is not the end
         asked = len(log)
         assert hub([calls[0]], tmp_path / "hf", HF_ENDPOINT=address)[0]["ok"] == wanted
         assert len(log) == asked  # the cache comes first
@@ -342,7 +345,7 @@ def test_hub_refusals_are_one_line(site: Path, tmp_path: Path) -> None:
             calls, tmp_path / "hf", HF_ENDPOINT=address
         )
     assert "gated" in gated["error"] and "HF_TOKEN" in gated["error"] and gated["code"] == 65
-    assert "no repository org/private, or it is private" in private["error"]
+    assert "org/private is not on the hub, or private" in private["error"]
     assert f"no revision {'f' * 40}" in revision["error"]
     assert (
         f"'main' of org/model is not a commit (revision); pin the commit: revision: {SHA}"
@@ -389,16 +392,13 @@ def test_cache_seeded_by_hand(tmp_path: Path) -> None:
         "models--org--whole": MODEL,
         "models--org--noweights": {"config.json": "{}", "tokenizer.json": "{}"},
         "models--org--shards": {
-            **MODEL,
-            "model.safetensors.index.json": json.dumps(
-                {"weight_map": {"w": "model-00002-of-00002.safetensors"}}
-            ),
+            **{n: text for n, text in MODEL.items() if n != "model.safetensors"},
+            "model.safetensors.index.json": "{}",
+            "model-00001-of-00002.safetensors": "w",
         },
         "models--org--two": {
             **{n: text for n, text in MODEL.items() if n != "model.safetensors"},
-            "model.safetensors.index.json": json.dumps(
-                {"weight_map": {str(i): f"model-0000{i}-of-00002.safetensors" for i in (1, 2)}}
-            ),
+            "model.safetensors.index.json": "{}",
             "model-00001-of-00002.safetensors": "w",
             "model-00002-of-00002.safetensors": "w",
         },
@@ -422,7 +422,7 @@ def test_cache_seeded_by_hand(tmp_path: Path) -> None:
     whole, noweights, shards, two, first, last = hub(calls, tmp_path / "hf", HF_HUB_OFFLINE="1")
     assert "model.safetensors" in whole["ok"]
     assert "missing: *.safetensors" in noweights["error"]
-    assert "missing: model-00002-of-00002.safetensors" in shards["error"]
+    assert "missing: model-00002-of-00002" in shards["error"]
     assert "model-00001-of-00002.safetensors" in two["ok"], two  # shards of a model begin with 1
     assert first["ok"] == ["train-00000-of-00003.parquet", "train-00001-of-00003.parquet"]
     assert "missing: data/train-00000-of-00003" in last["error"]

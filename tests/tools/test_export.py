@@ -162,7 +162,6 @@ METHODS = [
     "ia3",
     "hira",
     "vera",
-    "multiplicative_lora",
 ]
 
 VANILLA = """
@@ -210,16 +209,12 @@ def test_vanilla_libraries_without_gain_cl(clean: Path, tmp_path: Path) -> None:
         theirs, unmerged = found[folder], ours[folder]
         moved = (logits(tiny(Path(base).name).model) - unmerged).abs().max()
         assert moved > 1e-3, folder  # the adapter does something
-        if "multiplicative" not in folder:
-            assert torch.equal(theirs[0], unmerged[0]), folder
+        assert torch.equal(theirs[0], unmerged[0]), folder
         torch.testing.assert_close(theirs, unmerged.expand_as(theirs), rtol=1e-5, atol=2e-6)
 
 
-RESTARTED = ["gain_ffn", "gain_ffn_output", "multiplicative_lora", "lora", "rslora", "ia3"]
-
-
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-@pytest.mark.parametrize("method", RESTARTED)
+@pytest.mark.parametrize("method", ["gain_ffn", "gain_ffn_output"])
 def test_after_handover_restart(method: str, family: str, tmp_path: Path) -> None:
     """Three stages, each on top of the frozen ones before: one adapter with the same function."""
     from peft import PeftModel
@@ -228,8 +223,6 @@ def test_after_handover_restart(method: str, family: str, tmp_path: Path) -> Non
     folder = put(adapter, loaded, tmp_path / "adapter")
     theirs = logits(PeftModel.from_pretrained(tiny(family).model, folder))
     torch.testing.assert_close(theirs, logits(loaded.model), rtol=1e-5, atol=2e-6)
-    saved = json.loads((folder / portable.CONFIG).read_bytes())
-    assert saved["peft_type"] == "IA3" or saved["r"] == 12
     assert (
         logits(trained(method, family)[0].model) - theirs
     ).abs().max() > 1e-3  # one stage alone is something else
@@ -249,11 +242,12 @@ def test_gains_on_a_bf16_base_are_bit_equal(tmp_path: Path) -> None:
         )
 
 
-@pytest.mark.parametrize("method", ["full", "ln_only", "gain_random_basis"])
-def test_no_form_in_peft(method: str) -> None:
-    loaded = tiny("llama")
-    adapter = adapters.build_adapter(settings(method))
-    adapter.attach(loaded)
+NO_FORM = ["full", "ln_only", "gain_random_basis", "multiplicative_lora"]
+
+
+@pytest.mark.parametrize(("method", "restarts"), [*[(m, 0) for m in NO_FORM], ("lora", 1)])
+def test_no_form_in_peft(method: str, restarts: int) -> None:
+    loaded, adapter = trained(method, "llama", restarts)
     with pytest.raises(ConfigError, match="to=merged works"):
         portable.adapter_files(adapter, loaded, "base", None)
 
@@ -706,7 +700,7 @@ def test_round_trip_through_peft(method: str, tmp_path: Path) -> None:
     loaded, adapter = trained(method, "llama")
     folder = put(adapter, loaded, tmp_path / "adapter")
     of = settings(method).model_copy(update={"init_from": str(folder)})
-    portable.check_init(of, model_of("llama"))
+    portable.check_init(of)
     fresh, begun = tiny("llama"), adapters.build_adapter(of)
     begun.attach(fresh)
     portable.begin(of, begun, fresh)
@@ -779,10 +773,6 @@ def test_what_cannot_be_begun_from(first: record.Run, saved: Path, tmp_path: Pat
             [f"adapter.init_from={saved}", "adapter.side=output"],
             "it scales the input of model.layers.0",
         ),
-        (
-            [f"adapter.init_from={saved}", "method=gain_attn"],
-            "which plays none of adapter.roles=['attn_out']",
-        ),
         ([f"adapter.init_from={saved}", "adapter.basis=random"], "not adapter.basis=random"),
     ):
         with pytest.raises((ConfigError, DataError)) as error:
@@ -799,7 +789,7 @@ def test_a_peft_config_that_differs_is_named(tmp_path: Path) -> None:
     with pytest.raises(
         ConfigError, match=r"saved with lora_alpha=8, adapter.config.lora_alpha is 9"
     ):
-        portable.check_init(other, model_of("llama"))
+        portable.check_init(other)
     told = _altered(
         folder, tmp_path / "rs", use_rslora=True
     )  # a key that the run leaves to PEFT's default
@@ -816,7 +806,7 @@ def test_a_peft_config_that_differs_is_named(tmp_path: Path) -> None:
     )
     fresh, begun = tiny("llama"), adapters.build_adapter(fewer)
     begun.attach(fresh)
-    with pytest.raises(ConfigError, match="tensors differ"):
+    with pytest.raises(DataError, match="tensors differ"):
         portable.begin(fewer, begun, fresh)
 
 

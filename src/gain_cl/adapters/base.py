@@ -25,6 +25,15 @@ def copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {n: t.detach().to("cpu", copy=True).contiguous() for n, t in tensors.items()}
 
 
+def compare_tensors(found: Mapping[str, Tensor], own: Mapping[str, Tensor], where: str) -> None:
+    """Compare names and shapes. DataError when they differ."""
+    wrong = sorted(found.keys() ^ own.keys())
+    wrong = wrong or sorted(name for name, t in found.items() if t.shape != own[name].shape)
+    if wrong:
+        what = f"{len(wrong)} tensors differ in name or shape, first {wrong[0]}"
+        raise DataError(what, where, "it belongs to another method or model")
+
+
 class Adapter(ABC):
     """Adds trainable state to a frozen model.
 
@@ -118,14 +127,8 @@ class Adapter(ABC):
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Put a saved state back; DataError when names or shapes differ."""
         own = self.parameters()
-        if own.keys() != state.keys():
-            wrong = sorted(own.keys() ^ state.keys())
-            what = f"{len(wrong)} tensors differ, first {wrong[0]}"
-            raise DataError(what, "adapter state", "it belongs to another method or model")
+        compare_tensors(state, own, "adapter state")
         with torch.no_grad():
             for name, p in own.items():
-                if p.shape != state[name].shape:
-                    what = f"{name} has shape {tuple(state[name].shape)}, not {tuple(p.shape)}"
-                    raise DataError(what, "adapter state", "it belongs to another model")
                 p.copy_(state[name])
         self.after_step()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from gain_cl.adapters import portable
-from gain_cl.adapters.base import Adapter
+from gain_cl.adapters.base import Adapter, compare_tensors, copied
 from gain_cl.errors import DataError
 from gain_cl.models import load, source
 from gain_cl.system import hub
@@ -59,10 +59,7 @@ class GivenAdapter(Adapter):
         # PEFT's unload leaves what an adapter wrote into the base itself: biases, some initial
         # values
         if not self.base:
-            self.base = {
-                name: p.detach().to("cpu", copy=True)
-                for name, p in self.loaded.model.named_parameters()
-            }
+            self.base = copied(dict(self.loaded.model.named_parameters()))
         self._release()
         if (where / portable.CONFIG).exists():
             self._adapter(where)
@@ -87,22 +84,14 @@ class GivenAdapter(Adapter):
         model = self.loaded.model
         if (
             source.has_tokenizer(folder)
-            and load.tokenizer_hash(folder) != self.loaded.tokenizer_hash
+            and load.tokenizer_of(folder, folder.name)[1] != self.loaded.tokenizer_hash
         ):
             what = "its tokenizer is not the base model's: losses per token would not compare"
             raise DataError(
                 what, str(folder), "score it in a run of its own: model.path= that folder"
             )
         found = load.parameters_of(folder, str(model.dtype).removeprefix("torch."))
-        differing = sorted(found.keys() ^ self.base.keys()) or sorted(
-            n for n, t in found.items() if t.shape != self.base[n].shape
-        )
-        if differing:
-            raise DataError(
-                f"it is another model: {differing[0]} differs",
-                str(folder),
-                "name its base with model=",
-            )
+        compare_tensors(found, self.base, str(folder))
         if bad := next((n for n, t in found.items() if not torch.isfinite(t).all()), None):
             raise DataError(f"{bad} is not finite", str(folder), "it cannot be scored")
         _copy(found, model)

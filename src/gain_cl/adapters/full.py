@@ -29,7 +29,7 @@ class FullAdapter(Adapter):
 
     def attach(self, loaded: Loaded) -> None:
         self.masters: dict[str, nn.Parameter] = {}
-        self.weights: dict[str, nn.Parameter] = {}
+        self.tuned: dict[str, nn.Parameter] = {}  # the model's own
         self.base: dict[str, Tensor] = {}
         loaded.model.requires_grad_(False)
         norms = {
@@ -42,36 +42,32 @@ class FullAdapter(Adapter):
             if self.select == "norms" and id(weight) not in norms:
                 continue
             weight.requires_grad_(True)
-            if weight.dtype == torch.float32:
-                self.masters[name] = weight
-                continue
-            master = self.masters[name] = nn.Parameter(weight.detach().float())
-            self.weights[name] = weight
-            weight.register_post_accumulate_grad_hook(_collector(master))
+            self.masters[name] = self.tuned[name] = weight
+            if weight.dtype != torch.float32:
+                master = self.masters[name] = nn.Parameter(weight.detach().float())
+                weight.register_post_accumulate_grad_hook(_collector(master))
 
     def parameters(self) -> dict[str, nn.Parameter]:
         return self.masters
 
     @torch.no_grad()
     def after_step(self) -> None:
-        for name, weight in self.weights.items():
-            weight.copy_(self.masters[name])
+        for name, weight in self.tuned.items():
+            if weight is not self.masters[name]:
+                weight.copy_(self.masters[name])
 
     def keep_base(self) -> None:
-        self.base = {
-            name: self.weights.get(name, p).detach().clone() for name, p in self.masters.items()
-        }
+        self.base = {name: weight.detach().clone() for name, weight in self.tuned.items()}
 
     @contextlib.contextmanager
     def disabled(self) -> Iterator[None]:
-        tuned = {name: self.weights.get(name, master) for name, master in self.masters.items()}
-        before = {name: weight.data for name, weight in tuned.items()}
-        for name, weight in tuned.items():
+        before = {name: weight.data for name, weight in self.tuned.items()}
+        for name, weight in self.tuned.items():
             weight.data = self.base[name]  # a swap, not a copy: what autograd saved stays as it was
         try:
             yield
         finally:
-            for name, weight in tuned.items():
+            for name, weight in self.tuned.items():
                 weight.data = before[name]
 
     def shift(self) -> Tensor:
@@ -80,7 +76,7 @@ class FullAdapter(Adapter):
         ).sum()
 
     def absorb(self) -> None:
-        for weight in (*self.masters.values(), *self.weights.values()):
+        for weight in (*self.masters.values(), *self.tuned.values()):
             weight.requires_grad_(False)
 
 

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from gain_cl.adapters.base import Adapter, copied
-from gain_cl.adapters.portable import PREFIX, compare_tensors
+from gain_cl.adapters.portable import PREFIX
 from gain_cl.models import families
 
 if TYPE_CHECKING:
@@ -63,23 +63,16 @@ class _Scale(torch.autograd.Function):
 
 class Factor(nn.Module):
     """A square matrix M that multiplies a weight; the identity at the start. Weights and
-    activations are rows: (..., width)."""
+    activations are rows: (..., width).
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return x M^T: M applied to each vector of x, in x's dtype."""
-        raise NotImplementedError
+    forward(x): x M^T, M applied to each vector of x, in x's dtype; transposed(x): x M; restart():
+    keep M as it is, frozen, and begin with the identity on top of it; change(rows): ||rows M -
+    rows||_F^2 of constant rows, without a second matrix of their size."""
 
     def transposed(self, x: Tensor) -> Tensor:
-        """Return x M."""
-        raise NotImplementedError
-
-    def restart(self) -> None:
-        """Keep M as it is, frozen, and begin with the identity on top of it."""
-        raise NotImplementedError
-
-    def change(self, rows: Tensor) -> Tensor:
-        """Return ||rows M - rows||_F^2 of constant rows, without a second matrix of their size."""
-        raise NotImplementedError
+        """Return x M, of a symmetric M."""
+        found: Tensor = self(x)
+        return found
 
 
 class DiagonalGain(Factor):
@@ -101,9 +94,6 @@ class DiagonalGain(Factor):
     def forward(self, x: Tensor) -> Tensor:
         scaled: Tensor = _Scale.apply(x, self.s())
         return scaled
-
-    def transposed(self, x: Tensor) -> Tensor:
-        return self(x)
 
     @torch.no_grad()
     def restart(self) -> None:
@@ -421,7 +411,6 @@ class GainAdapter(_Multiplier):
             n.removeprefix(PREFIX).removesuffix(".ia3_l"): t.float().flatten() - 1
             for n, t in tensors.items()
         }
-        compare_tensors(found, self.parameters(), folder)
         self.load_state(found)
 
     def remarks(self, dtype: torch.dtype) -> list[str]:
@@ -448,23 +437,3 @@ class MultiplicativeLoraAdapter(_Multiplier):
     def attach(self, loaded: Loaded) -> None:
         make = lambda width, device: LowRankFactor(width, device, self.rank, self.alpha)  # noqa: E731
         self.gains = attach_gains(loaded.model, self.roles, "input", loaded.roles, make)
-
-    def to_peft(self, loaded: Loaded) -> tuple[Any, dict[str, Tensor]]:
-        """Return a LoRA of rank n r. W M with M = M_1 ... M_n, M_i = I + c B_i A_i, is W + c [W
-        B_1, W M_1 B_2, ...] [A_1; A_2; ...]."""
-        import peft
-
-        tensors: dict[str, Tensor] = {}
-        times = 1
-        with torch.no_grad():
-            for name, layer in self.gains.layers.items():
-                factor, rows_OI = self.gains.gains[name], families.out_in(layer).double()
-                ups = []
-                for a, b in factor.pairs():  # rows_OI: W M_1 ... M_{i-1}
-                    ups.append(rows_OI @ b.double())
-                    rows_OI = rows_OI + factor.scale * ups[-1] @ a.double()
-                times = len(ups)
-                tensors[f"{PREFIX}{name}.lora_A.weight"] = torch.cat([a for a, _ in factor.pairs()])
-                tensors[f"{PREFIX}{name}.lora_B.weight"] = torch.cat(ups, dim=1).float()
-        keys: dict[str, Any] = {"r": times * self.rank, "lora_alpha": times * self.alpha}
-        return peft.LoraConfig(**self._layout(loaded), **keys), tensors

@@ -10,18 +10,15 @@ from __future__ import annotations
 
 import json
 import re
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gain_cl.config import schema
 from gain_cl.errors import ConfigError, DataError
-from gain_cl.models import families, source
+from gain_cl.models import source
 from gain_cl.system import hashes, hub
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from gain_cl.adapters.base import Adapter
     from gain_cl.models.load import Loaded
 
@@ -102,23 +99,15 @@ def inspect_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, list[int]]]
     return config, source.weight_shapes(folder, WEIGHTS)
 
 
-def check_init(adapter: schema.Adapter, model: schema.Model, fetch: bool = False) -> None:
-    """Compare the adapter to begin from, where there is one, with the method and the model. fetch:
-    also one on the hub. ConfigError names what differs; ``begin`` compares the exact layers."""
-    if (given := _given(adapter)) is None:
-        return
-    if isinstance(place(given), tuple) and not fetch:
-        return
-    path = Path(model.path).expanduser() if model.path else None
-    local = path is not None and path.is_dir()
-    arch = source.read_config(path) if local else model.arch or {}  # type: ignore[arg-type]
-    _check(adapter, _fetched(given), arch.get("model_type"), model.roles)
+def check_init(adapter: schema.Adapter, fetch: bool = False) -> None:
+    """Compare the adapter to begin from, where there is one, with the method. fetch: also one on
+    the hub. ConfigError names what differs; ``begin`` compares the exact layers."""
+    given = _given(adapter)
+    if given is not None and (fetch or isinstance(place(given), Path)):
+        _check(adapter, _fetched(given))
 
 
-def _check(
-    adapter: schema.Adapter, folder: Path, family: str | None, names: dict[str, str] | None
-) -> None:
-    """Compare. family: model_type, None where it is not known yet; names: model.roles."""
+def _check(adapter: schema.Adapter, folder: Path) -> None:
     saved, shapes = inspect_adapter(folder)
     where = f"{KEY}: {folder}"
     kind = adapter.peft_type if isinstance(adapter, schema.Peft) else "IA3"
@@ -132,66 +121,19 @@ def _check(
     if adapter.basis != "own":
         what = "an IA3 adapter scales the model's own basis, not adapter.basis=random"
         raise ConfigError(what, KEY, "use adapter.basis=own")
-    layers = _ia3_layers(shapes, folder)
-    for layer, shape in layers.items():
+    for name, shape in shapes.items():  # (1, in) where inputs are scaled, (out, 1) where outputs
+        if not name.endswith(".ia3_l"):
+            do = "save the adapter again, without modules_to_save"
+            raise DataError(f"{name} is no tensor of an IA3 adapter", str(folder), do)
         side = "input" if shape[0] == 1 else "output"
         if side != adapter.side:
-            what = f"it scales the {side} of {layer}, adapter.side={adapter.side}"
+            what = f"it scales the {side} of {name.removeprefix(PREFIX)}"
             do = f"use adapter.side={side}, if that holds of all its layers"
-            raise ConfigError(what, where, do)
-    if (table := names or families.ROLES.get(family or "")) is None:
-        return
-
-    def plays(layer: str, role: str) -> bool:
-        return role in table and f".{layer}".endswith(f".{table[role]}")
-
-    for layer in layers:
-        if not any(plays(layer, role) for role in adapter.roles):
-            what = f"it scales {layer}, which plays none of adapter.roles={list(adapter.roles)}"
-            other = next((f"add the role {role}" for role in table if plays(layer, role)), None)
-            raise ConfigError(what, where, other or "begin from another adapter")
-    for role in adapter.roles:
-        if role in table and not any(plays(layer, role) for layer in layers):
-            what = f"it scales no layer of role {role} ({table[role]})"
-            raise ConfigError(what, where, "leave the role out of adapter.roles")
+            raise ConfigError(f"{what}, adapter.side={adapter.side}", where, do)
 
 
-def _ia3_layers(shapes: dict[str, list[int]], folder: Path) -> dict[str, list[int]]:
-    """Return layer -> shape of its gains: (1, in) where inputs are scaled, (out, 1) where outputs
-    are."""
-    layers = {
-        n.removeprefix(PREFIX).removesuffix(".ia3_l"): s
-        for n, s in shapes.items()
-        if n.endswith(".ia3_l")
-    }
-    if (
-        len(layers) < len(shapes)
-        or any(len(s) != 2 or 1 not in s for s in layers.values())
-        or not layers
-    ):
-        raise DataError(
-            "its tensors are not those of an IA3 adapter alone",
-            str(folder),
-            "save the adapter again, without modules_to_save",
-        )
-    return layers
-
-
-ELSEWHERE = frozenset(
-    [
-        "base_model_name_or_path",
-        "revision",
-        "inference_mode",
-        "peft_version",
-        "auto_mapping",
-        "task_type",
-        "runtime_config",
-        "target_modules",
-        "feedforward_modules",
-        "exclude_modules",
-        "fan_in_fan_out",
-    ]
-)
+ELSEWHERE = """base_model_name_or_path revision inference_mode peft_version auto_mapping task_type
+runtime_config target_modules feedforward_modules exclude_modules fan_in_fan_out"""
 """Keys that do not change what is computed, or whose effect is seen in the names and shapes of the
 tensors."""
 
@@ -200,7 +142,7 @@ def compare_settings(saved: dict[str, Any], own: dict[str, Any], folder: Path) -
     """Raise ConfigError that names the first key in which a saved PEFT configuration differs from
     the run's."""
     for key, value in own.items():
-        if key in ELSEWHERE or key.startswith("init_") or key not in saved:
+        if key in ELSEWHERE.split() or key.startswith("init_") or key not in saved:
             continue
         ours, theirs = _plain(value), _plain(saved[key])
         if ours != theirs:
@@ -209,16 +151,12 @@ def compare_settings(saved: dict[str, Any], own: dict[str, Any], folder: Path) -
 
 
 def _plain(value: Any) -> Any:
-    """Return a value as JSON holds it, sets and lists of names sorted."""
-    if isinstance(value, set | frozenset | list | tuple):
-        return sorted(map(_plain, value), key=str)
-    if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items()}
-    return (
-        value
-        if isinstance(value, str | int | float | bool | None)
-        else getattr(value, "value", str(value))
-    )
+    """Return a value as JSON holds it, a set as a sorted list."""
+
+    def other(part: Any) -> Any:
+        return sorted(part) if isinstance(part, set) else getattr(part, "value", str(part))
+
+    return json.loads(json.dumps(value, default=other))
 
 
 # --- with torch -----------------------------------------------------------------------------------
@@ -236,27 +174,11 @@ def begin(settings: schema.Adapter, adapter: Adapter, loaded: Loaded) -> None:
     from safetensors.torch import load_file
 
     folder = _fetched(given)
-    _check(settings, folder, loaded.model.config.model_type, loaded.roles)
+    _check(settings, folder)
     tensors = load_file(folder / WEIGHTS)
     if bad := next((n for n, t in tensors.items() if not torch.isfinite(t).all()), None):
         raise DataError(f"{bad} is not finite", str(folder / WEIGHTS), "begin from another adapter")
     adapter.begin_from(tensors, folder)
-
-
-def compare_tensors(found: dict[str, Tensor], own: Any, folder: Path) -> None:
-    """Compare names (ConfigError) and shapes (DataError) of tensors."""
-    if differing := sorted(found.keys() ^ own.keys()):
-        lacks = "does not have" if differing[0] in own else "has, and the method does not,"
-        what = f"{len(differing)} tensors differ: it {lacks} {differing[0]}"
-        raise ConfigError(
-            what, f"{KEY}: {folder}", "its target_modules are not those of this method and model"
-        )
-    for name, tensor in found.items():
-        if tensor.shape != own[name].shape:
-            shapes = f"{tuple(tensor.shape)}, not {tuple(own[name].shape)}"
-            raise DataError(
-                f"{name} has shape {shapes}", f"{KEY}: {folder}", "it belongs to another model"
-            )
 
 
 def adapter_files(
@@ -272,11 +194,7 @@ def adapter_files(
 
     config, tensors = adapter.to_peft(loaded)
     config.inference_mode, config.base_model_name_or_path, config.revision = True, base, revision
-    with tempfile.TemporaryDirectory() as temporary:
-        config.save_pretrained(temporary)
-        plain = json.loads((Path(temporary) / CONFIG).read_bytes())
-    for key in (k for k in plain if k.endswith("_modules")):
-        plain[key] = _plain(plain[key])  # a set, which has no order
+    plain = _plain(config.to_dict())
     text = (json.dumps(plain, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
     whole = {name: t.detach().cpu().contiguous().clone() for name, t in sorted(tensors.items())}
     return {CONFIG: text, WEIGHTS: save(whole, metadata={"format": "pt"})}

@@ -23,7 +23,7 @@ from gain_cl.config.schema import (
     Peft,
     RunConfig,
 )
-from gain_cl.errors import ConfigError, DataError, scrubbed, suggest
+from gain_cl.errors import ConfigError, scrubbed, suggest
 from gain_cl.system import hub
 
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
@@ -41,7 +41,7 @@ def check(config: RunConfig, plain: Mapping[str, Any], origin: Origin) -> None:
     guards.known.check(config.guard, origin)
     rules.check(config, origin)
     _check_model(config, origin)
-    portable.check_init(config.adapter, config.model)
+    portable.check_init(config.adapter)
     _check_device(config, origin)
     for name, domain in config.domains.items():
         if isinstance(source := domain.source, HubSource):
@@ -100,16 +100,9 @@ def _check_model(config: RunConfig, origin: Origin) -> None:
 
 
 def _check_layers(config: RunConfig, folder: Path, arch: Mapping[str, Any]) -> None:
-    """Check the files of a model folder for an end token, and for layers that the method acts
-    on."""
+    """Check the files of a model folder for layers that the method acts on."""
     from gain_cl.models import families, source
 
-    if config.model.separator_token_id is None and not source.has_end_token(folder):
-        raise DataError(
-            "the tokenizer has no end token",
-            str(folder),
-            "set model.separator_token_id, and model.prefix_token_id if need be",
-        )
     family, shapes = str(arch.get("model_type")), source.weight_shapes(folder)
     weights = [n for n, shape in shapes.items() if n.endswith(".weight") and len(shape) == 2]
     layers = [n.removesuffix(".weight") for n in weights if ".experts." not in n]
@@ -139,7 +132,7 @@ def inputs(config: RunConfig) -> None:
         arch = source.read_config(folder)
         _check_layers(config, folder, arch)
         limits(config, arch)
-    portable.check_init(config.adapter, config.model, fetch=True)
+    portable.check_init(config.adapter, fetch=True)
     for domain in config.domains.values():
         if not isinstance(place := domain.source, HubSource | PackageSource):
             continue

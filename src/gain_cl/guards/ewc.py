@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gain_cl.adapters.base import copied
 from gain_cl.guards.base import Guard
 from gain_cl.models import load
 from gain_cl.models.forward import loss_sum
@@ -55,23 +56,13 @@ class EwcGuard(Guard):
 
     def state(self) -> dict[str, Tensor]:
         both = {"fisher": self.fisher, "anchor": self.anchor}
-        return {
-            f"{kind}/{name}": t.to("cpu", copy=True)
-            for kind, tensors in both.items()
-            for name, t in tensors.items()
-        }
+        return copied({f"{kind}/{n}": t for kind, kept in both.items() for n, t in kept.items()})
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        device = self.loaded.device
-        for kind, kept in (("fisher", self.fisher), ("anchor", self.anchor)):
-            kept.clear()
-            kept.update(
-                {
-                    name.removeprefix(f"{kind}/"): t.to(device)
-                    for name, t in state.items()
-                    if name.startswith(f"{kind}/")
-                }
-            )
+        self.fisher, self.anchor = {}, {}
+        for full, tensor in state.items():
+            kind, name = full.split("/", 1)
+            getattr(self, kind)[name] = tensor.to(self.loaded.device)
 
 
 def fisher(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from gain_cl.adapters.base import copied
 from gain_cl.guards.base import Guard
 from gain_cl.models import load
 from gain_cl.models.loss import sum_divergence
@@ -76,16 +77,12 @@ class OrthogonalGuard(Guard):
         self.adapter = adapter
 
     def penalty(self) -> Tensor | None:
-        pairs = [
-            (old, matrices[-1])
+        terms = [
+            (old @ matrices[-1].T).square().sum()
             for matrices in self.adapter.lora_inputs().values()
             for old in matrices[:-1]
         ]
-        return (
-            self.strength * torch.stack([(old @ new.T).square().sum() for old, new in pairs]).sum()
-            if pairs
-            else None
-        )
+        return self.strength * torch.stack(terms).sum() if terms else None
 
 
 class EmaGuard(Guard):
@@ -121,7 +118,7 @@ class EmaGuard(Guard):
         self.average = {}
 
     def state(self) -> dict[str, Tensor]:
-        return {name: t.to("cpu", copy=True) for name, t in self.average.items()}
+        return copied(self.average)
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         device = next(iter(self._parameters().values())).device

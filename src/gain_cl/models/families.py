@@ -14,30 +14,13 @@ if TYPE_CHECKING:
 
 _LLAMA_LIKE = {"attn_out": "self_attn.o_proj", "ffn_down": "mlp.down_proj"}
 _OF_EXPERTS = {"attn_out": "self_attn.o_proj"}
+_LIKE_LLAMA = """llama mistral qwen2 qwen3 gemma gemma2 gemma3_text phi3 olmo2 smollm3 cohere
+granite ministral3 olmo3"""
+_MIXTURES = "mixtral qwen2_moe qwen3_moe olmoe deepseek_v3 gpt_oss"
 ROLES: dict[str, dict[str, str]] = {
     "gpt2": {"attn_out": "attn.c_proj", "ffn_down": "mlp.c_proj"},  # Conv1D: weight is (in, out)
-    **dict.fromkeys(
-        [
-            "llama",
-            "mistral",
-            "qwen2",
-            "qwen3",
-            "gemma",
-            "gemma2",
-            "gemma3_text",
-            "phi3",
-            "olmo2",
-            "smollm3",
-            "cohere",
-            "granite",
-            "ministral3",
-            "olmo3",
-        ],
-        _LLAMA_LIKE,
-    ),
-    **dict.fromkeys(
-        ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v3", "gpt_oss"], _OF_EXPERTS
-    ),
+    **dict.fromkeys(_LIKE_LLAMA.split(), _LLAMA_LIKE),
+    **dict.fromkeys(_MIXTURES.split(), _OF_EXPERTS),
     "gpt_neox": {"attn_out": "attention.dense", "ffn_down": "mlp.dense_4h_to_h"},
     "opt": {"attn_out": "self_attn.out_proj", "ffn_down": "fc2"},
     "phi": {"attn_out": "self_attn.dense", "ffn_down": "mlp.fc2"},

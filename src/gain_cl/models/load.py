@@ -96,18 +96,15 @@ def device_of(name: str, dtype: str) -> torch.device:
     """Resolve compute.device and check that it exists and computes in dtype."""
     import torch
 
-    count, key, do = torch.cuda.device_count(), "compute.device", "use compute.device=cpu"
     if name == "auto":
-        name = "cuda" if count else "cpu"
+        name = "cuda" if torch.cuda.device_count() else "cpu"
     try:
         device = torch.device(name)
-    except RuntimeError:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        what = f"{name!r} cannot be used: {str(error).splitlines()[0]}"
         do = "use auto, cpu, cuda, cuda:N or mps"
-        raise ConfigError(f"{name!r} is no device", key, do) from None
-    if device.type == "cuda" and (device.index or 0) >= count:
-        raise ConfigError(f"{name} is not available: torch sees {count} GPUs", key, do)
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise ConfigError("mps is not available", key, do)
+        raise ConfigError(what, "compute.device", do) from error
     half = device.type == "cuda" and dtype == "bfloat16"
     if half and not torch.cuda.is_bf16_supported(including_emulation=False):
         do = "use model.dtype=float32 or float16"
@@ -117,31 +114,25 @@ def device_of(name: str, dtype: str) -> torch.device:
 
 def load_tokenizer(model: schema.Model) -> tuple[PreTrainedTokenizerBase, str]:
     """Return (tokenizer, SHA-256 of its definition) of a model, whose files are fetched when
-    needed. Only AutoTokenizer knows the family's class, and it imports torch."""
-    folder = source.locate_model(model)
-    with _refusals(model.path or model.name, model.attention):
-        tokenizer = byte_tokenizer() if folder is None else _tokenizer(folder)
+    needed."""
+    return tokenizer_of(source.locate_model(model), model.name)
+
+
+def tokenizer_of(folder: Path | None, where: str) -> tuple[PreTrainedTokenizerBase, str]:
+    """Return (tokenizer, SHA-256 of its definition) of a model folder, or that of random models.
+    Only AutoTokenizer knows the family's class, and it imports torch."""
+    opened = convert.quiet_transformers().AutoTokenizer
+    with _refusals(str(folder or where)):
+        tokenizer = (
+            byte_tokenizer()
+            if folder is None
+            else opened.from_pretrained(folder, trust_remote_code=False)
+        )
     if not getattr(tokenizer, "is_fast", False):
         what = "the tokenizer has no fast version (tokenizer.json)"
-        raise DataError(what, model.name, "save one with AutoTokenizer(...).save_pretrained")
-    return tokenizer, _digest(tokenizer)
-
-
-def tokenizer_hash(folder: Path) -> str:
-    """Return the SHA-256 of the definition of a folder's tokenizer, as ``load_tokenizer`` gives
-    it."""
-    with _refusals(str(folder)):
-        return _digest(_tokenizer(folder))
-
-
-def _digest(tokenizer: Any) -> str:
-    return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
-
-
-def _tokenizer(folder: Path) -> Any:
-    """Open the tokenizer of a folder."""
-    opened = convert.quiet_transformers().AutoTokenizer
-    return opened.from_pretrained(folder, trust_remote_code=False)
+        raise DataError(what, where, "save one with AutoTokenizer(...).save_pretrained")
+    core: Any = tokenizer.backend_tokenizer
+    return tokenizer, hashlib.sha256(core.to_str().encode()).hexdigest()
 
 
 def parameters_of(folder: Path, dtype: str) -> dict[str, Tensor]:
@@ -270,7 +261,7 @@ def _open(
             torch.manual_seed(model.init_seed)
             return _from_config(_config(model.arch, folder), **keys)
 
-    with _refusals(model.path or model.name, model.attention):
+    with _refusals(model.path or model.name):
         try:
             return opened(model.attention), []
         except ValueError as error:  # in these words transformers says that a family has none
@@ -370,11 +361,15 @@ def byte_tokenizer() -> PreTrainedTokenizerBase:
 
 
 def _prove_loss(loaded: Loaded) -> None:
-    """Find the number that scales the logits, and prove on four tokens that losses from hidden
+    """Read the number that scales the logits, and prove on four tokens that losses from hidden
     states are those of the model itself, and that no token is seen before its turn. DataError."""
     import torch
 
     family, net = loaded.model.config.model_type, loaded.model
+    for key in ("logit_scale", "lm_head_multiplier"):
+        loaded.scale = getattr(net.config, key, None) or loaded.scale
+    if divisor := getattr(net.config, "logits_scaling", None):
+        loaded.scale = 1 / divisor
     ids = torch.arange(4, device=loaded.device)[None]
     with torch.inference_mode():
         hidden = loaded.hidden(input_ids=ids)
@@ -388,13 +383,6 @@ def _prove_loss(loaded: Loaded) -> None:
             raise DataError(what, family, "download the model again")
         if loaded.softcap:
             ours = loaded.softcap * torch.tanh(ours / loaded.softcap)
-        if ours.shape == logits.shape and not loaded.softcap:
-            found = float((ours * logits).sum() / ours.square().sum())
-            keys = net.config.to_dict().values()
-            named = [float(v) for v in keys if isinstance(v, int | float) and v > 0]
-            scales = [1.0, *named, *(1 / v for v in named)]
-            loaded.scale = min(scales, key=lambda scale: abs(scale / found - 1))
-            ours *= loaded.scale
     largest = float(logits.abs().max())
     if ours.shape != logits.shape or not float((ours - logits).abs().max()) <= 1e-2 * largest:
         what = f"{family} transforms its logits in an unknown way"
@@ -405,7 +393,7 @@ def _prove_loss(loaded: Loaded) -> None:
 
 
 @contextlib.contextmanager
-def _refusals(where: str, attention: str = "") -> Iterator[None]:
+def _refusals(where: str) -> Iterator[None]:
     """Tell in one line what transformers refuses."""
     try:
         yield
@@ -416,10 +404,6 @@ def _refusals(where: str, attention: str = "") -> Iterator[None]:
             raise
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         reason = reason.partition(" Model type should be one of")[0]
-        told = isinstance(error, ValueError | ImportError)
-        if told and any(word in reason.lower() for word in ("attention", "attn")):
-            what = f"the model does not support model.attention={attention}"
-            raise DataError(what, where, "use model.attention=eager") from error
         what = f"transformers cannot load it: {reason}"
         do = "check that it is a causal language model for this version"
         raise DataError(what, where, do) from error

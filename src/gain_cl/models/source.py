@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import re
 from pathlib import Path
@@ -91,24 +90,17 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not (folder / "config.json").exists():
         what = "no config.json: not a transformers model"
         raise DataError(what, str(folder), "give a folder written by save_pretrained")
-    config = _json_object(folder / "config.json")
+    config = json_object(folder / "config.json")
     text = config.get("text_config")
     return {**config, **text} if isinstance(text, dict) else config
 
 
 def inspect_model(folder: Path, weights: bool = True) -> dict[str, Any]:
     """Check a model folder from its JSON files and the heads of its weights alone (fast,
-    torch-free) and return its config. A folder that has not changed is inspected once.
+    torch-free) and return its config.
 
     weights: whether they must be there. DataError names the fault.
     """
-    found = [p.stat() for p in sorted(folder.glob("*")) if p.exists()]
-    stamp = tuple((s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for s in found)
-    return dict(_inspect(folder, weights, stamp))
-
-
-@functools.lru_cache(maxsize=16)
-def _inspect(folder: Path, weights: bool, stamp: object) -> dict[str, Any]:
     config, where = read_config(folder), str(folder)
     _inspect_code(folder)
     architectures = list(map(str, config.get("architectures") or []))
@@ -118,19 +110,15 @@ def _inspect(folder: Path, weights: bool, stamp: object) -> dict[str, Any]:
         what = f"not a causal language model: {', '.join(architectures)}"
         raise DataError(what, where, "use a model with a ...ForCausalLM class")
     if isinstance(quantised := config.get("quantization_config"), dict):
-        bits = ", 4 bit" if quantised.get("load_in_4bit") else ""
-        what = f"the weights are quantised ({quantised.get('quant_method', 'unknown')}{bits})"
+        what = f"the weights are quantised ({quantised.get('quant_method', 'unknown')})"
         do = "use the model it was made from: nothing can be merged into quantised weights"
         raise DataError(what, where, do)
-    shapes = weight_shapes(folder)
+    weight_shapes(folder)
     _inspect_index(folder)
     if weights and not any(folder.glob("model*.safetensors")):
         refuse_pickles(folder)
         do = "give a folder written by save_pretrained"
         raise DataError("no model*.safetensors", where, do)
-    rows = [s[0] for n, s in shapes.items() if n.endswith(EMBEDDINGS) and len(s) == 2]
-    rows = [r for r in [*rows, config.get("vocab_size")] if isinstance(r, int)]
-    _inspect_tokenizer(folder, min(rows, default=None))
     return config
 
 
@@ -159,10 +147,10 @@ def _inspect_code(folder: Path) -> None:
     left out, transformers asks on the terminal, and a `y` on stdin runs the code.
     """
     for file in sorted(f for pattern in SETTINGS for f in folder.glob(pattern)):
-        if _json_object(file).get("auto_map", {}) != {}:
+        if json_object(file).get("auto_map", {}) != {}:
             do = "gain_cl never runs it: use a natively supported model, or a copy without auto_map"
             raise DataError("the model needs code from its repository", str(file), do)
-    if _json_object(folder / "config.json").get("configuration_files"):
+    if json_object(folder / "config.json").get("configuration_files"):
         what = "configuration_files puts another file in the place of config.json"
         raise DataError(what, str(folder / "config.json"), "take the key out of a copy")
     if (beside := folder / "adapter_config.json").exists():
@@ -176,7 +164,7 @@ def _inspect_index(folder: Path) -> None:
     file = folder / "model.safetensors.index.json"
     if not file.exists():
         return
-    named = _json_object(file).get("weight_map")
+    named = json_object(file).get("weight_map")
     if not isinstance(named, dict) or not named:
         raise DataError("no weight_map", str(file), "download the model again")
     for name in sorted(set(map(str, named.values()))):
@@ -185,67 +173,31 @@ def _inspect_index(folder: Path) -> None:
             raise DataError(what, str(file), "save the model again with save_pretrained")
 
 
-EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight")
-"""Ends of the names of the input embedding."""
-
-
-def _inspect_tokenizer(folder: Path, rows: int | None) -> None:
-    """Refuse a tokenizer with ids beyond the rows of the input embedding, where they are known.
-    Tokens that were added to it (an image's, say) may lie beyond: text that holds one is
-    refused."""
-    if rows is None or not has_tokenizer(folder):
-        return
-    file = folder / "tokenizer.json"
-    data = _json_object(file)
-    if not isinstance(data.get("model"), dict):
-        raise DataError("it holds no tokenizer", str(file), "download the model again")
-    vocab = data["model"].get("vocab") or {}
-    ids = vocab.values() if isinstance(vocab, dict) else range(len(vocab))
-    if (largest := max(ids, default=0)) >= rows:
-        what = f"token id {largest} has no embedding row ({rows} rows)"
-        raise DataError(what, str(file), "this is another model's tokenizer")
-
-
-def has_end_token(folder: Path) -> bool:
-    """True if the tokenizer's JSON files name an end token, or its class may bring one of its
-    own."""
-    files = [folder / "tokenizer_config.json", folder / "special_tokens_map.json"]
-    named = [_json_object(f) if f.exists() else {} for f in files]
-    plain = ("PreTrainedTokenizerFast", "TokenizersBackend")
-    return named[0].get("tokenizer_class") not in plain or any(d.get("eos_token") for d in named)
-
-
 def weight_shapes(folder: Path, files: str = "model*.safetensors") -> dict[str, list[int]]:
     """Return name -> shape of every tensor of the files, from their heads. DataError for a damaged
     file."""
+    from safetensors import SafetensorError, safe_open
+
     shapes: dict[str, list[int]] = {}
     for file in sorted(folder.glob(files)):
         try:
-            with open(file, "rb") as f:
-                size = int.from_bytes(f.read(8), "little")
-                head = json.loads(f.read(size) if size < 100_000_000 else b"")
-            tensors = {name: t for name, t in head.items() if name != "__metadata__"}
-            end = max((t["data_offsets"][1] for t in tensors.values()), default=0)
-            shapes |= {name: list(t["shape"]) for name, t in tensors.items()}
-            if 8 + size + end != file.stat().st_size:
-                raise ValueError
-            for name, t in tensors.items():
-                if name.endswith(".weight") and t["dtype"][0] in "IU":
-                    what = f"{name} holds whole numbers ({t['dtype']}): the weights are quantised"
-                    raise DataError(what, str(file), "use the model it was made from")
+            with safe_open(file, framework="numpy") as head:
+                parts = {name: head.get_slice(name) for name in head.keys()}  # noqa: SIM118
+                kinds = {name: part.get_dtype() for name, part in parts.items()}
+                shapes |= {name: part.get_shape() for name, part in parts.items()}
         except OSError as error:
             raise _unreadable(file, error) from None
-        except (ValueError, AttributeError, KeyError, IndexError, TypeError):
-            what = "the weights are cut off or no safetensors file"
+        except SafetensorError as error:
+            what = f"the weights are cut off or no safetensors file ({error})"
             raise DataError(what, str(file), "download the model again") from None
+        for name, kind in kinds.items():
+            if name.endswith(".weight") and kind[0] in "IU":
+                what = f"{name} holds whole numbers ({kind}): the weights are quantised"
+                raise DataError(what, str(file), "use the model it was made from")
     return shapes
 
 
-def _json_object(path: Path) -> dict[str, Any]:
-    return json_object(path, "download the model again")
-
-
-def json_object(path: Path, again: str) -> dict[str, Any]:
+def json_object(path: Path, again: str = "download the model again") -> dict[str, Any]:
     """Return a JSON file that holds an object. again: what to do when it does not, in the
     DataError."""
     try:
@@ -264,7 +216,7 @@ def json_object(path: Path, again: str) -> dict[str, Any]:
 
 def _unreadable(path: Path, error: OSError) -> DataError:
     do = "check the file and its permissions"
-    return DataError(f"cannot read: {error.strerror}", str(path), do)
+    return DataError(f"cannot read: {error.strerror or error}", str(path), do)
 
 
 def context_length(config: dict[str, Any]) -> int | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -139,14 +138,6 @@ def training_streams(config: RunConfig, inputs: Inputs) -> list[Stream]:
 def _advice(config: RunConfig, loaded: Loaded) -> list[str]:
     """Return what a reader of the numbers must know about these settings."""
     notes = [config.model.note, *loaded.notes] if config.model.note else [*loaded.notes]
-    own = loaded.model.config.to_dict()
-    for key, stated in (config.model.arch or {}).items():
-        found = own.get(key, stated)
-        close = isinstance(stated, float) and math.isclose(found, stated, rel_tol=1e-6)
-        if found != stated and not close:
-            notes.append(
-                f"model.arch.{key}={stated} is not what the weights say, {found}: the weights count"
-            )
     if config.lr_tuned_on and config.lr_tuned_on != config.model.name:
         notes.append(
             f"train.lr={config.train.lr:g} was chosen on {config.lr_tuned_on}, not on "

@@ -77,8 +77,6 @@ def carry_out(config: RunConfig, plan: Plan) -> record.Run:
         config,
         plan.run_id,
         plan.folder,
-        steps_total=last * config.stage.stage_steps,
-        cells_total=(last + 1) * len(config.sequence.trained + config.sequence.controls),
         position=attempt.position.track,
     ) as tracker:
         tracker.note(*attempt.warnings)

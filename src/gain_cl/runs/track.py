@@ -12,6 +12,7 @@ numbered from 0 over the whole run (``row``).
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Callable
@@ -25,10 +26,9 @@ from rich.status import Status
 from rich.text import Text
 
 from gain_cl.errors import printable
-from gain_cl.measure import tasks
 from gain_cl.runs.mirror import SHOWN, Mirror
 from gain_cl.stats import format
-from gain_cl.stats.format import duration, percent, perplexity
+from gain_cl.stats.format import percent, perplexity
 
 if TYPE_CHECKING:
     from gain_cl.config.schema import RunConfig
@@ -40,33 +40,30 @@ LINE_SECONDS = 10.0
 
 @dataclass
 class Pace:
-    """Work of one kind. total: units in the whole run (None: not known yet); done: units so far,
-    which took so many seconds."""
+    """Work of one kind. total: units in the whole run; done: those of this process, which took so
+    many seconds."""
 
-    total: int | None
+    total: int
     done: int = 0
     seconds: float = 0.0
 
-    def add(self, units: int, seconds: float) -> None:
-        """Count units that are done."""
-        self.done, self.seconds = self.done + units, self.seconds + seconds
+    def add(self, seconds: float) -> None:
+        """Count a unit that is done."""
+        self.done, self.seconds = self.done + 1, self.seconds + seconds
 
     @property
-    def left(self) -> float | None:
-        """Return the seconds for what remains at the mean pace so far, or None while nothing is
-        known to go by."""
-        if self.total is None or (self.done < self.total and not self.done):
-            return None
-        return max(0, self.total - self.done) * self.seconds / max(1, self.done)
+    def left(self) -> float:
+        """Return the seconds for what remains at the mean pace so far; NaN while there is none."""
+        pace = self.seconds / self.done if self.done else math.nan
+        return (self.total - self.done) * pace if self.total > self.done else 0.0
 
 
 class Tracker:
     """Follow one run; a context manager. The run calls it. It calls nothing back.
 
-    steps_total: optimiser steps of the run; cells_total: (stages + 1) x domains to score. How many
-    task items there are in the whole run is learnt when the first are scored. folder: the run's own
-    folder, which gets metrics.jsonl. position: what ``position()`` gave for the checkpoint that the
-    run goes on from; None: the run begins. Raises OSError when metrics.jsonl cannot be written.
+    folder: the run's own folder, which gets metrics.jsonl. position: what ``position()`` gave for
+    the checkpoint that the run goes on from; None: the run begins. Raises OSError when
+    metrics.jsonl cannot be written.
     """
 
     def __init__(
@@ -75,8 +72,6 @@ class Tracker:
         run_id: str,
         folder: Path,
         *,
-        steps_total: int,
-        cells_total: int,
         position: dict[str, int] | None = None,
         console: Console | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -85,18 +80,15 @@ class Tracker:
         self._config, self._run_id, self._folder, self._clock = config, run_id, folder, clock
         self._console = console or Console()
         self._trained = config.stages
-        self._paces = {
-            "steps": Pace(steps_total),
-            "cells": Pace(cells_total),
-            "items": Pace(None if config.tasks.names else 0),
-        }
+        self._stages = Pace(1 + len(config.stages))
+        self._steps = Pace(len(config.stages) * config.stage.stage_steps)
         # of the last checkpoint, written or being written
         self._position = position or {"bytes": 0, "rows": 0}
         self._shown = self._position["rows"]  # rows for the dashboard so far, in the whole run
         self._file: TextIO
         self._live: Status | None = None
         self._mirror = Mirror(config, run_id, folder, self._warn)
-        self._begun = self._mark = self._paced = self._said = clock()
+        self._begun = self._mark = self._said = clock()
         self._stage, self._phase = 0, "start"
         self._rows: list[StageRecord] = []
 
@@ -108,8 +100,8 @@ class Tracker:
         kept = _cut(path, wanted) if wanted else 0
         # line by line, so that tail -f follows
         self._file = open(path, "a" if kept else "w", encoding="utf-8", buffering=1)
-        stages, steps = len(self._trained), self._paces["steps"].total
-        self._write("start", {"run_id": self._run_id, "stages": stages, "steps": steps})
+        facts = {"stages": len(self._trained), "steps": self._steps.total}
+        self._write("start", {"run_id": self._run_id, **facts})
         self._say(f"run {self._run_id}")
         if kept < wanted:
             self._warn(
@@ -135,15 +127,10 @@ class Tracker:
     def resumed(self, stages: list[StageRecord], steps: int) -> None:
         """Tell that the run goes on: ``stages`` are finished, and ``steps`` optimiser steps of the
         whole run are done."""
-        pace, last = self._paces["steps"], len(self._trained)
-        for row in stages:
-            self._scored(row)
-            if row.train is not None:
-                pace.add(row.train.steps, row.train.seconds)
-        if pace.total is not None:
-            pace.total -= steps - pace.done  # done as well, at a pace that nobody wrote down
-        reached = stages[-1].index + 1 if stages else 0
-        self._stage, size = min(reached, last), self._config.stage.stage_steps
+        self._rows, last = stages, len(self._trained)
+        self._stages.total -= len(stages)
+        self._steps.total -= steps
+        self._stage, size = min(len(stages), last), self._config.stage.stage_steps
         at = f", step {steps - (self._stage - 1) * size} of {size}" if self._stage else ""
         self._say(f"resumed at {self._where}{at}")
 
@@ -183,8 +170,8 @@ class Tracker:
         grad_norm, micro_batch, tokens and seconds of this step."""
         now = self._clock()
         # by this clock: reading data and logging included
-        self._paces["steps"].add(1, now - self._mark)
-        self._mark = self._paced = now
+        self._steps.add(now - self._mark)
+        self._mark = now
         self._write("step", row)
         speed = f"{row['tokens'] / row['seconds']:,.0f} tokens/s"
         self._line(f"step {row['step']}/{row['steps']}, loss {row['loss_nats']:.3f}, {speed}")
@@ -215,9 +202,9 @@ class Tracker:
             self._write("task", {"stage": row.index, "task": task, **result.model_dump()})
         rest = row.model_dump(mode="json", exclude={"domains", "tasks"})
         self._write("stage", {"stage": rest.pop("index"), **rest})
-        self._scored(row)
-        self._paced = self._clock()
-        self._say(self._stage_line(row, self._rows[:-1]))
+        self._stages.add(row.eval_seconds + row.task_seconds)
+        self._say(self._stage_line(row))
+        self._rows.append(row)
 
     def finish(self, run: Run) -> None:
         """Tell that the record is written, and matrix.png in the run's folder if there is to be a
@@ -227,24 +214,7 @@ class Tracker:
         self.commit()
         self._mirror.finish(run, self._folder / "matrix.png")
 
-    def left(self) -> tuple[float, bool]:
-        """Return the seconds left for the run by what was measured, and True if that is of all
-        kinds of work; False: the pace of some is not known yet."""
-        known = [pace.left for pace in self._paces.values()]
-        passed = self._clock() - self._paced
-        return max(0.0, sum(s or 0.0 for s in known) - passed), None not in known
-
     # --- numbers ----------------------------------------------------------------------------------
-
-    def _scored(self, row: StageRecord) -> None:
-        """Take the pace of scoring from a finished stage."""
-        self._paces["cells"].add(len(row.domains), row.eval_seconds)
-        if count := sum(t.items for t in row.tasks.values()):
-            items, last = self._paces["items"], len(self._trained)
-            when = self._config.tasks.stages
-            items.total = count * sum(tasks.due(when, i, last) for i in range(last + 1))
-            items.add(count, row.task_seconds)
-        self._rows.append(row)
 
     def _write(self, kind: str, row: dict[str, Any]) -> None:
         clean, bad = format.finite(row)
@@ -263,33 +233,26 @@ class Tracker:
 
     @property
     def _rest(self) -> str:
-        """Return the time left in words."""
-        seconds, whole = self.left()
-        more = "" if whole else " + ?"
-        return f"about {format.clock(seconds)}{more} left" if whole or seconds else "? left"
+        """Return the time left in words, by the pace of steps and of scoring so far."""
+        seconds = self._steps.left + self._stages.left
+        return "? left" if math.isnan(seconds) else f"about {format.clock(seconds)} left"
 
-    def _stage_line(self, row: StageRecord, before: list[StageRecord]) -> str:
-        """Return a finished stage in one line. before: the stages before it."""
-        alone, parts = self._config.regime == "individual", []
+    def _stage_line(self, row: StageRecord) -> str:
+        """Return a finished stage in one line."""
+        alone, parts, before = self._config.regime == "individual", [], self._rows
         since = before[0 if alone else -1].domains if before else {}
         now, then = ({d: s.loss_nats for d, s in x.items()} for x in (row.domains, since))
         if row.domain in now and row.domain in then:
             a, b = then[row.domain], now[row.domain]
             parts.append(f"perplexity {perplexity(a)} -> {perplexity(b)} ({percent(b - a)}%)")
-            drift = [] if alone else [now[d] - then[d] for d in self._trained[: row.index - 1]]
-            if drift:
+            if drift := [] if alone else [now[d] - then[d] for d in self._trained[: row.index - 1]]:
                 mean = percent(sum(drift) / len(drift))
                 parts.append(f"earlier domains {mean}% meanwhile")
         elif now:
             shown = [perplexity(pick(now.values())) for pick in (min, max)]
             parts.append(f"perplexity {shown[0]} to {shown[1]} over {len(now)} domains")
         parts += [f"{task} accuracy {t.correct / t.items:.3f}" for task, t in row.tasks.items()]
-        if row.train is not None:
-            parts.append(f"learned in {duration(row.train.seconds)}")
-        parts.append(f"scored in {duration(row.eval_seconds + row.task_seconds)}")
-        if row.index < len(self._trained):
-            parts.append(self._rest)
-        return f"{self._where} done: {', '.join(parts)}"
+        return f"{self._where} done: {', '.join([*parts, self._rest])}"
 
     def _warn(self, text: str) -> None:
         self._write("note", {"text": text})

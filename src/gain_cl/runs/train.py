@@ -173,7 +173,8 @@ def stage(
             drawn = seed_of("dropout", seed, place, step)
             while (losses := _gradient(loaded, guard, batch, settings, size, drawn)) is None:
                 optimizer.zero_grad()
-                _free(loaded.device)
+                if loaded.device.type == "cuda":
+                    torch.cuda.empty_cache()
                 if size == 1:
                     what = "out of memory with one sequence a forward pass"
                     do = "use compute.gradient_checkpointing=true or a smaller train.block"
@@ -286,8 +287,3 @@ def out_of_memory(error: BaseException) -> bool:
     """True if an exception says that memory ran out, of a GPU or of the machine."""
     short = isinstance(error, torch.OutOfMemoryError | MemoryError)
     return short or "can't allocate memory" in str(error)
-
-
-def _free(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.empty_cache()

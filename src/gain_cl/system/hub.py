@@ -8,15 +8,14 @@ for a whole one. Nothing here imports torch or transformers, or runs what it dow
 from __future__ import annotations
 
 import re
-import time
-from collections.abc import Callable, Iterator
-from contextlib import suppress
-from pathlib import Path, PurePosixPath
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any, Literal
 
 from gain_cl.config.schema import SHA1
 from gain_cl.errors import ConfigError, DataError, StorageError
-from gain_cl.system.hashes import cache_dir, file_sha256, json_or_none, matches
+from gain_cl.system.hashes import cache_dir, file_sha256, matches
 from gain_cl.system.sealed import read_sealed, write_sealed
 
 RepoType = Literal["model", "dataset"]
@@ -35,8 +34,8 @@ def snapshot(
     commit. DataError: no such repository, revision or file, no access, or other bytes than the hub
     states. StorageError: not cached and the hub cannot be reached.
     """
-    found = _Commit(repo, commit(repo, revision, repo_type), repo_type, patterns)
-    for name in found.whole() or found.names():
+    found = _Commit(repo, revision, repo_type, patterns)
+    for name in found.names():
         found.fetch(name)
     return found.folder
 
@@ -46,12 +45,12 @@ def data_files(
 ) -> Iterator[Path]:
     """Yield the local paths of the files matching ``pattern``, sorted. Each is fetched only when it
     is asked for. Errors as ``snapshot``."""
-    found = _Commit(repo, commit(repo, revision, repo_type), repo_type, [pattern])
-    done = found.whole()
-    yield from (found.folder / name for name in done)
-    shards = [int(part[2]) for name in done if (part := SHARD.search(name))]
-    if not done or len(done) < max(shards, default=0):
-        yield from (found.fetch(name) for name in found.names() if name not in done)
+    found = _Commit(repo, revision, repo_type, [pattern])
+    first = found.names()
+    yield from map(found.fetch, first)
+    shards = [int(part[2]) for name in first if (part := SHARD.search(name))]
+    if found.listed is None and len(first) < max(shards, default=0):  # the cache has the first ones
+        yield from (found.fetch(name) for name in found.ask() if name not in first)
 
 
 def hub_at_hand(
@@ -59,9 +58,10 @@ def hub_at_hand(
 ) -> None:
     """Raise what ``data_files`` would as soon as it can be told. The hub is asked what it has when
     that is not known, but nothing is fetched."""
-    found = _Commit(repo, commit(repo, revision, repo_type), repo_type, [pattern])
-    if found.gaps() and (first := found.names()) and _offline():
-        found.fetch(first[0])  # says what is missing
+    found = _Commit(repo, revision, repo_type, [pattern])
+    first = found.names()[0]
+    if hub_state()[0]:
+        found.fetch(first)  # says what is missing
 
 
 def commit(repo: str, revision: str | None, repo_type: RepoType) -> str:
@@ -69,35 +69,27 @@ def commit(repo: str, revision: str | None, repo_type: RepoType) -> str:
     that the branch or tag points to, when one can tell."""
     if revision is not None and SHA1.fullmatch(revision):
         return revision
-    sha = None
-    if not _offline():
-        from huggingface_hub import HfApi
-
-        with suppress(Exception):  # only a hint is lost: the error below stands either way
-            name = revision or "main"
-            sha = HfApi().repo_info(repo, repo_type=repo_type, revision=name, timeout=5).sha
-    what = f"revision {revision!r} of {repo} is not a commit"
     do = "pin a 40-hex commit (the repository's history on the hub lists them)"
-    raise ConfigError(
-        what if revision else f"{repo} has no revision",
-        "revision",
-        f"pin the commit: revision: {sha}" if sha else do,
-    )
+    with suppress(Exception):  # only a hint is lost: the error below stands either way
+        name = revision or "main"
+        do = f"pin the commit: revision: {_info(repo, name, repo_type).sha}"
+    what = f"revision {revision!r} of {repo} is not a commit"
+    raise ConfigError(what if revision else f"{repo} has no revision", "revision", do)
 
 
-def snapshot_folder(repo: str, sha: str, repo_type: RepoType) -> Path:
-    """Return the place of a commit in the hub's cache."""
-    from huggingface_hub import constants, file_download
+def _info(repo: str, revision: str, repo_type: RepoType) -> Any:
+    """Ask the hub about a revision, and the files that it has."""
+    from huggingface_hub import HfApi
 
-    name = file_download.repo_folder_name(repo_id=repo, repo_type=repo_type)
-    return Path(constants.HF_HUB_CACHE).expanduser() / name / "snapshots" / sha
+    about: dict[str, Any] = {"repo_type": repo_type, "revision": revision, "files_metadata": True}
+    return HfApi().repo_info(repo, timeout=TIMEOUT_SECONDS, **about)
 
 
 def hub_state() -> tuple[bool, bool]:
     """Return (True if the hub may not be asked, True if there is a login)."""
-    from huggingface_hub import get_token
+    from huggingface_hub import constants, get_token
 
-    return _offline(), get_token() is not None
+    return bool(constants.HF_HUB_OFFLINE), get_token() is not None
 
 
 def hub_trouble(seconds: float) -> str:
@@ -111,74 +103,57 @@ def hub_trouble(seconds: float) -> str:
     return f"HTTP {status}" if status >= 500 or status == 407 else ""
 
 
-def _offline() -> bool:
-    from huggingface_hub import constants
-
-    return bool(constants.HF_HUB_OFFLINE)
-
-
 class _Commit:
-    """Files of a repository at a commit that match patterns."""
+    """Files of a repository at a commit that match patterns. listed: name -> SHA-256 of large
+    files, as the hub gave it once; None when it was never asked."""
 
-    def __init__(self, repo: str, sha: str, repo_type: RepoType, patterns: list[str]) -> None:
-        self.repo, self.sha, self.repo_type, self.patterns = repo, sha, repo_type, patterns
-        self.folder = snapshot_folder(repo, sha, repo_type)
-        self.note = cache_dir() / "hub" / self.folder.parents[1].name / f"{sha}.json"
+    def __init__(
+        self, repo: str, revision: str | None, repo_type: RepoType, patterns: list[str]
+    ) -> None:
+        from huggingface_hub import constants, file_download
 
-    def listed(self) -> dict[str, str | None] | None:
-        """Return name -> SHA-256 of large files, as the hub gave it once; None when it was never
-        asked."""
-        return (read_sealed(self.note) or {}).get("files")
+        self.repo, self.repo_type, self.patterns = repo, repo_type, patterns
+        self.sha = commit(repo, revision, repo_type)
+        place = file_download.repo_folder_name(repo_id=repo, repo_type=repo_type)
+        self.folder = Path(constants.HF_HUB_CACHE).expanduser() / place / "snapshots" / self.sha
+        self.note = cache_dir() / "hub" / place / f"{self.sha}.json"
+        self.listed: dict[str, str | None] | None = (read_sealed(self.note) or {}).get("files")
 
     def names(self) -> list[str]:
-        """Return the names that match, sorted; the hub is asked when they are not known."""
-        listed = self.listed()
-        if listed is None:
-            from huggingface_hub import HfApi
+        """Return the names that match, sorted: as the hub gave them, or those in a cache that
+        somebody else filled and that looks whole."""
+        if self.listed is None and not self.gaps():
+            return self.local(self.patterns)
+        return self.ask()
 
-            info = self._call(
-                lambda: HfApi().repo_info(
-                    self.repo,
-                    repo_type=self.repo_type,
-                    revision=self.sha,
-                    files_metadata=True,
-                    timeout=TIMEOUT_SECONDS,
-                )
-            )
-            listed = {f.rfilename: f.lfs.sha256 if f.lfs else None for f in info.siblings or []}
-            write_sealed(self.note, {"files": listed})
-        found = sorted(name for name in listed if matches(name, self.patterns))
+    def ask(self) -> list[str]:
+        """Return the names that match, sorted. The hub is asked when they are not known."""
+        if self.listed is None:
+            with self._told():
+                files = _info(self.repo, self.sha, self.repo_type).siblings or []
+            self.listed = {f.rfilename: f.lfs.sha256 if f.lfs else None for f in files}
+            write_sealed(self.note, {"files": self.listed})
+        found = sorted(name for name in self.listed if matches(name, self.patterns))
         if not found:
             what = f"{self.repo} has no file matching {', '.join(self.patterns)}"
-            some = ", ".join(sorted(listed)[:12])
+            some = ", ".join(sorted(self.listed)[:12])
             raise DataError(what, f"revision {self.sha[:12]}", f"it has: {some}")
         return found
 
     def fetch(self, name: str) -> Path:
-        """Return the path of a listed file, fetched when it is not cached, and checked."""
+        """Return the path of a file, fetched when it is not cached, and checked."""
         path = self.folder / name
         if not path.exists():
             from huggingface_hub import hf_hub_download
 
-            self._call(
-                lambda: hf_hub_download(
-                    self.repo,
-                    name,
-                    repo_type=self.repo_type,
-                    revision=self.sha,
-                    etag_timeout=TIMEOUT_SECONDS,
-                )
-            )
-        stated = (self.listed() or {}).get(name)
+            about: dict[str, Any] = {"repo_type": self.repo_type, "revision": self.sha}
+            with self._told():
+                hf_hub_download(self.repo, name, etag_timeout=TIMEOUT_SECONDS, **about)
+        stated = (self.listed or {}).get(name)
         if stated and file_sha256(path, remember=True) != stated:
             do = f"delete {path} to fetch it again"
             raise DataError(f"sha256 of {name} is not what the hub states", str(path), do)
         return path
-
-    def whole(self) -> list[str]:
-        """Return the names that are cached, sorted, where a cache that somebody else filled looks
-        whole; else nothing."""
-        return [] if self.listed() is not None or self.gaps() else self.local(self.patterns)
 
     def local(self, patterns: list[str]) -> list[str]:
         """Return the names that are cached, sorted."""
@@ -186,79 +161,47 @@ class _Commit:
         return sorted(n for n in names if matches(n, patterns) and (self.folder / n).is_file())
 
     def gaps(self) -> list[str]:
-        """Return what is surely missing from the cache when no listing is known; empty when it
-        looks whole."""
+        """Return what is surely missing from the cache; empty when it looks whole. Of the shards of
+        a data set the first ones are enough."""
         have = self.local(["*"])
         # Patterns without which nothing works; the other files of a model are optional.
         always, ends = ("config.json", "tokenizer*"), (".safetensors", ".parquet")
         needed = [p for p in self.patterns if p in always or p.endswith(ends)] or self.patterns
         gaps = [p for p in needed if not any(matches(n, [p]) for n in have)]
         for name in have:
-            named: list[str] = []
-            if name.endswith(".safetensors.index.json"):
-                shards = (json_or_none(self.folder / name) or {}).get("weight_map", {}).values()
-                named = [(PurePosixPath(name).parent / shard).as_posix() for shard in shards]
-                named = [n for n in named if matches(n, self.patterns)]
-            elif name.endswith(".parquet") and (part := SHARD.search(name)):
-                before = name[: part.start()]  # of 00003-of-00041 0 to 2 must be there
-                named = [f"{before}-{i:05d}-of-{part[2]}" for i in range(int(part[1]))]
-            gaps += sorted(n for n in named if not any(h.startswith(n) for h in have))
+            if name.endswith(ends) and (part := SHARD.search(name)):
+                number, count = int(part[1]), int(part[2])
+                wanted = range(number) if name.endswith(".parquet") else range(1, count + 1)
+                shards = [f"{name[: part.start()]}-{i:05d}-of-{part[2]}" for i in wanted]
+                gaps += [s for s in shards if not any(h.startswith(s) for h in have)]
         return list(dict.fromkeys(gaps))
 
-    def _call(self, request: Callable[[], Any], attempts: int = 3) -> Any:
-        """Return request(), tried again after 1 and 2 seconds when the hub is busy. Every failure
-        becomes one line for the user."""
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """Tell in one line what the hub refuses, or that it does not answer."""
+        from huggingface_hub import errors
+
         kind = " --repo-type dataset" if self.repo_type == "dataset" else ""
         words = [f"hf download {self.repo}{kind} --revision {self.sha}"]
         command = " ".join([*words, *(f'--include "{p}"' for p in self.patterns)])
-        do = f"on a machine with network run: {command}"
-        if _offline():
-            what = f"{self.repo} is not wholly in the local hub cache and HF_HUB_OFFLINE is set"
-            gaps = ", ".join(self.gaps()[:4]) or "further files"
-            raise StorageError(what, f"missing: {gaps}", do)
-        failure = ""
-        for attempt in range(attempts):
-            try:
-                return request()
-            except Exception as error:  # the HTTP client's classes differ between releases
-                failure, again = _verdict(error, self.repo, self.sha, command)
-            if not again:
-                break
-            if attempt + 1 < attempts:
-                time.sleep(2**attempt)
-        what = f"{self.repo} is not in the local hub cache and the hub cannot be reached"
-        raise StorageError(f"{what} ({failure})", "", do)
-
-
-def _verdict(error: Exception, repo: str, sha: str, command: str) -> tuple[str, bool]:
-    """Return the name of the failure, and True if it may be tried again, when the hub did not
-    answer. Raise the line for the user when it did."""
-    from huggingface_hub import errors
-
-    name, login = type(error).__name__, "`hf auth login` or set HF_TOKEN"
-    status = error.response.status_code if isinstance(error, errors.HfHubHTTPError) else 0
-    away = isinstance(error, ConnectionError | TimeoutError)
-    match error:
-        case errors.LocalEntryNotFoundError() | errors.OfflineModeIsEnabled():
-            return type(error.__cause__ or error).__name__, False  # the library has tried by itself
-        case errors.GatedRepoError():
-            do = f"accept its terms on its hub page, then {login}; then: {command}"
-            raise DataError(f"{repo} is gated", "", do)
-        case errors.RevisionNotFoundError():
-            what = f"{repo} has no revision {sha}"
-            raise DataError(what, "", "pin a commit of its history")
-        case errors.RepositoryNotFoundError():
-            what = f"the hub knows no repository {repo}, or it is private"
-            raise DataError(what, "", f"check the name; if private, {login}")
-        case errors.HfHubHTTPError() if status >= 500 or status == 429:
-            return f"HTTP {status}", True
-        case errors.HfHubHTTPError():
-            what = f"the hub answers HTTP {status} for {repo}"
-            raise DataError(what, "", f"{login} if access is refused; then: {command}")
-        case OSError() if error.errno is not None and not away:
-            what = f"cannot store {repo}: {error.strerror}"
-            raise StorageError(what, "", "free space or set HF_HOME")
-    clients = ("httpx", "httpcore", "requests", "urllib3")
-    if isinstance(error, OSError) or type(error).__module__.startswith(clients):
-        return name, "Connect" not in name  # nobody there: waiting does not help
-    raise error
+        login = "`hf auth login` or set HF_TOKEN"
+        answers = {
+            errors.GatedRepoError: ("is gated", f"accept its terms on its hub page, then {login}"),
+            errors.RevisionNotFoundError: (f"has no revision {self.sha}", "pin another commit"),
+            errors.RepositoryNotFoundError: ("is not on the hub, or private", f"if so, {login}"),
+        }
+        try:
+            yield
+        except Exception as error:  # the HTTP client's classes differ between releases
+            for refusal, (what, do) in answers.items():
+                if isinstance(error, refusal):
+                    raise DataError(f"{self.repo} {what}", "", do) from error
+            status = getattr(getattr(error, "response", None), "status_code", 500)
+            if status < 500 and status != 429:
+                what = f"the hub answers HTTP {status} for {self.repo}"
+                raise DataError(what, "", f"{login} if access is refused") from error
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            what = f"{self.repo} is not wholly in the local hub cache and cannot be fetched"
+            where = f"missing: {', '.join(self.gaps()[:4]) or 'further files'}"
+            do = f"on a machine with network run: {command}"
+            raise StorageError(f"{what} ({reason})", where, do) from error

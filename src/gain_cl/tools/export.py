@@ -137,13 +137,15 @@ def write_adapter(adapter: Adapter, loaded: Loaded, config: RunConfig, folder: P
 def possible(config: RunConfig, to: str) -> None:
     """Raise ConfigError for what is known without torch to have no such form."""
     adapter, packed = config.adapter, config.model.load_in
-    if packed and (to == "merged" or adapter.kind == "multiplicative_lora"):
+    if packed and to == "merged":
         what = f"model.load_in={packed}: what was trained beside quantised weights is not merged"
         raise ConfigError(what, f"to={to}", "to=peft works, but for multiplicative_lora")
     if to == "peft" and isinstance(adapter, Full):
         what = f"adapter full (select={adapter.select})"
     elif to == "peft" and isinstance(adapter, Gain) and adapter.basis == "random":
         what = "gains in a random basis"
+    elif to == "peft" and adapter.kind == "multiplicative_lora":
+        what = "multiplicative_lora"
     else:
         return
     raise ConfigError(f"{what} has no form in PEFT's format", "to=peft", "to=merged works")
