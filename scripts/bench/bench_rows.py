@@ -516,7 +516,7 @@ class Bench:
         """Compute SiLU(gate) * up * s in one kernel, in place of the hook on the down projection."""
         from torch.nn import functional as F
 
-        kernels, own = library("bench_kernels"), self.adapter.gains  # type: ignore[attr-defined]
+        kernels, own = library("bench_kernels"), self.adapter  # type: ignore[attr-defined]
         for layer in self._layers():
             mlp = layer.mlp
             name = next(n for n, m in own.layers.items() if m is mlp.down_proj)

@@ -349,7 +349,8 @@ def test_gain_is_the_diagonal_on_its_side(side: str, name: str) -> None:
         layer.weight.detach().clone() if name == "linear" else layer.weight.detach().T.clone()
     )  # type: ignore[operator]
     bias, x, s = layer.bias.detach().clone(), torch.randn(5, 6), 1 + torch.randn(6)  # type: ignore[operator]
-    gains = Gains({"layer": layer}, side)  # type: ignore[arg-type]
+    gains = Gains()
+    gains.put({"layer": layer}, side)  # type: ignore[arg-type]
     with torch.no_grad():
         gains.gains["layer"].delta.copy_(s - 1)
     expected = (

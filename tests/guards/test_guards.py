@@ -590,4 +590,4 @@ def test_out_of_memory_in_the_base_pass_leaves_dropout_on() -> None:
     loaded.model.transformer.forward = once
     with pytest.raises(torch.OutOfMemoryError):
         forward.loss_sum(loaded, batch().tokens_ST, token_penalty=guard.token_penalty)
-    assert loaded.model.training and adapter.gains.active
+    assert loaded.model.training and adapter.active

@@ -646,9 +646,15 @@ def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def test_plugin_keywords(plugin: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert "did you mean factor?" in refused(capsys, "run", *plugin, *SMALL, "++adapter.factr=3")
-    assert "adapter.factor is missing" in refused(capsys, "run", *plugin, *SMALL, "~adapter.factor")
-    assert "unknown key guard.evry" in refused(capsys, "run", *plugin, *SMALL, "++guard.evry=3")
+    assert "; it takes: roles, factor, side" in refused(
+        capsys, "run", *plugin, *SMALL, "++adapter.factr=3"
+    )
+    assert "missing a required argument: 'factor'" in refused(
+        capsys, "run", *plugin, *SMALL, "~adapter.factor"
+    )
+    assert "unexpected keyword argument 'evry'" in refused(
+        capsys, "run", *plugin, *SMALL, "++guard.evry=3"
+    )
     Path("plug.py").write_text("import nothing_of_that_name")
     Path("other.py").write_text("import nothing_of_that_name")
     assert "the plugin fails: ModuleNotFoundError" in refused(

@@ -82,10 +82,9 @@ class GivenAdapter(Adapter):
     def _weights(self, folder: Path) -> None:
         source.inspect_model(folder)
         model = self.loaded.model
-        if (
-            source.has_tokenizer(folder)
-            and load.tokenizer_of(folder, folder.name)[1] != self.loaded.tokenizer_hash
-        ):
+        if (folder / "tokenizer.json").exists() and load.tokenizer_of(folder, folder.name)[
+            1
+        ] != self.loaded.tokenizer_hash:
             what = "its tokenizer is not the base model's: losses per token would not compare"
             raise DataError(
                 what, str(folder), "score it in a run of its own: model.path= that folder"

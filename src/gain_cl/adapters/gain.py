@@ -181,19 +181,21 @@ class LowRankFactor(Factor):
         self.b.zero_()
 
 
-class Gains:
+class Gains(Adapter):
     """Factors on some layers of a model. The layers keep their class, name and weights: the factors
-    act by hooks.
+    act by hooks."""
 
-    make: width, device -> Factor; None: diagonal gains.
-    """
+    def attach(self, loaded: Loaded) -> None:
+        """Do nothing: ``put`` is given the layers."""
 
-    def __init__(
+    def put(
         self,
         layers: dict[str, nn.Module],
         side: Side,
         make: Callable[[int, torch.device], Factor] | None = None,
     ) -> None:
+        """Put identity factors on the layers. make: width, device -> Factor; None: diagonal
+        gains."""
         self.layers, self.side, self.active = layers, side, True
         self.gains: dict[str, Any] = {}
         self._hooks: list[Any] = []
@@ -250,7 +252,7 @@ class Gains:
         finally:
             self.active = True
 
-    def change(self) -> Tensor:
+    def shift(self) -> Tensor:
         """Return ||W_new - W||_F^2 over the layers (and of their biases, on the output side)."""
         terms = []
         for name, layer in self.layers.items():
@@ -260,6 +262,21 @@ class Gains:
                 rows = torch.cat([rows, bias[None]])
             terms.append(gain.change(rows))
         return torch.stack(terms).sum()
+
+    def state(self) -> dict[str, Tensor]:
+        return {**super().state(), **copied(self.frozen())}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        while self.frozen().keys() < state.keys() - self.parameters().keys():
+            before = len(self.frozen())
+            self.restart()
+            if len(self.frozen()) == before:
+                break  # it is of another kind: told below
+        frozen = self.frozen()
+        super().load_state({name: t for name, t in state.items() if name not in frozen})
+        with torch.no_grad():
+            for name, t in frozen.items():
+                t.copy_(state[name])
 
     def remove(self) -> None:
         """Take the gains off: the model is the base again."""
@@ -295,7 +312,6 @@ def attach_gains(
     roles: list[str] | tuple[str, ...] = ("attn_out", "ffn_down"),
     side: Side = "input",
     names: dict[str, str] | None = None,
-    make: Callable[[int, torch.device], Factor] | None = None,
 ) -> Gains:
     """Put identity gains on any transformers causal LM: freezes the model and returns the handle
     that trains.
@@ -304,7 +320,9 @@ def attach_gains(
     listing the candidates.
     """
     model.requires_grad_(False)
-    return Gains(families.targets(model, list(roles), names), side, make)
+    gains = Gains()
+    gains.put(families.targets(model, list(roles), names), side)
+    return gains
 
 
 def random_basis(width: int, seed: int, device: torch.device) -> Tensor:
@@ -318,54 +336,7 @@ def random_basis(width: int, seed: int, device: torch.device) -> Tensor:
     return (q * r.diagonal().sign()).float().to(device)
 
 
-class _Multiplier(Adapter):
-    """An adapter made of factors."""
-
-    gains: Gains
-    roles: list[str]
-
-    def _layout(self, loaded: Loaded) -> dict[str, Any]:
-        """Return what PEFT's configuration says of the layers: the ends of their names, and whether
-        weights are stored (in, out)."""
-        table = loaded.roles or families.ROLES[loaded.model.config.model_type]
-        return {
-            "task_type": "CAUSAL_LM",
-            "target_modules": [table[role] for role in self.roles],
-            "fan_in_fan_out": all(map(families.is_conv1d, self.gains.layers.values())),
-        }
-
-    def parameters(self) -> dict[str, nn.Parameter]:
-        return self.gains.parameters()
-
-    def absorb(self) -> None:
-        self.gains.absorb()
-
-    def restart(self) -> None:
-        self.gains.restart()
-
-    def disabled(self) -> contextlib.AbstractContextManager[None]:
-        return self.gains.disabled()
-
-    def shift(self) -> Tensor:
-        return self.gains.change()
-
-    def state(self) -> dict[str, Tensor]:
-        return {**super().state(), **copied(self.gains.frozen())}
-
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        while self.gains.frozen().keys() < state.keys() - self.parameters().keys():
-            before = len(self.gains.frozen())
-            self.restart()
-            if len(self.gains.frozen()) == before:
-                break  # it is of another kind: told below
-        frozen = self.gains.frozen()
-        super().load_state({name: t for name, t in state.items() if name not in frozen})
-        with torch.no_grad():
-            for name, t in frozen.items():
-                t.copy_(state[name])
-
-
-class GainAdapter(_Multiplier):
+class GainAdapter(Gains):
     """roles: attn_out, ffn_down; side: input or output; basis: own, or random (one Q for all layers
     of a width)."""
 
@@ -382,13 +353,9 @@ class GainAdapter(_Multiplier):
                 bases[width] = random_basis(width, self.basis_seed, device)
             return RotatedGain(width, device, bases[width])
 
-        self.gains = attach_gains(
-            loaded.model,
-            self.roles,
-            self.side,
-            loaded.roles,
-            turned if self.basis == "random" else None,
-        )
+        loaded.model.requires_grad_(False)
+        layers = families.targets(loaded.model, self.roles, loaded.roles)
+        self.put(layers, self.side, turned if self.basis == "random" else None)
 
     def to_peft(self, loaded: Loaded) -> tuple[Any, dict[str, Tensor]]:
         """Return gains as (IA)^3, which multiplies the input of its feedforward modules and the
@@ -397,11 +364,16 @@ class GainAdapter(_Multiplier):
 
         if self.basis != "own":
             raise self._no_form(f"what {type(self).__name__} with basis=random learns")
-        into, layout = self.side == "input", self._layout(loaded)
+        into, table = self.side == "input", loaded.roles
+        table = table or families.ROLES[loaded.model.config.model_type]
+        targets = [table[role] for role in self.roles]
         config = peft.IA3Config(
-            **layout, feedforward_modules=layout["target_modules"] if into else []
-        )  # None would be PEFT's own choice
-        scales = {n: gain.s().detach() for n, gain in self.gains.gains.items()}
+            task_type="CAUSAL_LM",
+            target_modules=targets,
+            feedforward_modules=targets if into else [],  # None would be PEFT's own choice
+            fan_in_fan_out=all(map(families.is_conv1d, self.layers.values())),
+        )
+        scales = {n: gain.s().detach() for n, gain in self.gains.items()}
         return config, {
             f"{PREFIX}{n}.ia3_l": s[None] if into else s[:, None] for n, s in scales.items()
         }
@@ -415,9 +387,7 @@ class GainAdapter(_Multiplier):
 
     def remarks(self, dtype: torch.dtype) -> list[str]:
         fine = torch.finfo(dtype).eps / 4  # half a unit in the last place, where it is least
-        moved = torch.cat(
-            [(gain.s() - 1).abs().flatten() for gain in self.gains.gains.values()]
-        ).detach()
+        moved = torch.cat([(gain.s() - 1).abs().flatten() for gain in self.gains.values()]).detach()
         lost = (moved < fine).float().mean().item()
         if dtype == torch.float32 or lost < 0.1:
             return []
@@ -428,7 +398,7 @@ class GainAdapter(_Multiplier):
         return [f"{what}: they do nothing; a forgetting near 0 may be that"]
 
 
-class MultiplicativeLoraAdapter(_Multiplier):
+class MultiplicativeLoraAdapter(Gains):
     """W (I + alpha / rank B A) on the layers of these roles."""
 
     def __init__(self, roles: list[str], rank: int, alpha: float) -> None:
@@ -436,4 +406,5 @@ class MultiplicativeLoraAdapter(_Multiplier):
 
     def attach(self, loaded: Loaded) -> None:
         make = lambda width, device: LowRankFactor(width, device, self.rank, self.alpha)  # noqa: E731
-        self.gains = attach_gains(loaded.model, self.roles, "input", loaded.roles, make)
+        loaded.model.requires_grad_(False)
+        self.put(families.targets(loaded.model, self.roles, loaded.roles), "input", make)

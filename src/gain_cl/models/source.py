@@ -222,10 +222,5 @@ def _unreadable(path: Path, error: OSError) -> DataError:
 def context_length(config: dict[str, Any]) -> int | None:
     """Return the longest input in tokens, from the keys of config.json or arch; None when it does
     not say."""
-    lengths = [config.get(key) for key in ("max_position_embeddings", "n_positions")]
-    return next((n for n in lengths if isinstance(n, int)), None)
-
-
-def has_tokenizer(folder: Path) -> bool:
-    """True if a model folder brings a tokenizer of its own."""
-    return (folder / "tokenizer.json").exists()
+    found = config.get("max_position_embeddings") or config.get("n_positions")
+    return found if isinstance(found, int) else None

@@ -95,7 +95,7 @@ def heat_maps(book: Book) -> Iterator[tuple[str, str, Figure]]:
     caption = "perplexity, its colour the change from the pretrained model."
     for study in book.studies.values():
         for s, run in study.chosen_runs:
-            figure = heatmap.draw_matrix(run, s.label, style.DOUBLE)
+            figure = heatmap.draw_matrix(run, s.label)
             partial = style.partial(figure, len(book.gaps))
             yield f"matrix-{run.record.run_id}", f"{s.label}: {caption}", partial
 

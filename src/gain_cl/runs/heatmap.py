@@ -21,8 +21,6 @@ that noise stays pale. At most 50, so that one runaway entry does not bleach the
 then shows that it was cut)."""
 
 ENTRY_WIDE, ENTRY_HIGH = 0.74, 0.44  # inches
-SMALLER = 0.68
-"""Type and entries where the width is limited, as a share of the others': 6.8 points."""
 GAP = 0.28  # between trained domains and controls, in entries
 INK, PALE_INK, SOFT, PAPER, UNSCORED = "#1a1a1a", "#ffffff", "#5f5f5f", "#ffffff", "#d9d9d9"
 LEGEND = "Perplexity after each stage. Outlined: learned in it. After a gap: never trained."
@@ -45,18 +43,17 @@ def matrix_png(run: Run) -> bytes:
     return out.getvalue()
 
 
-def draw_matrix(run: Run, setting: str | None = None, width: float | None = None) -> Figure:
+def draw_matrix(run: Run, setting: str | None = None) -> Figure:
     """Draw stages (0 = pretrained, at the top) by domains in training order, controls set apart on
     the right; the domain learned in a stage is outlined. Blue: perplexity fell since stage 0, red:
     it rose (a map that colour-blind readers can tell apart, white at no change); an entry that was
-    not scored is grey.
+    not scored is grey. It is as wide as is easy to read.
 
-    setting: how the run is called in its title (default: its method); width: in inches, with
-    smaller type, more only where many domains need it (default: as wide as is easy to read)."""
+    setting: how the run is called in its title (default: its method)."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    k, r = 1.0 if width is None else SMALLER, run.record
+    r = run.record
     title = f"{r.model} · {setting or r.method} · {r.sequence} · seed {r.seed}"
     title += " · TAINTED" * bool(r.tainted)
     about = f"{LEGEND}\n{r.run_id}   {r.protocol}"
@@ -64,30 +61,24 @@ def draw_matrix(run: Run, setting: str | None = None, width: float | None = None
         figure = Figure((20, 20), facecolor=PAPER, layout="constrained")
         FigureCanvasAgg(figure)  # the figure keeps it
         axes = figure.add_subplot()
-        fill(axes, run, k)
+        fill(axes, run)
         left = {"x": 0.01, "ha": "left"}
         texts = [
-            figure.suptitle(title, fontsize=13 * k, color=INK, fontweight="bold", **left),
-            figure.supxlabel(about, fontsize=9 * k, color=SOFT, **left),
+            figure.suptitle(title, fontsize=13, color=INK, fontweight="bold", **left),
+            figure.supxlabel(about, fontsize=9, color=SOFT, **left),
         ]
         figure.draw_without_rendering()  # which tells the room that names and colour bar need
         wide, high = np.subtract(figure.bbox.size, axes.bbox.size) / figure.dpi
         needed = 1.05 * max(text.get_window_extent().width for text in texts) / figure.dpi + 0.1
-        columns, rows = axes.get_xlim()[1], axes.get_ylim()[0]
-        least, wide = wide + 0.6 * ENTRY_WIDE * columns, max(wide + ENTRY_WIDE * columns, needed)
-        if width is not None:
-            wide = max(min(width, wide), least)
-        for text in texts:
-            text.set_fontsize(text.get_fontsize() * min(1.0, wide / needed))
-        figure.set_size_inches(wide, high + k * ENTRY_HIGH * rows)
+        wide = max(wide + ENTRY_WIDE * axes.get_xlim()[1], needed)
+        figure.set_size_inches(wide, high + ENTRY_HIGH * axes.get_ylim()[0])
         figure.draw_without_rendering()
         figure.set_layout_engine("none")  # the same in every format
     return figure
 
 
-def fill(axes: Any, run: Run, k: float) -> None:
-    """Draw the entries, the outlines, and what columns, rows and colours are. k: share of the size
-    of type."""
+def fill(axes: Any, run: Run) -> None:
+    """Draw the entries, the outlines, and what columns, rows and colours are."""
     from matplotlib.patches import Rectangle
 
     r, losses = run.record, run.record.losses()
@@ -99,25 +90,25 @@ def fill(axes: Any, run: Run, k: float) -> None:
     colours = shades(bound)
     for (i, j), loss in np.ndenumerate(losses):
         colour = colours.to_rgba(change[i, j]) if np.isfinite(loss) else UNSCORED
-        look: Any = {"facecolor": colour, "edgecolor": PAPER, "linewidth": 1.2 * k}
+        look: Any = {"facecolor": colour, "edgecolor": PAPER, "linewidth": 1.2}
         axes.add_patch(Rectangle((left[j], i), 1, 1, **look))
-        place = {"ha": "center", "va": "center_baseline", "fontsize": 10 * k}
+        place = {"ha": "center", "va": "center_baseline", "fontsize": 10}
         axes.text(left[j] + 0.5, i + 0.5, perplexity(loss), color=ink(colour), **place)
         if names[j] == r.stages[i].domain:
-            outline: Any = {"fill": False, "edgecolor": INK, "linewidth": 1.8 * k, "zorder": 2}
+            outline: Any = {"fill": False, "edgecolor": INK, "linewidth": 1.8, "zorder": 2}
             axes.add_patch(Rectangle((left[j], i), 1, 1, **outline))
     axes.set(xlim=(0, left[-1] + 1), ylim=(len(losses), 0))
     slope = {"rotation": 35, "ha": "right", "rotation_mode": "anchor"}
-    axes.set_xticks(left + 0.6, names, fontsize=10 * k, color=INK, **slope)
+    axes.set_xticks(left + 0.6, names, fontsize=10, color=INK, **slope)
     stages = [f"{s.index}  {s.domain or 'pretrained'}" for s in r.stages]
-    axes.set_yticks(rows + 0.5, stages, fontsize=10 * k, color=INK)
-    axes.set_ylabel("stage", fontsize=9 * k, color=SOFT)
+    axes.set_yticks(rows + 0.5, stages, fontsize=10, color=INK)
+    axes.set_ylabel("stage", fontsize=9, color=SOFT)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     bar = axes.figure.colorbar(colours, ax=axes, extend=cut, pad=0.02, aspect=30)
     ticks = np.linspace(-bound, bound, 5)
-    bar.set_ticks(ticks, labels=[f"{t:+g}%" if t else "0%" for t in ticks], fontsize=9 * k)
-    bar.set_label("change from pretrained", fontsize=9 * k, color=SOFT)
+    bar.set_ticks(ticks, labels=[f"{t:+g}%" if t else "0%" for t in ticks], fontsize=9)
+    bar.set_label("change from pretrained", fontsize=9, color=SOFT)
     bar.outline.set_visible(False)
 
 

@@ -55,13 +55,9 @@ class Registry(Generic[T]):
         try:
             takes.bind(**settings.model_extra or {})
         except TypeError as error:
-            word = str(error).split("'")[1]  # the argument that is missing or unexpected
-            name, do = f"{section}.{word}", suggest(word, takes.parameters)
-            if word in takes.parameters:
-                what, where = f"{name} is missing", f"{section} {kind}"
-                raise ConfigError(what, where, f"give ++{name}=VALUE") from None
-            do = do or f"{section} {kind} has no settings"
-            raise ConfigError(f"unknown key {name}", origin(name), do) from None
+            do = f"it takes: {', '.join(takes.parameters) or 'nothing'}"
+            where = origin(f"{section}.kind")
+            raise ConfigError(f"{section} {kind}: {error}", where, do) from None
 
     def pin(self, kind: str) -> str | None:
         """Return the SHA-256 of the file that defines a plugin's class, for the run id; None for
