@@ -257,12 +257,12 @@ def test_a_claim_is_one_launchers(tmp_path: Path) -> None:
     assert (
         mine is not None
         and lock.claim_run(tmp_path, "run") is None
-        and lock.is_claimed(tmp_path, "run")
+        and "run" in lock.claims_under_way(tmp_path)
     )
     mine.write({"gpu": "1"})
     assert lock.read_claim(tmp_path, "run") == {"gpu": "1"}
     mine.release()
-    assert not lock.is_claimed(tmp_path, "run")
+    assert "run" not in lock.claims_under_way(tmp_path)
     assert lock.claim_run(tmp_path, "run") is not None
 
 
@@ -274,9 +274,9 @@ def test_a_claim_lasts_as_long_as_the_run_that_inherited_it(tmp_path: Path) -> N
         [sys.executable, "-c", "input()"], stdin=subprocess.PIPE, pass_fds=(mine.handle,)
     )
     mine.release()
-    assert lock.is_claimed(tmp_path, "run") and lock.claim_run(tmp_path, "run") is None
+    assert "run" in lock.claims_under_way(tmp_path) and lock.claim_run(tmp_path, "run") is None
     child.communicate(b"\n", timeout=LIMIT_SECONDS)
-    assert not lock.is_claimed(tmp_path, "run")
+    assert "run" not in lock.claims_under_way(tmp_path)
 
 
 def test_gpus_are_given_out_one_to_a_run(grid: list[Planned]) -> None:

@@ -119,16 +119,20 @@ class Adapter(ABC):
     def _cannot(self, what: str, do: str) -> ConfigError:
         return ConfigError(f"{type(self).__name__} does not offer {what}", "adapter", do)
 
+    def saved(self) -> Mapping[str, Tensor]:
+        """Return all that is trained, what earlier stages left frozen included: everything needed,
+        with the base weights, to rebuild the model."""
+        return self.parameters()
+
     def state(self) -> dict[str, Tensor]:
-        """Return a copy of the trained state on the CPU: everything needed, with the base weights,
-        to rebuild the model."""
-        return copied(self.parameters())
+        """Return a copy of what is ``saved`` on the CPU."""
+        return copied(self.saved())
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Put a saved state back; DataError when names or shapes differ."""
-        own = self.parameters()
+        own = self.saved()
         compare_tensors(state, own, "adapter state")
         with torch.no_grad():
-            for name, p in own.items():
-                p.copy_(state[name])
+            for name, tensor in own.items():
+                tensor.copy_(state[name])
         self.after_step()

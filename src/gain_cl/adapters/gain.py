@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from gain_cl.adapters.base import Adapter, copied
+from gain_cl.adapters.base import Adapter
 from gain_cl.adapters.portable import PREFIX
 from gain_cl.models import families
 
@@ -263,20 +263,16 @@ class Gains(Adapter):
             terms.append(gain.change(rows))
         return torch.stack(terms).sum()
 
-    def state(self) -> dict[str, Tensor]:
-        return {**super().state(), **copied(self.frozen())}
+    def saved(self) -> dict[str, Tensor]:
+        return {**self.parameters(), **self.frozen()}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        while self.frozen().keys() < state.keys() - self.parameters().keys():
+        while self.saved().keys() < state.keys():
             before = len(self.frozen())
             self.restart()
             if len(self.frozen()) == before:
                 break  # it is of another kind: told below
-        frozen = self.frozen()
-        super().load_state({name: t for name, t in state.items() if name not in frozen})
-        with torch.no_grad():
-            for name, t in frozen.items():
-                t.copy_(state[name])
+        super().load_state(state)
 
     def remove(self) -> None:
         """Take the gains off: the model is the base again."""

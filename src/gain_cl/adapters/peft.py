@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from gain_cl.adapters.base import SHIFT, Adapter, compare_tensors, copied
+from gain_cl.adapters.base import SHIFT, Adapter, compare_tensors
 from gain_cl.adapters.portable import (
     WEIGHTS,
     compare_settings,
@@ -131,19 +131,13 @@ class PeftAdapter(Adapter):
     def parameters(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
-    def state(self) -> dict[str, Tensor]:
-        return {**copied(self.frozen), **super().state()}
+    def saved(self) -> dict[str, Tensor]:
+        return {**self.frozen, **self.parameters()}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         while any(self._next() in name.split(".") for name in state):
             self.restart()
-        if missing := sorted(self.frozen.keys() - state.keys()):
-            what = f"{len(missing)} tensors are missing, first {missing[0]}"
-            raise DataError(what, "adapter state", "it belongs to another method")
-        super().load_state({name: t for name, t in state.items() if name not in self.frozen})
-        with torch.no_grad():
-            for name, p in self.frozen.items():
-                p.copy_(state[name])
+        super().load_state(state)
 
     def _next(self) -> str:
         """Return PEFT's name of the adapter that a restart would add; the first is called

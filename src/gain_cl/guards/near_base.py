@@ -18,13 +18,17 @@ if TYPE_CHECKING:
     from gain_cl.domains import Stream
 
 
-class KlBaseGuard(Guard):
-    """Adds strength * KL(pretrained || tuned) per token on the batch's own text: learning without
-    forgetting (Li and Hoiem 2016, 1606.09282) at temperature 1 over the whole vocabulary. Costs one
-    more forward pass."""
+class _Strong(Guard):
+    """A guard that one number sets."""
 
     def __init__(self, strength: float) -> None:
         self.strength = strength
+
+
+class KlBaseGuard(_Strong):
+    """Adds strength * KL(pretrained || tuned) per token on the batch's own text: learning without
+    forgetting (Li and Hoiem 2016, 1606.09282) at temperature 1 over the whole vocabulary. Costs one
+    more forward pass."""
 
     def attach(self, loaded: load.Loaded, adapter: Adapter, seed: int) -> None:
         self.loaded, self.adapter = loaded, adapter
@@ -47,13 +51,10 @@ class KlBaseGuard(Guard):
         return self.strength * sum_divergence(hidden_ND, *loaded.output, base, loaded.softcap)
 
 
-class L2BaseGuard(Guard):
+class L2BaseGuard(_Strong):
     """Adds (strength / 2) * ||W - W_pretrained||_F^2 over the effective weights: L2-SP (Li et al.
     2018, 1802.01483), in the weights, not in an adapter's parameters, so that one strength means
     one thing for every adapter."""
-
-    def __init__(self, strength: float) -> None:
-        self.strength = strength
 
     def attach(self, loaded: load.Loaded, adapter: Adapter, seed: int) -> None:
         self.adapter = adapter
@@ -64,13 +65,10 @@ class L2BaseGuard(Guard):
         return self.strength / 2 * self.adapter.shift()
 
 
-class OrthogonalGuard(Guard):
+class OrthogonalGuard(_Strong):
     """O-LoRA (Wang et al. 2023, 2310.14152): a new LoRA for each stage, its input subspace held
     orthogonal to the earlier ones': adds strength * sum over earlier stages i and layers of ||A_i
     A_t^T||_F^2 (eq. 8). Needs handover=restart."""
-
-    def __init__(self, strength: float) -> None:
-        self.strength = strength
 
     def attach(self, loaded: load.Loaded, adapter: Adapter, seed: int) -> None:
         adapter.lora_inputs()  # refuses what has none

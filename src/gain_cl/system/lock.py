@@ -180,20 +180,15 @@ def claim_run(folder: Path, run_id: str) -> Claim | None:
     return Claim(handle) if ours else None
 
 
-def is_claimed(folder: Path, run_id: str) -> bool:
-    """True if somebody has a claim on the run."""
-    if not (folder / run_id).exists():
-        return False
-    mine = claim_run(folder, run_id)
-    if mine is not None:
-        mine.release()
-    return mine is None
-
-
 def claims_under_way(folder: Path) -> dict[str, dict[str, Any]]:
     """Return run id -> what is written, of every claim that somebody has."""
-    names = [p.name for p in folder.glob("*") if p.name != LAUNCH] if folder.is_dir() else []
-    return {name: read_claim(folder, name) for name in names if is_claimed(folder, name)}
+    found = {}
+    for name in [p.name for p in folder.glob("*") if p.name != LAUNCH]:
+        if (mine := claim_run(folder, name)) is not None:
+            mine.release()
+        else:
+            found[name] = read_claim(folder, name)
+    return found
 
 
 def read_claim(folder: Path, run_id: str) -> dict[str, Any]:
