@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import faulthandler
 import os
 import sys
-import tempfile
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
@@ -34,10 +33,8 @@ def watching(minutes: float | None, tell: Callable[[StorageError], None]) -> Ite
     over, seconds = threading.Event(), 60 * minutes
 
     def dying(error: StorageError) -> None:
-        with tempfile.TemporaryFile("w+") as stacks:
-            faulthandler.dump_traceback(stacks)
-            stacks.seek(0)
-            error.facts["stacks"] = stacks.read().splitlines()
+        threads = sys._current_frames().values()
+        error.facts["stacks"] = [line for t in threads for line in traceback.format_stack(t)]
         tell(error)
 
     def watch() -> None:
