@@ -62,18 +62,7 @@ def delta_file(model: schema.Model) -> Path | None:
         return None
     given = Path(model.delta.file).expanduser()
     file = given if given.is_file() else presets.configs_dir() / "model" / model.delta.file
-    if not file.is_file():
-        raise DataError(
-            "no such file",
-            f"model.delta.file={model.delta.file}",
-            "give a path, or a file beside the shipped model presets",
-        )
-    if hashes.file_sha256(file) != model.delta.sha256:
-        raise DataError(
-            "the delta is not the one that is pinned",
-            str(file),
-            "restore the file, or pin its sha256 in model.delta",
-        )
+    hashes.check_pinned(file, model.delta.sha256, "restore it, or pin its sha256 in model.delta")
     return file
 
 

@@ -82,6 +82,12 @@ def file_sha256(path: Path, remember: bool = False) -> str:
         raise DataError(what, str(path), "check the path and its permissions") from None
 
 
+def check_pinned(path: Path, pinned: str | None, do: str) -> None:
+    """Raise DataError where a file has another SHA-256 than is pinned. do: what to do then."""
+    if pinned is not None and (found := file_sha256(path)) != pinned:
+        raise DataError(f"sha256 is {found[:12]}…, pinned is {pinned[:12]}…", str(path), do)
+
+
 def json_or_none(path: Path) -> Any:
     """Return a parsed JSON file of a cache, or None when it is missing or malformed."""
     try:

@@ -58,17 +58,12 @@ def archive(file: PackageFile) -> Path:
         except OSError as error:
             what = f"cannot write: {error.strerror or error}"
             raise StorageError(what, str(folder), "free space or set GAIN_CL_CACHE") from error
-    _check_hash(path, file.sha256, f"delete {folder} to fetch it again")
+    hashes.check_pinned(path, file.sha256, f"delete {folder} to fetch it again")
     return path
 
 
 def _cached_archive(folder: Path) -> Path | None:
     return next((p for p in sorted(folder.glob("*")) if p.name.endswith(ARCHIVES)), None)
-
-
-def _check_hash(path: Path, pinned: str | None, do: str) -> None:
-    if pinned is not None and (found := hashes.file_sha256(path)) != pinned:
-        raise DataError(f"sha256 is {found[:12]}…, pinned is {pinned[:12]}…", str(path), do)
 
 
 def _download(file: PackageFile, folder: Path) -> Path:
