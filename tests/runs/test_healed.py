@@ -129,9 +129,9 @@ def test_the_delta_is_pinned(tmp_path: Path) -> None:
     other = healed.model_copy(
         update={"delta": schema.Delta(file=healed.delta.file, sha256="0" * 64)}
     )
-    with pytest.raises(DataError, match="sha256 is .*, pinned is"):
+    with pytest.raises(DataError, match="pinned is 0000"):
         convert.delta_file(other)
-    with pytest.raises(DataError, match="no such file"):
+    with pytest.raises(DataError, match="No such file"):
         convert.delta_file(
             healed.model_copy(
                 update={"delta": schema.Delta(file="nosuch.safetensors", sha256="0" * 64)}

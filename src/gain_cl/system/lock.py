@@ -59,7 +59,7 @@ def holder(folder: Path) -> str | None:
     try:
         fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except OSError:
-        return _owner(handle)[0]
+        return _owner(folder)[0]
     finally:
         os.close(handle)
     return None
@@ -84,13 +84,12 @@ def _acquire(folder: Path) -> int:
     while True:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            handle, ours = _lock(path)
+            handle = _lock(path)
         except OSError as error:
             what = "it is a link" if error.errno == errno.ELOOP else str(error.strerror)
             raise StorageError(f"cannot write or lock: {what}", str(path), do) from error
-        if not ours:
-            name, known = _owner(handle)
-            os.close(handle)
+        if handle is None:
+            name, known = _owner(folder)
             if known or time.monotonic() > until:
                 do = "wait for it, or give the run another seed"
                 raise InUseError("the run is in use", f"{folder} by {name}", do)
@@ -107,18 +106,18 @@ def _acquire(folder: Path) -> int:
     return handle
 
 
-def _lock(path: Path) -> tuple[int, bool]:
-    """Return an open file, and True if this process has locked it; False: another one has."""
+def _lock(path: Path) -> int | None:
+    """Return an open file that this process has locked, or None: another one has."""
     fcntl = posix_locks()
     handle = os.open(path, os.O_RDWR | os.O_CREAT | NO_LINK, 0o644)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return handle, False
-    except OSError:
+        return handle
+    except OSError as error:
         os.close(handle)
+        if isinstance(error, BlockingIOError):
+            return None
         raise
-    return handle, True
 
 
 def _write(handle: int, about: dict[str, Any]) -> None:
@@ -133,13 +132,12 @@ def _is(handle: int, path: Path) -> bool:
         return False
 
 
-def _owner(handle: int) -> tuple[str, bool]:
+def _owner(folder: Path) -> tuple[str, bool]:
     """Return the holder in words, and True if that is sure: a process of another machine, or a live
     one of this."""
-    try:
-        owner = json.loads(os.pread(handle, 1000, 0))
-        pid, host = int(owner["pid"]), str(owner["host"])
-    except (ValueError, KeyError, TypeError):
+    about = read_claim(folder, "LOCK")
+    pid, host = about.get("pid"), about.get("host")
+    if not isinstance(pid, int):
         return "another process", False
     return f"process {pid} on {host}", host != socket.gethostname() or alive(pid)
 
@@ -174,10 +172,8 @@ class Claim:
 
 def claim_run(folder: Path, run_id: str) -> Claim | None:
     """Return the claim, or None: another launcher, or a run that one left behind, has it."""
-    handle, ours = _lock(folder / run_id)
-    if not ours:
-        os.close(handle)
-    return Claim(handle) if ours else None
+    handle = _lock(folder / run_id)
+    return None if handle is None else Claim(handle)
 
 
 def claims_under_way(folder: Path) -> dict[str, dict[str, Any]]:
