@@ -229,10 +229,9 @@ def study_of_runs(runs: Iterable[Run]) -> Study:
 
 
 def _settings(method: str, told: list[tuple[Values, Run]]) -> list[Setting]:
-    """Return a setting for all runs of the same values; what is interpolated (alpha) is a setting
-    of its own, after those that were trained."""
+    """Return a setting for all runs of the same values; what is interpolated (alpha) is one of its
+    own."""
     found: dict[str, Setting] = {}
-    told = sorted(told, key=lambda pair: (pair[1].record.alpha != 1, pair[1].record.alpha))
     for values, run in told:
         r = run.record
         mine = values if r.alpha == 1 else {**values, "alpha": r.alpha}
