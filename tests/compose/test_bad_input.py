@@ -113,7 +113,7 @@ CONFIG = [
         "unknown task",
         ["sequence=smoke", "tasks.names=[bolq]"],
         64,
-        ["unknown task 'bolq' (tasks.names)", "mean boolq?", "hellaswag"],
+        ["unknown task 'bolq' (tasks.names)", "mean boolq?"],
     ),
     Bad(
         "lr text",

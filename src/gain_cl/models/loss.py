@@ -56,6 +56,23 @@ def token_nll(
 
 
 @torch.no_grad()
+def token_answers(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    targets_N: Tensor,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return ln p of each target, (N,) fp32, and True where no token is more likely, (N,)."""
+    step, logps, best = _chunk(weight_VD, len(hidden_ND)), [], []
+    for h, t in zip(hidden_ND.split(step), targets_N.split(step), strict=True):
+        logits = _logits(h, weight_VD, bias_V, softcap)
+        logps.append(-F.cross_entropy(logits, t, reduction="none"))
+        best.append(logits.argmax(-1) == t)
+    return torch.cat(logps), torch.cat(best)
+
+
+@torch.no_grad()
 def token_divergence(
     hidden_ND: Tensor,
     weight_VD: Tensor,

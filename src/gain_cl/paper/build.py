@@ -146,7 +146,9 @@ def _numbers_of(run: Run) -> Iterator[tuple[list[object], dict[str, float]]]:
             sums = "nll_nats tokens bytes documents loss_nats perplexity bits_per_byte"
             yield [*here, kind, domain], _facts(d, sums)
         for task, t in s.tasks.items():
-            yield [*here, "task", task], _facts(t, "items correct correct_norm")
+            counts = _facts(t, "items correct correct_norm")
+            counts = {name: x for name, x in counts.items() if x is not None}
+            yield [*here, "task", task], counts | t.metrics
         if s.train is not None:
             yield [*here, "training", here[1]], _facts(s.train, "steps tokens seconds lr")
     for metric, e in summary(loss_matrix(run)).items():

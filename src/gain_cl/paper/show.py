@@ -197,6 +197,8 @@ def _task(run: Run, task: str, write: Callable[[str], None], show: Callable[[Tab
             f"  {cut} of {score.items} items did not fit the model's context: their "
             "beginning was cut"
         )
+    for name in score.metrics:
+        write(f"  {name}: {' -> '.join(f'{of[s].metrics.get(name, np.nan):.4g}' for s in ends)}")
     try:
         levels = [answers.level(run.items, task, s) for s in ends]
         change = answers.change(run.items, task, *ends) if len(ends) > 1 else {}

@@ -68,6 +68,10 @@ def load_inputs(config: RunConfig, plan: Plan, tracker: Teller) -> Inputs:
     checks.limits(config, loaded.model.config.to_dict())
     if config.train.pack == "mask":
         forward.prove_masks(loaded, config.train.block)
+    taskset = None
+    if config.tasks.names:
+        tracker.phase("prepare tasks")
+        taskset = tasks.TaskSet(config.tasks, loaded.tokenizer, loaded.context)
     tracker.phase("prepare domains")
     names, domains = [*config.sequence.trained, *config.sequence.controls], {}
     for i, name in enumerate(names):
@@ -84,7 +88,6 @@ def load_inputs(config: RunConfig, plan: Plan, tracker: Teller) -> Inputs:
         domains, config.train, config.eval, loaded.vocabulary, config.only_scored,
         loaded.tokenizer, "unknown" in config.allow_change,
     )  # fmt: skip
-    taskset = tasks.TaskSet(config.tasks, loaded.tokenizer) if config.tasks.names else None
     tracker.phase("compare training text with what is scored")
     trained = config.sequence.trained
     near = overlap.near_duplicates(domains, trained, config.eval)

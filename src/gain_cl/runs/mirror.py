@@ -219,9 +219,10 @@ class Mirror:
             if domain in self._base:
                 values[f"change_pct/{domain}"] = format.change(loss - self._base[domain])
         elif kind == "task" and row["items"]:
-            name = f"task/{row['task']}/accuracy"
-            values[name] = row["correct"] / row["items"]
-            values[f"{name}_norm"] = row["correct_norm"] / row["items"]
+            counts = {"accuracy": row["correct"], "accuracy_norm": row["correct_norm"]}
+            found = {n: x / row["items"] for n, x in counts.items() if x is not None}
+            found |= row.get("metrics", {})
+            values |= {f"task/{row['task']}/{name}": x for name, x in found.items()}
         elif kind == "stage":
             self._values = {}
             return {"stage": row["stage"], **values}
@@ -285,8 +286,8 @@ def _tasks(run: Run) -> dict[str, float]:
     for task in dict.fromkeys(t for s in stages for t in s.tasks):
         scored = [s for s in stages if task in s.tasks]
         first, last = scored[0], scored[-1]
-        found[f"task/{task}/accuracy"] = last.tasks[task].correct / last.tasks[task].items
-        if first is not last:
+        found |= {f"task/{task}/{name}": x for name, x in last.tasks[task].numbers.items()}
+        if first is not last and last.tasks[task].correct is not None:
             for name, e in answers.change(run.items, task, first.index, last.index).items():
                 key = f"task/{task}/{name}_change"
                 found |= {key: e.value, f"{key}_low": e.low, f"{key}_high": e.high}

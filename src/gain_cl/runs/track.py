@@ -251,7 +251,8 @@ class Tracker:
         elif now:
             shown = [perplexity(pick(now.values())) for pick in (min, max)]
             parts.append(f"perplexity {shown[0]} to {shown[1]} over {len(now)} domains")
-        parts += [f"{task} accuracy {t.correct / t.items:.3f}" for task, t in row.tasks.items()]
+        for task, score in row.tasks.items():
+            parts += [f"{task} {name} {x:.3f}" for name, x in [*score.numbers.items()][:1]]
         return f"{self._where} done: {', '.join([*parts, self._rest])}"
 
     def _warn(self, text: str) -> None:

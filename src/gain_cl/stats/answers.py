@@ -28,12 +28,14 @@ SEED = 0
 
 class Answers(NamedTuple):
     """The items of one task at one stage, sorted by id. items, gold: (I,). logprobs, chars: (I, C)
-    with C the most choices of an item. An item with fewer has -inf in logprobs and 1 in chars."""
+    with C the most choices of an item. An item with fewer has -inf in logprobs and 1 in chars.
+    right: (I,) True where the answer is right, for items without choices, whose C is 0."""
 
     items: np.ndarray
     gold: np.ndarray
     logprobs: np.ndarray
     chars: np.ndarray | None
+    right: np.ndarray | None = None
 
     @property
     def binary(self) -> bool:
@@ -52,6 +54,11 @@ def answers(items: pd.DataFrame, task: str, stage: int) -> Answers:
     if rows["item"].duplicated().any():
         raise DataError(f"{task} has an item twice at stage {stage}", "record", again)
     gold = rows["gold"].to_numpy(dtype=np.int64)
+    if (gold < 0).all():  # no choices
+        if "right" not in rows or rows["right"].isna().any():
+            raise DataError(f"{task} counts no right answers", "record", "read its metrics there")
+        right = rows["right"].to_numpy(dtype=bool)
+        return Answers(rows["item"].to_numpy(), gold, np.empty((len(gold), 0)), None, right)
     try:
         counts = rows["logprobs"].map(len).to_numpy()
         logprobs, chars = _table(rows["logprobs"], -np.inf), None
@@ -75,9 +82,9 @@ def _table(lists: pd.Series, fill: float) -> np.ndarray:
 
 
 def correct(a: Answers) -> np.ndarray:
-    """Return (I,) True where the most likely choice is the right one (lm-eval's acc). Of equal
-    choices the first counts."""
-    return np.asarray(a.logprobs.argmax(1) == a.gold)
+    """Return (I,) True where the most likely choice is the right one (lm-eval's acc), or the answer
+    is right where there are no choices. Of equal choices the first counts."""
+    return np.asarray(a.logprobs.argmax(1) == a.gold) if a.right is None else a.right
 
 
 def correct_norm(a: Answers) -> np.ndarray | None:
@@ -157,7 +164,9 @@ def _estimates(*stages: Answers) -> dict[str, Estimate]:
         return _share(right) if one else _mean([right], -1.0)
 
     right = value(correct)
-    found = {"accuracy": share(right), "margin": _mean([value(margin)])}
+    found = {"accuracy": share(right)}
+    if stages[0].right is None:
+        found["margin"] = _mean([value(margin)])
     if (normed := value(correct_norm)) is not None:
         found["accuracy_norm"] = share(normed)
     if (ranked := value(auc)) is not None:

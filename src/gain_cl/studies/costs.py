@@ -32,8 +32,7 @@ def run_seconds(
     every = [s for r in records if r.model == config.model.name for s in r.stages]
     timed = sum(t.items for s in every if s.task_seconds for t in s.tasks.values())
     due = sum(tasks.due(config.tasks.stages, i, stages) for i in ahead)
-    counts = (tasks.parse_task(name) for name in config.tasks.names)
-    items = sum(tasks.STOCK[task].items if n is None else n for task, n in counts)
+    items = sum(tasks.size(name) for name in config.tasks.names)
     answering = due * items * sum(s.task_seconds for s in every) / max(1, timed)
     if speed is not None:
         return trains / speed + scored / (2 * speed) + answering

@@ -259,7 +259,7 @@ def _checked(study: Study) -> Study:
         asked: dict[Any, str] = {}
         for run in runs:
             if items := set(run.items.item[run.items.task == task]):
-                key = run.record.config["tasks"]["fewshot"], frozenset(items)
+                key = run.record.config["tasks"]["fewshot"] or 0, frozenset(items)
                 asked.setdefault(key, run.record.run_id)
         if len(asked) > 1:
             raise DataError(
@@ -302,6 +302,9 @@ def item_change(run: Run, name: str, task: str, stage: int = -1) -> Parts | None
     the end (or another stage); None where it was not scored at both."""
     ends = [run.record.stages[0], *run.record.stages[stage:][:1]]
     if len(ends) < 2 or any(task not in s.tasks or s.tasks[task].limited for s in ends):
+        return None
+    needs = "correct_norm" if name == "margin" else "correct"  # None: no choices, nothing right
+    if any(getattr(s.tasks[task], needs) is None for s in ends):
         return None
     of = answers.margin if name == "margin" else answers.correct
     values = [of(answers.answers(run.items, task, s.index)).astype(float) for s in ends]

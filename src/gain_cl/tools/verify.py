@@ -170,17 +170,22 @@ def task_counts(case: Case) -> Compared:
     answered = 0
     for stage in case.record.stages:
         for name, score in stage.tasks.items():
+            if score.correct is None:  # lm-eval's metrics alone
+                answered += score.items
+                continue
             own, at = answers.answers(items, name, stage.index), f"{name} at stage {stage.index}"
             other = first.setdefault(name, own)
             yield f"items of {at}", [*other.items, *other.gold], [*own.items, *own.gold]
             found = {"items": len(own.items), "correct": answers.correct(own).sum()}
             if (normed := answers.correct_norm(own)) is not None:
                 found["correct_norm"] = normed.sum()
-            found |= {"fewshot": wanted.fewshot, "limited": wanted.limit is not None}
+            found |= {"limited": wanted.limit is not None}
+            if wanted.fewshot is not None:  # else what the task says
+                found["fewshot"] = wanted.fewshot
             yield at, score.model_dump(include={*found}), found
             answered += len(own.items)
     yield "answered items", answered, len(items)
-    if not first:
+    if not items.size:
         raise Absent("the run has no tasks")
 
 
@@ -232,6 +237,7 @@ def stages(case: Case) -> Compared:
         for kind, table in (("document", case.run.documents), ("item", case.run.items)):
             rows = table[table["stage"] == row.index].drop(columns="stage")
             saved = stage.rows[stage.rows["kind"] == kind].reindex(columns=rows.columns)
+            saved = saved.astype(rows.dtypes)
             mine[kind], own[kind] = _plain(rows), _plain(saved)
         yield name, mine, own, there[name]
         # a state after a restart holds what is frozen, too

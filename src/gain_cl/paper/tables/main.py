@@ -82,8 +82,10 @@ def minutes(s: Setting) -> float:
 
 
 def scored(study: Study) -> list[str]:
-    """Return the tasks that some run scored."""
-    return list(dict.fromkeys(t for run in study.runs for x in run.record.stages for t in x.tasks))
+    """Return the tasks whose right answers some run counted."""
+    stages = (stage for run in study.runs for stage in run.record.stages)
+    counted = (t for x in stages for t, score in x.tasks.items() if score.correct is not None)
+    return list(dict.fromkeys(counted))
 
 
 def task_metrics(study: Study) -> dict[str, str]:

@@ -29,6 +29,7 @@ def build(study: Study) -> list[Table]:
         if (run := s.runs.get(block)) is not None
         for task in run.record.stages[-1].tasks
         if task in run.record.stages[0].tasks
+        and run.record.stages[-1].tasks[task].correct is not None
     ]
     title = f"{study.model}: tasks before and after"
     return [Table("tasks", title, HEADS.split("|"), rows, NOTES)] if rows else []
@@ -45,6 +46,6 @@ def _numbers(run: Run, task: str) -> list[Entry]:
         Value(inference.mcnemar(f.lost, f.gained), p_value),
         Value(before.get("auc", Estimate()).value, plain(3)),
         valued(change.get("auc", Estimate()), nats),
-        *(Value(x["margin"].value, nats) for x in (before, after)),
-        valued(change["margin"], nats),
+        *(Value(x.get("margin", Estimate()).value, nats) for x in (before, after)),
+        valued(change.get("margin", Estimate()), nats),
     ]
