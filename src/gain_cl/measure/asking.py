@@ -8,6 +8,7 @@ have a fixed order and hold the same rows whatever the order of the items.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -40,7 +41,7 @@ class Row(NamedTuple):
 class Asking(HFLM):  # type: ignore[misc]
     """lm-eval's model class over a model that is there. pairs: texts of a request -> its tokens,
     kept by the caller. tell: called after each batch with the number of requests answered in it.
-    truncated: texts that were cut on the left to fit the context. forwarded: tokens so far."""
+    truncated: texts that were cut on the left to fit the context."""
 
     def __init__(
         self,
@@ -59,7 +60,6 @@ class Asking(HFLM):  # type: ignore[misc]
         )
         self.loaded, self.pairs, self.tell = loaded, pairs, tell
         self.truncated: set[str] = set()
-        self.forwarded = 0
         self.shares: bool | None = None  # contexts with this model: not tried yet
 
     def ask(self, requests: list[Any]) -> None:
@@ -107,39 +107,31 @@ class Asking(HFLM):  # type: ignore[misc]
         asked: dict[tuple[int, ...], dict[tuple[int, ...], list[tuple[int, np.ndarray]]]] = {}
         for i, (pair, context, choice) in enumerate(requests):
             if len(choice) > self.max_length:
-                what = (
-                    f"a choice of {len(choice)} tokens exceeds the model's context of "
-                    f"{self.max_length}"
-                )
-                raise DataError(what, repr(pair[1][:60]), "leave this task out")
+                what = f"a choice of {len(choice)} tokens exceeds the model's context of "
+                do = "leave this task out"
+                raise DataError(f"{what}{self.max_length}", repr(pair[1][:60]), do)
             tokens = [*map(int, context), *map(int, choice)]
             if len(tokens) - 1 > self.max_length:
                 self.truncated.add("".join(pair))
             inputs = tokens[:-1][-self.max_length :]
             split = len(inputs) - len(choice)  # the input behind it predicts the first token
             own = asked.setdefault(tuple(inputs[:split]), {}).setdefault(tuple(inputs[split:]), [])
-            own.append((i, np.array(choice)))
+            own.append((i, np.array(choice, np.int64)))
         rows = ([Row(shared, *part) for part in of.items()] for shared, of in asked.items())
         return [part for of in rows for part in ([of] if len(of) > 1 else [[_whole(of[0])]])]
 
     def _answers(self, batch: list[Row]) -> dict[int, Answer]:
         """Return the answers of a batch. A model whose cache does not give what the whole text
-        gives is asked with the whole text from then on."""
+        gives, but for rounding, is asked with the whole text from then on."""
         whole = [_whole(row) for row in batch]
         if self.shares is None and batch[0].shared:
-            expected = self._forward(whole)
-            self.shares = self._proved(batch, expected)
+            self.shares, expected = False, self._forward(whole)
+            error = 1e-4 if self.loaded.output[0].dtype == torch.float32 else 0.02
+            with contextlib.suppress(Exception):  # of another kind of cache
+                found = self._forward(batch)
+                pairs = [(found[i][0], e) for i, (e, _) in expected.items()]
+                self.shares = all(abs(mine - e) <= error * (1 - e) for mine, e in pairs)
         return self._forward(batch if self.shares else whole)
-
-    def _proved(self, batch: list[Row], expected: dict[int, Answer]) -> bool:
-        """True if the answers with shared contexts are those with whole texts, but for
-        rounding."""
-        try:
-            found = self._forward(batch)
-        except Exception:  # a cache of another kind: each family raises its own
-            return False
-        error = 1e-4 if self.loaded.output[0].dtype == torch.float32 else 0.02
-        return all(abs(found[i][0] - e) <= error * (1 - e) for i, (e, _) in expected.items())
 
     def _forward(self, batch: list[Row]) -> dict[int, Answer]:
         """Return the answers by one forward pass after that of what the rows share."""
@@ -152,27 +144,25 @@ class Asking(HFLM):  # type: ignore[misc]
             keys = {"use_cache": True, "past_key_values": cache}
         hidden_BTD = self.loaded.hidden(input_ids=self._ids([r.inputs for r in batch]), **keys)
         asked = [
-            (h, row, *choice)
-            for h, row in zip(hidden_BTD, batch, strict=True)
-            for choice in row.choices
+            (i, choice, hidden_TD[: len(row.inputs)][-len(choice) :])
+            for hidden_TD, row in zip(hidden_BTD, batch, strict=True)
+            for i, choice in row.choices
         ]
-        hidden_ND = torch.cat([h[: len(r.inputs)][-len(c) :] for h, r, _, c in asked])
-        targets_N = torch.from_numpy(np.concatenate([c for *_, c in asked]).astype(np.int64))
-        logp_N, best_N = token_answers(
-            hidden_ND, *self.loaded.output, targets_N.to(hidden_ND.device), self.loaded.softcap
-        )
-        ends = np.cumsum([len(c) for *_, c in asked])[:-1]
-        sums = [part.sum() for part in np.split(logp_N.cpu().double().numpy(), ends)]
-        right = [part.all() for part in np.split(best_N.cpu().numpy(), ends)]
-        told = zip(asked, sums, right, strict=True)
-        return {i: (float(total), bool(best)) for (_, _, i, _), total, best in told}
+        order, choices, hidden = zip(*asked, strict=True)
+        targets_N = torch.from_numpy(np.concatenate(choices)).to(self.loaded.device)
+        output, softcap = self.loaded.output, self.loaded.softcap
+        told = token_answers(torch.cat(hidden), *output, targets_N, softcap)
+        logp_N, best_N = (part.cpu().numpy() for part in told)
+        starts = np.cumsum([0, *map(len, choices)])[:-1]
+        sums = np.add.reduceat(logp_N.astype(np.float64), starts).tolist()
+        right = np.logical_and.reduceat(best_N, starts).tolist()
+        return dict(zip(order, zip(sums, right, strict=True), strict=True))
 
     def _ids(self, rows: list[tuple[int, ...]]) -> Tensor:
         """Return (B, T) tokens, padded on the right: causal attention never sees it."""
         ids = np.zeros((len(rows), max(map(len, rows))), np.int64)
         for to, row in zip(ids, rows, strict=True):
             to[: len(row)] = row
-        self.forwarded += ids.size
         return torch.from_numpy(ids).to(self.loaded.device)
 
 
@@ -186,19 +176,14 @@ def _batches(questions: list[list[Row]], size: int) -> Iterator[list[Row]]:
     those of a batch share as many tokens each."""
 
     def place(rows: list[Row]) -> tuple[Any, ...]:
-        return (
-            -len(rows[0].shared),
-            -max(len(r.inputs) for r in rows),
-            rows[0].shared,
-            rows[0].inputs,
-        )
+        return -len(rows[0].shared), -max(len(row.inputs) for row in rows), *rows[0][:2]
 
     batch: list[Row] = []
     for rows in sorted(questions, key=place):
         for start in range(0, len(rows), size):
             part = rows[start : start + size]
-            alike = batch and len(part[0].shared) == len(batch[0].shared)
-            if batch and not (alike and len(batch) + len(part) <= size):
+            other = batch and len(part[0].shared) != len(batch[0].shared)
+            if other or len(batch) + len(part) > size:
                 yield batch
                 batch = []
             batch = batch + part
