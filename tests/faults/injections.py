@@ -119,22 +119,22 @@ def parameters_untouched(file: str) -> None:
 
 
 def in_task(fault: str, at: str) -> None:
-    """In batch ``at`` of the tasks: logits that are nan, or no memory (cuda)."""
+    """From batch ``at`` of the tasks on: log-likelihoods that are nan, or no memory (cuda)."""
     import torch
 
-    from gain_cl.measure import tasks
+    from gain_cl.measure import asking
 
-    scorer = tasks._scorer()
-    real, calls = scorer._model_call, itertools.count(1)
+    real, calls = asking.token_answers, itertools.count(1)
 
-    def call(*a: Any, **k: Any) -> Any:
-        if next(calls) != int(at):
-            return real(*a, **k)
+    def call(*a: Any) -> Any:
+        logp, best = real(*a)
+        if next(calls) < int(at):
+            return logp, best
         if fault == "cuda":
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
-        return real(*a, **k) * float(fault)
+        return logp * float(fault), best
 
-    scorer._model_call = call
+    asking.token_answers = call
 
 
 def twin_nan_is_zero() -> None:

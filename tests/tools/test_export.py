@@ -311,8 +311,6 @@ for model, out in json.loads(sys.argv[1]):
 def test_lm_evals_command_line(clean: Path, tmp_path: Path) -> None:
     """`lm_eval --model hf --model_args pretrained=BASE,peft=DIR`, and with the merged folder:
     gain_cl's own scores, item by item."""
-    from lm_eval.tasks import TaskManager
-
     from gain_cl.measure import tasks
 
     rows = [
@@ -322,17 +320,14 @@ def test_lm_evals_command_line(clean: Path, tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     (tmp_path / "tasks").mkdir()
     (tmp_path / "tasks/animals.yaml").write_text(TASK.replace("DATA", str(tmp_path / "rows.jsonl")))
-    task = TaskManager(include_path=str(tmp_path / "tasks"), include_defaults=False).load(
-        ["animals"]
-    )["tasks"]["animals"]
     jobs, ours = [], {}
     for family, method in LM_EVALS:
         base = save_base(family, tmp_path / family)
         loaded, adapter = trained(method, family)
         name = f"{family}-{method}"
         folder = put(adapter, loaded, tmp_path / name)
-        found = tasks.TaskSet(schema.Tasks(), loaded.tokenizer)
-        found.items = {"animals": tasks._items(task, 0)}
+        asked = schema.Tasks(names=["animals"], include_path=str(tmp_path / "tasks"))
+        found = tasks.TaskSet(asked, loaded.tokenizer)
         scored = found.score(loaded, "animals")[1]
         by_row = {item.row: i for i, item in enumerate(found.items["animals"])}
         ours[name] = np.array([scored.logprobs[by_row[row]] for row in range(len(rows))])
