@@ -18,7 +18,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from gain_cl.errors import USAGE, ConfigError, GainError, PreemptedError, StorageError, suggest
+from gain_cl.errors import PREEMPTED, USAGE, ConfigError, GainError, StorageError, suggest
 from gain_cl.tools.command import CONFIGURATION, Parser
 
 INTERRUPTED = 130
@@ -149,7 +149,9 @@ def _run(argv: list[str]) -> int:
     with signals.listening(), terminal.unfailing():
         if args.multirun:
             return _multirun(args.overrides, here)
-        return _carry_out(composition.compose(args.overrides, **here))
+        with signals.at_once():
+            config = composition.compose(args.overrides, **here)
+        return _carry_out(config)
 
 
 def _carry_out(config: Any) -> int:
@@ -173,17 +175,14 @@ def _multirun(overrides: list[str], here: dict[str, Any]) -> int:
 
     total = len(composition.jobs(overrides, **here))  # all are checked before the first starts
     failures: list[int] = []
-    stopped: list[int] = []
     parent = os.getpid()
 
     def job(words: list[str]) -> None:
-        if stopped:
+        if PREEMPTED in failures:
             return
         print(f"== {' '.join(w.lstrip('+') for w in words)}", flush=True)
         try:
             _carry_out(composition.compose(words, here["config_dirs"]))
-        except PreemptedError as error:
-            stopped.append(_report(error))
         except GainError as error:
             failures.append(_report(error))
         except Exception:
@@ -198,10 +197,12 @@ def _multirun(overrides: list[str], here: dict[str, Any]) -> int:
         _hydra(["--multirun", *presets.search_path(here["config_dirs"]), *words], job)
     except RuntimeError:
         failures.append(1)
-    if failures and not stopped:
+    if PREEMPTED in failures:
+        return PREEMPTED
+    if failures:
         said = f"{len(failures)} of {total} runs failed (multirun); see the messages above"
         print(f"gain_cl: error: {said}", file=sys.stderr, flush=True)
-    return (stopped or failures or [0])[0]
+    return (failures or [0])[0]
 
 
 def _hydra(argv: list[str], job: Callable[[list[str]], None] | None = None) -> int:

@@ -64,25 +64,6 @@ def preset(path: str, text: str) -> Setup:
     return setup
 
 
-def torch_says(release: str, gpus: str) -> Setup:
-    """A torch of that version in the environment, and an nvidia-smi that lists GPUs."""
-
-    def setup(here: Path) -> dict[str, str]:
-        info = here / "site" / f"torch-{release}.dist-info"
-        info.mkdir(parents=True)
-        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: torch\nVersion: {release}\n")
-        tool = here / "bin" / "nvidia-smi"
-        tool.parent.mkdir()
-        tool.write_text(f"#!/bin/sh\nprintf '{gpus}'\n")
-        tool.chmod(0o755)
-        return {
-            "PYTHONPATH": str(here / "site"),
-            "PATH": f"{here / 'bin'}{os.pathsep}{os.environ['PATH']}",
-        }
-
-    return setup
-
-
 MY = ["--config-dir", "my"]
 CONFIG = [
     Bad(
@@ -177,7 +158,7 @@ CONFIG = [
         "no domains",
         ["domain=[]", "tasks=none"],
         64,
-        ["sequence.domains is empty", "(command line)", "name at least one"],
+        ["sequence.domains=[] List should have at least 1 item", "(command line)"],
     ),
     Bad(
         "no unquoted",
@@ -221,7 +202,7 @@ CONFIG = [
         "duplicate key",
         [*MY, "model=mine", *SMALL],
         64,
-        ["duplicate key dtype", "mine.yaml:3", "correct the file"],
+        ["'dtype' is given twice", "mine.yaml:3", "correct the file"],
         preset(
             "model/mine.yaml",
             "name: mine\ndtype: float32\ndtype: bfloat16\narch: {model_type: llama}\n",
@@ -246,18 +227,6 @@ CONFIG = [
         ["compute.micro_batch=3 does not divide the 2 sequences", "divisor"],
     ),
     Bad(
-        "LoRA rank 0",
-        ["method=lora", "adapter.config.r=0", *SMALL],
-        64,
-        ["adapter.config.r=0: a rank is a positive", "use 16, say"],
-    ),
-    Bad(
-        "LoRA rank above the width",
-        ["method=lora", "adapter.config.r=577", *SMALL],
-        64,
-        ["r=577 exceeds the width", "use 576 or less"],
-    ),
-    Bad(
         "block above the context",
         ["model=tiny", "train.block=2048", "train.batch_tokens=2048", *SMALL],
         64,
@@ -266,39 +235,6 @@ CONFIG = [
             "(command line)",
             "use train.block=1024 or less",
         ],
-    ),
-    Bad(
-        "cuda without CUDA",
-        ["compute.device=cuda", *SMALL],
-        64,
-        [
-            "compute.device=cuda: this torch (2.9.0+cpu) has no CUDA",
-            "(command line)",
-            "use compute.device=cpu",
-        ],
-        torch_says("2.9.0+cpu", ""),
-    ),
-    Bad(
-        "cuda without a GPU",
-        ["compute.device=cuda:1", *SMALL],
-        64,
-        [
-            "compute.device=cuda:1: this machine has no GPU",
-            "(command line)",
-            "use compute.device=cpu",
-        ],
-        torch_says("2.9.0", ""),
-    ),
-    Bad(
-        "dtype the device lacks",
-        ["compute.device=cuda", "model=tiny", "model.dtype=bfloat16", *SMALL],
-        64,
-        [
-            "model.dtype=bfloat16: this GPU (compute capability 7.5)",
-            "(command line)",
-            "use model.dtype=float32 or float16",
-        ],
-        torch_says("2.9.0", "7.5\\n7.0\\n"),
     ),
     Bad(
         "run name upwards",

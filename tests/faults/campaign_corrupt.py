@@ -33,9 +33,14 @@ class State(NamedTuple):
     damaged: str
     other: str
     back: tuple[str, ...] = ()
+    scores: str | None = (
+        None  # the state to go on from where only the scores of a stage are damaged
+    )
 
     def expected(self, damage: str) -> str | None:
         """The state to go on from after this damage, and None when there is none."""
+        if self.scores and damage.startswith("scores.parquet") and " and " not in damage:
+            return self.scores
         if not self.back:
             return None
         if self.damaged.startswith("ckpt"):
@@ -48,7 +53,10 @@ class State(NamedTuple):
         return self.back[further]
 
 
-STEPS = {"ckpt/step-5": 1, "ckpt/step-4": 0, "ckpt/step-3": 1, "stages/01-smoke_a": 2, None: 0}
+STEPS = {
+    "ckpt/step-6": 0, "ckpt/step-5": 1, "ckpt/step-4": 0, "ckpt/step-3": 1,
+    "stages/01-smoke_a": 2, None: 0,
+}  # fmt: skip
 """Optimiser steps that are done again from each state."""
 
 STATES = (
@@ -65,9 +73,14 @@ STATES = (
         "stages/01-smoke_a",
         "stages/00-pretrained",
         ("ckpt/step-4", "ckpt/step-3"),
+        "stages/01-smoke_a",
     ),
     State(
-        "stage behind the checkpoints", "prune.after@4", "stages/01-smoke_a", "stages/00-pretrained"
+        "stage behind the checkpoints",
+        "prune.after@4",
+        "stages/01-smoke_a",
+        "stages/00-pretrained",
+        scores="ckpt/step-6",
     ),
 )
 

@@ -3,21 +3,35 @@ line, with which exit code, and what stays untouched."""
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
+import yaml
 
 from conftest import tiny
-from gain_cl import cli
-from gain_cl.errors import scrubbed
-from gain_cl.system import files, hashes, lock
+from gain_cl import adapters, cli, guards
+from gain_cl.compose import composition
+from gain_cl.domains import instruct
+from gain_cl.domains.tokens import word_hashes
+from gain_cl.errors import PreemptedError, scrubbed
+from gain_cl.measure import record
+from gain_cl.runs import resume
+from gain_cl.runs import run as whole
+from gain_cl.runs.learner import Learner
+from gain_cl.system import checkpoint, files, hashes, lock
 
 RUN = ["run", "debug=smoke"]
 Say = Callable[..., tuple[int, str]]
@@ -75,6 +89,9 @@ def copy(llama: Path, tmp_path: Path) -> Callable[..., Path]:
         ("compute.threads=1000000", "should be less than or equal to 1024"),
         ("output_dir=", "output_dir=''"),
         (f"track.tags=[{'x' * 65}]", "should have at most 64 characters"),
+        (f"track.group={'x' * 129}", "should have at most 128 characters"),
+        (f"track.job_type={'x' * 65}", "should have at most 64 characters"),
+        ("hydra.sweeper.params={seed: '1,2'}", "write -m KEY=A,B"),
         (f"eval.documents=[{','.join('1' * 500)}]", "..."),
     ],
 )
@@ -279,15 +296,20 @@ def test_what_is_loaded_is_hashed_in_truth(
 # --- printing -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("how", ["closed", "reader gone"])
-def test_a_run_outlives_its_output(tmp_path: Path, how: str) -> None:
+def test_a_run_outlives_its_closed_output(tmp_path: Path) -> None:
     words = f"{sys.executable} -m gain_cl run debug=smoke output_dir=out results_dir=res"
     shell = f"{words} >&- 2>&-; echo $? >code"
-    if how == "reader gone":
-        shell = f"({words}; echo $? >code) 2>&1 | head -c 1"
     subprocess.run(shell, shell=True, cwd=tmp_path, check=False, capture_output=True, timeout=300)
     assert (tmp_path / "code").read_text() == "0\n"
     assert len(list((tmp_path / "res/runs").glob("*.json"))) == 1
+
+
+def test_a_run_outlives_its_reader(say: Say) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w", buffering=1) as gone, redirect_stdout(gone):
+        assert say(*RUN, "output_dir=out", "results_dir=res")[0] == 0
+    assert len(list(Path("res/runs").glob("*.json"))) == 1
 
 
 def test_help_into_a_closed_pipe_says_nothing(tmp_path: Path) -> None:
@@ -318,7 +340,225 @@ def test_a_system_without_posix_locks_is_told_before_work(
     assert say("sweep", "experiment=smoke", "output_dir=o", "results_dir=r")[0] == 64
 
 
+def test_nothing_becomes_float64_on_the_device(say: Say) -> None:
+    """A stand-in for Apple's GPU, which refuses it: in learning and scoring no tensor does."""
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Refuses(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            if (kwargs or {}).get("dtype") is torch.float64 and "to_copy" in str(func):
+                raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
+            return func(*args, **(kwargs or {}))
+
+    with Refuses():
+        assert say(*RUN, "output_dir=out", "results_dir=res", "train.dev_every=2")[0] == 0
+
+
+# --- what runs, and for how long ------------------------------------------------------------------
+
+
+def test_readers_of_an_experiment_run_no_plugin(
+    say: Say, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Only run and sweep do. Readers name it, and know the runs that its method made."""
+    Path("plug.py").write_text(
+        "import pathlib\nfrom gain_cl import guards\nfrom gain_cl.guards.base import Guard\n"
+        "pathlib.Path('RAN').touch()\nclass Watch(Guard):\n    pass\n"
+        "guards.register('watch', Watch)\n"
+    )
+    Path("e.yaml").write_text(
+        "question: q\noverrides: [debug=smoke, guard.kind=watch]\nmethods: {gain_ffn: {}}\n"
+        "plugins: [plug.py]\n"
+    )
+    places = ["output_dir=out", "results_dir=res"]
+    asked = ["experiment=e.yaml", *places]
+    assert cli.main([*RUN, "guard.kind=watch", "--plugin=plug.py", *places]) == 0
+    Path("RAN").unlink()
+    capsys.readouterr()
+    with fresh_registry():
+        assert cli.main(["status", *asked]) == 0
+        out, err = capsys.readouterr()
+        assert "1 done" in out and "plug.py: only run and sweep execute it" in err
+        assert say("tables", *asked)[0] == 0
+        assert not Path("RAN").exists()
+        for verb in ("power", "compare"):
+            say(verb, "experiment=e.yaml", "results_dir=res")
+    assert not Path("RAN").exists()
+
+
+@contextmanager
+def fresh_registry() -> Iterator[None]:
+    """No plugin was run before in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(composition, "_loaded", set())
+        patch.setattr(guards.known, "plugins", {})
+        patch.setattr(guards.known, "unread", [])
+        patch.setattr(adapters.known, "unread", [])
+        yield
+
+
+def test_presets_that_stand_for_too_much_are_refused(say: Say) -> None:
+    """Ten aliases of ten aliases, five deep."""
+    Path("mine/model").mkdir(parents=True)
+    rows = ["a0: &a0 [x]", *(f"a{i}: &a{i} [{','.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 6))]
+    for text in ("\n".join(rows), "a: &a [*a]"):
+        for file in ("mine/model/bomb.yaml", "e.yaml"):
+            Path(file).write_text(text)
+        for words in (("status", "experiment=e.yaml"), (*RUN, "--config-dir=mine", "model=bomb")):
+            code, line = say(*words)
+            assert code == 64 and "it stands for more than 100,000 values" in line, line
+
+
+@pytest.mark.parametrize("how", ["time", "signal"])
+def test_a_chat_template_without_end_ends(
+    say: Say, llama: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """After some seconds, and sooner by a signal."""
+    monkeypatch.setattr(instruct, "SECONDS", 1.0 if how == "time" else 60.0)
+    loop = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    Path("endless.jinja").write_text(loop)
+    own_domain("p", [{"q": f"q{i}", "a": f"a{i}"} for i in range(40)], prompt="q", completion="a",
+               chat_template=str(Path("endless.jinja").absolute()))  # fmt: skip
+    render = instruct._render
+    if how == "signal":
+        timer = threading.Timer(1, os.kill, (os.getpid(), signal.SIGTERM))
+
+        def signalled(*arguments: Any, **keywords: Any) -> str:
+            if not timer.is_alive():
+                timer.start()
+            return render(*arguments, **keywords)
+
+        monkeypatch.setattr(instruct, "_render", signalled)
+    begun = time.monotonic()
+    code, line = say(*RUN, *OWN, f"model.path={llama}", "eval.documents=2")
+    assert time.monotonic() - begun < 30
+    said = "no end after 1 seconds" if how == "time" else "stopped by SIGTERM"
+    assert code == (65 if how == "time" else 75) and said in line, line
+
+
+OWN = ["--config-dir=d", "domain=[own]", "sequence.controls=[]"]
+
+
+def own_domain(name: str, rows: list[Any], **source: Any) -> None:
+    """Write rows and the preset of a domain that reads them."""
+    Path("d/domain").mkdir(parents=True)
+    Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = {"kind": "files", "path": str(Path(f"{name}.jsonl").absolute()), **source}
+    Path("d/domain/own.yaml").write_text(json.dumps({"name": "own", "source": source}))
+
+
 # --- data and lost work ---------------------------------------------------------------------------
+
+
+def test_parquet_text_that_is_not_utf8_is_one_line(say: Say) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    own_domain("rows", [], path=str(Path("x.parquet").absolute()))
+    raw = pa.array([b"caf\xe9"] * 40)
+    pq.write_table(pa.table({"text": pa.Array.from_buffers(pa.string(), 40, raw.buffers())}),
+                   "x.parquet")  # fmt: skip
+    code, line = say(*RUN, *OWN)
+    assert code == 65 and "not a readable parquet file" in line
+
+
+def test_a_pattern_that_is_none_is_one_line(say: Say) -> None:
+    code, line = say(*RUN, "method=lora", "adapter.config.target_modules='.*('")
+    assert code == 64 and "PEFT refuses: missing )" in line
+
+
+def test_near_copies_are_found_where_no_spaces_are() -> None:
+    text = "".join(chr(0x4E00 + i) for i in range(100))
+    words = word_hashes(text), word_hashes(f"{text[:50]}\u9fff{text[51:]}")
+    assert len(words[0]) == 100 and (words[0] == words[1]).sum() == 99
+    assert len(word_hashes("No, plain words stay.")) == 4
+
+
+def stopped_at(monkeypatch: pytest.MonkeyPatch, score_number: int) -> None:
+    """Let a run stop before it scores for the so-manieth time."""
+    score, calls = whole.score, []
+
+    def stops(*arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) == score_number:
+            raise PreemptedError("stopped")
+        return score(*arguments)
+
+    monkeypatch.setattr(whole, "score", stops)
+
+
+def test_damaged_scores_are_made_again_from_the_trained_state(
+    say: Say, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing is trained again but what was not finished. Without the state it is told so."""
+    run = [*RUN, "output_dir=out", "results_dir=res"]
+    assert say(*RUN, "output_dir=other", "results_dir=other")[0] == 0
+    with monkeypatch.context() as patch:
+        stopped_at(patch, 4)
+        assert say(*run)[0] == 75
+    learned: list[int] = []
+    learn = Learner.learn
+
+    def noted(learner: Learner, index: int) -> Any:
+        learned.append(index)
+        return learn(learner, index)
+
+    monkeypatch.setattr(Learner, "learn", noted)
+    (stage,) = Path("out").glob("*/stages/01-smoke_a")
+    for name in ("01-smoke_a", "00-pretrained"):
+        damage(stage.parent / name / "scores.parquet")
+    shutil.copytree("out", "gone")
+    assert cli.main(run) == 0
+    assert "scored again from its trained state" in capsys.readouterr().out
+    assert learned == [3]
+    items = [next(Path(f).glob("runs/*.items.parquet")) for f in ("res", "other")]
+    assert pd.read_parquet(items[0]).equals(pd.read_parquet(items[1]))
+
+    (stage,) = Path("gone").glob("*/stages/01-smoke_a")
+    checkpoint.drop(stage, [resume.ADAPTER])
+    code, line = say(*RUN, "output_dir=gone", "results_dir=none")
+    assert code == 65 and "its trained state, to score it again, was not kept" in line
+
+
+def damage(file: Path) -> None:
+    """Flip a bit in the middle of a file."""
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+def test_a_renamed_model_folder_does_not_begin_anew(
+    say: Say, copy: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = copy()
+    run = [*RUN, "output_dir=out", "results_dir=res"]
+    with monkeypatch.context() as patch:
+        stopped_at(patch, 3)
+        assert say(*run, f"model.path={folder}")[0] == 75
+    moved = folder.rename(folder.with_name("moved"))
+    code, line = say(*run, f"model.path={moved}")
+    assert code == 65 and "there is a run of this model as model" in line
+    assert say(*run, f"model.path={moved}", "model.name=model")[0] == 0
+    assert len(list(Path("out").glob("*/run.json"))) == 1
+
+
+def test_more_steps_are_another_run_and_it_is_told(
+    say: Say, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = [*RUN, "output_dir=out", "results_dir=res", "train.tokens=null"]
+    for steps, told in ((3, False), (4, True)):
+        assert cli.main([*run, f"train.steps={steps}"]) == 0
+        assert ("this is another run" in capsys.readouterr().out) == told
+
+
+def test_export_takes_output_dir_as_other_verbs_do(say: Say) -> None:
+    assert say(*RUN, "output_dir=out", "results_dir=res")[0] == 0
+    (made,) = Path("res/runs").glob("*.json")
+    Path("out").rename("moved")
+    assert say("export", made.stem, "to=peft", "output_dir=moved", "results_dir=res")[0] == 0
 
 
 @pytest.mark.parametrize(
@@ -342,20 +582,10 @@ def test_rows_that_two_readers_read_differently(say: Say, line: str, said: str) 
     assert code in (64, 65) and said in told, told
 
 
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        ("question: a\nquestion: b\n", "'question' is given twice"),
-        (
-            "a: &a [x]\n" + "".join(f"k{i}: [*a, *a]\n" for i in range(60)),
-            "more than 100 aliases",
-        ),
-    ],
-)
-def test_experiments_are_read_as_presets_are(say: Say, text: str, said: str) -> None:
-    Path("mine.yaml").write_text(text)
+def test_an_experiment_in_which_a_key_stands_twice_is_refused(say: Say) -> None:
+    Path("mine.yaml").write_text("question: a\nquestion: b\n")
     code, line = say("status", "experiment=mine.yaml")
-    assert code == 64 and said in line
+    assert code == 64 and "'question' is given twice" in line
 
 
 def test_a_record_in_which_a_key_stands_twice_is_refused(say: Say) -> None:
@@ -380,26 +610,13 @@ def test_a_damaged_view_is_made_again(say: Say) -> None:
 
 def test_a_taint_outlives_attempts_jsonl(say: Say, monkeypatch: pytest.MonkeyPatch) -> None:
     """What changed between attempts stands in hashed files, not in a list for readers alone."""
-    from gain_cl.errors import PreemptedError
-    from gain_cl.runs import run as whole
-
     run = [*RUN, "output_dir=out", "results_dir=res"]
-    score, calls = whole.score, []
-
-    def stops(index: int, *rest: Any) -> Any:
-        calls.append(index)
-        if len(calls) == 3:
-            raise PreemptedError("stopped")
-        return score(index, *rest)
-
-    monkeypatch.setattr(whole, "score", stops)
-    assert say(*run)[0] == 75
-    calls[:] = []
-    calls.append(0)
-    assert say(*run, "compute.eval_batch=3", "allow_change=[eval_batch]")[0] == 75
+    for scored, more in ((3, []), (2, ["compute.eval_batch=3", "allow_change=[eval_batch]"])):
+        with monkeypatch.context() as patch:
+            stopped_at(patch, scored)
+            assert say(*run, *more)[0] == 75
     (attempts,) = Path("out").glob("*/attempts.jsonl")
     attempts.write_text(attempts.read_text().splitlines(keepends=True)[0])
-    monkeypatch.setattr(whole, "score", score)
     assert say(*run)[0] == 0
     (path,) = Path("res/runs").glob("*.json")
     assert any("eval_batch" in what for what in json.loads(path.read_text())["tainted"])
@@ -432,3 +649,82 @@ def test_a_hang_ends_and_the_run_goes_on(tmp_path: Path) -> None:
     assert told["exit_code"] == 74 and any("hang.py" in line for line in told["stacks"])
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, timeout=200)
     assert done.returncode == 0, done.stderr
+
+
+# --- broken twins ---------------------------------------------------------------------------------
+
+TWINS: list[tuple[Callable[..., None], dict[str, Any], str, Any]] = [
+    (test_a_lock_that_is_a_link_is_refused, {}, "gain_cl.system.lock.NO_LINK", 0),
+    (test_no_message_holds_a_secret, {"name": "HF_TOKEN"}, "gain_cl.errors.scrubbed", str),
+    (
+        test_readers_of_an_experiment_run_no_plugin,
+        {},
+        "gain_cl.compose.composition.name_plugins",
+        composition.load_plugins,
+    ),
+    (
+        test_presets_that_stand_for_too_much_are_refused,
+        {},
+        "gain_cl.config.presets.MOST_VALUES",
+        1e9,
+    ),
+    (
+        test_what_is_loaded_is_hashed_in_truth,
+        {},
+        "gain_cl.models.source.prove_files",
+        lambda *_: None,
+    ),
+    (
+        test_an_experiment_in_which_a_key_stands_twice_is_refused,
+        {},
+        "gain_cl.config.presets.Loader.compose_mapping_node",
+        yaml.SafeLoader.compose_mapping_node,
+    ),
+    (
+        test_damaged_scores_are_made_again_from_the_trained_state,
+        {},
+        "gain_cl.runs.resume.read_stage",
+        lambda path, scores=True: READ_STAGE(path),
+    ),
+    (
+        test_a_taint_outlives_attempts_jsonl,
+        {},
+        "gain_cl.runs.resume.Position.read",
+        lambda state: resume.Position(**{**POSITION(state).__dict__, "changed": []}),
+    ),
+    (
+        test_a_damaged_view_is_made_again,
+        {},
+        "gain_cl.runs.finish.show_again",
+        lambda plan: record.load(plan.record_path),
+    ),
+    (test_a_run_outlives_its_reader, {}, "gain_cl.system.terminal.unfailing", nullcontext),
+    (
+        test_a_pattern_that_is_none_is_one_line,
+        {},
+        "gain_cl.adapters.peft._refusals",
+        nullcontext,
+    ),
+    (
+        test_a_renamed_model_folder_does_not_begin_anew,
+        {},
+        "gain_cl.runs.plan._check_name",
+        lambda *_: None,
+    ),
+]
+READ_STAGE, POSITION = resume.read_stage, resume.Position.read
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("twin", TWINS, ids=lambda twin: twin[0].__name__)
+def test_each_test_notices_its_broken_twin(
+    twin: tuple[Callable[..., None], dict[str, Any], str, Any],
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    test, given, what, broken = twin
+    wanted = inspect.signature(test).parameters.keys() - given.keys()
+    fixtures = {name: request.getfixturevalue(name) for name in wanted}
+    monkeypatch.setattr(what, broken)
+    with pytest.raises(Exception):  # noqa: B017 - a broken program may raise anything
+        test(**given, **fixtures)

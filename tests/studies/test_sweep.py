@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ import pytest
 from gain_cl import cli
 from gain_cl.errors import IN_USE, PREEMPTED, ConfigError, StorageError
 from gain_cl.measure import record
-from gain_cl.studies import launchers, sweep
+from gain_cl.studies import costs, launchers, sweep
 from gain_cl.studies.costs import run_seconds
 from gain_cl.studies.experiments import Planned, load_experiment, planned_runs
 from gain_cl.system import lock
@@ -388,6 +389,15 @@ def test_what_is_left_of_a_run_is_its_later_stages(grid: list[Planned]) -> None:
         assert run_seconds(config, "lora", [], 1.0, saved=saved) == pytest.approx(
             (stages + 1 - saved) * (training + scoring)
         )
+
+
+def test_a_forecast_counts_the_start_of_a_run() -> None:
+    stages = [
+        SimpleNamespace(train=None, eval_seconds=9.0, task_seconds=9.0),
+        SimpleNamespace(train=SimpleNamespace(seconds=5.0), eval_seconds=3.0, task_seconds=2.0),
+    ]
+    told: Any = SimpleNamespace(provenance={"seconds": 30.0}, stages=stages)
+    assert costs.start_seconds([told]) == 20.0 and costs.start_seconds([]) == 0.0
 
 
 def test_nothing_starts_in_a_dry_run(

@@ -21,7 +21,7 @@ import gain_cl
 from conftest import HELPERS, tiny
 from gain_cl import adapters, cli
 from gain_cl.adapters import portable
-from gain_cl.compose import checks, composition
+from gain_cl.compose import composition, rules
 from gain_cl.config import schema
 from gain_cl.errors import ConfigError, DataError
 from gain_cl.measure import record, scoring
@@ -824,16 +824,14 @@ def test_load_in_is_refused_where_it_cannot_be(
     first: record.Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(ConfigError, match="needs a CUDA GPU"):
-        again(first, "model.load_in=4bit")
+        again(first, "model.load_in=4bit", "compute.device=cpu")
     with pytest.raises(ConfigError, match="random weights"):
         composition.compose([*SMALL, "model.load_in=4bit"], [], [])
     with pytest.raises(ConfigError, match="cannot be trained themselves"):
         again(first, "model.load_in=4bit", "method=full")
-    monkeypatch.setattr(checks, "_compute_capabilities", lambda: [9.0])
-    monkeypatch.setattr(checks, "version", lambda _: "2.13.0")
-    monkeypatch.setattr(checks.importlib.util, "find_spec", lambda _: None)  # type: ignore[attr-defined]
+    monkeypatch.setattr(rules, "find_spec", lambda _: None)
     with pytest.raises(ConfigError, match=r"pip install 'gain_cl\[quant\]'"):
-        again(first, "model.load_in=8bit", "compute=auto")
+        again(first, "model.load_in=8bit", "compute.device=cuda")
 
 
 def test_nothing_is_merged_into_a_quantised_model(first: record.Run, tmp_path: Path) -> None:

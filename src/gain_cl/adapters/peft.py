@@ -20,13 +20,12 @@ from gain_cl.adapters.portable import (
     inspect_adapter,
 )
 from gain_cl.config.schema import KNOWN_CHANGE
-from gain_cl.errors import ConfigError, DataError, suggest
+from gain_cl.errors import ConfigError, DataError, GainError, suggest
 from gain_cl.models import families
 
 if TYPE_CHECKING:
     from gain_cl.models.load import Loaded
 
-WRONG = (ValueError, TypeError, AttributeError, KeyError, AssertionError)
 START = {torch.float32: 3e-5, torch.float16: 3e-3, torch.bfloat16: 3e-2}
 """dtype -> by how much of the largest logit an adapter may move the pretrained model when it is
 attached: rounding, no more."""
@@ -296,9 +295,9 @@ def _refusals(where: str) -> Iterator[None]:
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")  # by both
         try:
             yield
-        except torch.OutOfMemoryError:
+        except (GainError, torch.OutOfMemoryError):
             raise
-        except (*WRONG, RuntimeError) as error:  # RuntimeError: NotImplementedError too
+        except Exception as error:
             said = " ".join(str(error).split()) or type(error).__name__
             do = "use other layers, settings or another method"
             raise ConfigError(f"PEFT refuses: {said[:300]}", where, do) from error

@@ -1,14 +1,10 @@
 """Check what a typed configuration can still get wrong: text, plugin keywords, combinations, the
-model's limits, devices. Torch-free."""
+model's limits. Torch-free."""
 
 from __future__ import annotations
 
-import importlib.util
 import re
-import subprocess
-import sys
 from collections.abc import Iterator, Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,18 +12,16 @@ from gain_cl import adapters, guards
 from gain_cl.adapters import portable
 from gain_cl.compose import rules
 from gain_cl.compose.rules import Origin
-from gain_cl.config import presets
 from gain_cl.config.schema import (
     HubSource,
     PackageSource,
     Peft,
     RunConfig,
 )
-from gain_cl.errors import ConfigError, scrubbed, suggest
+from gain_cl.errors import ConfigError, scrubbed
 from gain_cl.system import hub
 
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
-DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
 CONTROL = re.compile(r"[^\n\t -\ud7ff\ue000-\U0010ffff]|[\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
@@ -42,7 +36,6 @@ def check(config: RunConfig, plain: Mapping[str, Any], origin: Origin) -> None:
     rules.check(config, origin)
     _check_model(config, origin)
     portable.check_init(config.adapter)
-    _check_device(config, origin)
     for name, domain in config.domains.items():
         if isinstance(source := domain.source, HubSource):
             key = f"domains.{name}.source.revision"
@@ -62,17 +55,6 @@ def limits(config: RunConfig, arch: Mapping[str, Any], origin: Origin = str) -> 
         if context is not None and tokens > context:
             what = f"{key}={tokens} exceeds the context of {name}, {context} tokens"
             raise ConfigError(what, origin(key), f"use {key}={context} or less")
-    if not isinstance(config.adapter, Peft) or (rank := config.adapter.config.get("r")) is None:
-        return
-    key = "adapter.config.r"
-    if type(rank) is not int or rank < 1:
-        what = f"{key}={rank!r}: a rank is a positive whole number"
-        raise ConfigError(what, origin(key), "use 16, say")
-    widths = [arch.get(k) for k in ("hidden_size", "n_embd", "d_model")]
-    width = next((w for w in widths if isinstance(w, int)), rank)
-    if rank > width and config.adapter.peft_type not in SHARED:
-        what = f"{key}={rank} exceeds the width of {name}"
-        raise ConfigError(what, origin(key), f"use {width} or less")
 
 
 def _check_model(config: RunConfig, origin: Origin) -> None:
@@ -85,17 +67,11 @@ def _check_model(config: RunConfig, origin: Origin) -> None:
         if folder.is_dir():
             arch = source.inspect_model(folder)
             _check_layers(config, folder, arch)
-        elif folder.exists():
-            do = "give the folder that holds config.json and model.safetensors"
-            raise ConfigError(f"{model.path} is a file", origin(key), do)
         elif not HUB_ID.fullmatch(model.path):
-            near = suggest(model.path, presets.names("model"), listing=False)
             what = f"{model.path!r} is neither a folder nor a hub id ORG/NAME"
-            do = near.replace("mean ", "mean model=") or "check the path"
-            raise ConfigError(what, origin(key), do)
+            raise ConfigError(what, origin(key), "check the path; model=NAME names a preset")
         else:
             _check_commit(model.revision, model.path, "model", "model.revision", origin)
-            arch = arch or _cached_config(model.path, str(model.revision))
     limits(config, arch or {}, origin)
 
 
@@ -145,16 +121,6 @@ def inputs(config: RunConfig) -> None:
     domains.check_texts(config.domains, config.train, config.eval, config.only_scored)
 
 
-def _cached_config(path: str, revision: str) -> dict[str, Any] | None:
-    """Return config.json of a hub repository if the cache has it. Nothing is downloaded."""
-    from huggingface_hub import try_to_load_from_cache
-
-    from gain_cl.models.source import read_config
-
-    file = try_to_load_from_cache(path, "config.json", revision=revision)
-    return read_config(Path(file).parent) if isinstance(file, str) else None
-
-
 def _check_commit(
     revision: str | None, path: str, kind: Literal["model", "dataset"], key: str, origin: Origin
 ) -> None:
@@ -169,105 +135,14 @@ def _check_commit(
         raise ConfigError(what, origin(key), error.do) from None
 
 
-# --- this machine ---------------------------------------------------------------------------------
-
-
-def _check_device(config: RunConfig, origin: Origin) -> None:
-    """Check that this machine has what compute.device, model.dtype and model.load_in need."""
-    device, load_in, torch = config.compute.device, config.model.load_in, version("torch")
-    wants_cuda, without = device.startswith("cuda"), torch.endswith("+cpu")
-    gpus = _compute_capabilities() if (wants_cuda or load_in) and not without else None
-    newest = max(gpus or [9.0])
-    elsewhere = device in ("cpu", "mps")
-    here = f"compute.device={device}" if elsewhere else "none is found here"
-    cpu, use = "compute.device", "use compute.device=cpu"
-    quantise = f"model.load_in={load_in}"
-    rows = (
-        (
-            not DEVICE.fullmatch(device),
-            f"compute.device={device!r} is no device",
-            cpu,
-            "use auto, cpu, cuda, cuda:N or mps",
-        ),
-        (
-            device == "mps" and sys.platform != "darwin",
-            "compute.device=mps is for macOS",
-            cpu,
-            use,
-        ),
-        (
-            wants_cuda and without,
-            f"compute.device={device}: this torch ({torch}) has no CUDA",
-            cpu,
-            use,
-        ),
-        (
-            wants_cuda and gpus == [],
-            f"compute.device={device}: this machine has no GPU",
-            cpu,
-            use,
-        ),
-        (
-            wants_cuda and config.model.dtype == "bfloat16" and newest < 8,
-            f"model.dtype=bfloat16: this GPU (compute capability {newest}) does not compute in it",
-            "model.dtype",
-            "use model.dtype=float32 or float16",
-        ),
-        (
-            load_in and (elsewhere or not gpus),
-            f"{quantise} needs a CUDA GPU, {here}",
-            "model.load_in",
-            "leave it out",
-        ),
-        (
-            load_in and importlib.util.find_spec("bitsandbytes") is None,
-            f"{quantise} needs bitsandbytes",
-            "model.load_in",
-            "pip install 'gain_cl[quant]'",
-        ),
-    )
-    for wrong, what, key, do in rows:
-        if wrong:
-            raise ConfigError(what, origin(key), do)
-
-
-def _compute_capabilities() -> list[float] | None:
-    """Return those of the NVIDIA GPUs of this machine, by their own tool. None if that is not
-    known without torch."""
-    command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
-        return [float(line) for line in done.stdout.split()]
-    except (OSError, ValueError, subprocess.TimeoutExpired):
-        return None
-
-
 # --- keywords -------------------------------------------------------------------------------------
 
 
-SHARED = ("VERA", "PVERA")
-"""PEFT types whose rank is that of fixed matrices all layers share: it may exceed the width."""
-
-_BEFORE = "it puts trained vectors before the input"
-_BESIDE = "it puts trained keys and values before those of the input"
-NO_WEIGHTS = {
-    "PROMPT_TUNING": _BEFORE,
-    "MULTITASK_PROMPT_TUNING": _BEFORE,
-    "P_TUNING": _BEFORE,
-    "CPT": _BEFORE,
-    "PREFIX_TUNING": _BESIDE,
-    "CARTRIDGE": _BESIDE,
-    "ADAPTION_PROMPT": "it attends to trained vectors beside the input",
-    "TRAINABLE_TOKENS": "it trains rows of the embedding, and of the output head where the "
-    "two are one",
-    "XLORA": "it mixes adapters by the input",
-    "POLY": "it mixes adapters by the task, which the input would have to name",
-    "LILY": "it mixes adapters by the input",
-    "SHADOW": "it runs a second network beside the model",
-    "BEFT": "it trains biases, which the layers of most families have no place for",
-    "ADALORA": "it must be told of each training step and changes its rank on the way",
-}
-"""PEFT type -> why it is no change of the weights that can be saved, put back and absorbed here."""
+NO_WEIGHTS = (
+    "PROMPT_TUNING MULTITASK_PROMPT_TUNING P_TUNING CPT PREFIX_TUNING CARTRIDGE ADAPTION_PROMPT "
+    "TRAINABLE_TOKENS XLORA POLY LILY SHADOW BEFT ADALORA"
+)
+"""PEFT types that are no change of the weights that can be saved, put back and absorbed here."""
 
 COMMON_TYPES = "LORA IA3 VERA HIRA OFT"
 COMMON_KEYS = (
@@ -280,12 +155,10 @@ COMMON_KEYS = (
 
 def check_peft(adapter: Peft, origin: Origin) -> None:
     """Check the type and the keys of a PEFT adapter. PEFT is imported for unusual ones only."""
-    if (kind := adapter.peft_type) in NO_WEIGHTS:
-        raise ConfigError(
-            f"PEFT's {kind} cannot be absorbed into the weights: {NO_WEIGHTS[kind]}",
-            origin("adapter.peft_type"),
-            "use a type that changes weights, such as LORA or IA3",
-        )
+    if (kind := adapter.peft_type) in NO_WEIGHTS.split():
+        what = f"PEFT's {kind} cannot be absorbed into the weights"
+        do = "use a type that changes weights, such as LORA or IA3"
+        raise ConfigError(what, origin("adapter.peft_type"), do)
     if kind in COMMON_TYPES.split() and adapter.config.keys() <= {*COMMON_KEYS.split()}:
         return
     from gain_cl.adapters.peft import config_class

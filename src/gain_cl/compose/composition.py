@@ -23,12 +23,13 @@ from typing import Any, cast
 
 from pydantic import ValidationError
 
+from gain_cl import adapters, guards
 from gain_cl.compose import checks
 from gain_cl.compose.messages import Request, explained, invalid, key_of
 from gain_cl.compose.rules import Origin
 from gain_cl.config import presets
 from gain_cl.config.schema import NAME, RunConfig, known_keys
-from gain_cl.errors import ConfigError, suggest
+from gain_cl.errors import ConfigError, PreemptedError, suggest
 
 PACKAGE = re.compile(r"^[A-Za-z_][A-Za-z0-9_-]*$")  # what Hydra takes as one part of a package name
 
@@ -57,12 +58,14 @@ def compose(
 
 @contextlib.contextmanager
 def composer(
-    config_dirs: Paths = (), plugins: Paths = ()
+    config_dirs: Paths = (), plugins: Paths = (), execute: bool = True
 ) -> Iterator[Callable[[Iterable[str]], RunConfig]]:
-    """Yield ``compose`` for many runs. Runs of the same presets share most of the work."""
+    """Yield ``compose`` for many runs. Runs of the same presets share most of the work. execute:
+    False for what only reads: no plugin file is run."""
     config_dirs, plugins = list(config_dirs), list(plugins)
+    plug = load_plugins if execute else name_plugins
     with session(config_dirs) as load:
-        yield lambda overrides: _compose(load, overrides, config_dirs, plugins)[0]
+        yield lambda overrides: _compose(load, overrides, config_dirs, plugins, plug)[0]
 
 
 def spell_out(overrides: Iterable[str], config_dirs: Paths = (), plugins: Paths = ()) -> list[str]:
@@ -70,10 +73,8 @@ def spell_out(overrides: Iterable[str], config_dirs: Paths = (), plugins: Paths 
     ``--cfg job``."""
     config_dirs = list(config_dirs)
     with session(config_dirs) as load:
-        return [
-            *presets.search_path(config_dirs),
-            *_compose(load, overrides, config_dirs, plugins)[1],
-        ]
+        words = _compose(load, overrides, config_dirs, plugins)[1]
+    return [*presets.search_path(config_dirs), *words]
 
 
 def jobs(overrides: Iterable[str], config_dirs: Paths = (), plugins: Paths = ()) -> list[list[str]]:
@@ -110,35 +111,43 @@ def load_plugins(files: Paths) -> None:
     wanted: dict[str, Callable[[], Any]] = {
         f"entry point {e.name}": e.load for e in entry_points(group="gain_cl.plugins")
     }
-    for given in files:
-        path = Path(given).expanduser().absolute()
-        if not path.is_file():
-            raise ConfigError(
-                "no such file",
-                f"--plugin {given}",
-                "give a python file that registers an adapter or guard",
-            )
-        wanted[str(path)] = functools.partial(_import, path)
+    wanted |= {str(path): functools.partial(_import, path) for path in _plugin_files(files)}
     for where in wanted.keys() - _loaded:
         try:
             wanted[where]()
         except Exception as error:
-            raise ConfigError(
-                f"the plugin fails: {type(error).__name__}: {error}",
-                where,
-                "GAIN_CL_DEBUG=1 shows the traceback",
-            ) from error
+            what, do = f"the plugin fails: {error!r}", "GAIN_CL_DEBUG=1 shows the traceback"
+            raise ConfigError(what, where, do) from error
         _loaded.add(where)
 
 
 _loaded: set[str] = set()
 
 
+def name_plugins(files: Paths) -> None:
+    """Say which files may define adapters and guards, without running them: whose experiment it is
+    does not decide what runs where it is only read."""
+    load_plugins(())
+    for path in _plugin_files(files):
+        if path not in adapters.known.unread:
+            print(f"plugin {path}: only run and sweep execute it", file=sys.stderr)
+            adapters.known.unread.append(path)
+            guards.known.unread.append(path)
+
+
+def _plugin_files(files: Paths) -> Iterator[Path]:
+    for given in files:
+        path = Path(given).expanduser().absolute()
+        if not path.is_file():
+            do = "give a python file that registers an adapter or guard"
+            raise ConfigError("no such file", f"--plugin {given}", do)
+        yield path
+
+
 def _import(path: Path) -> None:
     """Import a python file. Its module is kept, so that a class can be traced to its file."""
     spec = importlib.util.spec_from_file_location(f"gain_cl_plugin_{path.stem}", path)
-    if spec is None or spec.loader is None:
-        raise ImportError("not a python file")
+    assert spec is not None and spec.loader is not None, "not a python file"
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
 
@@ -187,6 +196,8 @@ def session(config_dirs: Paths = ()) -> Iterator[Load]:
         words = list(words)
         try:
             composed = quickly(name, words)
+        except PreemptedError:
+            raise
         except Exception:  # Hydra's own words say what is wrong
             composed = by_hydra(name, tuple(words))
         if request is not None:
@@ -232,7 +243,11 @@ def _strings(override: Any) -> list[str]:
 
 
 def _compose(
-    load: Load, overrides: Iterable[str], config_dirs: list[str | Path], plugins: Paths
+    load: Load,
+    overrides: Iterable[str],
+    config_dirs: list[str | Path],
+    plugins: Paths,
+    plug: Callable[[Paths], None] = load_plugins,
 ) -> tuple[RunConfig, list[str]]:
     """Return the configuration, and the overrides in plain Hydra that produce it. load: of a
     session over config_dirs."""
@@ -248,7 +263,7 @@ def _compose(
             config = RunConfig.model_validate(plain)
         except ValidationError as error:
             raise invalid(error, plain, request.origin) from None
-        load_plugins(config.plugins)
+        plug(config.plugins)
         checks.check(config, plain, request.origin)
     return config, words
 
@@ -293,9 +308,12 @@ def rewrite(
         if given.count(key) > 1 or (key == "domain" and "sequence.domains" in given):
             raise ConfigError(f"{key} is given twice", "command line", "give it once")
         if o.is_sweep_override() and not sweep:
-            do = f"add -m for a run of each{'' if group else f'; a list is {key}=[a,b]'}"
-            do = "write domain=[a,b]" if key == "domain" else do
+            do = f"add -m for a run of each; a list is {key}=[a,b]"
             raise ConfigError(f"several values: {word}", "command line", do)
+        if key.startswith("hydra.sweeper.params"):
+            raise ConfigError(
+                f"{key} is given", "command line", "write -m KEY=A,B for several runs"
+            )
         if o.is_hydra_override() or o.is_delete():
             out.append(word)
         elif key in ("domain", "sequence.domains"):
@@ -304,11 +322,9 @@ def rewrite(
             out += [f"++sequence.domains={','.join(lists)}"]
             out += [c for c in custom if key_of(c) not in given]
         elif group:
-            one = o.is_sweep_override() or isinstance(o.value(), str) or word == "debug=null"
-            if not one:
-                do = suggest("", presets.names(key, config_dirs))
+            if not (o.is_sweep_override() or isinstance(o.value(), str) or word == "debug=null"):
                 what = f"{key} takes the name of one preset: {word}"
-                raise ConfigError(what, "command line", do)
+                raise ConfigError(what, "command line", "run --help lists them")
             out.append(word)
         elif key.startswith("domains.") or (key in known_keys() and not o.is_add()):
             # the schema, not the preset at hand, says which keys there are
@@ -338,8 +354,7 @@ def _implied(first: dict[str, Any], request: Request) -> list[str]:
     if isinstance(model, dict) and isinstance(model.get("path"), str):
         folder = Path(model["path"]).expanduser()
         if not model.get("name") and "model.name" not in given:
-            name = re.sub(r"[^A-Za-z0-9._-]", "-", folder.absolute().name).lstrip(".-")
-            out.append(f"++model.name={presets.quote(name)}")
+            out.append(f"++model.name={presets.quote(presets.folder_name(model['path']))}")
         if folder.is_dir() and model.get("revision") is not None:
             out.append("++model.revision=null")  # a folder has no commit: its content is hashed
         if model.get("package") is not None and "model.path" in given:
@@ -353,13 +368,9 @@ def _implied(first: dict[str, Any], request: Request) -> list[str]:
         out.append(f"++sequence.controls=[{','.join(map(str, controls))}]")
     both = dict.fromkeys([*domains, *controls])
     names = [n for n in both if isinstance(n, str) and NAME.fullmatch(n)]
-    for name in names:
-        if not PACKAGE.fullmatch(name):
-            raise ConfigError(
-                f"domain {name!r} begins with a digit or holds a dot",
-                request.origin("sequence.domains"),
-                "rename its preset to letters, digits, _ and -",
-            )
+    if wrong := [n for n in names if not PACKAGE.fullmatch(n)]:
+        what = f"domain {wrong[0]!r} begins with a digit or holds a dot"
+        raise ConfigError(what, request.origin("sequence.domains"), "rename its preset")
     for key in given:
         if key.startswith("domains.") and (name := key.split(".")[1]) not in names:
             do = suggest(name, names)

@@ -84,21 +84,15 @@ def unknown(key: str, where: str, section: Any = None) -> ConfigError:
     section: what the key stands in. Its kind, if it has one, says which keys there are."""
     from gain_cl.config import schema
 
-    what, parts = f"unknown key {key}", key.split(".")
+    what, (stem, _, last) = f"unknown key {key}", key.rpartition(".")
     if isinstance(section, dict) and (takes := _takes(kind := section.get("kind"))) is not None:
-        near = difflib.get_close_matches(parts[-1], takes, n=1)
-        there = f"{parts[-2]} {kind} has {', '.join(takes) or 'no settings'}"
-        mean = f"did you mean {'.'.join([*parts[:-1], *near])}?"
-        return ConfigError(what, where, mean if near else there)
-    domain = parts[1] if key.startswith("domains.") else None
-    keys = (k.replace("*", domain or "") for k in schema.known_keys() if domain or "*" not in k)
-    known = sorted([*keys, "domain", "debug"])
-    ends = {k.rpartition(".")[2]: k for k in reversed(known)}
-    near = difflib.get_close_matches(key, known, n=1) or difflib.get_close_matches(
-        parts[-1], ends, n=1
-    )
-    found = ends.get(parts[-1]) or "".join(ends.get(name, name) for name in near)
-    if key.startswith(FREE) and found.rpartition(".")[0] != key.rpartition(".")[0]:
+        return ConfigError(what, where, suggest(last, takes) or f"{kind} has no settings")
+    domain = key.split(".")[1] if key.startswith("domains.") else "*"
+    known = sorted(["domain", "debug", *(k.replace("*", domain) for k in schema.known_keys())])
+    ends = {k.rpartition(".")[2]: k for k in reversed(known) if "*" not in k}
+    near = difflib.get_close_matches(last, ends, n=1)
+    found = ends[near[0]] if near else ""
+    if key.startswith(FREE) and found.rpartition(".")[0] != stem:
         return ConfigError(what, where, f"to add it write ++{key}=VALUE")
     return ConfigError(what, where, f"did you mean {found}?" if found else "run --help lists keys")
 
@@ -138,12 +132,6 @@ def explain(error: BaseException, request: Request) -> ConfigError:
         match e:
             case ConfigError():
                 return e
-            case yaml.MarkedYAMLError():
-                mark = e.problem_mark or e.context_mark
-                where = f"{presets.short(mark.name)}:{mark.line + 1}" if mark else ""
-                return ConfigError(f"bad YAML: {e.problem}", where, "correct the file")
-            case UnicodeDecodeError() | yaml.YAMLError():
-                return ConfigError(f"bad YAML: {e}", "a preset", "save it as UTF-8 text")
             case OverrideParseException():
                 do = "write KEY=VALUE, and quote what holds spaces or commas: 'KEY=\"a, b\"'"
                 return ConfigError(f"cannot read {e.override!r}", "command line", do)
@@ -156,7 +144,8 @@ def explain(error: BaseException, request: Request) -> ConfigError:
             case BrokenPipeError():  # of what prints the help
                 raise e
             case OSError():
-                where, do = presets.short(str(e.filename)), "check the file and its permissions"
+                where = presets.short(e.filename) if e.filename else "the folder this runs in"
+                do = "check it and its permissions"
                 return ConfigError(f"cannot read: {e.strerror}", where, do)
     theirs = HydraException | OmegaConfBaseException | ValueError | TypeError
     if not any(isinstance(e, theirs) for e in chain):
@@ -167,15 +156,6 @@ def explain(error: BaseException, request: Request) -> ConfigError:
             do = suggest(key, presets.groups())
             return ConfigError(f"unknown group {key}", "command line", do)
         return unknown(key, "command line")
-    if found := re.search(
-        r"Could not (?:append to|delete from) config\. (.*?)\.?(?: Either|$)", text
-    ):
-        return ConfigError(found[1], "command line", "write KEY=VALUE without a prefix")
-    if found := re.match(
-        r"In '(.+?)': \w+ raised while composing config: (.*?)(?: full_key|$)", text
-    ):
-        do = "correct the file: a preset is a mapping of keys to values"
-        return ConfigError(found[2], f"{found[1]}.yaml", do)
     said = [str(e).splitlines()[0] for e in chain if isinstance(e, OmegaConfBaseException)]
     what = text + "".join(f": {reason}" for reason in said[:1] if reason not in text)
     return ConfigError(what, "configuration", "run --help shows the grammar")
@@ -219,15 +199,12 @@ def invalid(
         few = isinstance(value, list)
         what = f"{key} has too few values" if few else f"{key} is missing"
         return ConfigError(what, where if few else "configuration", f"give {key}=VALUE")
-    if kind == "literal_error":
-        do = quote or suggest(str(value), re.findall(r"'([^']*)'", context["expected"]))
-        return ConfigError(f"{key}={said} is not possible", where, do)
     if kind == "union_tag_invalid":
-        do = suggest(context["tag"], re.findall(r"'([^']*)'", context["expected_tags"]))
-        what = f"{key}.kind={context['tag']!r} is not possible"
-        return ConfigError(what, origin(f"{key}.kind"), do)
-    if kind == "too_short":
-        return ConfigError(f"{key} is empty", where, "name at least one")
+        key, value = f"{key}.kind", context["tag"]
+        where, said = origin(key), repr(value)
+    if options := context.get("expected") or context.get("expected_tags"):
+        do = quote or suggest(str(value), re.findall(r"'([^']*)'", options))
+        return ConfigError(f"{key}={said} is not possible", where, do)
     if kind == "value_error":
         what, _, do = message.partition("; ")  # validators say what; what to do
         if named := re.match(r"[a-z]\w*(?:\.\w+)+(?==)", what):

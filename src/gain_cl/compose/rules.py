@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 from gain_cl.config.schema import JOINT, KNOWN_CHANGE, Given, Peft, RunConfig
@@ -130,6 +131,18 @@ RULES = (
         "model.load_in",
         "use guard=kl_base",
     ),
+    (
+        "load_in no_gpu",
+        "model.load_in={load_in} needs a CUDA GPU",
+        "model.load_in",
+        "leave it out",
+    ),
+    (
+        "load_in no_bitsandbytes",
+        "model.load_in={load_in} needs bitsandbytes",
+        "model.load_in",
+        "pip install 'gain_cl[quant]'",
+    ),
 )
 """(facts that are true together, why they make no sense, the setting to look at, what to do).
 Braces name the configuration, c, or a fact."""
@@ -177,5 +190,7 @@ def find_facts(c: RunConfig) -> dict[str, Any]:
         "stages": stages,
         "joint_domain": JOINT in c.sequence.domains,
         "load_in": c.model.load_in,
+        "no_gpu": c.compute.device in ("cpu", "mps"),
+        "no_bitsandbytes": find_spec("bitsandbytes") is None,
         "weightless": c.model.path is None and c.model.package is None,
     }

@@ -182,7 +182,7 @@ class GeneratedSource(Section):
 
     kind: Literal["generated"]
     seed: int = Field(ge=0)
-    documents: PositiveInt = 200
+    documents: int = Field(200, gt=0, le=100_000)
 
 
 class Split(Section):
@@ -487,7 +487,7 @@ class Compute(Section):
     """Execution only: recorded, not in the run id, but for ``compile``, whose numbers differ by
     rounding and, with dropout, by what is drawn."""
 
-    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
+    device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")
     threads: int | None = Field(None, gt=0, le=1024)  # CPU threads; None: all cores
     # sequences per forward pass of training; None: the whole step
     micro_batch: PositiveInt | None = None
@@ -504,10 +504,11 @@ class Track(Section):
     mode: Literal["auto", "online", "offline", "disabled"] = "auto"
     project: str = Field("gain_cl", min_length=1, max_length=128)
     entity: str | None = None
-    group: str | None = None
-    job_type: str = "train"
-    name: str | None = None  # None: the run id
-    tags: list[Annotated[str, Field(min_length=1, max_length=64)]] = []  # as wandb takes them
+    # lengths as wandb's server takes them
+    group: str | None = Field(None, max_length=128)
+    job_type: str = Field("train", max_length=64)
+    name: str | None = Field(None, max_length=128)  # None: the run id
+    tags: list[Annotated[str, Field(min_length=1, max_length=64)]] = []
     init_timeout_seconds: int = Field(15, gt=0, le=15)
 
 

@@ -9,7 +9,11 @@ from typing import Any, NamedTuple
 from gain_cl.config.schema import Domain
 from gain_cl.domains.read import template_text
 from gain_cl.domains.text import Pair, joint
-from gain_cl.errors import DataError
+from gain_cl.errors import DataError, PreemptedError
+from gain_cl.system import signals
+
+SECONDS = 20.0
+"""For a chat template to write one document. Most take less than a thousandth."""
 
 DATE = "26 Jul 2024"
 """The date_string of every template. With today's date the text would change every day."""
@@ -90,15 +94,18 @@ def _render(chat: Chat, messages: list[dict[str, str]], add_generation_prompt: b
     """Return messages as the template writes them, in transformers' sandbox. A template comes from
     others and may raise any exception."""
     try:
-        text = chat.tokenizer.apply_chat_template(
-            messages,
-            chat_template=chat.template,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            date_string=DATE,
-            strftime_now=None,
-        )
+        with signals.at_once(SECONDS):
+            text = chat.tokenizer.apply_chat_template(
+                messages,
+                chat_template=chat.template,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                date_string=DATE,
+                strftime_now=None,
+            )
         return str(text)
+    except PreemptedError:
+        raise
     except Exception as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise DataError(

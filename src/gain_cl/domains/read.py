@@ -326,7 +326,7 @@ def _rows(file: Path, columns: list[str], do: str) -> Iterator[tuple[str, dict[s
             raise DataError(f"{file.name}: not a kind of file that can be read", str(file), do)
     except PermissionError as error:
         raise _unreadable(error, file) from None
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         what = f"not a readable {readable} file: {str(error).splitlines()[0]}"
         raise DataError(what, str(file), "check the file, or delete it to fetch it again") from None
 

@@ -25,9 +25,15 @@ from gain_cl.system.files import sha256
 from gain_cl.system.hashes import cache_dir, file_sha256, json_sha256
 from gain_cl.system.sealed import read_sealed, write_sealed
 
-FORMAT = 4  # of the token cache
+FORMAT = 5  # of the token cache
 BATCH = 256  # documents that are tokenised at once
 _PUNCTUATION = re.compile(f"[{re.escape(string.punctuation)}]+")
+_SPACELESS = (
+    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff"
+    "\u3041-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+)
+"""Thai, Lao, Burmese, Khmer, kana, Han: no spaces between words."""
+_WORD = re.compile(f"[{_SPACELESS}]|[^\\s{_SPACELESS}]+")
 
 
 def prepare_domain(
@@ -164,9 +170,9 @@ def _offsets(parts: Sequence[np.ndarray]) -> np.ndarray:
 
 def word_hashes(text: str) -> np.ndarray:
     """Return [n] uint32, a hash of each word. Words are those of lm-eval's decontamination: lower
-    case, ASCII punctuation deleted, cut at white space. Text that is written without spaces has
-    hardly any."""
-    found = _PUNCTUATION.sub("", text.lower()).split()
+    case, ASCII punctuation deleted, cut at white space. In scripts without spaces each sign is
+    one."""
+    found = _WORD.findall(_PUNCTUATION.sub("", text.lower()))
     return np.fromiter(map(_word_hash, found), np.uint32, len(found))
 
 

@@ -141,7 +141,7 @@ def _sums(
         signals.poll()
         part = cuts[start : start + batch]
         owner = np.repeat([w.owner for w in part], [len(w.targets) for w in part])
-        np.add.at(sums, owner, measure(part).double().cpu().numpy())
+        np.add.at(sums, owner, measure(part).cpu().numpy())  # Apple's GPU has no float64
     return sums, scored
 
 

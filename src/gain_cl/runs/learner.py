@@ -55,8 +55,12 @@ def rehearse(config: RunConfig) -> None:
     """Attach to the model without its weights: what does not fit it is refused in a second, not
     once stage 0 is scored. So is a machine that cannot compile. What needs weights is left to the
     real model: PEFT's RuntimeError, and whatever else a plugin does with them."""
+    device = load.device_of(config.compute.device, config.model.dtype)
+    if config.model.load_in and device.type != "cuda":
+        what = f"model.load_in={config.model.load_in} needs a CUDA GPU"
+        raise ConfigError(what, "model.load_in", "leave it out")
     if config.compute.compile == "layers":
-        compiled.try_compiler(load.device_of(config.compute.device, config.model.dtype))
+        compiled.try_compiler(device)
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # they come when it counts
         try:
@@ -71,7 +75,7 @@ def rehearse(config: RunConfig) -> None:
 @dataclass
 class Learner:
     """Hold what learns: the adapter on the model, the guard, the optimiser and the streams of text,
-    one of each stage. It begins with the state of the checkpoint that the attempt goes on from.
+    one of each stage.
 
     folder: the run's."""
 
@@ -94,8 +98,6 @@ class Learner:
             self.renew_optimizer()
             self.streams = training_streams(config, self.inputs)
         self.initial = self.adapter.state() if config.regime == "individual" else {}
-        if self.attempt.folder is not None:
-            self.load(self.attempt.folder)
 
     def renew_optimizer(self) -> None:
         """Begin with an optimiser of the adapter's parameters that has seen nothing."""
@@ -208,9 +210,11 @@ class Learner:
         self.tracker.dev(told)
 
     def take_over(self, stage: Stage) -> Learned:
-        """Load a stage that another run has learned, and share what it has scored."""
+        """Load a stage that was learned before: by another run, whose scores are shared, or by this
+        one, which lost them."""
         self.load(stage.folder)
-        inherit.share_scores(stage, self.folder / "cells")
+        if len(stage.rows):
+            inherit.share_scores(stage, self.folder / "cells")
         return stage.record.train, stage.folder
 
     def load_given(self, index: int) -> Learned:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from gain_cl import adapters, domains, guards
 from gain_cl.adapters import portable
+from gain_cl.config import presets
 from gain_cl.config.schema import Given, RunConfig
 from gain_cl.errors import DataError, GainError
 from gain_cl.measure import provenance, record, tasks
@@ -76,6 +78,7 @@ def prepare(config: RunConfig) -> Plan:
     output, run_id = Path(config.output_dir), provenance.run_id(config, pins)
     path = record_path(config, run_id)
     if not path.exists() and not (output / run_id).exists():
+        _check_name(config, pins)
         run_id = adopted_run(config, pins) or run_id
     return Plan(run_id, pins, record_path(config, run_id), output / run_id)
 
@@ -86,6 +89,39 @@ def record_path(config: RunConfig, run_id: str) -> Path:
 
 
 # --- a run that something outside the settings changed under --------------------------------------
+
+
+def like(config: RunConfig, pins: dict[str, Any], *keys: str) -> dict[str, Any] | None:
+    """Return run.json of a run in output_dir that has the same inputs and settings, but for some
+    keys. keys: section and name, as in "model name"."""
+
+    def parts(settings: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+        settings = provenance.without_places(settings, pins)
+        named = map(str.split, keys)  # what was trained elsewhere has no section train
+        return [settings.get(section, {}).pop(key, None) for section, key in named], settings
+
+    own, rest = parts(config.scientific())
+    for other in sorted(Path(config.output_dir).glob("*/run.json")):
+        with suppress(*same.OTHER_SHAPE):
+            run = same.read_run(other)
+            if run and run["pins"] == pins:
+                values, others = parts(run["settings"])
+                if others == rest and values != own:
+                    return run
+    return None
+
+
+def _check_name(config: RunConfig, pins: dict[str, Any]) -> None:
+    """Raise DataError when a run of this model is there under another name, and the folder alone
+    gives the model its name: somebody renamed it."""
+    if config.resume == "never" or config.force or config.model.path is None:
+        return
+    if config.model.name != presets.folder_name(config.model.path):
+        return
+    if (run := like(config, pins, "model name")) is not None:
+        name = run["settings"]["model"]["name"]
+        do = f"model.name={name} goes on with it, resume=never begins anew"
+        raise DataError(f"there is a run of this model as {name}", run["run_id"], do)
 
 
 def adopted_run(config: RunConfig, pins: dict[str, Any]) -> str | None:

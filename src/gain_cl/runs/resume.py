@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from gain_cl.runs import same
 from gain_cl.system import checkpoint
 
 ADAPTER, OPTIMIZER, GUARD = "adapter.safetensors", "optimizer.safetensors", "guard.safetensors"
+SCORES = "scores.parquet"
 
 
 @dataclass
@@ -73,8 +74,9 @@ class Attempt:
     If they stayed, they would push new checkpoints out. If somebody restored them, their position
     in metrics.jsonl would be wrong.
 
-    inherited: stages that another run has learned, by index; notes: what a reader of the numbers
-    must know."""
+    unscored: finished stages whose scores are damaged, and whose trained state is not: they are
+    scored again; inherited: stages that another run has learned, both by index; notes: what a
+    reader of the numbers must know."""
 
     position: Position
     stages: dict[int, Stage] = field(default_factory=dict)
@@ -83,6 +85,7 @@ class Attempt:
     progress: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     behind: list[Path] = field(default_factory=list)
+    unscored: dict[int, Stage] = field(default_factory=dict)
     inherited: dict[int, Stage] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     since: float = field(default_factory=time.time)
@@ -113,26 +116,28 @@ def begin_attempt(config: RunConfig, folder: Path, run_id: str) -> Attempt:
     checkpoint.remove_leftovers(folder, folder / "ckpt", folder / "stages")
     same.check_settings(config, folder)
     warnings: list[str] = []
-    stages = dict(_finished(folder, run_id, warnings))
+    stages, unscored = _finished(folder, run_id, warnings)
+    learned = stages | unscored
     size = config.stage.stage_steps
     found = [(_steps(path), 0, path) for path in checkpoint.steps(folder / "ckpt")]
     for index, path in stage_folders(folder):
-        if index and (index not in stages or (path / ADAPTER).exists()):
+        if index and (index not in learned or (path / ADAPTER).exists()):
             found.append((index * size, 1, path))
     for steps, is_stage, path in sorted(found, reverse=True):
-        if is_stage and steps // size not in stages:
+        if is_stage and steps // size not in learned:
             continue  # told of already
         try:
-            state = stages[steps // size].facts if is_stage else _state(path, run_id, steps, size)
+            state = learned[steps // size].facts if is_stage else _state(path, run_id, steps, size)
         except DataError as error:
             warnings.append(f"{error.what} ({error.where}): going back to the state before it")
             continue
         reached = state["stage"] + is_stage  # the first stage that is not finished
-        if missing := [i for i in range(1, reached) if i not in stages]:
+        if missing := [i for i in range(1, reached) if i not in learned]:
             warnings.append(f"{path} cannot be used: stage {missing[0]} before it is damaged")
             continue
         good = {i: stage for i, stage in stages.items() if i < reached}
         attempt = Attempt(Position.read(state), good, path, warnings=warnings)
+        attempt.unscored = {i: stage for i, stage in unscored.items() if i < reached}
         attempt.behind = _behind(folder, steps, reached)
         if not is_stage:
             attempt.inside, attempt.progress = reached, state["progress"]
@@ -185,19 +190,36 @@ def _state(path: Path, run_id: str, steps: int, size: int) -> dict[str, Any]:
     return state
 
 
-def _finished(folder: Path, run_id: str, warnings: list[str]) -> Iterator[tuple[int, Stage]]:
-    """Yield the finished stages that are what was written, by index."""
+def _finished(
+    folder: Path, run_id: str, warnings: list[str]
+) -> tuple[dict[int, Stage], dict[int, Stage]]:
+    """Return the finished stages that are what was written, and those of which only the scores are
+    not, by index."""
+    whole: dict[int, Stage] = {}
+    unscored: dict[int, Stage] = {}
     for index, path in stage_folders(folder):
         try:
-            stage = read_stage(path)
-            if (stage.facts["run_id"], stage.facts["stage"]) != (run_id, index):
-                raise DataError(
-                    f"it is stage {stage.facts['stage']} of {stage.facts['run_id']}", str(path)
-                )
-            checkpoint.drop(path)
-            yield index, stage
+            whole[index] = _own(read_stage(path), run_id, index)
         except DataError as error:
             warnings.append(f"{error.what} ({error.where})")
+            if index:
+                with suppress(DataError):
+                    stage = _own(read_stage(path, scores=False), run_id, index)
+                    if (path / ADAPTER).exists():
+                        unscored[index] = stage
+                        warnings[-1] += ": scored again from its trained state"
+                    else:
+                        warnings[-1] += ": its trained state, to score it again, was not kept"
+    return whole, unscored
+
+
+def _own(stage: Stage, run_id: str, index: int) -> Stage:
+    """Return a stage without what a killed process left in it. DataError: it is another's."""
+    if (stage.facts["run_id"], stage.facts["stage"]) != (run_id, index):
+        what = f"it is stage {stage.facts['stage']} of {stage.facts['run_id']}"
+        raise DataError(what, str(stage.folder))
+    checkpoint.drop(stage.folder)
+    return stage
 
 
 def write_stage(
@@ -212,7 +234,7 @@ def write_stage(
     place = folder / "stages" / f"{row.index:02d}-{row.domain or 'pretrained'}"
     files: dict[str, Any] = {
         "stage.json": same.json_bytes({**facts, "record": row.model_dump(mode="json")}),
-        "scores.parquet": rows.to_parquet(index=False),
+        SCORES: rows.to_parquet(index=False),
     }
     for name in (ADAPTER, GUARD, OPTIMIZER):
         if weights is not None and (weights / name).exists():
@@ -221,19 +243,21 @@ def write_stage(
     return _load(place)
 
 
-def read_stage(folder: Path) -> Stage:
-    """Read a finished stage. DataError when it is not what was written."""
-    checkpoint.verify(folder)
-    return _load(folder)
+def read_stage(folder: Path, scores: bool = True) -> Stage:
+    """Read a finished stage, with or without its scores. DataError when it is not what was
+    written."""
+    checkpoint.verify(folder, but=() if scores else (SCORES,))
+    return _load(folder, scores)
 
 
-def _load(folder: Path) -> Stage:
+def _load(folder: Path, scores: bool = True) -> Stage:
     try:
         facts = checkpoint.read_json(folder, "stage.json")
         row = record.StageRecord.model_validate(facts.pop("record"))
     except same.OTHER_SHAPE:
         raise DataError("stage.json is not of this version of gain_cl", str(folder)) from None
-    return Stage(row, pd.read_parquet(folder / "scores.parquet"), folder, facts)
+    rows = pd.read_parquet(folder / SCORES) if scores else pd.DataFrame()
+    return Stage(row, rows, folder, facts)
 
 
 def clear_folder(folder: Path) -> None:

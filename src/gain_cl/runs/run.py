@@ -23,7 +23,7 @@ from gain_cl.errors import ConfigError
 from gain_cl.measure import record, scoring, tasks
 from gain_cl.runs import finish, inherit, resume, same
 from gain_cl.runs.inputs import Inputs, load_inputs
-from gain_cl.runs.plan import Plan
+from gain_cl.runs.plan import Plan, like
 from gain_cl.runs.track import Tracker
 from gain_cl.system import checkpoint, lock, signals, watchdog
 from gain_cl.system.failpoints import reach
@@ -44,7 +44,8 @@ def execute(config: RunConfig, plan: Plan) -> record.Run:
             return finish.show_again(plan)
         if not plan.finished or config.force:
             # What is wrong with data or model shows now, before anything is on disk.
-            checks.inputs(config)
+            with signals.at_once():
+                checks.inputs(config)
         made = [p for p in (plan.folder, *plan.folder.parents) if not p.exists()]  # with the lock
         try:
             with lock.owned(plan.folder):
@@ -96,6 +97,10 @@ def carry_out(config: RunConfig, plan: Plan) -> record.Run:
             ),
         ):
             learner = Learner(config, plan.folder, inputs, attempt, tracker)
+            for index, damaged in attempt.unscored.items():
+                stages[index] = score(index, learner.take_over(damaged), inputs, attempt, tracker)
+            if attempt.folder is not None:
+                learner.load(attempt.folder)
             for index in range(1, last + 1):
                 if index not in stages:
                     if index in attempt.inherited:
@@ -119,6 +124,13 @@ def settle(inputs: Inputs, attempt: resume.Attempt, tracker: Tracker) -> None:
     attempt.notes = inputs.notes + same.compare_attempts(inputs, first)
     attempt.position.changed += same.read_attempts(inputs.plan.folder)[-1]["changed"]
     tracker.note(*attempt.notes)
+    config, pins = inputs.config, inputs.plan.pins
+    if first and (other := like(config, pins, "train steps", "train tokens")):
+        tracker.note(
+            f"{other['run_id']} has another train.steps or train.tokens: this is another run, with "
+            "a schedule of its own, and begins anew. To go on from what that one learned, export "
+            "it to=peft and give adapter.init_from=FOLDER"
+        )
     if attempt.folder is None:
         attempt.inherited, told = inherit.common_stages(inputs)
         attempt.position.events += told  # a later attempt reads them from its checkpoint
@@ -169,7 +181,10 @@ def score(
     )
     tracker.stage(row)
     rows = pd.concat([part.rows for part in found], ignore_index=True).assign(stage=index)
-    about = attempt.move(index, config.stage.stage_steps if index else 0, tracker.position())
+    if index in attempt.unscored:
+        about = attempt.unscored[index].facts
+    else:
+        about = attempt.move(index, config.stage.stage_steps if index else 0, tracker.position())
     about["cells"] = {k: v for part in found for k, v in part.cells.items()}
     if index in attempt.inherited:
         about["inherited"] = attempt.inherited[index].facts["run_id"]

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from gain_cl.compose import composition
@@ -179,11 +178,9 @@ def load_experiment(name: str) -> Experiment:
         there = {p.stem for f in folders for p in f.glob("*.yaml")}
         do = suggest(name, there) or "give the path of its YAML file"
         raise ConfigError(f"no experiment {name!r}", str(places[0]), do)
+    plain = presets.read_yaml(file)
     try:
-        plain = presets.read_yaml(file)
         return Experiment.model_validate({"name": file.stem, **plain})
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        what = f"not YAML: {error}"
     except TypeError:
         what = "an experiment is a mapping of keys"
     except ValidationError as error:
@@ -201,17 +198,19 @@ def latin_order(size: int, block: int) -> list[int]:
     return row[::-1] if size % 2 and (block // size) % 2 else row
 
 
-def planned_runs(experiment: Experiment, more: list[str] | None = None) -> list[Planned]:
+def planned_runs(
+    experiment: Experiment, more: list[str] | None = None, execute: bool = False
+) -> list[Planned]:
     """Return every run that the experiment asks for, block by block, with its id and state.
 
-    more: overrides of this machine (output_dir=, results_dir=, compute.threads=). ConfigError:
-    what is wrong in any of them."""
+    more: overrides of this machine (output_dir=, results_dir=, compute.threads=). execute: run its
+    plugins, too. ConfigError: what is wrong in any of them."""
     more = list(more or [])
     options = [f"--config-dir={d}" for d in experiment.config_dirs]
     options += [f"--plugin={p}" for p in experiment.plugins]
     domains, found = 0, dict[str, Planned]()
     try:
-        with composition.composer(experiment.config_dirs, experiment.plugins) as compose:
+        with composition.composer(experiment.config_dirs, experiment.plugins, execute) as compose:
             models = [[f"model={m}"] for m in experiment.models] or [[]]
             for model, block, (method, values) in itertools.product(
                 models, range(experiment.blocks), experiment.settings()

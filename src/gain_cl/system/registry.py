@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import re
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -27,6 +28,7 @@ class Registry(Generic[T]):
     def __init__(self, section: str, built_in: dict[str, str], typed: Collection[str]) -> None:
         self.section, self.built_in, self.typed = section, built_in, typed
         self.plugins: dict[str, type[T]] = {}
+        self.unread: list[Path] = []  # plugin files that are not run where a run is only read
 
     def register(self, kind: str, made: type[T]) -> None:
         """Make a kind known, for plugin files and entry points of the group gain_cl.plugins."""
@@ -49,7 +51,7 @@ class Registry(Generic[T]):
         """Check the kind, and the keywords of a class that the schema does not know against its
         constructor. origin: dotted key -> where it was set. ConfigError."""
         section, kind = self.section, settings.kind  # type: ignore[attr-defined]
-        if kind in self.typed:
+        if kind in self.typed or self._file(kind):
             return
         takes = inspect.signature(self.find(kind, origin))
         try:
@@ -62,8 +64,18 @@ class Registry(Generic[T]):
     def pin(self, kind: str) -> str | None:
         """Return the SHA-256 of the file that defines a plugin's class, for the run id; None for
         what gain_cl itself brings."""
-        made = self.plugins.get(kind)
-        return None if made is None else sha256(Path(inspect.getfile(made)))
+        file = self._file(kind)
+        return None if file is None else sha256(file)
+
+    def _file(self, kind: str) -> Path | None:
+        """Return the file of a plugin's class: where it was defined, or the unread one that names
+        the kind."""
+        if kind in self.plugins:
+            return Path(inspect.getfile(self.plugins[kind]))
+        quoted = re.compile(rf"""(["']){re.escape(kind)}\1""")
+        texts = ((p, p.read_text(encoding="utf-8", errors="replace")) for p in self.unread)
+        there = (p for p, text in texts if quoted.search(text))
+        return None if kind in self.built_in else next(there, None)
 
     def build(self, settings: BaseModel) -> T:
         """Return an instance of the class that a section of the configuration names. Its other keys

@@ -21,6 +21,7 @@ _WATCHED = tuple(
 _asked: str | None = None
 _listening = False
 _held = False
+_at_once = False
 
 
 @contextmanager
@@ -44,6 +45,28 @@ def listening() -> Iterator[None]:
 def asked() -> str | None:
     """Return the name of the signal that asked to stop, or None."""
     return _asked
+
+
+@contextmanager
+def at_once(seconds: float = 0) -> Iterator[None]:
+    """Let a signal end the block wherever it is, and so many seconds with TimeoutError: for
+    libraries that read what may have no end. Nothing may be half done in it."""
+    global _at_once
+
+    def ring(*_: Any) -> None:
+        raise TimeoutError(f"no end after {seconds:g} seconds")
+
+    before, timed = _at_once, bool(_listening and seconds and hasattr(signal, "setitimer"))
+    if timed:
+        signal.signal(signal.SIGALRM, ring)
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+    _at_once = True
+    try:
+        yield
+    finally:
+        _at_once = before
+        if timed:
+            signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 @contextmanager
@@ -72,4 +95,7 @@ def _note(number: int, _: Any) -> None:
     _asked = signal.Signals(number).name
     if number == signal.SIGINT:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # the next one does not wait for Python
-        os.write(2, b"\nstopping at the next safe point; Ctrl-C again quits at once\n")
+        if not _at_once:
+            os.write(2, b"\nstopping at the next safe point; Ctrl-C again quits at once\n")
+    if _at_once:
+        poll()

@@ -45,7 +45,7 @@ def main(argv: list[str]) -> int:
     signal."""
     options = read_options(argv)
     experiment, more = asked_experiment(options.words, "sweep")
-    planned = _only(planned_runs(experiment, more), options.only or [])
+    planned = _only(planned_runs(experiment, more, execute=True), options.only or [])
     print_grid(experiment, planned)
     failed = [c for c in planned if c.state == "failed"]
     again = [] if options.retry_failed == "true" else failed
