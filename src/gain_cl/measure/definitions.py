@@ -219,9 +219,8 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         settings: dict[str, Any] = presets.read_yaml(path, _Loader)
         included = settings.pop("include", [])
-    except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError, AttributeError) as error:
-        what = f"cannot read the task: {' '.join(str(error).split())}"
-        raise ConfigError(what, str(path), "mend the YAML file") from None
+    except AttributeError:
+        raise ConfigError("a task is a mapping of keys", str(path), "mend the file") from None
     for name in [included] if isinstance(included, str) else included:
         settings = {**_read(path.parent / name), **settings}
     return settings
