@@ -144,6 +144,36 @@ def test_a_cell_is_weighted_by_tokens() -> None:
 # --- contributions, ids ---------------------------------------------------------------------------
 
 
+def test_bits_per_byte_by_hand() -> None:
+    """ln 2 nats are one bit: 40 bits over 20 bytes, of documents whose own ratios (3 and 1.667)
+    average to another number."""
+    nll = np.array([[15.0, 25.0], [5.0, 5.0]]) * math.log(2)
+    tokens, nbytes = (dict.fromkeys("ax", np.array(n)) for n in ([4, 6], [5, 15]))
+    m = LossMatrix({"a": nll, "x": nll * 2}, tokens, ["a"], ["x"], nbytes=nbytes)
+    np.testing.assert_allclose(m.bits_per_byte, [[2.0, 4.0], [0.5, 1.0]], rtol=1e-14)
+
+
+def test_bits_per_byte_do_not_depend_on_the_tokenizer() -> None:
+    """The same probability of the same text in half the tokens: twice the nats per token, the same
+    bits per byte."""
+    nll, nbytes = {"a": np.array([[30.0, 60.0], [20.0, 50.0]])}, {"a": np.array([40.0, 80.0])}
+    fine, coarse = (
+        LossMatrix(nll, {"a": np.array(tokens)}, ["a"], [], nbytes=nbytes)
+        for tokens in ([10.0, 20.0], [5.0, 10.0])
+    )
+    np.testing.assert_allclose(coarse.loss, 2 * fine.loss)
+    np.testing.assert_array_equal(coarse.bits_per_byte, fine.bits_per_byte)
+
+
+def test_bytes_are_optional() -> None:
+    m = flat(LOSS, TRAINED, CONTROLS)
+    assert m.nbytes is None
+    with pytest.raises(ValueError, match="bytes of the scored documents are not known"):
+        m.bits_per_byte  # noqa: B018
+    with pytest.raises(ValueError, match=r"a: bytes of 3 documents, tokens of 2"):
+        LossMatrix({"a": np.ones((2, 2))}, {"a": np.ones(2)}, ["a"], [], nbytes={"a": np.ones(3)})
+
+
 def test_contributions_by_hand() -> None:
     """Own step of two domains, half each: the later row minus the earlier one, halved, document by
     document."""
@@ -528,6 +558,9 @@ def test_from_documents_pairs_by_id_in_any_row_order() -> None:
     assert matrix.summary(one)["own_step"].low == pytest.approx(matrix.summary(two)["own_step"].low)
     rows = table[(table.domain == "b") & (table.stage == 2)]
     assert one.loss[2, 1] == pytest.approx(rows.nll_nats.sum() / rows.tokens.sum())
+    assert one.bits_per_byte[2, 1] == pytest.approx(
+        rows.nll_nats.sum() / math.log(2) / rows.bytes.sum()
+    )
 
 
 def test_from_documents_has_the_documents_in_the_order_of_their_ids() -> None:

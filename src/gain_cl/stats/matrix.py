@@ -69,9 +69,10 @@ class LossMatrix:
     """L[t, d] with the documents behind it.
 
     nll_nats[d]: (stages + 1, documents of d) sum of -ln p of each document after each stage.
-    tokens[d]: (documents of d,) scored tokens, the same after every stage. trained: domains in
-    training order. controls: domains that are never trained. regime: joint has one stage, which
-    trains all of them. individual has a stage for each, which begins from the pretrained model.
+    tokens[d]: (documents of d,) scored tokens, the same after every stage. nbytes[d]: UTF-8 bytes
+    of the scored text; None where nobody gave them. trained: domains in training order. controls:
+    domains that are never trained. regime: joint has one stage, which trains all of them.
+    individual has a stage for each, which begins from the pretrained model.
     """
 
     def __init__(
@@ -81,14 +82,16 @@ class LossMatrix:
         trained: list[str],
         controls: list[str],
         regime: Literal["sequential", "joint", "individual"] = "sequential",
+        nbytes: dict[str, np.ndarray] | None = None,
     ) -> None:
         self.trained, self.controls, self.regime = list(trained), list(controls), regime
         self.domains = self.trained + self.controls
 
-        self.nll_nats, self.tokens = (
-            {d: np.asarray(given[d], dtype=np.float64) for d in self.domains}
-            for given in (nll_nats, tokens)
-        )
+        def arrays(given: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+            return {d: np.asarray(given[d], dtype=np.float64) for d in self.domains}
+
+        self.nll_nats, self.tokens = arrays(nll_nats), arrays(tokens)
+        self.nbytes = None if nbytes is None else arrays(nbytes)
         self.stages = 1 if regime == "joint" else len(self.trained)
         for d in self.domains:
             count = len(self.tokens[d])
@@ -96,6 +99,10 @@ class LossMatrix:
                 shape = self.nll_nats[d].shape
                 raise ValueError(
                     f"{d}: {shape} values for {self.stages + 1} stages x {count} documents"
+                )
+            if self.nbytes is not None and len(self.nbytes[d]) != count:
+                raise ValueError(
+                    f"{d}: bytes of {len(self.nbytes[d])} documents, tokens of {count}"
                 )
         self.loss = np.stack(
             [self.nll_nats[d].sum(1) / self.tokens[d].sum() for d in self.domains], axis=1
@@ -111,8 +118,12 @@ class LossMatrix:
     ) -> LossMatrix:
         """Return the matrix of a record's table of documents (record.DOCUMENT_COLUMNS). Documents
         are sorted by id, so two runs that scored the same ones have them in the same order.
-        ValueError: a document is missing at a stage, or its tokens differ between stages."""
-        nll, tokens = {}, {}
+        ValueError: a document is missing at a stage, or its tokens or bytes differ between
+        stages."""
+        nll = {}
+        counts: dict[str, dict[str, np.ndarray]] = {
+            c: {} for c in ("tokens", "bytes") if c in documents
+        }
         for d in [*trained, *controls]:
             rows = documents[documents.domain == d]
             if rows.split.nunique() > 1:
@@ -125,11 +136,25 @@ class LossMatrix:
                 or table.isna().to_numpy().any()
             ):
                 raise ValueError(f"{d}: not every document is scored after every stage")
-            counts = rows.pivot(index="stage", columns="document", values="tokens")
-            if not (counts.nunique() == 1).all():
-                raise ValueError(f"{d}: the scored tokens of a document differ between stages")
-            nll[d], tokens[d] = table.to_numpy(), counts.iloc[0].to_numpy()
-        return cls(nll, tokens, trained, controls, regime)
+            nll[d] = table.to_numpy()
+            for what, found in counts.items():
+                count = rows.pivot(index="stage", columns="document", values=what)
+                if not (count.nunique() == 1).all():
+                    raise ValueError(f"{d}: the scored {what} of a document differ between stages")
+                found[d] = count.iloc[0].to_numpy()
+        return cls(nll, counts["tokens"], trained, controls, regime, counts.get("bytes"))
+
+    @property
+    def bits_per_byte(self) -> np.ndarray:
+        """Return (stages + 1, domains) sum NLL / (ln 2 * UTF-8 bytes of the scored text). Lower is
+        better. It is comparable across tokenizers, which nats per token are not (The Pile,
+        2101.00027). ValueError: the bytes are unknown."""
+        if self.nbytes is None:
+            raise ValueError("the bytes of the scored documents are not known")
+        return np.stack(
+            [self.nll_nats[d].sum(1) / (np.log(2) * self.nbytes[d].sum()) for d in self.domains],
+            axis=1,
+        )
 
     def contributions(self, coefficients: np.ndarray) -> Parts:
         """Return (z, tokens), both (documents,), of every domain with a coefficient that is not 0,
