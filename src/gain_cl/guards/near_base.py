@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gain_cl.adapters.base import copied
 from gain_cl.guards.base import Guard
@@ -95,22 +95,21 @@ class EmaGuard(Guard):
     def attach(self, loaded: load.Loaded, adapter: Adapter, seed: int) -> None:
         self.adapter = adapter
 
-    def _parameters(self) -> dict[str, nn.Parameter]:
-        return self.adapter.parameters()
-
     def mix(self, batch: Any, stage: int, step: int) -> Any:
         if step == 0:
-            self.average = {name: p.detach().clone() for name, p in self._parameters().items()}
+            self.average = {
+                name: p.detach().clone() for name, p in self.adapter.parameters().items()
+            }
         return batch
 
     @torch.no_grad()
     def after_step(self) -> None:
-        for name, p in self._parameters().items():
+        for name, p in self.adapter.parameters().items():
             self.average[name].lerp_(p, 1 - self.decay)
 
     @torch.no_grad()
     def after_stage(self, stage: int, domain: str, blocks: Stream) -> None:
-        for name, p in self._parameters().items():
+        for name, p in self.adapter.parameters().items():
             p.copy_(self.average[name])
         self.adapter.after_step()
         self.average = {}
@@ -119,5 +118,5 @@ class EmaGuard(Guard):
         return copied(self.average)
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        device = next(iter(self._parameters().values())).device
+        device = next(iter(self.adapter.parameters().values())).device
         self.average = {name: t.to(device) for name, t in state.items()}
