@@ -47,7 +47,7 @@ $pip download -q --no-deps --only-binary=:all: --python-version 3.12 --implement
 $pip wheel -q --no-deps -w .gpu/pack1/wheels "$(pinned antlr4-python3-runtime)"
 
 # what a run of experiments/gpu.yaml reads
-[ -e .gpu/tokens.xz ] || $python scripts/gpu_bundle.py .gpu/bundle tasks=none model.dtype=bfloat16 eval.documents=40 eval.window=128 >.gpu/bundle.txt
+[ -e .gpu/tokens.xz ] || $python -m gain_cl prepare bundle=.gpu/bundle tasks=none model.dtype=bfloat16 eval.documents=40 eval.window=128 >.gpu/bundle.txt
 [ -e .gpu/tokens.xz ] || $python scripts/gpu_tokens.py pack .gpu/bundle/tokens .gpu/tokens.xz # rm -r .gpu makes both anew
 cp .gpu/tokens.xz .gpu/pack1/
 cp .gpu/bundle/env.sh .gpu/pack1/

@@ -73,35 +73,3 @@ def test_a_rehearsal_leaves_a_row_for_each_subject(tmp_path: Path) -> None:
     assert len(rows["gain_ffn"]["rounds_seconds"]) == 2
     assert rows["gain_ffn"]["kernels"]
     assert rows["nonsense"]["status"] == "failed"
-
-
-def test_a_run_reads_all_from_its_bundle(tmp_path: Path) -> None:
-    """gpu_bundle.py with a cache of its own; the run finds its tokens there and makes none."""
-    folder, words = (
-        tmp_path / "bundle",
-        ["debug=smoke", f"output_dir={tmp_path}/runs", f"results_dir={tmp_path}/results"],
-    )
-    environment = {**os.environ, "GAIN_CL_CACHE": str(tmp_path / "cache")}
-    gain_cl = [sys.executable, "-m", "gain_cl"]
-    make = [sys.executable, str(Path(bench.__file__).parents[1] / "gpu_bundle.py")]
-    subprocess.run([*make, str(folder), *words], check=True, capture_output=True, env=environment)
-    before = sorted(p.relative_to(folder) for p in folder.rglob("*"))
-    assert len(list((folder / "tokens").iterdir())) == 4
-    script = '. "$0"/env.sh && shift 0 && exec "$@"'
-    subprocess.run(
-        ["bash", "-c", script, str(folder), *gain_cl, "run", *words],
-        check=True,
-        capture_output=True,
-        env=environment,
-    )
-    assert [
-        p
-        for p in sorted(p.relative_to(folder) for p in folder.rglob("*"))
-        if p.parts[0] == "tokens"
-    ] == [p for p in before if p.parts[0] == "tokens"]
-    assert not (tmp_path / "cache/tokens").exists()
-    refused = subprocess.run(
-        [*make, str(tmp_path), *words], capture_output=True, text=True, env=environment
-    )
-    assert refused.returncode == 1
-    assert "not empty and no bundle" in refused.stderr

@@ -243,3 +243,31 @@ def test_asked_to_stop(
     assert not list(cache.rglob("*.npy")) and signals.asked() is None
     monkeypatch.setattr(prepare.texts, "prepare_domain", before)
     assert cli.main(["prepare", *smoke]) == 0
+
+
+def test_a_run_reads_all_from_a_bundle_without_network(tmp_path: Path, smoke: list[str]) -> None:
+    """In a network namespace of its own, where the system allows that. No cache but the bundle's is
+    filled."""
+    gain_cl, folder = [sys.executable, "-m", "gain_cl"], tmp_path / "bundle"
+    make = [*gain_cl, "prepare", f"bundle={folder}", "--json"]
+    done = subprocess.run([*make, *smoke], check=True, capture_output=True, text=True)
+    assert json.loads(done.stdout)["cache"] == str(folder)
+    before = sorted(p.relative_to(folder) for p in folder.rglob("*"))
+    assert len([p for p in before if p.parts[0] == "tokens" and len(p.parts) == 2]) == 4
+    alone = ["unshare", "--net"]
+    if subprocess.run([*alone, "true"], capture_output=True).returncode:
+        alone = []
+    moved = folder.rename(tmp_path / "elsewhere")
+    script = '. "$0"/env.sh && exec "$@"'
+    run = [*alone, "bash", "-c", script, str(moved), *gain_cl, "run", *smoke]
+    subprocess.run(run, check=True, capture_output=True)
+    after = sorted(p.relative_to(moved) for p in moved.rglob("*"))
+    assert [p for p in after if p.parts[0] == "tokens"] == [
+        p for p in before if p.parts[0] == "tokens"
+    ]
+    assert not (tmp_path / "cache" / "tokens").exists()
+    refused = subprocess.run(
+        [*gain_cl, "prepare", f"bundle={tmp_path}", *smoke], capture_output=True, text=True
+    )
+    assert refused.returncode == 64
+    assert "not empty and no bundle" in refused.stderr

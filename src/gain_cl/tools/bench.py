@@ -3,7 +3,7 @@ checkout, for its peers (TRL, Liger) are no dependencies of gain_cl."""
 
 from __future__ import annotations
 
-import importlib
+import subprocess
 import sys
 
 from gain_cl.config import presets
@@ -12,10 +12,8 @@ from gain_cl.errors import ConfigError
 
 def main(argv: list[str]) -> int:
     """Carry out scripts/bench/bench.py. ConfigError: it is not there."""
-    folder = presets.configs_dir().parent / "scripts" / "bench"
-    if not folder.is_dir():
+    script = presets.configs_dir().parent / "scripts/bench/bench.py"
+    if not script.is_file():
         do = "clone the repository and call it there"
         raise ConfigError("the benchmark is not part of an installed package", "bench", do)
-    sys.path.insert(0, str(folder))
-    code: int = importlib.import_module("bench").main(argv)
-    return code
+    return subprocess.call([sys.executable, str(script), *argv])

@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from gain_cl import domains as texts
@@ -23,6 +24,7 @@ from gain_cl.models import load, source
 from gain_cl.paper.table import Row, Table, print_table, say
 from gain_cl.runs import plan as runs
 from gain_cl.system import hashes, signals
+from gain_cl.tools import bundle
 from gain_cl.tools.command import CONFIGURATION, Parser, print_report
 
 SPLITS: tuple[SplitName, ...] = ("train", "dev", "test")
@@ -32,10 +34,17 @@ Report = dict[str, Any]
 def main(argv: list[str]) -> int:
     """Print the report. DataError (exit 65): a run could not use the data."""
     parser = Parser("prepare", *CONFIGURATION, "--json")
+    parser.epilog = "bundle=DIR: into a folder from which a machine without network runs"
     args = parser.read(argv)
-    config = composition.compose(args.overrides, args.config_dir, args.plugin)
+    words = [w for w in args.overrides if not w.startswith("bundle=")]
+    named = [w.partition("=")[2] for w in args.overrides if w not in words]
+    config = composition.compose(words, args.config_dir, args.plugin)
     with signals.listening():
-        report = examine(config)
+        if named:
+            given = [w for w in argv if w not in ("--json", f"bundle={named[-1]}")]
+            report = bundle.make(config, given, Path(named[-1]).expanduser())
+        else:
+            report = examine(config)
     return print_report(report, args.json, render)
 
 
