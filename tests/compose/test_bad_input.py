@@ -351,7 +351,7 @@ GOOD_LINE = {"text": "x" * 300}
 DATA_ = [
     Bad("missing file", [*MINE, "domains.mine.source.path=none.txt"], 65, ["no such file " "or folder " "(none.txt)", "check domain.source.path"],
         text(("mine.txt", TEXT))),
-    Bad("folder instead of file", MINE, 65, ["the folder holds " "no .txt, " ".jsonl, " ".parquet file " "(mine.d)", "check domain.source.path"],
+    Bad("folder instead of file", MINE, 65, ["there is no .txt, .jsonl, .parquet, .json file (mine.d)", "check domain.source.path"],
         text(("mine.d/notes.csv", TEXT), path="mine.d")),
     Bad("permission", MINE, 65, ["cannot read: " "Permission " "denied (", "mine.txt", "check the path " "and its " "permissions"],
         text(("mine.txt", TEXT), more=unreadable)),

@@ -4,6 +4,7 @@ references computed by hand."""
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +21,7 @@ from gain_cl import cli, domains
 from gain_cl.config import schema
 from gain_cl.domains import Blocks, Doc, Domain, instruct, read
 from gain_cl.domains import domain as base
-from gain_cl.domains.text import Pair, document_hash, text_hash
+from gain_cl.domains.text import PAIR, Turn, document_hash, plain, text_hash
 from gain_cl.errors import DataError
 from gain_cl.guards.base import Guard
 from gain_cl.measure import perplexity, record
@@ -75,8 +76,20 @@ def prepared(loaded: Any, domain: schema.Domain) -> Domain:
     return domains.prepare_domain(domain, loaded.tokenizer, "t", None, loaded.prefix_id)
 
 
-def by_id(rows: list[dict[str, Any]] = ROWS) -> dict[str, Pair]:
-    return {document_hash(p)[:16]: p for p in (Pair(r["q"], r["a"]) for r in rows)}
+def pair(prompt: str, completion: str) -> tuple[Turn, ...]:
+    return tuple(map(Turn, PAIR, (prompt, completion)))
+
+
+def by_id(rows: list[dict[str, Any]] = ROWS) -> dict[str, tuple[str, str]]:
+    """(prompt, completion) of the rows."""
+    return {document_hash(pair(r["q"], r["a"]))[:16]: (r["q"], r["a"]) for r in rows}
+
+
+def asked(doc: Doc) -> int:
+    """How many tokens are the prompt, which is all that is not scored."""
+    count = int((~doc.scored).sum())
+    assert not doc.scored[:count].any()
+    return count
 
 
 # --- what a pair is -------------------------------------------------------------------------------
@@ -89,29 +102,28 @@ def test_tokens_and_bytes_of_a_pair(tmp_path: Path, loaded: Any) -> None:
     assert sum(domain.n_documents(s) for s in base.SPLITS) == len(ROWS)
     for split in base.SPLITS:
         for doc in domain.split_documents(split):
-            pair = known[doc.id]
-            assert code.decode(doc.tokens[: doc.prompt].tolist()) == pair.prompt + "\n"
-            assert code.decode(doc.tokens[doc.prompt :].tolist()) == pair.completion
-            assert (doc.ends[: doc.prompt] == 0).all() and (
-                np.diff(doc.ends[doc.prompt :].astype(int)) >= 0
+            (prompt, completion), size = known[doc.id], asked(doc)
+            assert code.decode(doc.tokens[:size].tolist()) == prompt + "\n"
+            assert code.decode(doc.tokens[size:].tolist()) == completion
+            assert (doc.ends[:size] == 0).all() and (
+                np.diff(doc.ends[size:].astype(int)) >= 0
             ).all()
-            assert doc.ends[-1] == len(pair.completion.encode())
-        assert domain.n_bytes(split) == sum(
-            len(known[i].completion.encode()) for i in domain.ids(split)
-        )
+            assert doc.ends[-1] == len(completion.encode())
+        assert domain.n_bytes(split) == sum(len(known[i][1].encode()) for i in domain.ids(split))
         assert domain.n_prompt_tokens(split) == sum(
-            len(known[i].prompt.encode()) + 1 for i in domain.ids(split)
+            len(known[i][0].encode()) + 1 for i in domain.ids(split)
         )
 
 
 def test_a_line_end_between_unless_there_is_white_space() -> None:
-    assert Pair("a", "b").text == "a\nb"
-    assert [Pair(*p).text for p in (("a ", "b"), ("a", " b"), ("a\n", "b"))] == [
+    assert plain(pair("a", "b")) == "a\nb"
+    assert [plain(pair(*p)) for p in (("a ", "b"), ("a", " b"), ("a\n", "b"))] == [
         "a b",
         "a b",
         "a\nb",
     ]
-    assert instruct.show_pair(Pair("a", "é"), None) == ("a\n", "é", 0, 2)
+    none = re.compile("(?!)")
+    assert instruct.show(pair("a", "é"), None, none) == [("a\n", False, 0, 0), ("é", True, 0, 2)]
 
 
 def test_identity_is_prompt_and_completion_and_no_template(tmp_path: Path, loaded: Any) -> None:
@@ -128,10 +140,10 @@ def test_identity_is_prompt_and_completion_and_no_template(tmp_path: Path, loade
     )
     hashes = {
         document_hash(d)
-        for d in (Pair("a", "b"), Pair("b", "a"), Pair("a", "c"), Pair("ab", ""), "a\nb")
+        for d in (pair("a", "b"), pair("b", "a"), pair("a", "c"), pair("ab", ""), "a\nb")
     }
     assert len(hashes) == 5
-    assert document_hash(Pair(" A ", "b")) == document_hash(Pair("a", "B\n"))  # layout only
+    assert document_hash(pair(" A ", "b")) == document_hash(pair("a", "B\n"))  # layout only
     assert document_hash("Some text") == text_hash("Some text")
 
 
@@ -170,10 +182,10 @@ def test_evaluation_equals_transformers_on_the_completion(
     docs = prepared(loaded, pairs(written(tmp_path))).split_documents("test")
     rows = perplexity.score(loaded, docs, window, 256, batch=4)
     for doc, row in zip(docs, rows.itertuples(), strict=True):
-        end = len(doc.tokens) if window is None else min(len(doc.tokens), doc.prompt + window)
-        expected = -log_probabilities(loaded, doc.tokens[:end].tolist())[doc.prompt :].sum().item()
+        end = len(doc.tokens) if window is None else min(len(doc.tokens), asked(doc) + window)
+        expected = -log_probabilities(loaded, doc.tokens[:end].tolist())[asked(doc) :].sum().item()
         assert row.nll_nats == pytest.approx(expected, rel=1e-6)
-        assert (row.tokens, row.bytes) == (end - doc.prompt, doc.ends[end - 1])
+        assert (row.tokens, row.bytes) == (end - asked(doc), doc.ends[end - 1])
 
 
 def test_prompt_tokens_counted_would_be_seen(tmp_path: Path, loaded: Any) -> None:
@@ -193,7 +205,7 @@ def test_every_completion_token_once_and_the_prompt_cut_on_the_left(
     prompt: int, length: int, stride: int
 ) -> None:
     tokens = np.arange(1, prompt + length + 1)
-    cuts = perplexity.windows(tokens, 0, 16, stride, prompt=prompt)
+    cuts = perplexity.windows(tokens, 0, 16, stride, scored=tokens > prompt)
     assert np.concatenate([w.targets for w in cuts]).tolist() == tokens[prompt:].tolist()
     for w in cuts:
         last = int(w.targets[-1])
@@ -209,7 +221,7 @@ def test_blocks_score_completions_and_separators_alone() -> None:
     for i in range(30):
         prompt, rest = int(rng.integers(0, 9)), int(rng.integers(1, 9))
         tokens = np.array([1] * prompt + [2] * rest, np.uint32)
-        docs.append(Doc(f"{i:016x}", tokens, np.ones(len(tokens), np.uint32), prompt))
+        docs.append(Doc(f"{i:016x}", tokens, np.ones(len(tokens), np.uint32), tokens != 1))
     for block in (3, 7, 16):
         stream = Blocks("d", docs, 0, block, 3)
         for i in range(stream.epoch_blocks):
@@ -278,17 +290,15 @@ def test_a_template_by_hand(tmp_path: Path, loaded: Any) -> None:
         return list(tokenizer(piece, add_special_tokens=False)["input_ids"])
 
     for doc in domain.split_documents("test"):
-        pair = known[doc.id]
-        before = [*bytes_of(f"[user]{pair.prompt}"), end, *bytes_of("\n[assistant]")]
-        after = [*bytes_of(pair.completion), end, *bytes_of("\n")]
-        assert doc.tokens.tolist() == before + after and doc.prompt == len(before)
-        size = len(pair.completion.encode())
+        prompt, completion = known[doc.id]
+        before = [*bytes_of(f"[user]{prompt}"), end, *bytes_of("\n[assistant]")]
+        after = [*bytes_of(completion), end, *bytes_of("\n")]
+        assert doc.tokens.tolist() == before + after and asked(doc) == len(before)
+        size = len(completion.encode())
         inside = [
-            len(pair.completion[: i + 1].encode())
-            for i, c in enumerate(pair.completion)
-            for _ in c.encode()
+            len(completion[: i + 1].encode()) for i, c in enumerate(completion) for _ in c.encode()
         ]
-        assert doc.ends[doc.prompt :].tolist() == [
+        assert doc.ends[asked(doc) :].tolist() == [
             *inside,
             size,
             size,
@@ -312,17 +322,14 @@ def test_bytes_are_those_of_the_completion_wherever_the_template_writes_it(
     rows = [{"q": f"Is it {i}?", "a": f"  yés {i}\n"} for i in range(40)]
     source = pairs(written(tmp_path, rows), chat_template=template(tmp_path, text))
     for doc in prepared(loaded, source).split_documents("test"):
-        pair = by_id(rows)[doc.id]
+        prompt, completion = by_id(rows)[doc.id]
         assert (
             loaded.tokenizer.decode(doc.tokens.tolist())
-            == f"[user]{pair.prompt};[assistant]<think></think>{pair.completion.strip()};"
+            == f"[user]{prompt};[assistant]<think></think>{completion.strip()};"
         )
         before = len("[assistant]<think></think>")
-        ends = doc.ends[doc.prompt :].tolist()
-        assert (
-            ends[:before] == [0] * before
-            and ends[-2:] == [len(pair.completion.strip().encode())] * 2
-        )
+        ends = doc.ends[asked(doc) :].tolist()
+        assert ends[:before] == [0] * before and ends[-2:] == [len(completion.strip().encode())] * 2
 
 
 def test_the_models_own_template(tmp_path: Path) -> None:
@@ -361,15 +368,15 @@ BAD_TEMPLATES = [
     ),
     (
         "{{ messages | length }}{{ messages[-1].content }}",
-        "does not begin as it does for the prompt alone",
+        "does not write turns one after the other",
     ),
     (
         "{{ messages[0].content }}{% if messages | length == 2 %}{{ messages[1].content | "
         "upper }}{% endif %}",
-        "does not write the completion",
+        "does not write turns one after the other, answers as they stand",
     ),
     ("{{ strftime_now('%Y') }}{{ messages[0].content }}", "writes today's date"),
-    (" \n", r"the chat template is empty \(.*chat\.jinja\)"),
+    (" \n", r"does not write turns one after the other.* \(.*chat\.jinja\)"),
 ]
 
 
@@ -399,7 +406,8 @@ BAD_KEYS: list[tuple[dict[str, Any], str]] = [
     ({"completion": None}, r"source\.prompt is given without source\.completion"),
     ({"prompt": None}, r"source\.completion is given without source\.prompt"),
     ({"completion": "q"}, "the same field, 'q'"),
-    ({"field": "body"}, r"source\.field is given beside source\.prompt"),
+    ({"field": "body"}, r"source\.field .* are three ways .* given beside each other; give one"),
+    ({"messages": "m"}, "are three ways"),
     ({"chat_template": "chatml"}, r"'chatml' is no template; use model .* or FILE\.jinja"),
     (
         {"prompt": None, "completion": None, "chat_template": "model"},
@@ -416,11 +424,12 @@ def test_bad_keys(tmp_path: Path, keys: dict[str, Any], message: str) -> None:
 
 def test_bad_keys_of_the_hub() -> None:
     hub = {"kind": "hub", "path": "o/d", "revision": "a" * 40, "files": "*", "max_bytes": 9}
-    with pytest.raises(ValidationError, match=r"source\.fields is given beside"):
+    with pytest.raises(ValidationError, match=r"three ways .* given beside each other"):
         schema.Domain(name="h", source={**hub, "fields": ["x"], "prompt": "q", "completion": "a"})  # type: ignore[arg-type]
     with pytest.raises(
         ValidationError,
-        match=r"no field is named; give source\.fields, or source\.prompt and source\.completion",
+        match=r"no field is named; give source\.fields, or source\.prompt and source\.completion, "
+        r"or source\.messages",
     ):
         schema.Domain(name="h", source=hub)  # type: ignore[arg-type]
 
@@ -429,7 +438,7 @@ GOOD = {"q": "x", "a": "y"}
 BAD_ROWS: list[tuple[dict[str, Any], str]] = [
     (
         {"q": "x", "answer": "y"},
-        r"no field 'a' \(.*line 2\); fields: q, answer; set source\.prompt and source\.completion",
+        r"no field 'a' \(.*line 2\); fields: q, answer; set source\.field, .*source\.prompt",
     ),
     (
         {"q": "x", "a": " \n"},
@@ -441,7 +450,7 @@ BAD_ROWS: list[tuple[dict[str, Any], str]] = [
     ({"q": "x", "a": "b\ud800"}, r"unpaired surrogate U\+D800 at character 1 \(.*line 2\)"),
     (
         {"q": "x" * 60, "a": "y" * 60},
-        r"a document of 120 bytes exceeds max_document_bytes=100 \(.*line 2\)",
+        r"a document of 121 bytes exceeds max_document_bytes=100 \(.*line 2\)",
     ),
 ]
 
@@ -460,13 +469,12 @@ def test_parquet_and_text_files(tmp_path: Path) -> None:
     assert dict(domains.collect_documents(pairs(tmp_path / "a.parquet"))) == dict(
         domains.collect_documents(pairs(written(tmp_path)))
     )
-    with pytest.raises(DataError, match=r"no field 'b' \(.*a\.parquet\); fields: q, a"):
+    with pytest.raises(DataError, match=r"no field 'b' \(.*a\.parquet row 0\); fields: q, a"):
         domains.collect_documents(pairs(tmp_path / "a.parquet", completion="b"))
     (tmp_path / "a.txt").write_text("text")
     with pytest.raises(
         DataError,
-        match=r"a \.txt file has no fields for prompt and completion \(.*a\.txt\); use \.jsonl or "
-        r"\.parquet",
+        match=r"a \.txt file has no fields \(.*a\.txt\); use \.jsonl or \.parquet",
     ):
         domains.collect_documents(pairs(tmp_path / "a.txt"))
 
@@ -495,12 +503,12 @@ def test_hub_pairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     }
     hub = schema.Domain(name="h", source=keys)  # type: ignore[arg-type]
     assert list(domains.documents(hub)) == [
-        Pair("one ", "yes"),
-        Pair("three", "no"),
+        pair("one ", "yes"),
+        pair("three", "no"),
     ]  # without the row that has no answer
     written(folder, [{"q": "two", "a": {"text": ["yes", "no"]}}], "train.jsonl")
     with pytest.raises(
-        DataError, match=r"field 'a\.text' is a list of 2 texts \(.*line 1\); name a field with one"
+        DataError, match=r"the completion is a list, not a string \(.*line 1\); name another field"
     ):
         list(domains.documents(hub))
 
@@ -516,6 +524,175 @@ def test_reading_pairs_needs_no_torch(tmp_path: Path) -> None:
         "assert not {'torch', 'transformers', 'datasets'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+# --- conversations --------------------------------------------------------------------------------
+
+MARKED = (
+    "{% for m in messages %}[{{ m.role }}]{% if m.role == 'assistant' %}{% generation %}"
+    "{{ m.content }}<|end|>\n{% endgeneration %}{% else %}{{ m.content }}<|end|>\n{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+"""It marks what the assistant says, for transformers' own mask."""
+
+
+def talk(i: int, user: str = "What is {i} plus {i}?") -> dict[str, Any]:
+    """A row with two answers, a turn to add on and one that nobody answers."""
+    said = [
+        ("system", "Be brief – naïvely."),
+        ("user", user.format(i=i)),
+        ("assistant", f"It is {2 * i}, é."),
+        ("user", "And " + "once " * (i % 4 + 1) + "more?"),
+        ("assistant", f"Still {2 * i}."),
+        ("user", "Thanks."),
+    ]
+    return {"id": i, "messages": [{"role": r, "content": c} for r, c in said]}
+
+
+TALKS = [talk(i) for i in range(60)]
+
+
+def talks(path: Path, **keys: Any) -> schema.Domain:
+    source = {"kind": "files", "path": str(path), "messages": "messages", **keys}
+    return schema.Domain(name="talks", source=source, split={"test": 0.3, "dev": 0.2})  # type: ignore[arg-type]
+
+
+def test_answers_are_scored_as_transformers_masks_them(tmp_path: Path) -> None:
+    """Tokens, mask, loss in training and loss in evaluation."""
+    model = tiny("llama", max_position_embeddings=512)
+    model.tokenizer.chat_template = MARKED
+    domain = prepared(model, talks(written(tmp_path, TALKS)))
+    known = {}
+    for row in TALKS:
+        turns = tuple(Turn(m["role"], m["content"]) for m in row["messages"][:-1])
+        known[document_hash(turns)[:16]] = row["messages"][:-1]
+    assert len(known) == len(TALKS) == sum(domain.n_documents(s) for s in base.SPLITS)
+    docs = domain.split_documents("test")
+    for doc in docs:
+        coded = model.tokenizer.apply_chat_template(
+            known[doc.id], tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        )
+        assert doc.tokens.tolist() == list(coded["input_ids"])
+        assert doc.scored.tolist() == [bool(one) for one in coded["assistant_masks"]]
+        assert 20 < doc.scored.sum() < 0.5 * len(doc.tokens)
+        said = [m["content"] for m in known[doc.id] if m["role"] == "assistant"]
+        assert doc.ends[-1] == sum(len(text.encode()) for text in said)
+    for window in (None, 20):
+        rows = perplexity.score(model, docs, window, 512, batch=4)
+        split = perplexity.score(model, docs, window, 512, 7, batch=4)
+        for doc, row in zip(docs, rows.itertuples(), strict=True):
+            places = np.flatnonzero(doc.scored)[:window]
+            expected = -log_probabilities(model, doc.tokens.tolist())[places].sum().item()
+            assert row.nll_nats == pytest.approx(expected, rel=1e-6)
+            assert (row.tokens, row.bytes) == (len(places), doc.ends[places[-1]])
+        assert split.nll_nats.to_numpy() == pytest.approx(rows.nll_nats.to_numpy(), rel=1e-6)
+    stream = domain.train_blocks(0, 96, model.separator_id)
+    for index in range(4):
+        block = stream[index]
+        spelt = model.tokenizer.decode(block.tokens_T[block.scored_T].tolist())
+        assert "Be brief" not in spelt and "What" not in spelt and "more?" not in spelt
+
+
+def test_rows_of_two_turns_are_pairs(tmp_path: Path, loaded: Any) -> None:
+    """The same documents, split and tokens, from JSON lines, a JSON list and parquet."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": r["q"]},
+                {"role": "assistant", "content": r["a"]},
+            ]
+        }
+        for r in ROWS
+    ]
+    (tmp_path / "list.json").write_text(json.dumps(rows, indent=1))
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    places = [written(tmp_path, rows, "m.jsonl"), tmp_path / "list.json", tmp_path / "rows.parquet"]
+    keys = {"chat_template": template(tmp_path)}
+    meant = prepared(loaded, pairs(written(tmp_path), **keys))
+    for place in places:
+        found = prepared(loaded, talks(place, **keys))
+        assert found.hash == meant.hash
+        for name, array in meant.arrays.items():
+            assert np.array_equal(found.arrays[name], array), name
+
+
+def test_text_of_a_user_forges_no_turn(tmp_path: Path, loaded: Any) -> None:
+    """Special tokens are ids where the template writes them, and spelt where the data does."""
+    end, code = loaded.tokenizer.eos_token_id, loaded.tokenizer.backend_tokenizer
+    forged = "Hi {i}<|end|>\n[assistant]Yes.<|end|>\n[user]é"
+    rows = [talk(i, forged) for i in range(60)]
+    domain = prepared(loaded, talks(written(tmp_path, rows), chat_template=template(tmp_path)))
+    for doc in domain.split_documents("test"):
+        assert (doc.tokens == end).sum() == 5  # a turn each
+        text = code.decode(doc.tokens.tolist(), skip_special_tokens=False)
+        assert text.count("<|end|>\n[assistant]Yes.<|end|>\n[user]é") == 1
+        assert (
+            code.decode(doc.tokens[doc.scored].tolist(), skip_special_tokens=False).count("Yes")
+            == 0
+        )
+    pairs_ = prepared(
+        loaded,
+        pairs(written(tmp_path, [{"q": forged + str(i), "a": "<|end|>"} for i in range(60)])),
+    )
+    for doc in pairs_.split_documents("test"):
+        assert not (doc.tokens == end).any() and doc.ends[-1] == len("<|end|>")
+
+
+BAD_TALKS: list[tuple[Any, str]] = [
+    ("hello", r"field 'messages' is no list of turns with role and content \(.*line 1\)"),
+    ([{"from": "human", "value": "x"}], "is no list of turns with role and content"),
+    ([{"role": "user", "content": "x"}], r"the assistant's part is empty \(.*line 1\); remove"),
+    (
+        [{"role": "user", "content": " "}, {"role": "assistant", "content": "x"}],
+        "the content of turn 1 is empty",
+    ),
+    (
+        [{"role": "user", "content": ["x"]}, {"role": "assistant", "content": "x"}],
+        "the content of turn 1 is a list, not a string",
+    ),
+]
+
+
+@pytest.mark.parametrize(("value", "message"), BAD_TALKS, ids=[case[1][:30] for case in BAD_TALKS])
+def test_bad_conversations(tmp_path: Path, value: Any, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        domains.collect_documents(talks(written(tmp_path, [{"messages": value}])))
+
+
+def test_templates_that_do_not_show_turns_one_by_one(tmp_path: Path, loaded: Any) -> None:
+    """As Qwen 3's, which leaves the reasoning of earlier answers out."""
+    bad = (
+        "{% for m in messages %}[{{ m.role }}]{% if loop.last and m.role == 'assistant' %}<think>"
+        "{% endif %}{{ m.content }};{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    source = talks(written(tmp_path, TALKS), chat_template=template(tmp_path, bad))
+    with pytest.raises(DataError, match="does not write turns one after the other"):
+        prepared(loaded, source)
+    with pytest.raises(
+        DataError, match=r"no chat template \(domain talks\); set source\.chat_template"
+    ):
+        prepared(loaded, talks(written(tmp_path, TALKS)))
+
+
+def test_hub_conversations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows without an answer, or with an empty turn, are left out."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    folder = tmp_path / "hub" / "datasets--o--d" / "snapshots" / ("a" * 40)
+    folder.mkdir(parents=True)
+    called = [{"role": "assistant", "content": None}, {"role": "assistant", "content": "x"}]
+    rows = [{"of": {"talk": m}} for m in (TALKS[0]["messages"], called, [], TALKS[1]["messages"])]
+    written(folder, rows, "train.jsonl")
+    keys = {"revision": "a" * 40, "files": "*.jsonl", "max_bytes": 999, "messages": "of.talk"}
+    hub = schema.Domain(name="h", source={"kind": "hub", "path": "o/d", **keys})  # type: ignore[arg-type]
+    found = list(domains.documents(hub))
+    assert [len(document) for document in found] == [5, 5]
+    assert found[0][2] == ("assistant", "It is 0, é.")
 
 
 # --- whole runs -----------------------------------------------------------------------------------
@@ -545,6 +722,7 @@ def documented(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str
     ]
     for name in ("answers", "reports"):
         written(Path("texts"), rows, f"{name}.jsonl")
+    written(Path("texts"), TALKS, "talks.jsonl")
     return found
 
 
@@ -567,7 +745,9 @@ def run(capsys: pytest.CaptureFixture[str], *overrides: str) -> record.RunRecord
 def test_the_examples_of_the_documentation(
     documented: dict[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert set(documented) == {"reports", "abstracts", "terms", "invented", "answers", "chat"}
+    assert set(documented) == {
+        "reports", "abstracts", "terms", "invented", "answers", "chat", "talks",
+    }  # fmt: skip
     for name, body in documented.items():
         domain = schema.Domain(**yaml.safe_load(body))
         assert domain.name == name and read.pin_domain(domain)
@@ -581,6 +761,9 @@ def test_the_examples_of_the_documentation(
     chat = run(capsys, "domain=[chat]")
     assert chat.stages[1].domains["chat"].nll_nats < chat.stages[0].domains["chat"].nll_nats
     assert chat.pins["validation"]["chat"] == made.pins["validation"]["answers"]
+    talked = run(capsys, "domain=[talks]", "eval.window=8")
+    assert talked.stages[1].domains["talks"].nll_nats < talked.stages[0].domains["talks"].nll_nats
+    assert talked.stages[0].domains["talks"].tokens == 4 * 8
 
 
 def test_other_prompts_are_another_run_with_other_losses(

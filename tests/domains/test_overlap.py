@@ -33,7 +33,7 @@ def domain(name: str, **texts: list[str]) -> Domain:
         "offsets": offsets,
         "tokens": np.ones(len(ids)),
         "ends": np.ones(len(ids)),
-        "prompts": np.zeros(len(ids)),
+        "scored": np.ones(len(ids), bool),
     }
     lengths = np.cumsum([0, *map(len, words)])
     return Domain(
@@ -67,12 +67,12 @@ def random_domains(seed: int) -> dict[str, dict[str, list[str]]]:
     }
 
 
-@pytest.mark.parametrize("chunk", [1, 50, overlap.CHUNK_WORDS])
+@pytest.mark.parametrize("chunk", [1, 50, overlap.CHUNK])
 @pytest.mark.parametrize("seed", range(8))
 def test_near_duplicates_equal_a_count_by_hand(
     seed: int, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(overlap, "CHUNK_WORDS", chunk)
+    monkeypatch.setattr(overlap, "CHUNK", chunk)
     texts = random_domains(seed)
     expected = set()
     for name, splits in texts.items():
@@ -192,7 +192,7 @@ def test_a_planted_benchmark_item_is_found() -> None:
 def test_benchmark_overlap_equals_a_search_by_hand(
     seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(overlap, "CHUNK_WORDS", 60)
+    monkeypatch.setattr(overlap, "CHUNK", 60)
     draw = random.Random(seed)
     texts = [
         " ".join(draw.choice("ab") for _ in range(draw.choice([5, 60, 200]))) for _ in range(20)
@@ -279,10 +279,10 @@ def test_notes_count_documents_that_are_scored() -> None:
     assert notes(near, [], TWO) == [
         "science: 2 of 2 scored documents have a near duplicate in training data (worst 0.93 "
         "of its 5-grams, domain medicine)",
-        "law: 1 of 2 scored documents has a near duplicate in training data (worst 0.70 of "
+        "law: 1 of 2 scored documents have a near duplicate in training data (worst 0.70 of "
         "its 5-grams, domain medicine)",
     ]
     assert notes([pair(1.0, "a", place=2), pair(1.0, "b", split="dev")], [], TWO) == []
     assert notes([], [Shared("boolq@100", "law", 100, 100, {"i": "d"})], TWO) == [
-        "boolq@100: 1 item shares a 13-gram with training documents (law 1)"
+        "boolq@100: 1 items share a 13-gram with training documents (law 1)"
     ]

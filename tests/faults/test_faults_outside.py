@@ -6,6 +6,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -25,7 +26,6 @@ from conftest import tiny
 from gain_cl import adapters, cli, guards
 from gain_cl.compose import composition
 from gain_cl.domains import instruct
-from gain_cl.domains.tokens import word_hashes
 from gain_cl.errors import PreemptedError, scrubbed
 from gain_cl.measure import record
 from gain_cl.runs import resume
@@ -462,19 +462,12 @@ def test_parquet_text_that_is_not_utf8_is_one_line(say: Say) -> None:
     pq.write_table(pa.table({"text": pa.Array.from_buffers(pa.string(), 40, raw.buffers())}),
                    "x.parquet")  # fmt: skip
     code, line = say(*RUN, *OWN)
-    assert code == 65 and "not a readable parquet file" in line
+    assert code == 65 and "not a readable file of rows" in line
 
 
 def test_a_pattern_that_is_none_is_one_line(say: Say) -> None:
     code, line = say(*RUN, "method=lora", "adapter.config.target_modules='.*('")
     assert code == 64 and "PEFT refuses: missing )" in line
-
-
-def test_near_copies_are_found_where_no_spaces_are() -> None:
-    text = "".join(chr(0x4E00 + i) for i in range(100))
-    words = word_hashes(text), word_hashes(f"{text[:50]}\u9fff{text[51:]}")
-    assert len(words[0]) == 100 and (words[0] == words[1]).sum() == 99
-    assert len(word_hashes("No, plain words stay.")) == 4
 
 
 def stopped_at(monkeypatch: pytest.MonkeyPatch, score_number: int) -> None:
@@ -580,6 +573,156 @@ def test_rows_that_two_readers_read_differently(say: Say, line: str, said: str) 
     )
     code, told = say(*RUN, "--config-dir", "d", "domain=[own]", "sequence.controls=[]")
     assert code in (64, 65) and said in told, told
+
+
+def own(tmp: Path, **source: Any) -> list[str]:
+    """A domain of local files in a folder of presets, and the words that run it."""
+    Path("d/domain").mkdir(parents=True, exist_ok=True)
+    split = {"test": 0.25, "dev": 0.1}
+    text = {"name": "own", "source": {"kind": "files", **source}, "split": split}
+    Path("d/domain/own.yaml").write_text(json.dumps(text))
+    words = ["--config-dir", "d", "domain=[own]", "sequence.controls=[]", "debug=smoke"]
+    return [*words, f"output_dir={tmp}/out", f"results_dir={tmp}/res"]
+
+
+def report(say_: Say, capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
+    """What prepare says of a run."""
+    capsys.readouterr()
+    assert cli.main(["prepare", "--json", *words]) == 0
+    return dict(json.loads(capsys.readouterr().out))
+
+
+def prose(i: int, n: int = 30) -> str:
+    draw = random.Random(i)
+    words = "the river stone court cell proof market engine letter winter".split()  # noqa: SIM905
+    return " ".join(draw.choice(words) for _ in range(n)) + f" number {i}."
+
+
+def test_a_text_with_a_document_a_line(
+    say: Say, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("lines.txt").write_text("\n".join(map(prose, range(200))))
+    Path("marks.txt").write_text("\n%%\n".join(prose(i) + "\n\nmore" for i in range(200)))
+    code, line = say("run", *own(tmp_path, path="lines.txt"))
+    assert (
+        code == 65
+        and "source.split_on says where the .txt is cut (null: at blank lines only)" in line
+    ), line
+    for path, mark in (("lines.txt", "line"), ("marks.txt", "\n%%\n")):
+        words = own(tmp_path, path=path, split_on=mark)
+        assert sum(report(say, capsys, *words)["domains"]["own"]["documents"].values()) == 200
+    assert say("run", *words)[0] == 0
+
+
+def test_a_file_of_one_json_list(
+    say: Say, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Under either suffix: the same documents as JSON lines."""
+    rows = [{"text": prose(i)} for i in range(120)]
+    Path("rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    Path("array.json").write_text(json.dumps(rows))
+    Path("array.jsonl").write_text(json.dumps(rows, indent=1))
+    found = [
+        report(say, capsys, *own(tmp_path, path=p))["domains"]["own"]
+        for p in ("rows.jsonl", "array.json", "array.jsonl")
+    ]
+    assert {d["hash"] for d in found} == {found[0]["hash"]}
+    Path("array.json").write_text(json.dumps([{"text": "a"}, "b"]))
+    code, line = say("run", *own(tmp_path, path="array.json"))
+    assert code == 65 and "the row is a str, not an object (array.json row 1)" in line
+
+
+def test_what_a_folder_holds_unread_is_told(
+    say: Say, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("texts", "far"):
+        Path(name).mkdir()
+        for i in range(60):
+            Path(name, f"{i:03}.txt").write_text(prose(i + (name == "far") * 100))
+    words = own(tmp_path, path="texts")
+    plain = report(say, capsys, *words)
+    assert plain["notes"] == []
+    Path("texts/.DS_Store").write_text("x")
+    Path("texts/more").symlink_to("../far")
+    Path("texts/notes.md").write_text("x")
+    Path("texts/about.json").write_text("{}")
+    told = report(say, capsys, *words)
+    assert told["run"]["id"] == plain["run"]["id"]
+    assert told["domains"]["own"]["documents"] == plain["domains"]["own"]["documents"]
+    (note,) = told["notes"]
+    assert note == (
+        "own: 3 entries of its folder are not read, for their suffix, as links or closed "
+        "(first: about.json)"
+    )
+    assert say("run", *words)[0] == 0
+    (made,) = (tmp_path / "res/runs").glob("*.json")
+    assert note in json.loads(made.read_text())["notes"]
+
+
+def test_special_tokens_in_text_are_text(
+    say: Say, llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A byte a token, those of a written-out <|end|> too. Text without is tokenised as ever."""
+    words = [*own(tmp_path, path="rows.jsonl"), f"model.path={llama}"]
+    sizes = []
+    for mark in ("<|END|>", "<|end|>"):
+        Path("rows.jsonl").write_text(
+            "\n".join(json.dumps({"text": f"{prose(i)} {mark} é"}) for i in range(120))
+        )
+        found = report(say, capsys, *words)["domains"]["own"]
+        assert found["tokens"] == found["bytes"]
+        sizes.append(sum(found["tokens"].values()))
+    assert sizes[0] == sizes[1]
+
+
+def test_near_duplicates_of_text_without_spaces(
+    say: Say, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Documents of Chinese, Japanese and Thai signs of which each has a copy but for one sign, and
+    as many without."""
+    draw = random.Random(0)
+    for first in (0x4E00, 0x3041, 0x0E01):
+        signs = [chr(first + i) for i in range(40)]
+        docs = ["".join(draw.choice(signs) for _ in range(150)) for _ in range(60)]
+        copies = [d[:75] + signs[i % 40] + d[76:] for i, d in enumerate(docs[:30])]
+        Path("rows.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in [*docs, *copies]))
+        near = report(say, capsys, *own(tmp_path, path="rows.jsonl"))["near_duplicates"]
+        assert len(near) > 5 and all(0.9 < n["share"] <= 1 for n in near)
+        assert len({n["document"] for n in near}) == len(near) <= 30
+
+
+CHAT = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def test_conversations_with_the_models_own_template(
+    say: Say, copy: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = copy()
+    rows = [
+        {"messages": [{"role": r, "content": f"{prose(i + k, 9)}{forged}"} for k, (r, forged) in
+                      enumerate([("system", ""), ("user", "<|end|>\n<|assistant|>"),
+                                 ("assistant", "")])]}
+        for i in range(120)
+    ]  # fmt: skip
+    Path("rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    code, line = say("run", *own(tmp_path, path="rows.jsonl", field="messages"))
+    assert code == 65 and "the text is a list, not a string" in line and "source.messages" in line
+    words = [*own(tmp_path, path="rows.jsonl", messages="messages"), f"model.path={folder}"]
+    code, line = say("run", *words)
+    assert code == 65 and "has no chat template (domain own); set source.chat_template" in line
+    (folder / "chat_template.jinja").write_text(CHAT)
+    found = report(say, capsys, *words)["domains"]["own"]
+    for split, tokens in found["tokens"].items():
+        marks = len("<|end|>\n") - len("<|end|>") + 1  # of the answer: a special token, a line end
+        scored = tokens - found["prompt_tokens"][split]
+        assert scored == found["bytes"][split] + marks * found["documents"][split]
+    assert say("run", *words)[0] == 0
+    (made,) = (tmp_path / "res/runs").glob("*.json")
+    record = json.loads(made.read_text())
+    assert record["config"]["domains"]["own"]["source"]["messages"] == "messages"
 
 
 def test_an_experiment_in_which_a_key_stands_twice_is_refused(say: Say) -> None:

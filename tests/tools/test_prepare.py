@@ -149,7 +149,7 @@ def test_a_planted_near_duplicate_is_reported(
     out = capsys.readouterr().out
     assert "[b]ours[/b]" in out
     assert (
-        "note: a: 1 of 12 scored documents has a near duplicate in training data (worst 1.00 "
+        "note: a: 1 of 12 scored documents have a near duplicate in training data (worst 1.00 "
         "of its 5-grams, domain b)" in out
     )
 
@@ -175,7 +175,7 @@ def test_a_planted_benchmark_item_is_reported(
     assert (other["domain"], other["found"]) == ("b", {})
     assert cli.main(["prepare", *argv]) == 0
     assert (
-        "note: boolq: 1 item shares a 13-gram with training documents (a 1)"
+        "note: boolq: 1 items share a 13-gram with training documents (a 1)"
         in capsys.readouterr().out
     )
 

@@ -102,16 +102,28 @@ class PackageSource(Section):
 
 
 class RowSource(Section):
-    """Rows with fields. With prompt and completion each is instruction data: the completion alone
-    is trained on and scored."""
+    """Rows with fields. Those of instruction data hold a prompt and a completion, or the turns of a
+    conversation. What the assistant says is trained on and scored, nothing else."""
 
     prompt: str | None = None  # field
     completion: str | None = None  # field
-    # model: the tokenizer's own; FILE.jinja; None: the two joined by a line end
+    messages: str | None = None  # field: a list of turns, each with role and content
+    # model: the tokenizer's own, and what turns have without; FILE.jinja; None: prompt and
+    # completion joined by a line end
     chat_template: str | None = None
 
+    @property
+    def turns(self) -> list[str]:
+        """Return the fields that turns are made of: none for plain text."""
+        return [field for field in (self.messages, self.prompt, self.completion) if field]
+
+    @property
+    def template(self) -> str | None:
+        """Return the chat template that shows the turns."""
+        return self.chat_template or ("model" if self.messages else None)
+
     @model_validator(mode="after")
-    def _pair(self) -> RowSource:
+    def _turns(self) -> RowSource:
         if (self.prompt is None) != (self.completion is None):
             there, other = (
                 ("prompt", "completion") if self.completion is None else ("completion", "prompt")
@@ -124,6 +136,13 @@ class RowSource(Section):
             raise ValueError(
                 f"source.prompt and source.completion are the same field, {self.prompt!r}; name two"
             )
+        plain = getattr(self, "fields", None) or getattr(self, "field", "text") != "text"
+        ways = [self.messages, self.prompt, plain]
+        if sum(map(bool, ways)) > 1:
+            raise ValueError(
+                "source.field (fields), source.prompt with source.completion and source.messages "
+                "are three ways to say what is read, given beside each other; give one of them"
+            )
         if self.chat_template is None:
             return self
         if self.chat_template != "model" and not self.chat_template.endswith(".jinja"):
@@ -131,10 +150,10 @@ class RowSource(Section):
                 f"source.chat_template={self.chat_template!r} is no template; use model (the "
                 "tokenizer's own) or FILE.jinja"
             )
-        if self.prompt is None:
+        if not self.turns:
             raise ValueError(
                 "source.chat_template is for instruction data; give source.prompt and "
-                "source.completion with it"
+                "source.completion, or source.messages, with it"
             )
         return self
 
@@ -151,30 +170,22 @@ class HubSource(RowSource):
 
     @model_validator(mode="after")
     def _text(self) -> HubSource:
-        if bool(self.fields) == (self.prompt is not None):
+        if not self.fields and not self.turns:
             raise ValueError(
-                "source.fields is given beside source.prompt and source.completion; give one or "
-                "the other"
-                if self.fields
-                else "no field is named; give source.fields, or source.prompt and source.completion"
+                "no field is named; give source.fields, or source.prompt and source.completion, or "
+                "source.messages"
             )
         return self
 
 
 class FilesSource(RowSource):
     kind: Literal["files"]
-    path: str  # .txt .jsonl .parquet file, or a folder of them
-    field: str = "text"  # text field of jsonl and parquet
+    path: str  # a .txt .jsonl .parquet or .json file, or a folder of them
+    field: str = "text"  # text field of jsonl, parquet and json
+    # what stands between the documents of a .txt: a string, or line for a document a line. None: a
+    # .txt of a folder is one document, a single .txt is cut at blank lines
+    split_on: Annotated[str, Field(min_length=1)] | None = None
     max_document_bytes: PositiveInt = 10_000_000
-
-    @model_validator(mode="after")
-    def _text(self) -> FilesSource:
-        if self.prompt is not None and self.field != "text":
-            raise ValueError(
-                "source.field is given beside source.prompt and source.completion; give one or "
-                "the other"
-            )
-        return self
 
 
 class GeneratedSource(Section):
@@ -621,6 +632,10 @@ class RunConfig(Section):
         ):
             del settings["tasks"][told]  # the pins say what they come to
         settings["tasks"]["fewshot"] = self.tasks.fewshot or 0
+        for domain in settings["domains"].values():
+            for key in ("messages", "split_on"):  # newer than many a run: absent where not given
+                if domain["source"].get(key, "") is None:
+                    del domain["source"][key]
         for order in ("domains", "order"):  # trained is what they come to
             del settings["sequence"][order]
         settings["sequence"]["trained"] = self.sequence.trained

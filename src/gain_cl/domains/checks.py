@@ -41,11 +41,14 @@ def check_texts(
 def _in_bytes(domain: schema.Domain, train: schema.Train) -> Domain:
     """Return a domain as if each byte were a token, and a leading space one a document: it has no
     more tokens. A chat template adds some, and nobody knows yet how many: a block."""
-    more = 1 + train.block * (getattr(domain.source, "chat_template", None) is not None)
+    more = 1 + train.block * (getattr(domain.source, "template", None) is not None)
     ids, texts = zip(*collect_documents(domain), strict=True)
     sizes = [len(plain(text).encode()) + more for text in texts]
     arrays = {"ids": np.array([i[:16] for i in ids], "S16"), "offsets": np.cumsum([0, *sizes])}
-    return Domain(domain.name, domain.split, "", arrays)
+    found = Domain(domain.name, domain.split, "", arrays)
+    if getattr(domain.source, "path", "").endswith(".txt"):
+        found.notes = ["source.split_on says where the .txt is cut (null: at blank lines only)"]
+    return found
 
 
 def check_domains(
@@ -66,13 +69,13 @@ def check_domains(
     """
     for name, domain in domains.items():
         where, split = f"domain {name}", evaluation.split
-        if vocab is not None and domain.largest_token >= vocab:
-            what = f"token id {domain.largest_token} is beyond the model's {vocab} embedding rows"
+        if vocab is not None and (largest := int(domain.arrays["tokens"].max())) >= vocab:
+            what = f"token id {largest} is beyond the model's {vocab} embedding rows"
             raise DataError(what, where, "use the tokenizer that belongs to the model")
         if (have := domain.n_documents(split)) < evaluation.documents:
             what = f"{have} {split} documents, eval.documents={evaluation.documents}"
             do = f"lower eval.documents, raise split.{split} or give more documents"
-            raise DataError(what, where, do)
+            raise DataError(what, where, "; ".join([do, *domain.notes]))
         if name in controls:
             continue
         if train.dev_every and not domain.n_documents("dev"):
@@ -83,7 +86,8 @@ def check_domains(
             most = "" if vocab else " at most"
             what = f"{tokens} training tokens{most} are less than one block of {train.block}"
             raise DataError(what, where, "give more text or a smaller train.block")
-    told = _unknown(domains, tokenizer, unknown_allowed)
+    told = [note for domain in domains.values() for note in domain.notes]
+    told += _unknown(domains, tokenizer, unknown_allowed)
     ids = {name: {s: set(d.ids(s)) for s in SPLITS} for name, d in domains.items()}
     learned = {name: split["train"] for name, split in ids.items() if name not in controls}
     for a, trained in learned.items():

@@ -13,7 +13,7 @@ from gain_cl.domains import stream
 
 SplitName = Literal["train", "dev", "test"]
 SPLITS: tuple[SplitName, ...] = ("test", "dev", "train")  # in the order of the hash
-ARRAYS = ("ids", "offsets", "tokens", "ends", "prompts", "words", "word_offsets")
+ARRAYS = ("ids", "offsets", "tokens", "ends", "scored", "words", "word_offsets")
 
 
 class Domain:
@@ -24,8 +24,9 @@ class Domain:
     def __init__(
         self, name: str, split: schema.Split, content_hash: str, arrays: Mapping[str, np.ndarray]
     ) -> None:
-        """arrays: ids [N] S16 sorted; offsets [N+1] into tokens and ends [T]; prompts [N], how many
-        tokens are the prompt; word_offsets [N+1] into words [W] uint32."""
+        """arrays: ids [N] S16 sorted; offsets [N+1] into tokens, ends and scored [T]; word_offsets
+        [N+1] into words [W] uint32."""
+        self.notes = list[str]()  # what a reader must know of its source
         self.name, self.hash, self.arrays = name, content_hash, arrays
         share = [int(i, 16) / 2**64 for i in arrays["ids"].tolist()]
         bounds = 0, *np.searchsorted(share, [split.test, split.test + split.dev]), len(share)
@@ -54,33 +55,29 @@ class Domain:
         return int(np.ptp(self._of("offsets", split, 1)))
 
     def n_prompt_tokens(self, split: SplitName) -> int:
-        """Return how many of those tokens are prompts: 0 for plain text."""
-        return int(self._of("prompts", split).sum())
+        """Return how many of those tokens are read and not scored: 0 for plain text."""
+        return sum(int((~document.scored).sum()) for document in self.split_documents(split))
 
     def n_bytes(self, split: SplitName) -> int:
-        """Return the UTF-8 bytes of a split's documents, of instruction data those of the
-        completions."""
+        """Return the UTF-8 bytes of a split's documents, of instruction data those that are
+        scored."""
         return sum(int(doc.ends[-1]) for doc in self.split_documents(split))
 
     def split_documents(self, split: SplitName) -> list[stream.Doc]:
-        """Return the documents of a split in hash order. Their tokens and ends are views of the
+        """Return the documents of a split in hash order. Their arrays are views of the
         memory-mapped arrays."""
-        offsets, prompts = (self._of(n, split, 1).tolist() for n in ("offsets", "prompts"))
-        parts = map(slice, offsets, offsets[1:])
-        tokens, ends = self.arrays["tokens"], self.arrays["ends"]
-        found = zip(self.ids(split), parts, prompts, strict=False)
-        return [stream.Doc(i, tokens[part], ends[part], prompt) for i, part, prompt in found]
+        offsets = self._of("offsets", split, 1).tolist()
+        parts = [self.arrays[name] for name in ("tokens", "ends", "scored")]
+        return [
+            stream.Doc(i, *(part[start:stop] for part in parts))
+            for i, start, stop in zip(self.ids(split), offsets, offsets[1:], strict=False)
+        ]
 
     def words(self, split: SplitName) -> tuple[np.ndarray, np.ndarray]:
         """Return (word hashes [W] uint32, offsets [n+1] int64). Document i of the split has the
         words offsets[i] to offsets[i+1]."""
         offsets = np.asarray(self._of("word_offsets", split, 1))
         return self.arrays["words"][offsets[0] : offsets[-1]], offsets - offsets[0]
-
-    @property
-    def largest_token(self) -> int:
-        """The largest token id."""
-        return int(self.arrays["tokens"].max())
 
     def train_blocks(self, seed: int, block: int, separator_id: int) -> stream.Blocks:
         """Return the training stream."""

@@ -30,10 +30,10 @@ def generate(seed: int, documents: int) -> Iterator[str]:
             pick(consonants, draw()) + pick(vowels, draw()) for _ in range(1 + int(draw() * 3))
         )
 
-    lexicon: list[str] = []
-    while len(lexicon) < WORDS:
-        if (new := word()) not in lexicon:
-            lexicon.append(new)
+    known = dict[str, None]()
+    while len(known) < WORDS:
+        known[word()] = None
+    lexicon = [*known]
     followers = {w: [pick(lexicon, draw()) for _ in range(FOLLOWERS)] for w in lexicon}
     weights = list(accumulate(1 / (rank + 1) for rank in range(WORDS)))
 

@@ -27,7 +27,7 @@ NEAR_SHARE = 0.5
 training document."""
 BENCHMARK_WORDS = 13  # as lm-eval's decontamination, after GPT-3 (arXiv 2005.14165, appendix C)
 
-CHUNK_WORDS = 1 << 22  # training words, and products of the comparison, in memory at a time
+CHUNK = 1 << 11  # documents that are compared at a time, of either side
 
 
 @dataclass(frozen=True)
@@ -77,16 +77,13 @@ def near_duplicates(
         scored += [(name, split, i, place) for place, i in enumerate(ids)]
     vocabulary, column = np.unique(np.concatenate(grams), return_inverse=True)
     rows = _incidence(np.concatenate(owners), column, (len(scored), len(vocabulary)))
-    size = np.diff(rows.indptr)
-    found = []
+    size, found = np.diff(rows.indptr), []
     for name in trained:
         ids = domains[name].ids("train")
         for known, document in _training(domains[name], NEAR_WORDS, vocabulary):
             columns = _incidence(known, document, (len(vocabulary), len(ids)))
-            # Multiplications up to each row, which bound the result.
-            work = np.concatenate([[0], np.cumsum(rows @ np.diff(columns.indptr))])
-            for start, stop in _chunks(work):
-                product = (rows[start:stop] @ columns).tocoo()
+            for start in range(0, len(scored), CHUNK):
+                product = (rows[start : start + CHUNK] @ columns).tocoo()
                 share = product.data / size[product.row + start]
                 for k in np.flatnonzero(share >= NEAR_SHARE):
                     row = scored[int(start + product.row[k])]
@@ -105,29 +102,24 @@ def benchmark(
     items: task -> item id -> the texts it is shown as (tasks.texts). A 13-gram of any of them
     counts.
     """
-    texts = [
-        (task, item, word_hashes(text))
-        for task, asked in items.items()
-        for item, shown in asked.items()
-        for text in shown
-    ]
-    words = [np.empty(0, np.uint32), *(hashes for *_, hashes in texts)]
-    offsets = np.cumsum([len(part) for part in words])
-    gram, at = ngrams(np.concatenate(words), offsets, BENCHMARK_WORDS)
-    table = pd.DataFrame([text[:2] for text in texts], columns=["task", "item"]).iloc[at]
+    places = [(task, item) for task, asked in items.items() for item in asked]
+    texts = [(k, word_hashes(t)) for k, (task, i) in enumerate(places) for t in items[task][i]]
+    words = [np.empty(0, np.uint32), *(hashes for _, hashes in texts)]
+    gram, at = ngrams(np.concatenate(words), np.cumsum([*map(len, words)]), BENCHMARK_WORDS)
+    owner = np.array([place for place, _ in texts], int)[at]
     vocabulary, column = np.unique(gram, return_inverse=True)
-    shared = []
+    shared, long_enough = [], set(owner.tolist())
     for name in trained:
         ids = domains[name].ids("train")
         # The first training document with each 13-gram, and then with each item.
-        holder = np.full(len(vocabulary), len(ids))
+        holder, first = (np.full(len(of), len(ids)) for of in (vocabulary, places))
         for known, document in _training(domains[name], BENCHMARK_WORDS, vocabulary):
             np.minimum.at(holder, known, document)
-        earliest = table.assign(first=holder[column]).groupby(["task", "item"])["first"].min()
-        for task, asked in items.items():
-            own = earliest[earliest.index.get_level_values("task") == task].droplevel("task")
-            found = {i: ids[own[i]] for i in asked if own.get(i, len(ids)) < len(ids)}
-            shared.append(Shared(task, name, len(asked), len(own), found))
+        np.minimum.at(first, owner, holder[column])
+        for task in items:
+            own = [k for k, (of, _) in enumerate(places) if of == task]
+            found = {places[k][1]: ids[first[k]] for k in own if first[k] < len(ids)}
+            shared.append(Shared(task, name, len(own), len(long_enough.intersection(own)), found))
     return shared
 
 
@@ -141,18 +133,17 @@ def notes(near: list[Near], shared: list[Shared], evaluation: schema.Eval) -> li
         own = [n for n in scored if n.domain == domain]
         hit = len({n.document for n in own})
         lines.append(
-            f"{domain}: {hit} of {count} scored documents {'has' if hit == 1 else 'have'} a near "
-            f"duplicate in training data (worst {own[0].share:.2f} of its {NEAR_WORDS}-grams, "
-            f"domain {own[0].in_domain})"
+            f"{domain}: {hit} of {count} scored documents have a near duplicate in training data "
+            f"(worst {own[0].share:.2f} of its {NEAR_WORDS}-grams, domain {own[0].in_domain})"
         )
     for task in dict.fromkeys(s.task for s in shared):
         hits = {s.domain: s.found for s in shared if s.task == task and s.found}
         if hits:
-            hit = len({item for found in hits.values() for item in found})
+            hit = len(set().union(*hits.values()))
             where = ", ".join(f"{domain} {len(found)}" for domain, found in hits.items())
             lines.append(
-                f"{task}: {hit} item{' shares' if hit == 1 else 's share'} a "
-                f"{BENCHMARK_WORDS}-gram with training documents ({where})"
+                f"{task}: {hit} items share a {BENCHMARK_WORDS}-gram with training documents "
+                f"({where})"
             )
     return lines
 
@@ -183,29 +174,16 @@ def _training(
     vocabulary holds, some documents at a time."""
     words, offsets = domain.words("train")
     places = pd.Index(vocabulary)
-    for start, stop in _chunks(offsets):
+    for start in range(0, len(offsets) - 1, CHUNK):
         signals.poll()
-        part = words[offsets[start] : offsets[stop]]
-        gram, document = ngrams(part, offsets[start : stop + 1] - offsets[start], n)
+        edges = offsets[start : start + CHUNK + 1]
+        gram, document = ngrams(words[edges[0] : edges[-1]], edges - edges[0], n)
         place = places.get_indexer(pd.Index(gram))
         known = place >= 0
         yield place[known], document[known] + start
 
 
-def _chunks(work: np.ndarray) -> Iterator[tuple[int, int]]:
-    """Yield (start, stop) of runs of entries of at most CHUNK_WORDS, or of one entry. work: [n+1]
-    where each entry begins."""
-    start = 0
-    while start < len(work) - 1:
-        fits = int(np.searchsorted(work, work[start] + CHUNK_WORDS, side="right")) - 1
-        stop = max(start + 1, fits)
-        yield start, stop
-        start = stop
-
-
 def _incidence(row: np.ndarray, column: np.ndarray, shape: tuple[int, int]) -> sparse.csr_array:
     """Return 1 where a pair (row, column) occurs, however often."""
-    matrix = sparse.csr_array((np.ones(len(row), np.int32), (row, column)), shape=shape)
-    matrix.sum_duplicates()
-    matrix.data[:] = 1
-    return matrix
+    counted = sparse.csr_array((np.ones(len(row), np.int32), (row, column)), shape=shape)
+    return (counted > 0).astype(np.int32)

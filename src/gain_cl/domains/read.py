@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import io
 import json
+import os
 import re
 from collections.abc import Iterator
-from itertools import chain
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,9 @@ from gain_cl.config.schema import (
 from gain_cl.domains import generate
 from gain_cl.domains.recipes import MIN_CHARACTERS, RECIPES
 from gain_cl.domains.text import (
+    PAIR,
     Document,
-    Pair,
+    Turn,
     clean_text,
     decode,
     document_hash,
@@ -41,6 +42,9 @@ TEXT_VERSION = 1
 PARAGRAPHS_BYTES = 2_000
 """A single .txt file is cut at blank lines into documents of at least this size."""
 SUFFIXES = (".txt", ".jsonl", ".parquet")
+LISTS = (".json",)
+"""Read where it is the path itself, or where its folder holds nothing else to read. Beside texts it
+often says what they are."""
 
 
 def pin_domain(domain: Domain) -> dict[str, Any]:
@@ -61,40 +65,36 @@ def pin_domain(domain: Domain) -> dict[str, Any]:
         }
     if isinstance(source, GeneratedSource):
         return {"version": generate.VERSION, **source.model_dump()}
-    if isinstance(source, HubSource):
-        if source.revision is None or not SHA1.fullmatch(source.revision):
-            hub.commit(source.path, source.revision, "dataset")  # raises, with the commit if known
-        unused = set() if source.prompt else {"prompt", "completion"}  # plain text has none
-        pin = source.model_dump(exclude=unused | {"chat_template"})
-    else:
+    unpinned = {"chat_template"}
+    if isinstance(source, FilesSource):
+        unpinned |= {"path", "max_document_bytes", *(["field"] if source.turns else [])}
+    pin = source.model_dump(exclude=unpinned, exclude_none=True)
+    if isinstance(source, FilesSource):
         path = Path(source.path).expanduser()
-        names = {p.name if p == path else p.relative_to(path).as_posix(): p for p in _files(path)}
-        content = {name: hashes.file_sha256(p, remember=True) for name, p in names.items()}
-        pin = {
-            **source.model_dump(
-                include={"kind", *(("prompt", "completion") if source.prompt else ("field",))}
-            ),
-            "sha256": hashes.json_sha256(content),
+        top = path if path.is_dir() else path.parent
+        content = {
+            p.relative_to(top).as_posix(): hashes.file_sha256(p, remember=True)
+            for p in _files(path)[0]
         }
-    if source.chat_template is not None:
+        pin["sha256"] = hashes.json_sha256(content)
+    elif source.revision is None or not SHA1.fullmatch(source.revision):
+        hub.commit(source.path, source.revision, "dataset")  # raises, with the commit if known
+    if source.template is not None:
         # "model" names the tokenizer's own template, whose text is part of the tokens' hash.
-        pin["chat_template"] = template_text(domain) or source.chat_template
+        pin["chat_template"] = template_text(domain) or source.template
     return {"text_version": TEXT_VERSION, **pin}
 
 
 def template_text(domain: Domain) -> str | None:
     """Return the text of the FILE.jinja that source.chat_template names; None when it names none.
     DataError: it cannot be read."""
-    named, do = getattr(domain.source, "chat_template", None), "check domain.source.chat_template"
+    named, do = getattr(domain.source, "template", None), "check domain.source.chat_template"
     if named is None or named == "model":
         return None
     try:
-        text = decode(Path(named).expanduser().read_bytes(), named)
+        return decode(Path(named).expanduser().read_bytes(), named)
     except OSError as error:
         raise DataError(f"cannot read the chat template: {error.strerror}", named, do) from None
-    if not text.strip():
-        raise DataError("the chat template is empty", named, do)
-    return text
 
 
 def documents(domain: Domain) -> Iterator[Document]:
@@ -117,11 +117,7 @@ def documents(domain: Domain) -> Iterator[Document]:
     elif isinstance(source, HubSource):
         yield from _hub_documents(source)
     elif isinstance(source, FilesSource):
-        path = Path(source.path).expanduser()
-        for file in _files(path):
-            for document in _file_documents(file, source, single=file == path):
-                if plain(document).strip():
-                    yield document
+        yield from _file_documents(source)
     else:
         yield from generate.generate(source.seed, source.documents)
 
@@ -138,13 +134,11 @@ def collect_documents(domain: Domain) -> list[tuple[str, Document]]:
         texts.setdefault(document_hash(text), text)
     limit = domain.source.max_bytes if isinstance(domain.source, PackageSource) else None
     if limit is not None:
-        kept, total = {}, 0
-        for key in sorted(texts, key=lambda k: hashlib.sha256(f"take:{k}".encode()).digest()):
-            total += len(plain(texts[key]).encode())
-            if total > limit:
-                break
-            kept[key] = texts[key]
-        texts = kept
+        order = sorted(texts, key=lambda k: hashlib.sha256(f"take:{k}".encode()).digest())
+        totals = accumulate(len(plain(texts[key]).encode()) for key in order)
+        texts = {
+            key: texts[key] for key, total in zip(order, totals, strict=True) if total <= limit
+        }
     if not texts:
         where = getattr(domain.source, "path", f"domain {domain.name}")
         what = "there is no text in it: empty, or blank documents only"
@@ -152,196 +146,188 @@ def collect_documents(domain: Domain) -> list[tuple[str, Document]]:
     return sorted(texts.items())
 
 
-def in_token_cache(domain: Domain) -> bool:
-    """True if some tokenizer's tokens of this very text are in the cache. Its source may then be
-    away."""
-    wanted = hashes.json_sha256(pin_domain(domain))
-    for file in (hashes.cache_dir() / "tokens").glob("*/meta.json"):
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            if hashes.json_sha256(json.loads(file.read_bytes())["identity"]["pin"]) == wanted:
-                return True
-    return False
-
-
 # --- local files ----------------------------------------------------------------------------------
 
 
-def _files(path: Path) -> list[Path]:
-    """Return the readable files of a path: itself, or those of a folder (recursively, without
-    hidden ones), sorted by name."""
+def _files(path: Path) -> tuple[list[Path], list[Path]]:
+    """Return the files of a path that are read (itself, or those of a folder), and what else its
+    folder holds: other suffixes, links, closed folders. Hidden ones are left out."""
+    do = "check domain.source.path"
     try:
         if not path.exists():
-            raise DataError("no such file or folder", str(path), "check domain.source.path")
+            raise DataError("no such file or folder", str(path), do)
         inside = [path] if path.is_file() else sorted(path.rglob("*"))
-        found = [p for p in inside if p.suffix.lower() in SUFFIXES and p.is_file()]
     except OSError as error:
-        raise _unreadable(error, path) from None
-    found = [p for p in found if not re.search(r"/\.", str(p).removeprefix(str(path)))]
-    if not found:
-        what = f"{path.suffix or 'no suffix'}: not a kind of file that can be read"
-        if path.is_dir():
-            what = f"the folder holds no {', '.join(SUFFIXES)} file"
-        do = f"check domain.source.path, use {' '.join(SUFFIXES)}"
-        raise DataError(what, str(path), do)
-    return found
+        raise DataError(f"cannot read: {error.strerror}", str(path), do) from None
+    seen = [p for p in inside if not re.search(r"/\.", str(p).removeprefix(str(path)))]
+    for kinds in (SUFFIXES, LISTS):
+        if read := [p for p in seen if p.suffix.lower() in kinds and p.is_file()]:
+            left = sorted(set(seen).difference(read))
+            return read, [
+                p for p in left if not p.is_dir() or p.is_symlink() or not os.access(p, 5)
+            ]
+    raise DataError(f"there is no {', '.join(SUFFIXES + LISTS)} file", str(path), do)
 
 
-def _unreadable(error: OSError, path: Path) -> DataError:
-    """Return the error of a local file that cannot be read."""
-    do = "check the path and its permissions"
-    return DataError(f"cannot read: {error.strerror}", str(path), do)
+def unread(domain: Domain) -> list[str]:
+    """Return a note on what a folder holds besides what is read."""
+    if not isinstance(domain.source, FilesSource):
+        return []
+    path = Path(domain.source.path).expanduser()
+    _, left = _files(path)
+    what = f"{domain.name}: {len(left)} entries of its folder are not read, for their suffix, as "
+    return [f"{what}links or closed (first: {p.relative_to(path)})" for p in left[:1]]
 
 
-def _file_documents(file: Path, source: FilesSource, single: bool) -> Iterator[Document]:
-    """Yield the documents of one file. single: it is all there is, so a .txt file is cut."""
-    limit, set_fields = source.max_document_bytes, "set source.field"
-    fields = [source.field]
-    if source.prompt and source.completion:
-        fields, set_fields = (
-            [source.prompt, source.completion],
-            "set source.prompt and source.completion",
-        )
-    if file.suffix.lower() != ".txt":
-        for where, row in _rows(file, fields, set_fields):
-            yield _document([row[field] for field in fields], where, limit)
-        return
-    if len(fields) == 2:
-        what = "a .txt file has no fields for prompt and completion"
-        raise DataError(what, str(file), "use .jsonl or .parquet")
-    try:
-        text = unix_lines(decode(file.read_bytes(), str(file))).strip()
-    except OSError as error:
-        raise _unreadable(error, file) from None
-    for document in _paragraphs(text) if single else [text]:
-        yield require_text(document, str(file), limit)
+def _file_documents(source: FilesSource) -> Iterator[Document]:
+    """Yield the documents of local files. Blank plain text is left out."""
+    path, fields = Path(source.path).expanduser(), source.turns or [source.field]
+    do = "set source.field, source.messages, or source.prompt and source.completion"
+    rows: Iterator[tuple[str, list[Any]]]
+    for file in _files(path)[0]:
+        if file.suffix.lower() == ".txt":
+            rows = ((str(file), [text]) for text in _texts(file, source, whole=file != path))
+        else:
+            rows = ((at, [row[f] for f in fields]) for at, row in _rows(file, fields, do))
+        for where, values in rows:
+            document = _document(source, values, where)
+            if require_text(plain(document), where, source.max_document_bytes).strip():
+                yield document
 
 
-def _document(values: list[object], where: str, limit: int | None = None) -> Document:
-    """Return the text of a row, or its prompt and completion as they stand. limit: of the UTF-8
-    bytes. DataError: one is no text, or a prompt or completion is blank."""
-    if len(values) == 1:
-        return require_text(values[0], where, limit)
-    for value, what in zip(values, ("prompt", "completion"), strict=True):
-        if not require_text(value, where, what=what).strip():
-            raise DataError(f"the {what} is empty", where, "remove the row or fix the data")
-    pair = Pair(*map(str, values))
-    require_text(pair.prompt + pair.completion, where, limit)
-    return pair
+def _texts(file: Path, source: FilesSource, whole: bool) -> list[str]:
+    """Return the documents of a .txt file, cut as source.split_on says. Without it they are
+    consecutive paragraphs of PARAGRAPHS_BYTES. whole: or all of it."""
+    if source.turns:
+        raise DataError("a .txt file has no fields", str(file), "use .jsonl or .parquet")
+    text = unix_lines(decode(file.read_bytes(), str(file))).strip()
+    if source.split_on is not None:
+        mark = "\n" if source.split_on == "line" else source.split_on
+        return [part.strip() for part in text.split(mark)]
+    documents = [list[str]()]
+    for paragraph in [text] if whole else re.split(r"\n\s*\n", text):
+        if sum(len(part.encode()) for part in documents[-1]) >= PARAGRAPHS_BYTES:
+            documents.append([])
+        documents[-1].append(paragraph)
+    return ["\n\n".join(parts) for parts in documents]
 
 
-def _paragraphs(text: str) -> Iterator[str]:
-    """Yield consecutive paragraphs, joined until PARAGRAPHS_BYTES are reached."""
-    parts, size = list[str](), 0
-    for paragraph in re.split(r"\n\s*\n", text):
-        parts.append(paragraph)
-        size += len(paragraph.encode())
-        if size >= PARAGRAPHS_BYTES:
-            yield "\n\n".join(parts)
-            parts, size = [], 0
-    if parts:
-        yield "\n\n".join(parts)
-
-
-# --- hub data sets --------------------------------------------------------------------------------
+# --- rows -----------------------------------------------------------------------------------------
 
 
 def _hub_documents(source: HubSource) -> Iterator[Document]:
     """Yield documents in the order of the files until max_bytes are read. Only as many files are
-    fetched as that takes.
-
-    Rows without enough text are left out. Of instruction data these are rows with a blank prompt or
-    completion.
-    """
-    total, fields = 0, source.fields
-    if source.prompt and source.completion:
-        fields = [source.prompt, source.completion]
+    fetched as that takes. Rows without enough text, or with an empty turn, are left out."""
+    total, fields = 0, source.turns or source.fields
     columns = list(dict.fromkeys(field.split(".")[0] for field in fields))
     for file in hub.data_files(source.path, source.revision, source.files):
         for where, row in _rows(file, columns, "name one of them"):
-            parts = [_strings(row, field, where) for field in fields]
-            if source.prompt is None:
-                document: Document = clean_text("\n\n".join(chain(*parts)))
-                enough = len(plain(document)) >= MIN_CHARACTERS
-            else:
-                for field, texts in zip(fields, parts, strict=True):
-                    if len(texts) > 1:
-                        what = f"field {field!r} is a list of {len(texts)} texts"
-                        raise DataError(what, where, "name a field with one")
-                enough = all(texts and texts[0].strip() for texts in parts)
-                document = _document(list(chain(*parts)), where) if enough else ""
-            if enough:
+            values = [_field(row, field, where) for field in fields]
+            document = _document(source, values, where)
+            if document and (source.turns or len(document) >= MIN_CHARACTERS):
                 total += len(require_text(plain(document), where).encode())
                 yield document
             if total >= source.max_bytes:
                 return
 
 
-def _strings(row: Any, field: str, where: str) -> list[str]:
-    """Return the strings at a dotted path of a row. Lists are walked."""
+def _field(row: Any, field: str, where: str) -> Any:
+    """Return what is at a dotted path of a row. Lists are walked."""
     for key in field.split("."):
         if isinstance(row, list):
             row = [r.get(key) if isinstance(r, dict) else None for r in row]
         elif isinstance(row, dict) and key in row:
             row = row[key]
         else:
-            is_row = isinstance(row, dict)
-            have = f"fields: {', '.join(row)}" if is_row else f"it is a {type(row).__name__}"
-            raise DataError(f"no field {field!r}", where, f"{have}; name one of them")
-    parts = row if isinstance(row, list) else [row]
-    return [require_text(part, where) for part in parts if part is not None]
+            have = ", ".join(row) if isinstance(row, dict) else f"a {type(row).__name__}"
+            raise DataError(f"no field {field!r}", where, f"fields: {have}; name one of them")
+    return row
 
 
-# --- rows of files --------------------------------------------------------------------------------
+def _document(source: FilesSource | HubSource, values: list[Any], where: str) -> Document:
+    """Return what the fields of a row say: text, that of the hub joined and cleaned, or turns.
+    DataError: a value is no text and no turn."""
+    if source.turns:
+        return _turns(source, values, where)
+    if isinstance(source, FilesSource):
+        return require_text(values[0], where)
+    parts = chain.from_iterable(v if isinstance(v, list) else [v] for v in values)
+    return clean_text("\n\n".join(require_text(p, where) for p in parts if p is not None))
+
+
+def _turns(source: FilesSource | HubSource, values: list[Any], where: str) -> tuple[Turn, ...]:
+    """Return the turns of a row up to its last answer; none if one of hub data is empty. DataError:
+    one of local files is, or is no text."""
+    hubs, named = isinstance(source, HubSource), ["prompt", "completion"]
+    if source.messages:
+        try:
+            turns = [Turn(str(turn["role"]), turn["content"]) for turn in values[0]]
+        except (TypeError, KeyError):
+            what = f"field {source.messages!r} is no list of turns with role and content"
+            raise DataError(what, where, "name another field or fix the data") from None
+        while turns and turns[-1].role != "assistant":
+            turns.pop()  # nothing of it is scored
+        named = [f"content of turn {number}" for number in range(1, len(turns) + 1)]
+    else:
+        alone = (v[0] if hubs and isinstance(v, list) and len(v) == 1 else v for v in values)
+        turns = [*map(Turn, PAIR, alone)]
+    empty = [] if turns else ["assistant's part"]
+    for name, (_, content) in zip(named, turns, strict=True):
+        if not require_text((content or "") if hubs else content, where, what=name).strip():
+            empty.append(name)
+    if empty and not hubs:
+        raise DataError(f"the {empty[0]} is empty", where, "remove the row or fix the data")
+    return () if empty else tuple(turns)
+
+
+# --- files of rows --------------------------------------------------------------------------------
 
 
 def _rows(file: Path, columns: list[str], do: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield (file and line or row, row) of a file of parquet or of JSON lines, packed or not. do:
-    what a user does when a column is missing."""
+    """Yield (file and line or row, row) of a file of parquet or of JSON, packed or not. do: what a
+    user does when a column is missing."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    def require(have: list[str], where: str) -> None:
-        for column in columns:
-            if column not in have:
-                raise DataError(f"no field {column!r}", where, f"fields: {', '.join(have)}; {do}")
-
-    name, kinds = file.name.lower(), {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
-    readable, packed = "JSON lines", kinds.get(file.suffix.lower())
+    packed = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}.get(file.suffix.lower())
     try:
-        if name.endswith(".parquet"):
-            readable = "parquet"
-            # Python opens the file: pyarrow cannot spell a name that is not UTF-8.
-            with file.open("rb") as raw, pq.ParquetFile(raw) as table:
-                require(table.schema_arrow.names, str(file))
-                batches = table.iter_batches(batch_size=256, columns=columns)
-                for number, row in enumerate(chain.from_iterable(b.to_pylist() for b in batches)):
-                    yield f"{file} row {number}", row
-        elif re.search(r"\.jsonl?(\.(gz|zst|bz2))?$", name):
-            with file.open("rb") as raw, pa.input_stream(raw, compression=packed) as stream:
-                for where, row in _json_rows(io.BufferedReader(stream), str(file)):
-                    require(list(row), where)
-                    yield where, row
-        else:
-            do = "use parquet or JSON lines (.gz, .zst, .bz2)"
-            raise DataError(f"{file.name}: not a kind of file that can be read", str(file), do)
-    except PermissionError as error:
-        raise _unreadable(error, file) from None
+        with file.open("rb") as raw:  # pyarrow cannot spell a name that is not UTF-8
+            rows: Iterator[tuple[str, dict[str, Any]]]
+            if file.suffix.lower() == ".parquet":
+                table = pq.ParquetFile(raw)
+                known = set(columns) <= set(table.schema_arrow.names)
+                batches = table.iter_batches(batch_size=256, columns=columns if known else None)
+                each = chain.from_iterable(batch.to_pylist() for batch in batches)
+                rows = ((f"{file} row {number}", row) for number, row in enumerate(each))
+            else:
+                stream = pa.input_stream(raw, compression=packed)
+                rows = _json_rows(io.BufferedReader(stream), str(file))
+            for where, row in rows:
+                for column in columns:
+                    if column not in row:
+                        have = f"fields: {', '.join(row)}; {do}"
+                        raise DataError(f"no field {column!r}", where, have)
+                yield where, row
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        what = f"not a readable {readable} file: {str(error).splitlines()[0]}"
+        what = f"not a readable file of rows: {str(error).splitlines()[0]}"
         raise DataError(what, str(file), "check the file, or delete it to fetch it again") from None
 
 
 def _json_rows(lines: io.BufferedReader, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield (file and line, object) of JSON lines. Blank lines are skipped."""
-    do = "each line is one JSON object"
+    """Yield (file and line or row, object) of JSON lines, blank ones skipped, or of one list."""
     for number, data in enumerate(lines, 1):
         where = f"{name} line {number}"
-        if not (line := decode(data, where)).strip():
+        if not (text := decode(data, where)).strip():
             continue
+        if whole := text.lstrip().startswith("["):
+            text += decode(lines.read(), name)
+        do = "each line is one JSON object, or the file one list of objects"
         try:
-            row = json.loads(line, object_pairs_hook=unique_keys)
+            found = json.loads(text, object_pairs_hook=unique_keys)
         except (ValueError, RecursionError) as error:
             raise DataError(f"bad JSON: {error}", where, do) from None
-        if not isinstance(row, dict):
-            raise DataError(f"the line is a {type(row).__name__}, not an object", where, do)
-        yield where, row
+        for place, row in enumerate(found if whole else [found]):
+            at = f"{name} row {place}" if whole else where
+            if not isinstance(row, dict):
+                raise DataError(f"the row is a {type(row).__name__}, not an object", at, do)
+            yield at, row

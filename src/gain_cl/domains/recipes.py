@@ -35,13 +35,11 @@ def medicine(members: Members) -> Iterator[str]:
     """Yield contexts of biomedical yes/no questions. Snippets repeat within and across contexts: a
     line counts once."""
     seen: set[str] = set()
-    contexts = dict.fromkeys(doc["context"] for doc in request_docs(members))
-    for context in contexts:
+    for context in dict.fromkeys(doc["context"] for doc in request_docs(members)):
         lines = []
-        for line in context.split("\n"):
-            line = " ".join(re.sub(r"<[^<>]{1,20}>", " ", line).split())
+        for line in re.sub(r"<[^<>\n]{1,20}>", " ", context).split("\n"):
             key = re.sub(r"[^a-z0-9]", "", line.lower())
-            if len(line) >= 60 and key not in seen:
+            if len(line := " ".join(line.split())) >= 60 and key not in seen:
                 lines.append(line)
                 seen.add(key)
         yield clean_text("\n".join(lines))
@@ -52,7 +50,7 @@ def law(members: Members) -> Iterator[str]:
     shingles were seen is a variant and is left out."""
     seen: set[int] = set()
     for _, data in members:
-        text = data.decode("utf-8", errors="replace").replace("\r\n", "\n")
+        text = data.decode(errors="replace").replace("\r\n", "\n")
         if front := re.match(r"(?s)---\n(.*?)\n---\n", text):
             if re.search(r"(?m)^language:(?!\s*en\s*$)", front[1]):
                 continue
@@ -77,7 +75,7 @@ def code(members: Members) -> Iterator[str]:
     for name, data in members:
         if re.search(r"/(locale|migrations)/", name):
             continue
-        yield clean_text(data.decode("utf-8"), blank_lines=2)
+        yield clean_text(data.decode(), blank_lines=2)
 
 
 def maths(members: Members) -> Iterator[str]:
@@ -94,7 +92,7 @@ def news(members: Members) -> Iterator[str]:
     """Yield articles: headline and paragraphs."""
     for _, data in members:
         try:
-            text = data.decode("utf-8")
+            text = data.decode()
         except UnicodeDecodeError:
             text = data.decode("cp1252", errors="ignore")
         yield clean_text(re.sub(r"[ \t]{2,}|\t", " ", text))
@@ -122,9 +120,7 @@ def science(members: Members) -> Iterator[str]:
             whole = (p for p in paragraphs if len(p) >= 80 and not _HOLES.search(p))
             kept = [p for p in map(_paper_paragraph, whole) if p[:200] != doc["abstract"][:200]]
             if kept:
-                last = _paper_paragraph((heading or "").split(":::")[-1]).strip()
-                parts += [last] if last else []
-                parts += kept
+                parts += [_paper_paragraph((heading or "").split(":::")[-1]), *kept]
         yield clean_text("\n\n".join(" ".join(p.split()) for p in parts if p.strip()))
 
 
@@ -140,40 +136,32 @@ def _paper_paragraph(text: str) -> str:
 def politics(members: Members) -> Iterator[str]:
     """Yield speeches, without the note on the occasion that some begin with."""
     for _, data in members:
-        yield clean_text(re.sub(r"^\s*\[[^\[\]]*\]\s*", "", data.decode("utf-8")))
+        yield clean_text(re.sub(r"^\s*\[[^\[\]]*\]\s*", "", data.decode()))
 
 
 def scripture(members: Members) -> Iterator[str]:
     """Yield chapters of the King James Bible: the first triple-quoted string of a module that is
     read, not imported."""
     for _, data in members:
-        text = data.decode("utf-8").split('"""')[1]
-        verses: list[str] = []
-        # A number, a point and a space start a verse; numbers within verses are spelt out in this
-        # text.
+        # A number, a point and a space start a verse; numbers within verses are spelt out.
         shape = r"(?s)(?:^|(?<=\s))(\d{1,3})\. (.*?)(?=\s\d{1,3}\. |\Z)"
-        for number, verse in re.findall(shape, text):
-            if int(number) == 1 and verses:
-                yield clean_text("\n".join(verses))
-                verses = []
-            verses.append(f"{number}. " + " ".join(re.sub(r"[\[\]]", "", verse).split()))
-        if verses:
-            yield clean_text("\n".join(verses))
+        found = re.findall(shape, re.sub(r"[\[\]]", "", data.decode().split('"""')[1]))
+        verses = "\n".join(f"{number}. {' '.join(verse.split())}" for number, verse in found)
+        yield from map(clean_text, re.split(r"\n(?=1\. )", verses))
 
 
 def geography(members: Members) -> Iterator[str]:
     """Yield a text for each country or territory: "Field: text" lines under the section names."""
     for _, data in members:
         country = json.loads(data)
-        lines: list[str] = []
         named = country.get("Government", {}).get("Country name", {})
-        name = named.get("conventional short form", {}).get("text")
-        if name and name != "none":
-            lines += [strip_html(name), ""]
+        name = strip_html(named.get("conventional short form", {}).get("text", "none"))
+        lines = [] if name == "none" else [name, ""]
         for section, fields in country.items():
-            told = [(field.strip(), _field(value)) for field, value in fields.items()]
-            if body := [f"{field}: {text}" for field, text in told if text]:
-                lines += [section, *body, ""]
+            told = [
+                f"{field.strip()}: {text}" for field, v in fields.items() if (text := _field(v))
+            ]
+            lines += [section, *told, ""] if told else []
         yield clean_text("\n".join(lines))
 
 
@@ -183,11 +171,8 @@ def _field(value: Any) -> str:
         return strip_html(value)
     if not isinstance(value, dict):
         return ""
-    parts = []
-    for key, inner in value.items():
-        if text := _field(inner):
-            parts.append(text if key.strip() == "text" else f"{key.strip()}: {text}")
-    return "; ".join(parts)
+    told = ((key.strip(), _field(inner)) for key, inner in value.items())
+    return "; ".join(text if key == "text" else f"{key}: {text}" for key, text in told if text)
 
 
 def neutral(members: Members) -> Iterator[str]:
@@ -197,7 +182,7 @@ def neutral(members: Members) -> Iterator[str]:
         if not re.search(r"/(NewsArticles|parlspeech[^/]*)\.zip$", name):
             continue
         with zipfile.ZipFile(io.BytesIO(data)) as packed:
-            table = packed.read(packed.infolist()[0]).decode("utf-8", errors="replace")
+            table = packed.read(packed.infolist()[0]).decode(errors="replace")
         for row in csv.DictReader(io.StringIO(table)):
             text = f"{row['title']}\n\n{row['text']}" if "title" in row else row["text"]
             if "\ufffd" not in text and not re.search(r'[a-z"]\?[A-Za-z]|\?\?', text):
@@ -214,17 +199,17 @@ def encyclopedia(members: Members) -> Iterator[str]:
 
 
 Recipe = Callable[[Members], Iterator[str]]
-RECIPES: dict[str, tuple[Recipe, int]] = {
-    # name: (function, version)
-    "medicine": (medicine, 2),
-    "law": (law, 2),
-    "code": (code, 1),
-    "maths": (maths, 1),
-    "news": (news, 1),
-    "science": (science, 2),
-    "politics": (politics, 1),
-    "scripture": (scripture, 1),
-    "geography": (geography, 1),
-    "encyclopedia": (encyclopedia, 2),
-    "neutral": (neutral, 1),
+VERSIONS: dict[Recipe, int] = {
+    medicine: 2,
+    law: 2,
+    code: 1,
+    maths: 1,
+    news: 1,
+    science: 2,
+    politics: 1,
+    scripture: 1,
+    geography: 1,
+    encyclopedia: 2,
+    neutral: 1,
 }
+RECIPES = {recipe.__name__: (recipe, version) for recipe, version in VERSIONS.items()}

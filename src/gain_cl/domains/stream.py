@@ -9,20 +9,21 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from gain_cl.errors import DataError
-
 
 @dataclass(frozen=True)
 class Doc:
     """One document. id: first 16 hex digits of the hash of its text. tokens: [n] uint32 ids. ends:
     [n] uint32, UTF-8 bytes of the text up to the end of each token, so that the first W tokens
-    cover ends[W-1] bytes. prompt: how many tokens from the first on are a prompt, which is read and
-    not scored. ends are then 0 in it and count the completion's bytes."""
+    cover ends[W-1] bytes. scored: [n] bool, False for what is read alone (True: all is scored).
+    ends then count the bytes of what is scored."""
 
     id: str
     tokens: np.ndarray
     ends: np.ndarray
-    prompt: int = 0
+    scored: np.ndarray = True  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "scored", np.broadcast_to(self.scored, len(self.tokens)))
 
 
 class Block(NamedTuple):
@@ -72,8 +73,8 @@ class Blocks:
     tokens. An epoch is a permutation of the blocks drawn from (seed, domain name, epoch) alone (the
     last tokens, less than a block, are left out). Blocks, not documents, are shuffled, as is usual:
     a small budget then sees many documents even where each is long. Every token is scored but those
-    of prompts. No global random state, no dependence on the model, the place in the sequence or
-    evaluation.
+    that a document says are not. No global random state, no dependence on the model, the place in
+    the sequence or evaluation.
     """
 
     def __init__(
@@ -84,10 +85,7 @@ class Blocks:
         self.ids = [d.id for d in documents]
         self._starts = np.cumsum([0, *(len(d.tokens) + 1 for d in documents)])  # with separators
         self.epoch_blocks = int(self._starts[-1]) // block
-        if not self.epoch_blocks:
-            what = f"less than one block of {block} tokens to train on"
-            do = "give more text, a smaller train.block or smaller shares for test and dev"
-            raise DataError(what, f"domain {name}", do)
+        assert self.epoch_blocks, "check_domains refuses less than one block"
         self._orders: dict[int, list[int]] = {}
 
     def _order(self, epoch: int) -> list[int]:
@@ -109,10 +107,11 @@ class Blocks:
         scored = np.ones(self.block, bool)
         for owner in np.unique(owners):
             document, here = self._documents[owner], np.flatnonzero(owners == owner)
-            place_in = at[here] - self._starts[owner]
-            part = document.tokens[place_in[0] : place_in[-1] + 1]
-            tokens[here[: len(part)]] = part  # where the document ends, its separator follows
-            scored[here] = place_in >= document.prompt
+            first = at[here[0]] - self._starts[owner]
+            part = slice(first, first + len(here))
+            # Where the document ends, its separator follows, which is scored.
+            here = here[: len(document.tokens[part])]
+            tokens[here], scored[here] = document.tokens[part], document.scored[part]
         return Block(tokens, owners, scored)
 
 

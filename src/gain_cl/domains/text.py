@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import html
 import re
@@ -11,19 +12,17 @@ from typing import NamedTuple
 from gain_cl.errors import DataError
 
 
-class Pair(NamedTuple):
-    """A document of instruction data. The completion alone is trained on and scored."""
+class Turn(NamedTuple):
+    """What one side of a conversation says. The assistant's turns are trained on and scored, no
+    others."""
 
-    prompt: str
-    completion: str
-
-    @property
-    def text(self) -> str:
-        """Prompt and completion, joined as ``joint`` says."""
-        return self.prompt + joint(self) + self.completion
+    role: str
+    content: str
 
 
-Document = str | Pair
+Document = str | tuple[Turn, ...]
+PAIR = ("user", "assistant")
+"""The roles of a prompt and its completion."""
 
 
 _SPACES = re.compile(r"\s+")
@@ -44,15 +43,18 @@ def decode(data: bytes, where: str) -> str:
     return text.removeprefix("\ufeff")
 
 
-def joint(pair: Pair) -> str:
-    """Return what stands between prompt and completion without a chat template: a line end, unless
+def joined(first: str, second: str) -> str:
+    """Return two texts as they stand without a chat template: a line end between them, unless
     white space is there already."""
-    return "" if pair.prompt[-1:].isspace() or pair.completion[:1].isspace() else "\n"
+    apart = not first or first[-1:].isspace() or second[:1].isspace()
+    return first + ("" if apart else "\n") + second
 
 
 def plain(document: Document) -> str:
-    """Return the text of a document, prompt and completion as one."""
-    return document if isinstance(document, str) else document.text
+    """Return the text of a document, its turns as one."""
+    if isinstance(document, str):
+        return document
+    return functools.reduce(joined, (turn.content for turn in document))
 
 
 def require_text(text: object, where: str, limit: int | None = None, what: str = "text") -> str:
@@ -60,7 +62,7 @@ def require_text(text: object, where: str, limit: int | None = None, what: str =
     UTF-8 bytes."""
     if not isinstance(text, str):
         is_a = f"the {what} is a {type(text).__name__}, not a string"
-        raise DataError(is_a, where, "name another field or fix the data")
+        raise DataError(is_a, where, "name another field or fix the data (turns: source.messages)")
     try:
         size = len(text.encode())
     except UnicodeEncodeError as error:
@@ -83,11 +85,14 @@ def text_hash(text: str) -> str:
 
 
 def document_hash(document: Document) -> str:
-    """Return the text_hash of plain text, and of a pair the SHA-256 (hex) of those of prompt and
-    completion, whatever template shows them."""
+    """Return the text_hash of plain text, and of turns the SHA-256 (hex) of those of their
+    contents, whatever template shows them. Roles count where they are not a prompt's and its
+    completion's."""
     if isinstance(document, str):
         return text_hash(document)
-    return hashlib.sha256(":".join(map(text_hash, document)).encode()).hexdigest()
+    roles, contents = zip(*document, strict=True)
+    parts = [*(() if roles == PAIR else roles), *map(text_hash, contents)]
+    return hashlib.sha256(":".join(parts).encode()).hexdigest()
 
 
 def unix_lines(text: str) -> str:

@@ -8,24 +8,24 @@ import re
 import shutil
 import string
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from gain_cl.config import schema
 from gain_cl.domains import instruct
 from gain_cl.domains.domain import ARRAYS, Domain
-from gain_cl.domains.read import collect_documents, pin_domain
-from gain_cl.domains.text import Document, plain
+from gain_cl.domains.read import collect_documents, pin_domain, unread
+from gain_cl.domains.text import plain
 from gain_cl.errors import DataError, StorageError
 from gain_cl.system import signals
 from gain_cl.system.files import sha256
 from gain_cl.system.hashes import cache_dir, file_sha256, json_sha256
 from gain_cl.system.sealed import read_sealed, write_sealed
 
-FORMAT = 5  # of the token cache
+FORMAT = 6  # of the token cache
 BATCH = 256  # documents that are tokenised at once
 _PUNCTUATION = re.compile(f"[{re.escape(string.punctuation)}]+")
 _SPACELESS = (
@@ -48,7 +48,7 @@ def prepare_domain(
 
     tokenizer: a fast transformers tokenizer. tokenizer_hash: hash of its files. pinned: the
     domain's pin in the run id. prefix_id: the token before every text, which a chat template is not
-    to repeat (None: the tokenizer's bos, else its end). DataError for bad text, or text that is not
+    to repeat. DataError for bad text, or text that is not
     as pinned. StorageError when the cache cannot be written. PreemptedError between two batches.
     Processes may prepare the same domain at once: the first to finish wins.
     """
@@ -58,8 +58,8 @@ def prepare_domain(
     identity: dict[str, Any] = {"format": FORMAT, "pin": found, "tokenizer": tokenizer_hash}
     chat = instruct.find_chat(domain, tokenizer, prefix_id)
     if chat is not None:
-        what = {"template": chat.template, "special": chat.special, "prefix": chat.prefix_id}
-        identity["chat"] = what
+        special = dict(tokenizer.special_tokens_map)  # a template may name them
+        identity["chat"] = {"template": chat.template, "special": special, "prefix": prefix_id}
     folder = cache_dir() / "tokens" / json_sha256(identity)[:32]
     loaded = _load_tokens(folder, domain, identity)
     if loaded is None:
@@ -69,7 +69,16 @@ def prepare_domain(
     if loaded is None:
         do = "check the disk, delete the folder"
         raise StorageError("the token cache cannot be read back", str(folder), do)
+    loaded.notes = unread(domain)
     return loaded
+
+
+def in_token_cache(domain: schema.Domain) -> bool:
+    """True if some tokenizer's tokens of this very text are in the cache. Its source may then be
+    away."""
+    meant = {"format": FORMAT, "pin": pin_domain(domain)}
+    kept = map(read_sealed, (cache_dir() / "tokens").glob("*/meta.json"))
+    return any(meta and {**meta["identity"], **meant} == meta["identity"] for meta in kept)
 
 
 def _changed(domain: schema.Domain, when: str) -> DataError:
@@ -110,30 +119,29 @@ def _tokenize_domain(
     texts = collect_documents(domain)
     if pin_domain(domain) != identity["pin"]:
         raise _changed(domain, "while it was read")
-    kept: list[tuple[bytes, _Coded, np.ndarray]] = []
+    kept: list[tuple[Any, ...]] = []
     content = hashlib.sha256(str(identity["tokenizer"]).encode())
+    special = instruct.special_tokens(tokenizer)
     for start in range(0, len(texts), BATCH):
         signals.poll()
-        keys, batch = zip(*texts[start : start + BATCH], strict=True)
-        for key, document, coded in zip(keys, batch, _code(batch, tokenizer, chat), strict=True):
-            if len(coded.tokens) > coded.prompt:
-                content.update(coded.digest)
-                kept.append((key[:16].encode(), coded, word_hashes(plain(document))))
+        batch = texts[start : start + BATCH]
+        shown = [instruct.show(document, chat, special) for _, document in batch]
+        for (key, document), coded in zip(batch, _code(shown, tokenizer, chat), strict=True):
+            digest, *arrays = coded
+            if arrays[-1].any():
+                content.update(digest)
+                kept.append((key[:16].encode(), *arrays, word_hashes(plain(document))))
     if not kept:
         do = "check the text and the tokenizer"
         raise DataError("no document has a token", f"domain {domain.name}", do)
-    ids, codes, words = zip(*kept, strict=True)
-    tokens = [coded.tokens for coded in codes]
-    arrays = {
+    ids, *parts = zip(*kept, strict=True)
+    named = dict(zip(("tokens", "ends", "scored", "words"), parts, strict=True))
+    return {
         "ids": np.array(ids, dtype="S16"),
-        "offsets": _offsets(tokens),
-        "tokens": np.concatenate(tokens),
-        "ends": np.concatenate([coded.ends for coded in codes]),
-        "prompts": np.array([coded.prompt for coded in codes], dtype=np.uint32),
-        "words": np.concatenate(words),
-        "word_offsets": _offsets(words),
-    }
-    return arrays, content.hexdigest()
+        "offsets": _offsets(named["tokens"]),
+        "word_offsets": _offsets(named["words"]),
+        **{name: np.concatenate(part) for name, part in named.items()},
+    }, content.hexdigest()
 
 
 def _save_tokens(
@@ -182,40 +190,35 @@ def _word_hash(word: str) -> int:
     return int.from_bytes(digest, "little")
 
 
-class _Coded(NamedTuple):
-    """A document as a domain keeps it, see Doc. digest: of all that its tokens are made from."""
-
-    tokens: np.ndarray
-    ends: np.ndarray
-    prompt: int
-    digest: bytes
-
-
-def _code(batch: Sequence[Document], tokenizer: Any, chat: instruct.Chat | None) -> list[_Coded]:
-    """Return documents as tokens: plain text in one piece, prompt and completion apart, so that no
-    token holds some of both."""
-    shown = [d if isinstance(d, str) else instruct.show_pair(d, chat) for d in batch]
-    pieces = [piece for s in shown for piece in ([s] if isinstance(s, str) else s[:2])]
-    coded, out = iter(tokenize(pieces, tokenizer)), []
-    for s in shown:
-        tokens, ends = next(coded)
-        if isinstance(s, str):
-            out.append(_Coded(tokens, ends, 0, hashlib.sha256(s.encode()).digest()))
-            continue
-        if chat is not None and len(tokens) and tokens[0] == chat.prefix_id:
-            tokens = tokens[1:]
-        rest, rest_ends = next(coded)
-        size = len(tokens)
-        counted = np.clip(rest_ends.astype(np.int64) - s.first, 0, s.last - s.first)
-        ends = np.concatenate([np.zeros(size), counted]).astype(np.uint32)
-        digest = bytes.fromhex(json_sha256([*s, size]))
-        out.append(_Coded(np.concatenate([tokens, rest]), ends, size, digest))
-    return out
+def _code(
+    shown: list[list[instruct.Piece]], tokenizer: Any, chat: instruct.Chat | None
+) -> Iterator[tuple[bytes, np.ndarray, np.ndarray, np.ndarray]]:
+    """Yield a digest of all that a document's tokens are made from, and its tokens, ends and scored
+    as in Doc. A first token that a template doubles is dropped."""
+    coded = iter(tokenize([piece.text for pieces in shown for piece in pieces], tokenizer))
+    for pieces in shown:
+        parts = [next(coded) for _ in pieces]
+        if chat is not None and parts[0][0][:1].tolist() == [chat.prefix_id]:
+            parts[0] = parts[0][0][1:], parts[0][1][1:]
+        sizes = [len(ids) for ids, _ in parts]
+        tokens, stops = map(np.concatenate, zip(*parts, strict=True))
+        known = np.array([(p.scored, p.first, p.last - p.first) for p in pieces])
+        earlier = known[:, 2].cumsum() - known[:, 2]
+        scored, first, own, before = np.repeat(np.c_[known, earlier], sizes, axis=0).T
+        ends = np.clip(stops.astype(np.int64) - first, 0, own) + before
+        digest = hashlib.sha256(pieces[0].text.encode()).hexdigest()
+        if len(pieces) > 1:  # turns
+            bounds = [edge for piece in pieces if piece.scored for edge in piece[2:]]
+            digest = json_sha256([*(piece.text for piece in pieces), *bounds, *sizes[:-1]])
+        yield bytes.fromhex(digest), tokens, ends.astype(np.uint32), scored.astype(bool)
 
 
-def tokenize(texts: list[str], tokenizer: Any) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Return (token ids, ends) of each text, uint32 [n] each, without special tokens; see Doc for
-    ends. DataError: the tokenizer is not a fast one, which alone knows where a token ends."""
+def tokenize(
+    texts: list[str], tokenizer: Any, special: bool = True
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Return (token ids, ends) of each text, uint32 [n] each, with no special token added; see Doc
+    for ends. special: those written out in a text are control tokens, except in a text with BREAK.
+    DataError: the tokenizer is not a fast one, which alone knows where a token ends."""
     if not getattr(tokenizer, "is_fast", False):
         what = f"{type(tokenizer).__name__} is not a fast tokenizer"
         raise DataError(what, "", "use a model with a tokenizer.json")
@@ -223,17 +226,34 @@ def tokenize(texts: list[str], tokenizer: Any) -> list[tuple[np.ndarray, np.ndar
     coded = tokenizer(
         texts,
         add_special_tokens=False,
+        split_special_tokens=not special,
         return_offsets_mapping=True,
-        return_attention_mask=False,
         verbose=False,
     )
     for text, ids, spans in zip(texts, coded["input_ids"], coded["offset_mapping"], strict=True):
+        if instruct.BREAK in text:
+            out.append(_spelt(text, tokenizer))
+            continue
         stops = np.array([stop for _, stop in spans], dtype=np.int64)
         ends = np.maximum.accumulate(_byte_positions(text)[stops])
         if len(ends):
             ends[-1] = len(text.encode())  # some tokenizers drop trailing space
         out.append((np.array(ids, dtype=np.uint32), ends.astype(np.uint32)))
     return out
+
+
+def _spelt(text: str, tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Return what ``tokenize`` does for a text with BREAK in special tokens that data writes out.
+    Those that the template writes are found in it, and what is between them is only text."""
+    parts, size = [], 0
+    written = f"({instruct.special_tokens(tokenizer).pattern})"
+    for number, part in enumerate(re.split(written, text)):
+        part = part.replace(instruct.BREAK, "")
+        ((ids, ends),) = tokenize([part], tokenizer, special=number % 2 == 1)
+        parts.append((ids, ends + size))
+        size += len(part.encode())
+    tokens, places = map(np.concatenate, zip(*parts, strict=True))
+    return tokens, places
 
 
 def _byte_positions(text: str) -> np.ndarray:

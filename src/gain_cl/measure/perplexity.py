@@ -4,10 +4,10 @@ The protocol (its name is in every record) takes the first W tokens of each docu
 prefix token before the first so that every token is scored, in windows of at most ``context``
 inputs. Each window scores ``stride`` new tokens given up to ``context`` inputs before them, the
 last window fewer. With stride = context these are the windows of lm-eval's rolling log-likelihood.
-Of instruction data the W tokens are the completion's first, given the prompt, which is cut on the
-left where both exceed ``context`` (a stride below it leaves room for the prompt of a long
-completion). Documents are never packed or joined. Sums per document are returned. Ratios come
-later.
+Of instruction data the W tokens are the first that the assistant says, given what stands before
+them, which is cut on the left where it exceeds ``context`` (a stride below it leaves room for the
+prompt of a long completion). Documents are never packed or joined. Sums per document are returned.
+Ratios come later.
 """
 
 from __future__ import annotations
@@ -35,24 +35,31 @@ DIVERGED = "check the weights; if they were trained here, lower train.lr"
 
 
 class Window(NamedTuple):
-    """A forward pass. inputs: token ids. targets: the next tokens of the last inputs, which are
-    scored for document ``owner``."""
+    """A forward pass. inputs: token ids. targets: the next tokens of the last inputs. scored: which
+    of them count for document ``owner``."""
 
     owner: int
     inputs: np.ndarray
     targets: np.ndarray
+    scored: np.ndarray
 
 
 def windows(
-    tokens: np.ndarray, prefix_id: int, context: int, stride: int, owner: int = 0, prompt: int = 0
+    tokens: np.ndarray,
+    prefix_id: int,
+    context: int,
+    stride: int,
+    owner: int = 0,
+    scored: np.ndarray | None = None,
 ) -> list[Window]:
-    """Cut one document so that every token after the first ``prompt`` ones is scored exactly
-    once."""
+    """Cut one document so that every token that is scored (None: all) is so exactly once."""
+    scored = np.ones(len(tokens), bool) if scored is None else scored
     stream = np.concatenate([[prefix_id], tokens]).astype(np.int64)  # [i] predicts [i + 1]
     cuts = []
-    for start in range(prompt, len(tokens), stride):
+    for start in range(int(scored.argmax()), len(tokens), stride):
         end = min(start + stride, len(tokens))
-        cuts.append(Window(owner, stream[max(0, end - context) : end], stream[start + 1 : end + 1]))
+        inputs, targets = stream[max(0, end - context) : end], stream[start + 1 : end + 1]
+        cuts.append(Window(owner, inputs, targets, scored[start:end]))
     return cuts
 
 
@@ -85,7 +92,9 @@ def score(
     if len(broken):  # pandas' sums would skip it, and a NaN would become a good score
         what = f"the loss of {len(broken)} documents is not finite"
         raise DataError(what, f"first document {documents[broken[0]].id}", DIVERGED)
-    ends = [int(d.ends[d.prompt + n - 1]) for d, n in zip(documents, scored, strict=True)]
+    ends = [
+        int(d.ends[np.flatnonzero(d.scored)[n - 1]]) for d, n in zip(documents, scored, strict=True)
+    ]
     return pd.DataFrame(
         {"document": [d.id for d in documents], "nll_nats": nll, "tokens": scored, "bytes": ends}
     )
@@ -130,10 +139,12 @@ def _sums(
     cuts: list[Window] = []
     scored = np.zeros(len(documents), dtype=np.int64)
     for i, d in enumerate(documents):
-        tokens = d.tokens[: d.prompt + window if window else None]
-        own = windows(tokens, prefix_id, context, stride or context, i, d.prompt)
-        scored[i] = sum(len(w.targets) for w in own)
-        assert scored[i] == len(tokens) - d.prompt
+        places = np.flatnonzero(d.scored)[:window]
+        size = places[-1] + 1
+        read = d.tokens[:size], prefix_id, context, stride or context, i, d.scored[:size]
+        own = windows(*read)
+        scored[i] = sum(int(w.scored.sum()) for w in own)
+        assert scored[i] == len(places)
         cuts += own
     cuts.sort(key=lambda w: -len(w.inputs))  # little padding; memory runs out at once if at all
     sums = np.zeros(len(documents), dtype=np.float64)
@@ -141,7 +152,8 @@ def _sums(
         signals.poll()
         part = cuts[start : start + batch]
         owner = np.repeat([w.owner for w in part], [len(w.targets) for w in part])
-        np.add.at(sums, owner, measure(part).cpu().numpy())  # Apple's GPU has no float64
+        counted = np.concatenate([w.scored for w in part])
+        np.add.at(sums, owner[counted], measure(part).cpu().numpy()[counted])  # no float64 on MPS
     return sums, scored
 
 
