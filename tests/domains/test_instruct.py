@@ -809,8 +809,4 @@ def test_prepare_reports_prompts_and_near_duplicates(
             report["tokens"][split] - report["prompt_tokens"][split] == report["bytes"][split]
         )  # a byte a token
     assert cli.main(line) == 0
-    out = capsys.readouterr().out
-    assert (
-        "of the tokens are prompts, read and not scored" in out
-        and "near duplicate in training data" in out
-    )
+    assert "near duplicate in training data" in capsys.readouterr().out
