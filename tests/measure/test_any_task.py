@@ -182,6 +182,15 @@ def test_scores_are_lm_evals(name: str, chat: bool, own: Path, loaded: Any) -> N
         assert counts.correct is None
 
 
+def test_a_perplexity_beyond_float64_is_left_out(own: Path, loaded: Any) -> None:
+    (own / "texts.jsonl").write_text(json.dumps({"page": "word" * 100}) + "\n")
+    taskset = tasks.TaskSet(Tasks(names=["pages"], include_path=str(own)), loaded.tokenizer, 64)
+    told: list[int] = []
+    counts, _ = taskset.score(loaded, "pages", told.append)
+    assert counts.metrics.keys() == {"byte_perplexity,none", "bits_per_byte,none"}
+    assert max(told) == 1
+
+
 # --- by the command line --------------------------------------------------------------------------
 
 

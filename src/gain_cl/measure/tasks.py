@@ -357,9 +357,10 @@ def _grade(task: Any, items: list[Item]) -> tuple[list[dict[str, Any]], dict[str
     totals = {}
     for key in dict.fromkeys(key for found in values for key in found):
         join = task.aggregation().get(key.rpartition(",")[0], np.mean)
-        total = join([found[key] for found in values if key in found])
-        if isinstance(total, int | float) and math.isfinite(total):
-            totals[key] = float(total)
+        with contextlib.suppress(OverflowError):  # a perplexity beyond float64
+            total = join([found[key] for found in values if key in found])
+            if isinstance(total, int | float) and math.isfinite(total):
+                totals[key] = float(total)
     return values, totals
 
 
@@ -463,13 +464,14 @@ class TaskSet:
             nonlocal answered
             answered += more
             if progress is not None:
-                progress(answered * len(items) // len(requests))
+                progress(min(answered * len(items) // len(requests), len(items)))
 
         with _quiet(), _sandbox(), evaluating(loaded.model):
             lm = Asking(loaded, self.tokenizer, self.settings.batch_size, self.pairs, tell)
             lm.ask(requests)
-            graded = self._graded(task, items)
-            values, totals = _grade(self.tasks[task], items) if graded else ([], {})
+            graded, choice = self._graded(task, items), all(item.gold >= 0 for item in items)
+            with _refusals(task):
+                values, totals = _grade(self.tasks[task], items) if graded else ([], {})
         rows, hits = [], []
         for item in items:
             told = [request.resps[0] for request in item.requests]
@@ -480,10 +482,10 @@ class TaskSet:
                 do = "check the weights; if they were trained here, lower train.lr"
                 raise DataError(what, f"{name}, item {item.id}", do)
             chars = [len(c) for c in item.choices]
-            if item.gold >= 0:
+            if choice:
                 hits.append([x.argmax() == item.gold, (x / chars).argmax() == item.gold])
             sizes = [len(c.encode()) for c in item.choices]
-            rows.append([item.id, item.gold, x.tolist(), sizes, chars])
+            rows.append([item.id, item.gold if choice else -1, x.tolist(), sizes, chars])
         frame = pd.DataFrame(rows, columns=ITEM_COLUMNS[2:])
         correct, correct_norm = np.sum(hits, axis=0).tolist() if hits else (None, None)
         if graded:
