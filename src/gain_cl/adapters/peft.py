@@ -22,6 +22,7 @@ from gain_cl.adapters.portable import (
 from gain_cl.config.schema import KNOWN_CHANGE
 from gain_cl.errors import ConfigError, DataError, GainError, suggest
 from gain_cl.models import families
+from gain_cl.models.loss import token_nll
 
 if TYPE_CHECKING:
     from gain_cl.models.load import Loaded
@@ -357,8 +358,8 @@ def attach_saved(loaded: Loaded, folder: Path) -> Any:
     ``unload`` gives the base back.
 
     PEFT takes what does not fit: it warns of a tensor that it misses and passes over one that it
-    does not know. DataError where it does, ConfigError where it is on the output head, from whose
-    own weight the loss is computed here.
+    does not know. DataError where it does, ConfigError where the model's loss is not that of its
+    output head's own weight, from which it is computed here.
     """
     import peft
     from safetensors.torch import load_file
@@ -379,7 +380,14 @@ def attach_saved(loaded: Loaded, folder: Path) -> Any:
         raise DataError(f"it is not of this model: {what}", where, "name its base with model=")
     loaded.model.requires_grad_(False)
     loaded.model.eval()
-    if type(loaded.head) is not nn.Linear:
+    ids = torch.arange(4, device=loaded.device)[None]
+    with torch.no_grad():
+        hidden = loaded.hidden(input_ids=ids)[0]
+        ours = token_nll(hidden, *loaded.output, ids[0], loaded.softcap)
+        theirs = nn.functional.cross_entropy(
+            found(input_ids=ids).logits[0].float(), ids[0], reduction="none"
+        )
+    if not torch.allclose(ours, theirs, rtol=START[loaded.model.dtype], equal_nan=True):
         do = "merge it (PEFT's merge_and_unload), save the whole model and score that"
         raise ConfigError(f"it {HEAD}", where, do)
     return found
