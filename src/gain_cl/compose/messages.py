@@ -86,12 +86,15 @@ def unknown(key: str, where: str, section: Any = None) -> ConfigError:
 
     what, (stem, _, last) = f"unknown key {key}", key.rpartition(".")
     if isinstance(section, dict) and (takes := _takes(kind := section.get("kind"))) is not None:
-        return ConfigError(what, where, suggest(last, takes) or f"{kind} has no settings")
+        near = suggest(key, [f"{stem}.{k}" for k in takes], listing=False)
+        there = f"{stem.rpartition('.')[2]} {kind} has {', '.join(takes) or 'no settings'}"
+        return ConfigError(what, where, near or there)
     domain = key.split(".")[1] if key.startswith("domains.") else "*"
     known = sorted(["domain", "debug", *(k.replace("*", domain) for k in schema.known_keys())])
     ends = {k.rpartition(".")[2]: k for k in reversed(known) if "*" not in k}
-    near = difflib.get_close_matches(last, ends, n=1)
-    found = ends[near[0]] if near else ""
+    near = difflib.get_close_matches(key, known, n=1)
+    near += (ends[k] for k in difflib.get_close_matches(last, ends, n=1))
+    found = ends.get(last, near[0] if near else "")
     if key.startswith(FREE) and found.rpartition(".")[0] != stem:
         return ConfigError(what, where, f"to add it write ++{key}=VALUE")
     return ConfigError(what, where, f"did you mean {found}?" if found else "run --help lists keys")
