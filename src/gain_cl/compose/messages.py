@@ -86,9 +86,9 @@ def unknown(key: str, where: str, section: Any = None) -> ConfigError:
 
     what, (stem, _, last) = f"unknown key {key}", key.rpartition(".")
     if isinstance(section, dict) and (takes := _takes(kind := section.get("kind"))) is not None:
-        near = suggest(key, [f"{stem}.{k}" for k in takes], listing=False)
         there = f"{stem.rpartition('.')[2]} {kind} has {', '.join(takes) or 'no settings'}"
-        return ConfigError(what, where, near or there)
+        mean = difflib.get_close_matches(last, takes, n=1)
+        return ConfigError(what, where, f"did you mean {stem}.{mean[0]}?" if mean else there)
     domain = key.split(".")[1] if key.startswith("domains.") else "*"
     known = sorted(["domain", "debug", *(k.replace("*", domain) for k in schema.known_keys())])
     ends = {k.rpartition(".")[2]: k for k in reversed(known) if "*" not in k}
