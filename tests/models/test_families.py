@@ -100,6 +100,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gemma3_text": {**WIDE, **LOCAL, "head_dim": 8},
     "gemma4_text": {**WIDE, **LOCAL, "head_dim": 8, "global_head_dim": 8},
     "granite": {**WIDE, "logits_scaling": 8.0},
+    "hyperclovax": {**WIDE, "logits_scaling": 0.25},
     "granitemoe": {**WIDE, "num_local_experts": 4, "logits_scaling": 4.0},
     "mixtral": {**WIDE, "num_local_experts": 4},
     "qwen2_moe": {**WIDE, **EXPERTS, "shared_expert_intermediate_size": 16},
@@ -146,7 +147,13 @@ LEAKS = [
 ]
 MAMBAS = {"mamba": "in_proj", "falcon_h1": "q_proj"}  # PEFT refuses LoRA on others of their layers
 QUICK = ("llama", "gemma3_text", "granite", "bert")
-SCALES = {"granite": 1 / 8, "granitemoe": 1 / 4, "cohere": 1 / 16, "minicpm3": 1 / 2}
+SCALES = {
+    "granite": 1 / 8,
+    "granitemoe": 1 / 4,
+    "hyperclovax": 1 / 4,
+    "cohere": 1 / 16,
+    "minicpm3": 1 / 2,
+}
 IDS = (7 * torch.arange(120)[None] + 3) % 257
 
 

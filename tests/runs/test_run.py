@@ -686,6 +686,9 @@ def test_devices() -> None:
     if not torch.cuda.is_available():
         with pytest.raises(ConfigError, match="'cuda' cannot be used"):
             load.device_of("cuda", "float32")
+    if not torch.backends.mps.is_available():
+        with pytest.raises(ConfigError, match=r"'mps' cannot be used: .{9,100} \(compute.device\)"):
+            load.device_of("mps", "float32")
 
 
 def test_converted_model_is_verified(tmp_path: Path) -> None:

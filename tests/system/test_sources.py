@@ -21,6 +21,7 @@ from fake_hub import SHA, serve
 from gain_cl.config.schema import PackageFile
 from gain_cl.errors import ConfigError, DataError, StorageError
 from gain_cl.system import hashes, packages
+from gain_cl.system import hub as hub_files
 
 FILES = {
     "demo/data/b.txt": b"second",
@@ -156,6 +157,19 @@ def test_only_wheels_are_fetched_without_a_hash(index: Path) -> None:
     sdist(index)
     with pytest.raises(StorageError, match="No matching distribution"):
         packages.archive(PackageFile(package="demo==1.0", members="*"))
+
+
+def test_no_address_of_pip_or_the_hub_is_told(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may hold a password or be signed; one that is cut would not be known for one."""
+    address = f"https://me:hunter2{'x' * 300}@host/simple?X-Amz-Signature=hunter2"
+    failed = subprocess.CompletedProcess([], 1, "", f"WARNING: x\nERROR: HTTP 403 for {address}")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
+    with pytest.raises(StorageError, match=r"demo==1\.0: HTTP 403 for the index;") as told:
+        packages.archive(PackageFile(package="demo==1.0", members="*"))
+    commit = hub_files._Commit("org/model", SHA, "model", ["*"])
+    with pytest.raises(StorageError, match=r"\(OSError: 503 for the hub\)") as also, commit._told():
+        raise OSError(f"503 for {address}")
+    assert "hunter2" not in f"{told.value}{also.value}"
 
 
 def test_damaged_archive_and_missing_member(cache: Path) -> None:

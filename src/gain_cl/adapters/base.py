@@ -109,7 +109,8 @@ class Adapter(ABC):
         raise self._no_form(f"what {type(self).__name__} learns")
 
     def begin_from(self, tensors: dict[str, Tensor], folder: Path) -> None:
-        """Take the values of a saved adapter of PEFT's. ConfigError when they are not its own."""
+        """Take the values of a saved adapter of PEFT's. ConfigError when its settings are not its
+        own, DataError when its tensors are not."""
         raise self._cannot("adapter.init_from", "leave it out")
 
     def _no_form(self, what: str) -> ConfigError:

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from gain_cl.adapters.base import Adapter
+from gain_cl.adapters.base import Adapter, compare_tensors
 from gain_cl.adapters.portable import PREFIX
 from gain_cl.models import families
 
@@ -379,6 +379,7 @@ class GainAdapter(Gains):
             n.removeprefix(PREFIX).removesuffix(".ia3_l"): t.float().flatten() - 1
             for n, t in tensors.items()
         }
+        compare_tensors(found, self.parameters(), str(folder))
         self.load_state(found)
 
     def remarks(self, dtype: torch.dtype) -> list[str]:

@@ -125,7 +125,7 @@ def _check(adapter: schema.Adapter, folder: Path) -> None:
         if not name.endswith(".ia3_l"):
             do = "save the adapter again, without modules_to_save"
             raise DataError(f"{name} is no tensor of an IA3 adapter", str(folder), do)
-        side = "input" if shape[0] == 1 else "output"
+        side = "input" if shape[:1] == [1] else "output"
         if side != adapter.side:
             what = f"it scales the {side} of {name.removeprefix(PREFIX)}"
             do = f"use adapter.side={side}, if that holds of all its layers"
@@ -166,8 +166,8 @@ def begin(settings: schema.Adapter, adapter: Adapter, loaded: Loaded) -> None:
     """Put the values of adapter.init_from, where it is given, into a freshly attached adapter. They
     train on from there.
 
-    ConfigError when its settings or layers are not the adapter's, DataError when a width
-    differs."""
+    ConfigError when its settings are not the adapter's, DataError when its layers or their widths
+    are not."""
     if (given := _given(settings)) is None:
         return
     import torch

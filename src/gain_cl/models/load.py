@@ -102,7 +102,8 @@ def device_of(name: str, dtype: str) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        what = f"{name!r} cannot be used: {str(error).splitlines()[0]}"
+        reason = re.split(r"\n|\. ", str(error))[0]  # the rest lists what this torch was built of
+        what = f"{name!r} cannot be used: {reason}"
         do = "use auto, cpu, cuda, cuda:N or mps"
         raise ConfigError(what, "compute.device", do) from error
     half = device.type == "cuda" and dtype == "bfloat16"
@@ -368,8 +369,8 @@ def _prove_loss(loaded: Loaded) -> None:
     family, net = loaded.model.config.model_type, loaded.model
     for key in ("logit_scale", "lm_head_multiplier"):
         loaded.scale = getattr(net.config, key, None) or loaded.scale
-    if divisor := getattr(net.config, "logits_scaling", None):
-        loaded.scale = 1 / divisor
+    if divisor := getattr(net.config, "logits_scaling", None):  # of one family it multiplies
+        loaded.scale = float(divisor) if family == "hyperclovax" else 1 / divisor
     ids = torch.arange(4, device=loaded.device)[None]
     with torch.inference_mode():
         hidden = loaded.hidden(input_ids=ids)

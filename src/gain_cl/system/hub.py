@@ -200,7 +200,8 @@ class _Commit:
             if status < 500 and status != 429:
                 what = f"the hub answers HTTP {status} for {self.repo}"
                 raise DataError(what, "", f"{login} if access is refused") from error
-            reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            reason = re.sub(r"https?://\S+", "the hub", reason)[:300]  # signed, or with a password
             what = f"{self.repo} is not wholly in the local hub cache and cannot be fetched"
             where = f"missing: {', '.join(self.gaps()[:4]) or 'further files'}"
             do = f"on a machine with network run: {command}"

