@@ -128,9 +128,10 @@ class Tracker:
         """Tell that the run goes on: ``stages`` are finished, and ``steps`` optimiser steps of the
         whole run are done."""
         self._rows, last = stages, len(self._trained)
+        reached = stages[-1].index + 1 if stages else 0
         self._stages.total -= len(stages)
         self._steps.total -= steps
-        self._stage, size = min(len(stages), last), self._config.stage.stage_steps
+        self._stage, size = min(reached, last), self._config.stage.stage_steps
         at = f", step {steps - (self._stage - 1) * size} of {size}" if self._stage else ""
         self._say(f"resumed at {self._where}{at}")
 
