@@ -34,11 +34,11 @@ PACKAGES = (
 )
 
 
-def run_id(config: RunConfig, pins: dict[str, Any], numerics: int = NUMERICS) -> str:
+def run_id(config: RunConfig, pins: dict[str, Any], numerics: int | None = None) -> str:
     """Return model-method-sequence-sSEED-HASH, where HASH (40 bits) is over the scientific
     settings, the pins and the version of the numerics."""
     names = "-".join([config.model.name, config.method, config.sequence.name])[:70]
-    return f"{names}-s{config.seed}-{identity(config.scientific(), pins, numerics)}"
+    return f"{names}-s{config.seed}-{identity(config.scientific(), pins, numerics or NUMERICS)}"
 
 
 def identity(settings: dict[str, Any], pins: dict[str, Any], numerics: int) -> str:
