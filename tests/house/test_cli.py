@@ -208,7 +208,7 @@ FILES = [
     (
         "model",
         "name: mine\ndtype: float32\narch:\n  model_type: llama\n  model_type: gpt2\n",
-        "duplicate key model_type",
+        "'model_type' is given twice",
         "mine.yaml:5",
     ),
     (
@@ -236,7 +236,7 @@ FILES = [
         "Recursive interpolation",
         "mine.yaml:1",
     ),
-    ("model", "- name\n- dtype\n", "ListConfig", "a preset is a mapping"),
+    ("model", "- name\n- dtype\n", "a preset is a mapping of keys", "mine.yaml"),
     (
         "model",
         "defaults: [gpt3, _self_]\nname: mine\n",
@@ -259,7 +259,7 @@ FILES = [
         "model",
         "name: m\xe9\n".encode("latin-1"),
         "bad YAML: 'utf-8' codec",
-        "a preset); save it as UTF-8",
+        "mine.yaml",
     ),
     (
         "method",

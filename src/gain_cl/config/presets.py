@@ -45,7 +45,8 @@ def folders(config_dirs: Iterable[str | Path] = ()) -> list[Path]:
             if any((other / name).exists() for other in found):
                 what = f"{name} has the name of another preset"
                 raise ConfigError(what, where, "give it a name of its own")
-            read_yaml(file)  # Hydra knows no bounds
+            if not isinstance(read_yaml(file) or {}, dict):  # Hydra knows no bounds
+                raise ConfigError("a preset is a mapping of keys", short(file), "correct the file")
         found.append(folder)
     return found
 
