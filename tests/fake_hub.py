@@ -1,8 +1,8 @@
 """A hub on 127.0.0.1 in one page: the two endpoints gain_cl uses, over a folder
 ``{models,datasets}/ORG/NAME``.
 
-Faults by repository name: ``gated`` 403, ``private`` 401, ``flipped`` states another SHA-256 than
-that of the bytes it serves.
+Faults by repository name: ``gated`` 403, ``private`` 401, ``busy`` one 503 per file and listing,
+``flipped`` states another SHA-256 than that of the bytes it serves.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ def serve(root: Path) -> Iterator[tuple[str, list[str]]]:
     """(address, log of requested paths) of a hub that serves ``root`` at revision SHA and branch
     main."""
     log: list[str] = []
+    refused: set[str] = set()
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -61,6 +62,9 @@ def serve(root: Path) -> Iterator[tuple[str, list[str]]]:
                 return self.answer(401, X_Error_Code="RepoNotFound")
             if revision not in (SHA, "main"):
                 return self.answer(404, X_Error_Code="RevisionNotFound")
+            if name == "busy" and path not in refused:
+                refused.add(path)
+                return self.answer(503)
             if listing:
                 return self.answer(
                     200,

@@ -8,7 +8,8 @@ for a whole one. Nothing here imports torch or transformers, or runs what it dow
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
@@ -85,6 +86,20 @@ def _info(repo: str, revision: str, repo_type: RepoType) -> Any:
     return HfApi().repo_info(repo, timeout=TIMEOUT_SECONDS, **about)
 
 
+def _patient(request: Callable[[], Any]) -> Any:
+    """Return request(), tried again after 1 and 2 seconds while the hub is busy (HTTP 429, 5xx)."""
+    for pause in (1, 2):
+        try:
+            return request()
+        except Exception as error:  # the HTTP client's classes differ between releases
+            causes = (error, error.__cause__)
+            status = max(getattr(getattr(e, "response", None), "status_code", 0) for e in causes)
+            if status < 500 and status != 429:
+                raise
+        time.sleep(pause)
+    return request()
+
+
 def hub_state() -> tuple[bool, bool]:
     """Return (True if the hub may not be asked, True if there is a login)."""
     from huggingface_hub import constants, get_token
@@ -130,7 +145,8 @@ class _Commit:
         """Return the names that match, sorted. The hub is asked when they are not known."""
         if self.listed is None:
             with self._told():
-                files = _info(self.repo, self.sha, self.repo_type).siblings or []
+                about = _patient(lambda: _info(self.repo, self.sha, self.repo_type))
+            files = about.siblings or []
             self.listed = {f.rfilename: f.lfs.sha256 if f.lfs else None for f in files}
             write_sealed(self.note, {"files": self.listed})
         found = sorted(name for name in self.listed if matches(name, self.patterns))
@@ -147,8 +163,9 @@ class _Commit:
             from huggingface_hub import hf_hub_download
 
             about: dict[str, Any] = {"repo_type": self.repo_type, "revision": self.sha}
+            about["etag_timeout"] = TIMEOUT_SECONDS
             with self._told():
-                hf_hub_download(self.repo, name, etag_timeout=TIMEOUT_SECONDS, **about)
+                _patient(lambda: hf_hub_download(self.repo, name, **about))
         stated = (self.listed or {}).get(name)
         if stated and file_sha256(path, remember=True) != stated:
             do = f"delete {path} to fetch it again"
