@@ -247,6 +247,9 @@ def test_demonstration(run: record.Run, tmp_path: Path) -> None:
         and show.demonstration([big.record] * 5) == []
     )
     assert show.demonstration([run.record] * 5)  # five small runs are still small
+    stages = [s.model_copy(update={"train": None}) for s in big.record.stages]  # score trains none
+    scored = big.record.model_copy(update={"stages": stages})
+    assert show.demonstration([scored]) == ["one run of one seed"]
 
 
 def test_one_domain_and_nothing_else(tmp_path: Path) -> None:

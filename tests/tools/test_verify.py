@@ -170,6 +170,17 @@ def shifted(m: Made) -> None:
     m.rewrite(change)
 
 
+def other_counts(m: Made) -> None:
+    """A token moves from one document to the next at every stage."""
+
+    def change(table: pd.DataFrame) -> pd.DataFrame:
+        for _, rows in table[table.domain == "smoke_c"].groupby("stage"):
+            table.loc[rows.index[:2], "tokens"] += [-1, 1]
+        return table
+
+    m.rewrite(change)
+
+
 def other_documents(m: Made) -> None:
     """Documents with the same numbers and other names, at every stage."""
     m.rewrite(
@@ -423,6 +434,10 @@ PLANTED: dict[str, tuple[str, Plant]] = {
         "cached documents: SHA-256 was",
         lambda m: flipped(token_array(m, "ids.npy")),
     ),
+    "a bit of the tokens": (
+        "cached documents: SHA-256 was",
+        lambda m: flipped(token_array(m, "tokens.npy")),
+    ),
     "a pin of tokens": (
         "beginning: tokens.smoke_a was ffff",
         lambda m: m.edit(lambda r: r["pins"]["tokens"].update(smoke_a="f" * 64)),
@@ -443,9 +458,10 @@ def test_a_planted_change_is_found(
     assert "FAILED" in out or found.startswith("config.")
 
 
-def test_other_documents_than_the_text_has(run: Made) -> None:
+@pytest.mark.parametrize("plant", [other_documents, other_counts])
+def test_other_documents_than_the_text_has(run: Made, plant: Plant) -> None:
     """Consistent in the record and its values: only the text itself shows it."""
-    other_documents(run)
+    plant(run)
     failed = {name: finding for name, (state, finding) in run.lines().items() if state == "FAILED"}
     assert failed.keys() == {"stages", "cached documents"}
     assert failed["cached documents"].startswith("first documents of smoke_c was")
@@ -615,8 +631,13 @@ TASKS: dict[str, tuple[str, str, Plant]] = {
     ),
     "a score too few": (
         "task counts",
-        "answered items was 20, is 40",
+        "tasks at stage 3 was set(), is {'boolq@20'}",
         lambda m: m.edit(lambda r: r["stages"][3]["tasks"].clear()),
+    ),
+    "an item of no score": (
+        "task counts",
+        "answered items was 40, is 41",
+        lambda m: m.rewrite(lambda t: pd.concat([t, t.iloc[-1:].assign(stage=2)])),
     ),
 }
 

@@ -178,6 +178,7 @@ def test_interrupted_itself_it_leaves_nothing(tmp_path: Path) -> None:
     ("codes", "message"),
     [
         ([65], "undisturbed the run ends with exit code 65: the loss is not finite"),
+        ([139], "undisturbed the run ends with exit code 139: Segmentation fault"),
         ([0, -9, 65], "resume is NOT exact here: started again after kill 1 the run ends with"),
         ([0, -9, -9, 0], "no kill came after a checkpoint: nothing was resumed"),
     ],
@@ -192,6 +193,8 @@ def test_a_run_that_fails(
         place.mkdir(exist_ok=True, parents=True)
         (place / "log.txt").write_text(
             "  0:01  run x\ngain_cl: error: the loss is not finite (stage 1); lower train.lr\n\n"
+            if codes[0] != 139
+            else "  0:01  run x\nSegmentation fault\n"
         )
         return codes.pop(0)
 

@@ -135,7 +135,8 @@ def demonstration(records: Sequence[RunRecord]) -> list[str]:
 
     The rule: fewer than STUDY_TOKENS training tokens in some stage, or a single run (one seed of
     one method says nothing of the spread between seeds)."""
-    tokens = min((s.train.tokens for r in records for s in r.stages if s.train), default=0)
+    trained = (s.train.tokens for r in records for s in r.stages if s.train)
+    tokens = min(trained, default=STUDY_TOKENS)
     reasons = []
     if tokens < STUDY_TOKENS:
         reasons.append(f"{tokens:,} training tokens per domain, a study has {STUDY_TOKENS:,}")

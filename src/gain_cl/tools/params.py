@@ -109,7 +109,7 @@ def count_row(model: Model, adapters: dict[str, Any]) -> dict[str, Any]:
     def extrapolated(adapter: Any) -> int | str:
         first, second = trained(1, adapter), trained(2, adapter)
         if isinstance(first, str) or isinstance(second, str):
-            return first
+            return first if isinstance(first, str) else second
         return first + (depth - 1) * (second - first)
 
     total = trained(depth, None)

@@ -172,4 +172,5 @@ def _show(told: dict[str, Any], experiment: Experiment) -> None:
     cost, hours = told["cost"], "not known (--speed N, or a pilot)"
     if not math.isnan(cost["hours"]):
         hours = format.duration(3600 * cost["hours"])
-    say(f"cost: {cost['left']} of {cost['runs']} runs ahead, {hours} one after the other")
+    hours += " one after the other (tasks as far as timed)"
+    say(f"cost: {cost['left']} of {cost['runs']} runs ahead, {hours}")

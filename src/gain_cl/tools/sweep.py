@@ -137,7 +137,7 @@ def _cost(todo: list[Planned], planned: list[Planned]) -> str:
     ahead = f"{format.counted(len(todo), 'run')} ahead: "
     if math.isnan(seconds := sum(left)):
         return f"{ahead}cost not known before a run is done"
-    return f"{ahead}{format.duration(seconds)} one after the other"
+    return f"{ahead}{format.duration(seconds)} one after the other (tasks as far as timed)"
 
 
 # --- how it is run --------------------------------------------------------------------------------

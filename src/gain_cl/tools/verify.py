@@ -23,7 +23,7 @@ import pandas as pd
 from gain_cl.config.schema import ADAPTERS, EXECUTION
 from gain_cl.domains import Domain
 from gain_cl.errors import DataError, GainError
-from gain_cl.measure import provenance, record, scoring
+from gain_cl.measure import provenance, record, scoring, tasks
 from gain_cl.paper.table import say
 from gain_cl.runs import finish, resume, same
 from gain_cl.stats import answers
@@ -165,10 +165,12 @@ def sums(case: Case) -> Compared:
 
 def task_counts(case: Case) -> Compared:
     """Items and right answers of every task follow from the log-likelihoods. A task has the same
-    items at every stage."""
+    items at every stage, and is scored where the settings say."""
     items, wanted, first = case.run.items, case.config.tasks, dict[str, answers.Answers]()
-    answered = 0
-    for stage in case.record.stages:
+    answered, stages = 0, case.record.stages
+    for stage in stages:
+        due = wanted.names if tasks.due(wanted.stages, stage.index, len(stages) - 1) else []
+        yield f"tasks at stage {stage.index}", {*stage.tasks}, {*due}
         for name, score in stage.tasks.items():
             if score.correct is None:  # lm-eval's metrics alone
                 answered += score.items
@@ -293,18 +295,24 @@ def beginning(case: Case) -> Compared:
 
 
 def cached_documents(case: Case) -> Compared:
-    """The scored documents are the first of their split in the cached text that the record pins."""
+    """The scored documents are the first of their split in the cached text that the record pins,
+    with their tokens and bytes up to the window."""
     wanted, pins, rows = case.config.eval, case.record.pins["tokens"], case.run.documents
     absent = True
     for path in (hashes.cache_dir() / "tokens").glob("*/meta.json"):
         meta = read_sealed(path) or {"hash": None}
         for name in [name for name in pins if meta["hash"] == pins[name]]:
-            absent, file = False, path.with_name("ids.npy")
-            yield "SHA-256", meta["sha256"]["ids"], sha256(file), file
-            ids = {"ids": np.load(file, allow_pickle=False)}
-            domain = Domain(name, case.config.domains[name].split, meta["hash"], ids)
-            scored = rows["document"][(rows["stage"] == 0) & (rows["domain"] == name)].tolist()
-            first = domain.ids(wanted.split)[: wanted.documents]
+            absent, arrays = False, {}
+            for array, told in meta["sha256"].items():
+                file = path.with_name(f"{array}.npy")
+                yield "SHA-256", told, sha256(file), file
+                arrays[array] = np.load(file, mmap_mode="r", allow_pickle=False)
+            domain, first = Domain(name, case.config.domains[name].split, "", arrays), []
+            for d in domain.split_documents(wanted.split)[: wanted.documents]:
+                places = np.flatnonzero(d.scored)[: wanted.window]
+                first.append((d.id, len(places), int(d.ends[places[-1]])))
+            own = rows[(rows["stage"] == 0) & (rows["domain"] == name)]
+            scored = [*zip(own["document"], own["tokens"], own["bytes"], strict=True)]
             yield f"first documents of {name}", scored, first
     if absent:
         raise Absent(f"no tokens of this run in {hashes.cache_dir()}")

@@ -169,4 +169,5 @@ def _saved(place: Path) -> int:
 def _failed(what: str, place: Path) -> DataError:
     """Return the error of a run that ended as it should not, with its last words."""
     said = (place / "log.txt").read_text(encoding="utf-8", errors="replace").strip()
-    return DataError(f"{what}: {said.rpartition('gain_cl: error: ')[2]}")
+    last = said.rpartition("\n")[2]
+    return DataError(f"{what}: {last.removeprefix('gain_cl: error: ')}")
