@@ -467,6 +467,11 @@ def test_other_documents_than_the_text_has(run: Made, plant: Plant) -> None:
     assert failed["cached documents"].startswith("first documents of smoke_c was")
 
 
+def test_tokens_of_another_format(run: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verify.tokens, "FORMAT", 0)
+    assert run.lines()["cached documents"][0] == "not there"
+
+
 def test_values_of_another_run(run: Made, capsys: pytest.CaptureFixture[str]) -> None:
     flipped(run.values, 200)
     assert run.verify() == 65

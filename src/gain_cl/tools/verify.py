@@ -21,7 +21,7 @@ import numpy as np
 import pandas as pd
 
 from gain_cl.config.schema import ADAPTERS, EXECUTION
-from gain_cl.domains import Domain
+from gain_cl.domains import Domain, tokens
 from gain_cl.errors import DataError, GainError
 from gain_cl.measure import provenance, record, scoring, tasks
 from gain_cl.paper.table import say
@@ -301,7 +301,8 @@ def cached_documents(case: Case) -> Compared:
     absent = True
     for path in (hashes.cache_dir() / "tokens").glob("*/meta.json"):
         meta = read_sealed(path) or {"hash": None}
-        for name in [name for name in pins if meta["hash"] == pins[name]]:
+        current = meta["hash"] and meta["identity"]["format"] == tokens.FORMAT
+        for name in [name for name in pins if current and meta["hash"] == pins[name]]:
             absent, arrays = False, {}
             for array, told in meta["sha256"].items():
                 file = path.with_name(f"{array}.npy")
