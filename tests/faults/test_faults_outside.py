@@ -749,6 +749,13 @@ def test_a_damaged_view_is_made_again(say: Say) -> None:
     image.write_bytes(good[1][:-40])
     assert say(*run)[0] == 0
     assert matrix.read_bytes() == good[0] and image.read_bytes().endswith(good[1][-8:])
+    adapter = max(Path("out").glob("*/stages/01-*/adapter.safetensors"))
+    changed = bytearray(adapter.read_bytes())
+    changed[-1] ^= 1
+    adapter.unlink()  # linked from the checkpoint
+    adapter.write_bytes(changed)
+    code, said = say(*run)
+    assert code == 0 and "a saved stage is damaged: adapter.safetensors has SHA-256" in said
 
 
 def test_a_taint_outlives_attempts_jsonl(say: Say, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ import pandas as pd
 
 from gain_cl import errors
 from gain_cl.measure import provenance, record, scoring
-from gain_cl.runs import heatmap, same
+from gain_cl.runs import heatmap, resume, same
 from gain_cl.runs.plan import Plan
 from gain_cl.system import checkpoint
 from gain_cl.system.failpoints import reach
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from gain_cl.runs.inputs import Inputs
     from gain_cl.runs.learner import Learner
     from gain_cl.runs.resume import Attempt
+
+LARGE = 2**28
+"""Bytes of a file that is not hashed only to show a run again."""
 
 
 def write_record(inputs: Inputs, attempt: Attempt, learner: Learner) -> record.Run:
@@ -92,8 +95,15 @@ def write_record(inputs: Inputs, attempt: Attempt, learner: Learner) -> record.R
 
 
 def show_again(plan: Plan) -> record.Run:
-    """Read a finished run. Write its views again where they are missing or damaged."""
+    """Read a finished run. Write its views again where they are missing or damaged, and tell of a
+    saved stage that is not what was written. Large states are left to ``verify``."""
     run = record.load(plan.record_path)
+    for _, stage in resume.stage_folders(plan.folder):
+        try:
+            files = checkpoint.manifest(stage).items()
+            checkpoint.verify(stage, [name for name, facts in files if facts["bytes"] > LARGE])
+        except errors.GainError as error:
+            print(f"note: a saved stage is damaged: {error}", file=sys.stderr, flush=True)
     matrix, image = (plan.files[k] for k in ("matrix (CSV)", "heat map (PNG)"))
     whole = image.exists() and image.read_bytes().endswith(b"IEND\xaeB`\x82")
     if not whole or not matrix.exists() or matrix.read_bytes() != matrix_csv(run).encode():
