@@ -3,10 +3,12 @@ line, with which exit code, and what stays untouched."""
 
 from __future__ import annotations
 
+import functools
 import inspect
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -660,9 +662,14 @@ def test_what_a_folder_holds_unread_is_told(
 
 
 def test_special_tokens_in_text_are_text(
-    say: Say, llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    say: Say,
+    llama: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A byte a token, those of a written-out <|end|> too. Text without is tokenised as ever."""
+    monkeypatch.setenv("GAIN_CL_CACHE", str(tmp_path / "cache"))
     words = [*own(tmp_path, path="rows.jsonl"), f"model.path={llama}"]
     sizes = []
     for mark in ("<|END|>", "<|end|>"):
@@ -861,8 +868,57 @@ TWINS: list[tuple[Callable[..., None], dict[str, Any], str, Any]] = [
         "gain_cl.runs.plan._check_name",
         lambda *_: None,
     ),
+    (test_a_run_folder_that_is_a_link_is_refused, {}, "pathlib.Path.is_symlink", lambda _: False),
+    (test_claims_and_temporary_names_follow_no_link, {}, "gain_cl.system.lock.NO_LINK", 0),
+    (
+        test_passwords_in_addresses_are_scrubbed,
+        {"text": "https://me:hunter2@host/x"},
+        "gain_cl.errors._IN_URL",
+        re.compile("(?!)()()"),
+    ),
+    (test_a_range_without_end_is_refused, {}, "gain_cl.compose.composition.MOST_JOBS", 10_001),
+    (
+        test_files_that_are_no_model_are_refused_before_torch,
+        {},
+        "gain_cl.models.source._inspect_index",
+        lambda _: None,
+    ),
+    (
+        test_weights_that_changed_with_their_times_kept_are_another_run,
+        {},
+        "gain_cl.system.hashes.file_sha256",
+        lambda path, remember=False: by_size_and_time(Path(path)),
+    ),
+    (
+        test_rows_that_two_readers_read_differently,
+        {"line": '{"text": "a", "text": "b"}', "said": "'text' is given twice"},
+        "gain_cl.domains.read.unique_keys",
+        dict,
+    ),
+    (
+        test_a_record_in_which_a_key_stands_twice_is_refused,
+        {},
+        "gain_cl.measure.record.unique_keys",
+        dict,
+    ),
+    (
+        test_special_tokens_in_text_are_text,
+        {},
+        "gain_cl.domains.instruct.special_tokens",
+        lambda _: re.compile("(?!)"),
+    ),
 ]
 READ_STAGE, POSITION = resume.read_stage, resume.Position.read
+
+
+@functools.cache
+def _hashed(path: str, size: int, time_ns: int) -> str:
+    return files.sha256(Path(path))
+
+
+def by_size_and_time(path: Path) -> str:
+    """A hash that is remembered by what cp -p, rsync and tar keep."""
+    return _hashed(str(path), path.stat().st_size, path.stat().st_mtime_ns)
 
 
 @pytest.mark.slow
@@ -876,5 +932,6 @@ def test_each_test_notices_its_broken_twin(
     wanted = inspect.signature(test).parameters.keys() - given.keys()
     fixtures = {name: request.getfixturevalue(name) for name in wanted}
     monkeypatch.setattr(what, broken)
-    with pytest.raises((Exception, SystemExit)):  # a broken program may raise anything
+    # a broken program may raise anything
+    with pytest.raises((Exception, SystemExit, pytest.fail.Exception)):
         test(**given, **fixtures)
