@@ -342,6 +342,24 @@ def test_a_system_without_posix_locks_is_told_before_work(
     assert say("sweep", "experiment=smoke", "output_dir=o", "results_dir=r")[0] == 64
 
 
+def test_a_user_without_a_home_is_told_what_to_set(
+    say: Say, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No HOME and no passwd entry, as in a container with a user of its own."""
+
+    def nobody(*_: Any) -> Any:
+        raise KeyError("uid not found")
+
+    monkeypatch.setattr("pwd.getpwuid", nobody)
+    for name in ("HOME", "LOGNAME", "USER", "LNAME", "USERNAME", "GAIN_CL_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    run = [*RUN, "output_dir=out", "results_dir=res"]
+    code, line = say(*run)
+    assert code == 64 and "no home folder (HOME); set GAIN_CL_CACHE to a folder" in line
+    monkeypatch.setenv("GAIN_CL_CACHE", str(tmp_path / "cache"))
+    assert say(*run)[0] == 0
+
+
 def test_nothing_becomes_float64_on_the_device(say: Say) -> None:
     """A stand-in for Apple's GPU, which refuses it: in learning and scoring no tensor does."""
     import torch
