@@ -393,22 +393,6 @@ def test_model_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert run.model.package is None, "the path stands in for the package"
 
 
-def test_hub_model_in_the_cache(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """A hub id obeys its config.json where that is at hand."""
-    from huggingface_hub import constants
-
-    commit = "a" * 40
-    folder = tmp_path / "models--org--name" / "snapshots" / commit
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps({"model_type": "gpt2", "n_positions": 256}))
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    words = ["model.path=org/name", f"model.revision={commit}", *SMALL]
-    assert "exceeds the context of name, 256 tokens" in refused(capsys, "run", *words)
-    assert composition.compose([*words, "eval.context=256"]).model.name == "name"
-
-
 # --- grammar --------------------------------------------------------------------------------------
 
 

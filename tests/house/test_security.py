@@ -158,7 +158,7 @@ def test_secrets_reach_nothing(home: Path) -> None:
     assert b"it crashed" in crashed
     hub = ["model.path=org/name", f"model.revision={'a' * 40}"]
     unreached = gain_cl(home, "run", *RUN, *hub, code=74, **loud)
-    assert b"cannot be reached" in unreached
+    assert b"cannot be fetched" in unreached
     fetched = gain_cl(home, "run", "domain=[medicine]", *RUN[:1], *RUN[2:], code=74, **loud)
     assert b"cannot fetch" in fetched
     for name in CANARIES:

@@ -642,7 +642,7 @@ methods: {gain_ffn: {}, lora: {seed: [1, 2]}}
 endpoints: [{name: e, metric: backward, of: lora, minus: gain_ffn, at: matched}]
 """
 BAD = {
-    "question: [": "not YAML",
+    "question: [": "bad YAML",
     "- a\n": "a mapping of keys",
     "question: q\nmethods: {}\n": "methods",
     "question: q\nmethods: {gain_ffn: {}}\nblocks: 0\n": "blocks",

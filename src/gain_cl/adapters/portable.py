@@ -156,7 +156,7 @@ def _plain(value: Any) -> Any:
     def other(part: Any) -> Any:
         return sorted(part) if isinstance(part, set) else getattr(part, "value", str(part))
 
-    return json.loads(json.dumps(value, default=other))
+    return json.loads(json.dumps(value, default=other, allow_nan=False))
 
 
 # --- with torch -----------------------------------------------------------------------------------

@@ -34,6 +34,7 @@ from gain_cl.errors import ConfigError, DataError, GainError
 from gain_cl.measure import definitions
 from gain_cl.measure.definitions import STOCK, Definition
 from gain_cl.measure.record import ITEM_COLUMNS, TaskScore
+from gain_cl.stats import format
 from gain_cl.system import hub, packages, signals
 
 if TYPE_CHECKING:
@@ -489,7 +490,8 @@ class TaskSet:
         frame = pd.DataFrame(rows, columns=ITEM_COLUMNS[2:])
         correct, correct_norm = np.sum(hits, axis=0).tolist() if hits else (None, None)
         if graded:
-            frame["metrics"] = [json.dumps(found, default=str) for found in values]
+            plain = [format.finite(found)[0] for found in values]
+            frame["metrics"] = [json.dumps(m, default=str, allow_nan=False) for m in plain]
             if isinstance(told[0], str):
                 frame["response"] = [item.requests[0].resps[0] for item in items]
             right = [next(iter(found.values()), None) for found in values]

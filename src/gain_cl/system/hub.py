@@ -100,6 +100,14 @@ def _patient(request: Callable[[], Any]) -> Any:
     return request()
 
 
+def cached_repository(repo: str, repo_type: RepoType) -> Path:
+    """Return the folder of a repository in the hub's own cache."""
+    from huggingface_hub import constants, file_download
+
+    name = file_download.repo_folder_name(repo_id=repo, repo_type=repo_type)
+    return Path(constants.HF_HUB_CACHE).expanduser() / name
+
+
 def hub_state() -> tuple[bool, bool]:
     """Return (True if the hub may not be asked, True if there is a login)."""
     from huggingface_hub import constants, get_token
@@ -125,13 +133,11 @@ class _Commit:
     def __init__(
         self, repo: str, revision: str | None, repo_type: RepoType, patterns: list[str]
     ) -> None:
-        from huggingface_hub import constants, file_download
-
         self.repo, self.repo_type, self.patterns = repo, repo_type, patterns
         self.sha = commit(repo, revision, repo_type)
-        place = file_download.repo_folder_name(repo_id=repo, repo_type=repo_type)
-        self.folder = Path(constants.HF_HUB_CACHE).expanduser() / place / "snapshots" / self.sha
-        self.note = cache_dir() / "hub" / place / f"{self.sha}.json"
+        place = cached_repository(repo, repo_type)
+        self.folder = place / "snapshots" / self.sha
+        self.note = cache_dir() / "hub" / place.name / f"{self.sha}.json"
         self.listed: dict[str, str | None] | None = (read_sealed(self.note) or {}).get("files")
 
     def names(self) -> list[str]:

@@ -137,7 +137,7 @@ def _owner(folder: Path) -> tuple[str, bool]:
     one of this."""
     about = read_claim(folder, "LOCK")
     pid, host = about.get("pid"), about.get("host")
-    if not isinstance(pid, int):
+    if not isinstance(pid, int) or not isinstance(host, str):
         return "another process", False
     return f"process {pid} on {host}", host != socket.gethostname() or alive(pid)
 

@@ -19,7 +19,7 @@ from gain_cl.config.schema import RunConfig
 from gain_cl.errors import ConfigError, GainError
 from gain_cl.models import source
 from gain_cl.runs.plan import prepare
-from gain_cl.system import hashes
+from gain_cl.system import hashes, hub
 
 ENVIRONMENT = """\
 # A run reads from this folder, without network: . DIR/env.sh
@@ -32,20 +32,17 @@ def make(config: RunConfig, argv: list[str], folder: Path) -> dict[str, Any]:
     """Fill the folder with what a configuration reads. argv: its words, as for prepare. Return the
     report of prepare, which runs again with the folder as its only cache. ConfigError: the folder
     holds something else, or what prepare refuses."""
-    from huggingface_hub import constants, file_download
-
     if folder.exists() and any(folder.iterdir()) and not (folder / "env.sh").exists():
         raise ConfigError("the folder is not empty and no bundle", str(folder), "name a new folder")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "env.sh").write_text(ENVIRONMENT)
     here, pins = hashes.cache_dir(), prepare(config).pins
     data = [*pins["domains"].values(), *pins.get("tasks", {}).values()]
-    repositories = {("dataset", str(p.get("repo") or p.get("path"))) for p in data}
-    repositories.add(("model", str(config.model.path)))
-    for kind, name in repositories:
-        place = file_download.repo_folder_name(repo_id=name, repo_type=kind)
-        _copy(Path(constants.HF_HUB_CACHE).expanduser() / place, folder / "hub" / place)
-        _copy(here / "hub" / place, folder / "hub" / place)
+    names = {str(p.get("repo") or p.get("path")) for p in data}
+    cached = [hub.cached_repository(name, "dataset") for name in sorted(names)]
+    for place in [*cached, hub.cached_repository(str(config.model.path), "model")]:
+        _copy(place, folder / "hub" / place.name)
+        _copy(here / "hub" / place.name, folder / "hub" / place.name)
     packages = {str(p["package"]) for p in [*data, pins["model"]] if p.get("package")}
     for name in packages:
         _copy(here / "packages" / name, folder / "packages" / name)
