@@ -213,6 +213,7 @@ def serve() -> None:
 
     from gain_cl.runs import (
         heatmap,  # noqa: F401
+        run,  # noqa: F401  a child that is asked to stop at once must not be importing it
         train,  # noqa: F401
     )
 
