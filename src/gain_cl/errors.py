@@ -21,7 +21,8 @@ def printable(text: str) -> str:
 
 
 SECRET_NAME = re.compile(
-    r"(?!.*_(?:FILE|PATH|DIR)$).*(?:TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|KEY|_PASS$|_PAT$|_AUTH$|^PGPASS$)",
+    r"(?!.*_(?:FILE|PATH|DIR)$)"
+    r".*(?:TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|KEY|_PASS$|_PAT$|_AUTH$|^PGPASS$)",
     re.IGNORECASE,
 )
 """Environment variables whose values reach no file and no message."""

@@ -67,12 +67,13 @@ def random_domains(seed: int) -> dict[str, dict[str, list[str]]]:
     }
 
 
-@pytest.mark.parametrize("chunk", [1, 50, overlap.CHUNK])
+@pytest.mark.parametrize(("chunk", "words"), [(1, 99), (50, 20), (overlap.CHUNK, 1 << 22)])
 @pytest.mark.parametrize("seed", range(8))
 def test_near_duplicates_equal_a_count_by_hand(
-    seed: int, chunk: int, monkeypatch: pytest.MonkeyPatch
+    seed: int, chunk: int, words: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(overlap, "CHUNK", chunk)
+    monkeypatch.setattr(overlap, "CHUNK_WORDS", words)
     texts = random_domains(seed)
     expected = set()
     for name, splits in texts.items():

@@ -248,6 +248,7 @@ def test_a_run_of_own_tasks(own: Path, say: Any, capsys: pytest.CaptureFixture[s
         (["tasks.names=[sums]", "tasks.chat_template=true"], "has no chat template"),
         (["tasks.names=[sums@9]"], "sums has 7 items"),
         (["tasks.names=[jinja]"], "access to attribute '__class__'"),
+        (["tasks.names=[loop]"], "maximum recursion depth exceeded"),
         (["tasks.names=[long]"], "answers of long have 2000 tokens, the model's context 1024"),
     ],
 )
@@ -265,6 +266,7 @@ def test_refused_before_work(words: list[str], says: str, own: Path, say: Any) -
     for name, (old, new) in changed.items():
         assert old in sums
         (own / f"{name}.yaml").write_text(sums.replace("{}", name, 1).replace(old, new))
+    (own / "loop.yaml").write_text("task: loop\ninclude: loop.yaml\n")
     code, told = say(*words, f"tasks.include_path={own}")
     assert code in (64, 65) and says in told.strip().splitlines()[-1]
     assert not list(Path.cwd().rglob("ran")) and not list(Path.cwd().rglob("stages"))

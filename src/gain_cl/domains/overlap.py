@@ -28,6 +28,7 @@ training document."""
 BENCHMARK_WORDS = 13  # as lm-eval's decontamination, after GPT-3 (arXiv 2005.14165, appendix C)
 
 CHUNK = 1 << 11  # documents that are compared at a time, of either side
+CHUNK_WORDS = 1 << 22  # words of training documents at a time, but for one that is longer
 
 
 @dataclass(frozen=True)
@@ -174,9 +175,12 @@ def _training(
     vocabulary holds, some documents at a time."""
     words, offsets = domain.words("train")
     places = pd.Index(vocabulary)
-    for start in range(0, len(offsets) - 1, CHUNK):
+    start = stop = 0
+    while (start := stop) < len(offsets) - 1:
         signals.poll()
-        edges = offsets[start : start + CHUNK + 1]
+        fits = int(np.searchsorted(offsets, offsets[start] + CHUNK_WORDS, side="right")) - 1
+        stop = min(max(fits, start + 1), start + CHUNK)
+        edges = offsets[start : stop + 1]
         gram, document = ngrams(words[edges[0] : edges[-1]], edges - edges[0], n)
         place = places.get_indexer(pd.Index(gram))
         known = place >= 0

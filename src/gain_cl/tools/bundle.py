@@ -2,7 +2,8 @@
 
 A run reads from it after ``. DIR/env.sh``. What the caches of this machine have is copied, the rest
 is fetched. The text of packages stays behind where it is tokenised, and so does the archive of a
-model that is converted. Tokens are made anew, as the tokenizer of the bundle makes them.
+model that is converted. Tokens are made anew, as the tokenizer of the bundle makes them. Local
+files stay where they are, which a note says.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from gain_cl.config.schema import RunConfig
+from gain_cl.config.schema import FilesSource, RunConfig
 from gain_cl.errors import ConfigError, GainError
 from gain_cl.models import source
 from gain_cl.runs.plan import prepare
@@ -53,6 +54,11 @@ def make(config: RunConfig, argv: list[str], folder: Path) -> dict[str, Any]:
     for name in packages - {str(p.get("package")) for p in pins.get("tasks", {}).values()}:
         shutil.rmtree(folder / "packages" / name, ignore_errors=True)
     shutil.rmtree(folder / "hashes", ignore_errors=True)  # by path
+    sources = [domain.source for domain in config.domains.values()]
+    own = [s.path for s in sources if isinstance(s, FilesSource)]
+    own += [p for p in (config.model.path, config.tasks.include_path) if p and Path(p).is_dir()]
+    notes: list[str] = report["notes"]
+    notes += [f"{path} is not copied: the run reads it under this path" for path in own]
     return report
 
 
